@@ -1,0 +1,1 @@
+from peft_baft.adapter import BaftConfig, BaftModel

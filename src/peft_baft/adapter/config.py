@@ -1,0 +1,93 @@
+"""What is needed to use a BaFT adapter: saved beside its weights as `adapter_config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+
+from peft_baft.adapter.registration import BAFT
+
+WEIGHTINGS = ("basis", "subspace", "product", "none")
+GATE_NORMS = ("none", "rms", "scale", "center")
+
+
+@dataclass
+class BaftConfig(PeftConfig):
+    """Configuration of a BaFT adapter (arXiv 2503.00306).
+
+    Args:
+        r: Rank of the edited subspace: rows of R, at most the hidden size. The paper uses 12.
+        prompt_positions: P, how many of the last prompt tokens are edited, besides every answer token. The paper uses 3.
+        weighting: What weighs the update. `basis`: one gate per basis vector, BaFT. `subspace`: one gate for all, the
+            paper's "ss-w". `product`: a gate per basis vector times one for all. `none`: no gate, which is ReFT.
+        gate_norm: What a gate sees of the hidden vector h. `none`: h itself. `rms`: h at unit root mean square.
+            `scale`: the same times a learned vector, as in RMSNorm. `center`: h minus a learned vector. With `scale` or
+            `center` (or `product`) a block's gates count 13 d parameters at r = 12, the paper's figure; with `none` or
+            `rms` they count 12 d.
+        gate_bias: Whether each gate has a bias.
+        layers_to_transform: Which decoder blocks are edited at their output, counted from 0. By default the paper's
+            9;18;24;28 of 32 (which count from 1) scaled to the depth of the model.
+        layers_pattern: Name of the `ModuleList` that holds the blocks (`layers`, `h`), where it cannot be found alone.
+        target_modules: Instead of the two above: names (suffixes), or one regular expression, of the modules whose
+            output is edited, as elsewhere in PEFT. Filled with the blocks' full names once the adapter is attached.
+        exclude_modules: Names, or one regular expression, of modules that `target_modules` should pass over.
+        modules_to_save: Modules besides the adapter that are trained and saved.
+        init_weights: True starts at Φ(h) = h exactly. False draws a random update, which is for tests alone.
+        hidden_size: Width of the edited vectors, filled once the adapter is attached and checked when it is loaded.
+        requires: The package to import before an adapter of this type can be loaded.
+
+    Raises:
+        ValueError: a value is out of its range; the message says which one it was and what is allowed.
+    """
+
+    r: int = field(default=12, metadata={"help": "Rank of the edited subspace."})
+    prompt_positions: int = field(default=3, metadata={"help": "How many of the last prompt tokens are edited."})
+    weighting: str = field(default="basis", metadata={"help": f"One of {', '.join(WEIGHTINGS)}."})
+    gate_norm: str = field(default="rms", metadata={"help": f"One of {', '.join(GATE_NORMS)}."})
+    gate_bias: bool = field(default=False, metadata={"help": "Whether each gate has a bias."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Blocks edited at their output, from 0; default: 9;18;24;28 of 32, scaled."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the ModuleList that holds the blocks."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regular expression of the modules whose output is edited."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regular expression of modules to pass over."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules besides the adapter that are trained and saved."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "True starts at the identity; False is for tests."})
+    hidden_size: int | None = field(default=None, metadata={"help": "Width of the edited vectors, filled in."})
+    requires: str = field(default="peft_baft", metadata={"help": "The package to import before loading."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = BAFT
+        for name in ("r", "prompt_positions"):
+            _require_positive_integer(name, getattr(self, name))
+        _require_one_of("weighting", self.weighting, WEIGHTINGS)
+        _require_one_of("gate_norm", self.gate_norm, GATE_NORMS)
+        if isinstance(self.layers_to_transform, int):
+            self.layers_to_transform = [self.layers_to_transform]
+
+    @property
+    def gate_count(self) -> int:
+        """How many gates weigh the update: the width of w(h)."""
+        return {"basis": self.r, "product": self.r, "subspace": 1, "none": 0}[self.weighting]
+
+
+def _require_positive_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer of at least 1, not {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}.")
+
+
+def _require_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")

@@ -1,0 +1,216 @@
+"""The PEFT tuner: finds the blocks of a model, attaches adapters to them, and takes them off again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from peft_baft.adapter.blocks import block_names, configured_width, missing_targets, stack_owner
+from peft_baft.adapter.config import BaftConfig
+from peft_baft.adapter.context import EditContext
+from peft_baft.adapter.layer import CANNOT_MERGE, CHILD, BaftLayer
+
+
+class BaftModel(BaseTuner):
+    """A base model whose chosen blocks' outputs are edited by BaFT adapters (arXiv 2503.00306).
+
+    Made by `peft.get_peft_model(model, BaftConfig(...))`. Nothing of the base model is wrapped, renamed or written to:
+    each edited block gets a child module and a forward hook, and `unload()` takes both away.
+    """
+
+    prefix: str = "baft_"
+    tuner_layer_cls = BaftLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: BaftConfig, model_config: dict) -> BaftConfig:
+        """Spell out which modules are edited, so that the saved config does not depend on a default."""
+        if peft_config.target_modules is None:
+            peft_config.target_modules = block_names(
+                self.model, peft_config.layers_to_transform, peft_config.layers_pattern
+            )
+        absent = missing_targets(self.model, peft_config)
+        if absent:
+            raise ValueError(
+                f"{type(self.model).__name__} has no {', '.join(absent)}: the adapter was made for another model "
+                f"({peft_config.base_model_name_or_path or 'of unknown name'}), or target_modules is misspelt."
+            )
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: BaftConfig, key: str) -> Any:
+        return not f".{key}.".count(f".{CHILD}.") and _matches(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: BaftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        """Give the block `target` one more adapter, and its BaftLayer with the first one."""
+        width = configured_width(self.model, target)
+        _check_width(peft_config, width, current_key, self.model)
+        _check_adapter_name(adapter_name, current_key)
+        layer = target._modules.get(CHILD)
+        if layer is None:
+            layer = BaftLayer(target, current_key, self._context(current_key))
+            target.add_module(CHILD, layer)
+            layer._active_adapter = list(self.active_adapters)
+        layer.attach(adapter_name, peft_config, width)
+        if adapter_name not in self.active_adapters:
+            layer.set_requires_grad(adapter_name, requires_grad=False)
+
+    def _context(self, block_name: str) -> EditContext:
+        return find_context(self.model) or EditContext(self.model, stack_owner(self.model, block_name))
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Honour `adapter_names`: one adapter, or `__base__`, per row of a mixed batch."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted({n for n in names if n != "__base__"} - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
+        with find_context(self.model).rows([name for name in names for _ in range(beams)]):
+            yield
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(CANNOT_MERGE)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        raise NotImplementedError(CANNOT_MERGE)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            raise NotImplementedError(CANNOT_MERGE)  # before anything is taken off
+        context = find_context(self.model)
+        for layer in baft_layers(self.model):
+            layer.detach()
+        if context is not None:
+            context.detach()
+        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("state_dict"):  # PEFT takes what stands before the prefix for the target: that is our child
+            kwargs["state_dict"] = {
+                k.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): v for k, v in kwargs["state_dict"].items()
+            }
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Our own tensors alone: PEFT would add those of an unmerged LoRA below us."""
+        state = super()._get_adapter_state_dict(model, *args, **kwargs)
+        return {k: v for k, v in state.items() if f"{CHILD}.{cls.prefix}" in k}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: BaftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's renaming, after a check that the file holds this adapter whole."""
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        _check_tensors(_expected_shapes(model, adapter_name), renamed)
+        return renamed
+
+
+def baft_layers(model: nn.Module) -> list[BaftLayer]:
+    """The BaftLayers of a model, in the order of its blocks."""
+    return [module for module in model.modules() if isinstance(module, BaftLayer)]
+
+
+def find_context(model: nn.Module) -> EditContext | None:
+    """The context shared by the edited blocks of a model; None where there are none."""
+    return next((layer.context for layer in baft_layers(model)), None)
+
+
+@contextmanager
+def prompt_lengths(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterator[None]:
+    """State where prompts end, for callers that pass no labels: scoring, DPO, GRPO, lm-evaluation-harness.
+
+    Args:
+        model: a PeftModel, BaftModel or base model that carries a BaFT adapter.
+        lengths: (sequences,) prompt tokens of each row, padding not counted. Answer tokens are those after them. 0 edits
+            every token of a row; a length beyond the row's end by P or more edits none, as for a shared prefix.
+
+    Raises:
+        ValueError: the model carries no BaFT adapter.
+        TypeError: the lengths are not integers.
+    """
+    context = find_context(model)
+    if context is None:
+        raise ValueError("prompt_lengths() needs a model with a BaFT adapter; this one has none.")
+    stated = torch.as_tensor(lengths).reshape(-1)
+    if stated.is_floating_point() or stated.dtype == torch.bool:
+        raise TypeError(f"prompt_lengths() takes integers, not {stated.dtype}.")
+    with context.stating(stated):
+        yield
+
+
+def _matches(config: BaftConfig, key: str) -> Any:
+    """PEFT's matching of names, without its `layers_to_transform`, which never matches a block itself."""
+    indices, config.layers_to_transform = config.layers_to_transform, None
+    pattern, config.layers_pattern = config.layers_pattern, None
+    try:
+        return BaseTuner._check_target_module_exists(config, key)
+    finally:
+        config.layers_to_transform, config.layers_pattern = indices, pattern
+
+
+def _check_width(config: BaftConfig, width: int, block_name: str, model: nn.Module) -> None:
+    if config.hidden_size not in (None, width):
+        raise ValueError(
+            f"This adapter edits hidden vectors of width {config.hidden_size}, but {block_name} of {type(model).__name__} "
+            f"gives width {width}. Load it on the model that it was made for "
+            f"({config.base_model_name_or_path or 'its name was not recorded'})."
+        )
+    if config.r > width:
+        raise ValueError(f"r={config.r} is more than the {width} dimensions of the output of {block_name}; choose r <= {width}.")
+    config.hidden_size = width
+
+
+def _check_adapter_name(name: str, block_name: str) -> None:
+    """PEFT tells adapters apart by searching their names in parameter names, and loses tensors where one matches."""
+    taken = {*block_name.split("."), CHILD, *BaftLayer.adapter_layer_names, *BaftLayer.other_param_names}
+    taken |= {"base_model", "model", "weight", "bias", "scale", "center"}
+    if name in taken:
+        raise ValueError(f"The adapter name {name!r} also names a part of the model, which PEFT mixes up; choose another.")
+
+
+def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
+    mine = re.compile(rf"\.{CHILD}\.baft_[a-z]+\.{re.escape(adapter_name)}(\.[a-z]+)?$")
+    return {name: tensor.shape for name, tensor in model.state_dict().items() if mine.search(name)}
+
+
+def _check_tensors(expected: dict[str, torch.Size], found: dict[str, Tensor]) -> None:
+    """Raise a ValueError unless every expected tensor is there, in its shape, and finite."""
+    wrong = [f"{name} is missing" for name in expected if name not in found]
+    wrong += [
+        f"{name} is {tuple(found[name].shape)} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]
+    wrong += [
+        f"{name} holds NaN or infinity"
+        for name in expected
+        if name in found and found[name].device.type != "meta" and not found[name].isfinite().all()
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"The adapter's weights do not fit its adapter_config.json: {'; '.join(wrong[:3])}{more}. The file is damaged "
+            "or belongs to another adapter; take a good copy, or make the edits again."
+        )

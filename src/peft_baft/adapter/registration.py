@@ -1,0 +1,51 @@
+"""Make PEFT know the type `BAFT`: the only file that touches PEFT's tables of types.
+
+`peft.register_peft_method` is public, but accepts only names that are members of the closed enum `peft.PeftType`. The
+enum is therefore given one more member, in memory. If a future PEFT has a BAFT of its own, ours steps aside with an error.
+"""
+
+from __future__ import annotations
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
+
+
+def _member(name: str) -> PeftType:
+    """The member `name` of `PeftType`, made if there is none.
+
+    Raises:
+        ImportError: this Python or this PEFT builds enums in another way; nothing is then registered by halves.
+    """
+    if name not in PeftType.__members__:
+        member = str.__new__(PeftType, name)
+        member._name_ = member._value_ = name
+        member.__objclass__ = PeftType
+        member._sort_order_ = len(PeftType._member_names_)
+        type.__setattr__(PeftType, name, member)
+        PeftType._member_names_.append(name)
+        PeftType._member_map_[name] = member
+        PeftType._value2member_map_[name] = member
+    member = PeftType.__members__[name]
+    if not (PeftType(name) is PeftType[name] is getattr(PeftType, name) is member and member in list(PeftType)):
+        raise ImportError(f"peft_baft cannot add {name} to peft.PeftType on this combination of Python and PEFT versions.")
+    return member
+
+
+BAFT = _member("BAFT")
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Register the tuner once; a second import does nothing.
+
+    Raises:
+        ImportError: another package has registered a `BAFT`.
+    """
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(BAFT)
+    if known is config_cls:
+        return
+    if known is not None:
+        raise ImportError(f"peft already has a method named BAFT ({known.__module__}); use that one or remove peft_baft.")
+    register_peft_method(
+        name="baft", config_cls=config_cls, model_cls=model_cls, prefix="baft_", is_mixed_compatible=False
+    )

@@ -1,0 +1,72 @@
+"""The formula of BaFT (arXiv 2503.00306, Sec. 2): hidden vectors in, edited vectors out. Torch only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def orthonormal_rows(weight: Tensor) -> Tensor:
+    """Turn a free matrix into the paper's R: orthonormal rows that span the same subspace.
+
+    A thin QR whose signs are fixed, so that the result is a smooth function of `weight` and a matrix whose rows are
+    already orthonormal comes back as it was. Always computed in float32: there is no half-precision QR, and a basis
+    rounded to 8 bits is not orthonormal.
+
+    Args:
+        weight: (r, d), any floating dtype, of full row rank, r <= d.
+
+    Returns:
+        R: (r, d) float32 (float64 for a float64 weight) with R Rᵀ = I.
+    """
+    precise = weight if weight.dtype == torch.float64 else weight.float()
+    q, triangle = torch.linalg.qr(precise.T)
+    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    return (q * signs).T
+
+
+def rms_normalise(h: Tensor, eps: float = 1e-6) -> Tensor:
+    """Scale each vector of h (..., d) to a root mean square of one, so that a gate sees directions and not sizes."""
+    return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+
+
+def gates(h: Tensor, U: Tensor, c: Tensor | None = None, *, shared: bool = False) -> Tensor:
+    """The logistic gates w(h) of App. C: one per row of U, each in [0, 1].
+
+    Args:
+        h: (..., d) what the gate looks at.
+        U: (k, d) one gate per row; with `shared`, the last row is a gate of the whole subspace.
+        c: (k,) optional biases.
+        shared: multiply the first k - 1 gates by the last one (basis gate times subspace gate).
+
+    Returns:
+        w: (..., k), or (..., k - 1) with `shared`.
+    """
+    w = torch.sigmoid(torch.nn.functional.linear(h, U, c))
+    return w[..., :-1] * w[..., -1:] if shared else w
+
+
+def update(shift: Tensor, R: Tensor, w: Tensor | None = None) -> Tensor:
+    """Φ(h) - h of Eq. 3: Rᵀ diag(w) (A h + b - R h), given the shift A h + b - R h.
+
+    Args:
+        shift: (..., r) where the new coordinates A h + b differ from the present ones R h.
+        R: (r, d) orthonormal rows.
+        w: (..., r) or (..., 1) gates, or None for w = 1, which is ReFT (Eq. 1).
+
+    Returns:
+        (..., d) what is added to the hidden vector.
+    """
+    return (shift if w is None else shift * w) @ R
+
+
+def intervene(h: Tensor, R: Tensor, A: Tensor, b: Tensor, w: Tensor | None = None) -> Tensor:
+    """Φ(h) = h + Rᵀ diag(w) (A h + b - R h), Eq. 3 as it is printed; Eq. 1 (ReFT) where w is None.
+
+    Args:
+        h: (..., d); R: (r, d) orthonormal rows; A: (r, d); b: (r,); w: (..., r) or (..., 1) gates.
+
+    Returns:
+        (..., d) the edited vectors.
+    """
+    return h + update(torch.nn.functional.linear(h, A - R, b), R, w)

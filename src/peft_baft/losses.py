@@ -1,0 +1,68 @@
+"""The objective's terms (arXiv 2503.00306, Sec. 2.4). Torch only; every function returns a scalar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED_LABEL = -100
+
+
+def teacher_forcing(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of the answer tokens, mean over all of them.
+
+    Args:
+        logits: (batch, tokens, vocabulary); the logits at column t predict the token at column t + 1.
+        labels: (batch, tokens), -100 where no answer token stands.
+    """
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL)
+
+
+def load_balance(w: Tensor, past_sum: Tensor, past_count: Tensor) -> Tensor:
+    """Incremental load balance R_bal: the spread of the gates' mean use over all edits so far, this one included.
+
+    As printed in the paper: Σ_k (w̄_k - w̄)² / ((r - 1) w̄). Only the present edit's share carries a gradient.
+
+    Args:
+        w: (n, r) gates at the edited tokens of the present edit.
+        past_sum: (r,) sum of the gates over the edited tokens of past edits.
+        past_count: () how many tokens those were.
+
+    Returns:
+        () >= 0, and 0 where there is a single gate.
+    """
+    if w.shape[-1] < 2:
+        return w.sum() * 0
+    use = (past_sum.detach() + w.sum(0)) / (past_count.detach() + w.shape[0])
+    mean = use.mean()
+    return (use - mean).square().sum() / ((use.numel() - 1) * mean.clamp(min=1e-6))
+
+
+def locality_margin(w: Tensor, w_unrelated: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
+    """Locality regulariser R_loc: gates below α on unrelated text, above β on the edit, their maxima γ apart.
+
+    relu(w(h_ir) - α) + relu(β - w(h)) + relu(γ - (max_k w(h) - max_k w(h_ir))), the first two averaged over tokens and
+    gates, the third over all pairs of an edited and an unrelated token.
+
+    Args:
+        w: (n, r) gates at the edited tokens; w_unrelated: (m, r) gates at the tokens of unrelated text.
+    """
+    gap = w.amax(-1)[:, None] - w_unrelated.amax(-1)[None, :]
+    return F.relu(w_unrelated - alpha).mean() + F.relu(beta - w).mean() + F.relu(gamma - gap).mean()
+
+
+def mean_over_blocks(terms: Sequence[Tensor]) -> Tensor:
+    """Mean of one scalar per edited block, on the first one's device."""
+    return torch.stack([term.to(terms[0].device) for term in terms]).mean()
+
+
+def rescaled(term: Tensor, reference: Tensor, ceiling: float) -> Tensor:
+    """`term` brought to the magnitude of `reference` (Eq. 4), by a factor that is a constant to the gradient.
+
+    The factor is reference / term, at most `ceiling`: a regulariser that is nearly met is not blown up without bound.
+    """
+    factor = reference.detach().to(term.device) / term.detach().clamp(min=torch.finfo(term.dtype).tiny)
+    return term * factor.clamp(max=ceiling)

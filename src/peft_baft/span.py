@@ -1,0 +1,145 @@
+"""Which tokens are edited: the one place with position arithmetic. Torch only.
+
+Every token gets one integer, its *step*: its index in its own sequence minus the length of that sequence's prompt. The
+last prompt token has step -1, the first answer token step 0, padding has `OUTSIDE`. An adapter that edits the last P
+prompt tokens and every answer token edits the tokens with step >= -P.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+OUTSIDE = -(2**62)  # the step of padding: below every -P
+IGNORED_LABEL = -100
+
+
+def edited(steps: Tensor, prompt_positions: int) -> Tensor:
+    """Mask (batch, tokens) of what an adapter edits: the last `prompt_positions` prompt tokens and the answer."""
+    return steps >= -prompt_positions
+
+
+def steps_of_input(
+    real: Tensor,
+    past: int | Tensor = 0,
+    *,
+    positions: Tensor | None = None,
+    labels: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+) -> Tensor:
+    """Steps of the tokens of one forward outside `generate`.
+
+    The prompt length of a sequence is, in this order: `prompt_lengths`; the tokens before its first label; 0 where a
+    cache is filled (the prompt lies in the cache, so every new token is an answer token); else the whole input.
+
+    Args:
+        real: (batch, tokens) bool, False for padding.
+        past: real tokens that the cache holds: one integer, or (batch, 1).
+        positions: (batch, tokens) position ids; where they go back, the next sequence of a packed row begins.
+        labels: (batch, tokens), -100 before the answer.
+        prompt_lengths: prompt tokens of each sequence, padding not counted: (batch,), or (sequences,) of one packed
+            row, or a divisor of the batch, as before beam expansion.
+
+    Returns:
+        (batch, tokens) long.
+
+    Raises:
+        ValueError: `prompt_lengths` fits none of these.
+    """
+    index = real.cumsum(1) - 1
+    sequence, first = _sequences(index, real, positions)
+    index = index - first + past
+    if prompt_lengths is not None:
+        prompt = _given_prompt(prompt_lengths.to(index.device), sequence)
+    else:
+        prompt = _lengths(real, sequence) * (past == 0)
+        if labels is not None:
+            prompt = _before_first_label(index, real & (labels != IGNORED_LABEL), sequence, prompt)
+    return torch.where(real, index - prompt, OUTSIDE)
+
+
+def _sequences(index: Tensor, real: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which sequence of its row each token belongs to, and the index of that sequence's first token: (batch, tokens)."""
+    if positions is None:
+        return torch.zeros_like(index), torch.zeros_like(index)
+    shift = torch.where(real, positions - index, torch.iinfo(index.dtype).max).cummin(1).values
+    begins = torch.zeros_like(real)
+    begins[:, 1:] = shift[:, 1:] < shift[:, :-1]
+    begins &= index > 0  # the first real token of a row opens sequence 0, however much padding precedes it
+    return begins.cumsum(1), torch.where(begins, index, 0).cummax(1).values
+
+
+def _lengths(real: Tensor, sequence: Tensor) -> Tensor:
+    """For each token, how many real tokens its sequence has: (batch, tokens)."""
+    return torch.zeros_like(sequence).scatter_add(1, sequence, real.long()).gather(1, sequence)
+
+
+def _before_first_label(index: Tensor, labelled: Tensor, sequence: Tensor, otherwise: Tensor) -> Tensor:
+    """For each token, the index of the first labelled token of its sequence, or `otherwise`: (batch, tokens)."""
+    none = torch.iinfo(index.dtype).max
+    first = torch.full_like(sequence, none).scatter_reduce(1, sequence, torch.where(labelled, index, none), "amin")
+    first = first.gather(1, sequence)
+    return torch.where(first == none, otherwise, first)
+
+
+def _given_prompt(lengths: Tensor, sequence: Tensor) -> Tensor:
+    """For each token, the explicit prompt length of its sequence: (batch, tokens) or (batch, 1)."""
+    rows, given = sequence.shape[0], lengths.shape[0]
+    if rows == 1 and given > 1 and given == int(sequence.max()) + 1:
+        return lengths[sequence]
+    if given == 0 or rows % given:
+        raise ValueError(f"prompt_lengths needs one integer per sequence: {rows} rows came with {given} prompt lengths.")
+    return lengths.repeat_interleave(rows // given)[:, None]
+
+
+@dataclass(frozen=True)
+class GenerationSpan:
+    """Where the prompt lies in the columns of one `generate` call; the same for every cache, chunking and beam.
+
+    Attributes:
+        start: (batch,) column of the first real token.
+        end: (batch,) column after the last prompt token.
+        width: () columns of the prompt, padding included: what comes later was generated.
+        gap: (batch,) columns of padding at the right end of the prompt.
+    """
+
+    start: Tensor
+    end: Tensor
+    width: Tensor
+    gap: Tensor
+
+    @classmethod
+    def of_prompt(cls, real: Tensor, cached: int = 0, prompt_lengths: Tensor | None = None) -> GenerationSpan:
+        """The span of a prompt given to `generate`.
+
+        Args:
+            real: (batch, width) bool, False for padding.
+            cached: columns already in the cache: an earlier turn, whose prompt was the prompt. Everything after it is
+                edited, as in one forward over all turns with the first turn's prompt length.
+            prompt_lengths: (batch,) where the caller states it.
+        """
+        width = torch.tensor(real.shape[1], device=real.device)
+        columns = torch.arange(real.shape[1], device=real.device)
+        start = torch.where(real, columns, width).amin(1)
+        stop = torch.where(real, columns, -1).amax(1) + 1
+        end = stop if prompt_lengths is None else start + prompt_lengths.to(real.device)
+        if cached and prompt_lengths is None:
+            end = end.clamp(max=cached)
+        return cls(start, end, width, width - stop)
+
+    def steps(self, past: int | Tensor, rows: int, tokens: int) -> Tensor:
+        """Steps of the `tokens` columns after `past`, for `rows` rows (a multiple of the batch with beams).
+
+        Raises:
+            ValueError: `rows` is not a multiple of the batch that `generate` was given.
+        """
+        if rows % self.start.shape[0]:
+            raise ValueError(f"generate was given {self.start.shape[0]} prompts, but the model was called with {rows} rows.")
+        repeat = rows // self.start.shape[0]
+        start, end, gap = (x.repeat_interleave(repeat)[:, None] for x in (self.start, self.end, self.gap))
+        columns = past + torch.arange(tokens, device=start.device)[None]
+        generated = columns >= self.width
+        padding = (columns < start) | (~generated & (columns >= self.width - gap))
+        return torch.where(padding, OUTSIDE, columns - end - torch.where(generated, gap, 0))
