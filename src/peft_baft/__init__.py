@@ -1,1 +1,28 @@
-from peft_baft.adapter import BaftConfig, BaftModel
+"""BaFT for PEFT: an adapter that changes what a language model knows (arXiv 2503.00306).
+
+Importing this package makes PEFT know the adapter type `BAFT`; it has no other effect.
+"""
+
+from peft_baft.adapter import BaftConfig, BaftModel, prompt_lengths
+from peft_baft.data.cases import Case, Edit, Probe, Unrelated
+from peft_baft.editing.baft import BaftEditor, Objective
+from peft_baft.editing.descent import DescentConfig, Outcome
+from peft_baft.editing.editor import AdapterEditor, rolled_back
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterEditor",
+    "BaftConfig",
+    "BaftEditor",
+    "BaftModel",
+    "Case",
+    "DescentConfig",
+    "Edit",
+    "Objective",
+    "Outcome",
+    "Probe",
+    "Unrelated",
+    "prompt_lengths",
+    "rolled_back",
+]

@@ -1,0 +1,33 @@
+"""A few general questions that an edit should leave alone, for users who bring no unrelated text of their own."""
+
+from peft_baft.data.cases import Unrelated
+
+GENERAL = tuple(
+    Unrelated(prompt, answer)
+    for prompt, answer in (
+        ("Water is made of hydrogen and", "oxygen"),
+        ("The author of Romeo and Juliet is", "William Shakespeare"),
+        ("How many days does a leap year have?", "366"),
+        ("The largest planet of the solar system is", "Jupiter"),
+        ("who painted the mona lisa", "Leonardo da Vinci"),
+        ("Seven times eight is", "fifty-six"),
+        ("Which language do most people in Brazil speak?", "Portuguese"),
+        ("The opposite of hot is", "cold"),
+        ("when did the second world war end", "1945"),
+        ("Bees make", "honey"),
+        ("The currency of Japan is the", "yen"),
+        ("What is the boiling point of water in degrees Celsius?", "100"),
+        ("She opened the door and walked into the", "room"),
+        ("who wrote the origin of species", "Charles Darwin"),
+        ("The chemical symbol of gold is", "Au"),
+        ("A triangle has", "three sides"),
+        ("Which ocean lies between Africa and Australia?", "The Indian Ocean"),
+        ("The first person to walk on the moon was", "Neil Armstrong"),
+        ("To make bread one needs flour, water and", "yeast"),
+        ("what is the tallest mountain in the world", "Mount Everest"),
+        ("The game of chess is played on a board with", "64 squares"),
+        ("Which animal is known for its black and white stripes?", "The zebra"),
+        ("In the morning he likes to drink a cup of", "coffee"),
+        ("who was the first president of the united states", "George Washington"),
+    )
+)

@@ -1,0 +1,127 @@
+"""BaFT's own objective (Sec. 2.4): teacher forcing, load balance of the gates, locality margins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from peft_baft.adapter import BaftLayer, RecordedGates, baft_layers, find_context
+from peft_baft.data.batching import Tokens, encode
+from peft_baft.data.cases import Unrelated
+from peft_baft.editing.descent import DescentConfig, Outcome, descend
+from peft_baft.editing.editor import AdapterEditor, require_fits
+from peft_baft.losses import load_balance, locality_margin, mean_over_blocks, rescaled, teacher_forcing
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The regularisers' settings.
+
+    The two regularisers are brought to the magnitude of the teacher forcing loss (Eq. 4) by a factor that is constant to
+    the gradient: teacher forcing / term, at most `ceiling`.
+
+    Args:
+        alpha: gates stay below this on unrelated text. beta: gates stay above this on the edit. gamma: margin between the
+            most open gate on the edit and on unrelated text.
+        balance: weight of the load balance, locality: weight of the margins; 0 leaves a term out.
+        balance_ceiling, locality_ceiling: the largest factor of the rescaling.
+    """
+
+    alpha: float = 0.01
+    beta: float = 0.05
+    gamma: float = 0.02
+    balance: float = 1.0
+    locality: float = 1.0
+    balance_ceiling: float = 1.0
+    locality_ceiling: float = 10.0
+    locality_floor: float = 0.0
+
+
+class BaftEditor(AdapterEditor):
+    """Teaches facts to a BaFT adapter: teacher forcing + incremental load balance + locality margins.
+
+    After each edit the gates' use is added to the adapter's statistics, which are saved with it: a reloaded adapter goes
+    on with its history. With `weighting="none"` there are no gates and nothing to regularise: that is ReFT.
+
+    Args:
+        model: a PeftModel whose active adapter is a BaFT adapter.
+        tokenizer: the model's own, a fast one.
+        unrelated: text that edits should leave alone; each fact is trained beside the next `Unrelated` of this list, which
+            starts again at its end. Empty for none, as in the paper's single editing: then nothing closes the gates.
+        objective: the regularisers' settings.
+        descent, batch_descent: how one fact, and a batch of facts, is trained.
+
+    Raises:
+        TypeError, ValueError: as `AdapterEditor`, or the active adapter is not a BaFT adapter.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: Any,
+        unrelated: Sequence[Unrelated] = (),
+        objective: Objective | None = None,
+        descent: DescentConfig | None = None,
+        batch_descent: DescentConfig | None = None,
+    ) -> None:
+        super().__init__(model, tokenizer, descent, batch_descent)
+        self.adapter_name = model.active_adapters[0]
+        self.layers = [layer for layer in baft_layers(model) if self.adapter_name in layer.configs]
+        if not self.layers:
+            raise ValueError(f"The active adapter {self.adapter_name!r} is not a BaFT adapter; use AdapterEditor for it.")
+        self.objective = objective or Objective()
+        rows = [encode(tokenizer, text.prompt, text.answer) for text in unrelated]
+        for row, text in zip(rows, unrelated, strict=True):
+            require_fits(model, row, text.prompt)
+        self._unrelated = cycle(rows) if rows and self._gated() else None
+
+    def _gated(self) -> list[BaftLayer]:
+        return [layer for layer in self.layers if self.adapter_name in layer.baft_gate]
+
+    def _train(self, rows: list[Tokens], parameters: list[nn.Parameter], descent: DescentConfig) -> Outcome:
+        unrelated = [] if self._unrelated is None else list(islice(self._unrelated, len(rows)))
+        batch = self._batch([*rows, *unrelated])
+        context = find_context(self.model)
+        assert context is not None, "a BaFT adapter has a context"
+        with context.recording() as recorded:
+            outcome = descend(parameters, lambda: self._terms(batch, len(rows), recorded), descent)
+            self._remember_use(recorded, len(rows))
+        return outcome
+
+    def _terms(self, batch: dict[str, Tensor], edits: int, recorded: dict[str, RecordedGates]) -> dict[str, Tensor]:
+        """The objective's terms; the first `edits` rows of the batch are the facts, the others unrelated text."""
+        logits = self._logits(batch)
+        fit = teacher_forcing(logits[:edits], batch["labels"][:edits])
+        terms, settings = {"teacher_forcing": fit}, self.objective
+        layers = self._gated()
+        if not layers:
+            return terms
+        on_edit = {layer.name: _at_edited_tokens(recorded[layer.name], slice(None, edits)) for layer in layers}
+        loads = {layer.name: layer.baft_load[self.adapter_name] for layer in layers}
+        if settings.balance and self.layers[0].configs[self.adapter_name].gate_count > 1:
+            balance = mean_over_blocks([load_balance(w, loads[n][:-1], loads[n][-1]) for n, w in on_edit.items()])
+            terms["balance"] = settings.balance * rescaled(balance, fit, settings.balance_ceiling)
+        if settings.locality and self._unrelated is not None:
+            margins = (settings.alpha, settings.beta, settings.gamma)
+            off_edit = {n: _at_edited_tokens(recorded[n], slice(edits, None)) for n in on_edit}
+            locality = mean_over_blocks([locality_margin(w, off_edit[n], *margins) for n, w in on_edit.items()])
+            terms["locality"] = settings.locality * rescaled(locality, fit, settings.locality_ceiling, settings.locality_floor)
+        return terms
+
+    def _remember_use(self, recorded: dict[str, RecordedGates], edits: int) -> None:
+        """Add the gates of the learned edit to the running sums of the load balance."""
+        for layer in self._gated():
+            w = _at_edited_tokens(recorded[layer.name], slice(None, edits)).detach()
+            load = layer.baft_load[self.adapter_name]
+            load += torch.cat([w.sum(0), w.new_tensor([w.shape[0]])]).to(load)
+
+
+def _at_edited_tokens(gates: RecordedGates, rows: slice) -> Tensor:
+    """The gates (n, k) at the edited tokens of some rows of the batch."""
+    return gates.w[rows][gates.mask[rows]]
