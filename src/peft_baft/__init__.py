@@ -5,13 +5,18 @@ Importing this package makes PEFT know the adapter type `BAFT`; it has no other 
 
 from peft_baft.adapter import BaftConfig, BaftModel, prompt_lengths
 from peft_baft.data.cases import Case, Edit, Probe, Unrelated
+from peft_baft.data.unrelated import GENERAL
 from peft_baft.editing.baft import BaftEditor, Objective
 from peft_baft.editing.descent import DescentConfig, Outcome
 from peft_baft.editing.editor import AdapterEditor, rolled_back
+from peft_baft.models import load_model
+from peft_baft.presets import PRESETS, Preset
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GENERAL",
+    "PRESETS",
     "AdapterEditor",
     "BaftConfig",
     "BaftEditor",
@@ -21,8 +26,10 @@ __all__ = [
     "Edit",
     "Objective",
     "Outcome",
+    "Preset",
     "Probe",
     "Unrelated",
+    "load_model",
     "prompt_lengths",
     "rolled_back",
 ]

@@ -30,19 +30,20 @@ def rms_normalise(h: Tensor, eps: float = 1e-6) -> Tensor:
     return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
 
 
-def gates(h: Tensor, U: Tensor, c: Tensor | None = None, *, shared: bool = False) -> Tensor:
+def gates(h: Tensor, U: Tensor, c: Tensor | None = None, offset: float = 0.0, *, shared: bool = False) -> Tensor:
     """The logistic gates w(h) of App. C: one per row of U, each in [0, 1].
 
     Args:
         h: (..., d) what the gate looks at.
         U: (k, d) one gate per row; with `shared`, the last row is a gate of the whole subspace.
         c: (k,) optional biases.
+        offset: a constant added to every logit: gates start at σ(offset).
         shared: multiply the first k - 1 gates by the last one (basis gate times subspace gate).
 
     Returns:
         w: (..., k), or (..., k - 1) with `shared`.
     """
-    w = torch.sigmoid(torch.nn.functional.linear(h, U, c))
+    w = torch.sigmoid(torch.nn.functional.linear(h, U, c) + offset)
     return w[..., :-1] * w[..., -1:] if shared else w
 
 

@@ -25,7 +25,9 @@ class BaftConfig(PeftConfig):
             `scale`: the same times a learned vector, as in RMSNorm. `center`: h minus a learned vector. With `scale` or
             `center` (or `product`) a block's gates count 13 d parameters at r = 12, the paper's figure; with `none` or
             `rms` they count 12 d.
-        gate_bias: Whether each gate has a bias.
+        gate_bias: Whether each gate has a bias that is learned.
+        gate_offset: A constant added to every gate's logit, so that gates start at σ(gate_offset): nearly closed, and what
+            an edit does not open stays closed. 0 starts half open.
         layers_to_transform: Which decoder blocks are edited at their output, counted from 0. By default the paper's
             9;18;24;28 of 32 (which count from 1) scaled to the depth of the model.
         layers_pattern: Name of the `ModuleList` that holds the blocks (`layers`, `h`), where it cannot be found alone.
@@ -46,6 +48,7 @@ class BaftConfig(PeftConfig):
     weighting: str = field(default="basis", metadata={"help": f"One of {', '.join(WEIGHTINGS)}."})
     gate_norm: str = field(default="rms", metadata={"help": f"One of {', '.join(GATE_NORMS)}."})
     gate_bias: bool = field(default=False, metadata={"help": "Whether each gate has a bias."})
+    gate_offset: float = field(default=-3.5, metadata={"help": "Constant of every gate's logit; 0 starts half open."})
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Blocks edited at their output, from 0; default: 9;18;24;28 of 32, scaled."}
     )

@@ -53,7 +53,7 @@ class Gate(nn.Module):
         rows = config.gate_count + (config.weighting == "product")
         self.weight = nn.Parameter(torch.randn(rows, d) * 0.1 * d**-0.5)
         self.bias = nn.Parameter(torch.zeros(rows)) if config.gate_bias else None
-        self.norm, self.shared = config.gate_norm, config.weighting == "product"
+        self.norm, self.shared, self.offset = config.gate_norm, config.weighting == "product", config.gate_offset
         if self.norm == "scale":
             self.scale = nn.Parameter(torch.ones(d))
         elif self.norm == "center":
@@ -61,7 +61,7 @@ class Gate(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """w(h), each in [0, 1]."""
-        return gates(self._seen(h), self.weight, self.bias, shared=self.shared)
+        return gates(self._seen(h), self.weight, self.bias, self.offset, shared=self.shared)
 
     def _seen(self, h: Tensor) -> Tensor:
         if self.norm == "center":

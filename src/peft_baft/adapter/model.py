@@ -28,6 +28,10 @@ class BaftModel(BaseTuner):
     tuner_layer_cls = BaftLayer
     target_module_mapping: dict[str, list[str]] = {}
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward; called as a module, since older PEFT would pass by the hooks on it."""
+        return self.model(*args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: BaftConfig, model_config: dict) -> BaftConfig:
         """Spell out which modules are edited, so that the saved config does not depend on a default."""
         if peft_config.target_modules is None:

