@@ -55,7 +55,7 @@ def edit(args: argparse.Namespace) -> int:
     batches = editor.edit_in_turn([case.edit for case in cases], args.batch_size)
     outcomes = _with_progress(batches, -(-len(cases) // args.batch_size))
     result = report()
-    model.save_pretrained(output)
+    model.save_pretrained(str(output))
     (output / "report.json").write_text(json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _print_report(result, outcomes, args.model, output)
     return 0 if all(answer.learned for answer in result.answers) else 1

@@ -59,10 +59,10 @@ def mean_over_blocks(terms: Sequence[Tensor]) -> Tensor:
     return torch.stack([term.to(terms[0].device) for term in terms]).mean()
 
 
-def rescaled(term: Tensor, reference: Tensor, ceiling: float, floor: float = 0.0) -> Tensor:
+def rescaled(term: Tensor, reference: Tensor, ceiling: float) -> Tensor:
     """`term` brought to the magnitude of `reference` (Eq. 4), by a factor that is a constant to the gradient.
 
     The factor is reference / term, at most `ceiling`: a regulariser that is nearly met is not blown up without bound.
     """
     factor = reference.detach().to(term.device) / term.detach().clamp(min=torch.finfo(term.dtype).tiny)
-    return term * factor.clamp(floor, ceiling)
+    return term * factor.clamp(max=ceiling)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from peft import PeftConfig
+from typing import Any, cast
+
 from torch import nn
+
+from peft_baft.adapter.config import BaftConfig
 
 PAPER_BLOCKS, PAPER_DEPTH = (9, 18, 24, 28), 32  # counted from 1: Sec. 3.1, for a model of 32 blocks
 
@@ -48,9 +51,13 @@ def find_stack(model: nn.Module, pattern: list[str] | str | None = None) -> str:
 
 def configured_depth(model: nn.Module) -> int | None:
     """Number of decoder blocks by the model's config, if it has one."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "num_hidden_layers", None)
+    return getattr(text_config(model), "num_hidden_layers", None)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the model's language part; None where it has no config."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def configured_width(model: nn.Module, block: nn.Module) -> int:
@@ -59,11 +66,9 @@ def configured_width(model: nn.Module, block: nn.Module) -> int:
     Raises:
         ValueError: neither is known.
     """
-    if isinstance(getattr(block, "out_features", None), int):
-        return block.out_features
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    width = getattr(text, "hidden_size", None)
+    width = getattr(block, "out_features", None)
+    if not isinstance(width, int):
+        width = getattr(text_config(model), "hidden_size", None)
     if not isinstance(width, int):
         raise ValueError(
             f"The width of the output of {type(block).__name__} is unknown: neither has it out_features nor the model a "
@@ -79,7 +84,7 @@ def block_names(model: nn.Module, indices: list[int] | None, pattern: list[str] 
         TypeError, ValueError: an index is no integer, stands twice, or lies outside the model.
     """
     stack = find_stack(model, pattern)
-    depth = len(model.get_submodule(stack))
+    depth = len(cast(nn.ModuleList, model.get_submodule(stack)))
     indices = default_blocks(depth) if indices is None else indices
     if not indices or any(isinstance(i, bool) or not isinstance(i, int) for i in indices):
         raise TypeError(f"layers_to_transform must hold block indices (integers from 0), not {indices!r}.")
@@ -94,7 +99,7 @@ def block_names(model: nn.Module, indices: list[int] | None, pattern: list[str] 
     return [f"{stack}.{i}" for i in sorted(indices)]
 
 
-def missing_targets(model: nn.Module, config: PeftConfig) -> list[str]:
+def missing_targets(model: nn.Module, config: BaftConfig) -> list[str]:
     """Those of the config's full block names that `model` lacks, say because it is not as deep."""
     targets = config.target_modules
     if isinstance(targets, str) or targets is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.span import GenerationSpan, edited, steps_of_input
+
+logger = logging.getLogger(__name__)
+WITHOUT_PROMPT_LENGTHS = (
+    "A BaFT adapter was trained on a forward without labels and without prompt lengths, as DPO, GRPO or label smoothing do: "
+    "its input counts as all prompt, and only the last prompt_positions tokens of the whole text were edited. State where "
+    "the prompts end, with model(..., prompt_lengths=...) or `with peft_baft.prompt_lengths(model, lengths):`."
+)
+GENERATION = ("generate", "init_continuous_batching")  # methods of the base model that the context stands in for
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,8 @@ class EditContext:
         self._span: GenerationSpan | None = None
         self._labels: Tensor | None = None
         self._passed_lengths: Tensor | None = None
+        self._manager: Any = None  # of transformers' continuous batching: knows which request each token belongs to
+        self._warned = False
         self._model = model
         self._model_arguments = tuple(inspect.signature(model.forward).parameters)
         self._stack_arguments = tuple(inspect.signature(stack.forward).parameters)
@@ -49,14 +60,19 @@ class EditContext:
             model.register_forward_pre_hook(self._remember, with_kwargs=True),
             stack.register_forward_pre_hook(self._locate, with_kwargs=True),
         ]
-        if hasattr(model, "generate"):
-            model.generate = self.generate  # found before the class's method, by PEFT and by transformers alike
+        for method in GENERATION:
+            if hasattr(model, method):  # found before the class's method, by PEFT and by transformers alike
+                setattr(model, method, getattr(self, method))
 
     def detach(self) -> None:
         """Leave the base model as it was before the first adapter came."""
         for handle in self._handles:
             handle.remove()
-        self._model.__dict__.pop("generate", None)
+        for method in GENERATION:
+            self._model.__dict__.pop(method, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_manager": None}  # threads and queues: neither pickled nor copied
 
     def mask(self, hidden: Tensor, prompt_positions: int) -> Tensor | None:
         """Which vectors of `hidden` (batch, tokens, d) an adapter edits: (batch, tokens) bool, or None for all."""
@@ -105,13 +121,32 @@ class EditContext:
         finally:
             self._span = outer
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the base model (`generate_batch`, `transformers serve`), with the requests' prompts kept in mind.
+
+        What a prompt's tokens become depends on where the prompt ends, so requests cannot share the blocks of a common
+        prefix; and CUDA graphs or compiled graphs would replay the positions of the batch that they were made from.
+
+        Raises:
+            NotImplementedError: this version of transformers does not tell which token belongs to which request.
+        """
+        manager = type(self._model).init_continuous_batching(self._model, *args, **kwargs)
+        settings = getattr(manager, "continuous_batching_config", None)
+        if settings is None or not hasattr(manager, "batch_processor") or self.stated_lengths is not None:
+            raise NotImplementedError(CONTINUOUS_BATCHING)
+        settings.use_cuda_graph = settings.use_async_batching = settings.allow_block_sharing = False
+        settings.varlen_compile_config = settings.decode_compile_config = None
+        self._manager = manager
+        return manager
+
     def _span_of(self, args: tuple, kwargs: Mapping[str, Any], lengths: Any) -> GenerationSpan | None:
         prompt = next((kwargs[k] for k in ("inputs_embeds", "input_ids", "inputs") if kwargs.get(k) is not None), None)
         prompt = args[0] if prompt is None and args else prompt
         if not isinstance(prompt, Tensor):
             return None
-        real = kwargs.get("attention_mask")
-        real = torch.ones(prompt.shape[:2], device=prompt.device) if real is None else real
+        mask = kwargs.get("attention_mask")
+        readable = isinstance(mask, Tensor) and mask.ndim == 2
+        real = mask if readable else torch.ones(prompt.shape[:2], device=prompt.device)
         cached = _cached_tokens(kwargs.get("past_key_values"))
         return GenerationSpan.of_prompt(real.bool(), int(cached), self._lengths(lengths))
 
@@ -125,7 +160,7 @@ class EditContext:
         self._passed_lengths = kwargs.get("prompt_lengths")
         return args, {k: v for k, v in kwargs.items() if k != "prompt_lengths"}
 
-    def _locate(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _locate(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the stack of blocks runs: find the step of every token."""
         labels, self._labels = self._labels, None
         lengths, self._passed_lengths = self._lengths(self._passed_lengths), None
@@ -135,11 +170,16 @@ class EditContext:
         if not isinstance(tokens, Tensor) or tokens.ndim < 2:
             self.steps = None
             return
+        if "cu_seq_lens_q" in kwargs and "cache" in kwargs:
+            self.steps = _steps_of_requests(self._manager, inputs["position_ids"])
+            return
         rows, width = tokens.shape[:2]
         past = _cached_tokens(inputs.get("past_key_values"))
         if self._span is not None:
             self.steps = self._span.steps(past, rows, width)
             return
+        if labels is None and lengths is None and module.training and torch.is_grad_enabled():
+            self._warn()
         real, past = _real_tokens(inputs.get("attention_mask"), rows, width, past, tokens.device)
         positions = inputs.get("position_ids")
         fits = positions is not None and positions.shape == (rows, width) and isinstance(past, int) and past == 0
@@ -150,6 +190,29 @@ class EditContext:
             labels=labels if labels is not None and labels.shape == (rows, width) else None,
             prompt_lengths=lengths,
         )
+
+    def _warn(self) -> None:
+        if not self._warned and not torch.compiler.is_compiling():
+            self._warned = True
+            logger.warning(WITHOUT_PROMPT_LENGTHS)
+
+
+CONTINUOUS_BATCHING = (
+    "Continuous batching with a BaFT adapter needs transformers 5.23, a manager that was made after the adapter was added, "
+    "and the prompts as they are, without `prompt_lengths`. Use generate() instead."
+)
+
+
+def _steps_of_requests(manager: Any, positions: Tensor) -> Tensor:
+    """Steps of one continuous batch, (1, tokens): pieces of several requests in a row, prompts or single new tokens."""
+    processor = getattr(manager, "batch_processor", None)
+    requests: Sequence[Any] = getattr(getattr(processor, "inputs_and_outputs", None), "requests_in_batch", ())
+    pieces = torch.tensor([request.query_length for request in requests], device=positions.device)
+    if pieces.sum() != positions.shape[1]:
+        raise NotImplementedError(CONTINUOUS_BATCHING)
+    states = [request.state for request in requests]  # one evicted from the cache starts again with its answer as prompt
+    prompts = torch.tensor([s._true_initial_tokens or len(s.initial_tokens) for s in states], device=positions.device)
+    return positions - prompts.repeat_interleave(pieces)
 
 
 def _bound(names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ enum is therefore given one more member, in memory. If a future PEFT has a BAFT 
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
@@ -18,11 +20,11 @@ def _member(name: str) -> PeftType:
         ImportError: this Python or this PEFT builds enums in another way; nothing is then registered by halves.
     """
     if name not in PeftType.__members__:
-        member = str.__new__(PeftType, name)
+        member: Any = str.__new__(PeftType, name)
         member._name_ = member._value_ = name
         member.__objclass__ = PeftType
         member._sort_order_ = len(PeftType._member_names_)
-        type.__setattr__(PeftType, name, member)
+        type.__setattr__(PeftType, name, member)  # the enum's own __setattr__ refuses
         PeftType._member_names_.append(name)
         PeftType._member_map_[name] = member
         PeftType._value2member_map_[name] = member

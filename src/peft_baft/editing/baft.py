@@ -40,7 +40,6 @@ class Objective:
     locality: float = 1.0
     balance_ceiling: float = 1.0
     locality_ceiling: float = 10.0
-    locality_floor: float = 0.0
 
 
 class BaftEditor(AdapterEditor):
@@ -111,7 +110,7 @@ class BaftEditor(AdapterEditor):
             margins = (settings.alpha, settings.beta, settings.gamma)
             off_edit = {n: _at_edited_tokens(recorded[n], slice(edits, None)) for n in on_edit}
             locality = mean_over_blocks([locality_margin(w, off_edit[n], *margins) for n, w in on_edit.items()])
-            terms["locality"] = settings.locality * rescaled(locality, fit, settings.locality_ceiling, settings.locality_floor)
+            terms["locality"] = settings.locality * rescaled(locality, fit, settings.locality_ceiling)
         return terms
 
     def _remember_use(self, recorded: dict[str, RecordedGates], edits: int) -> None:

@@ -25,7 +25,7 @@ class DescentConfig:
         ValueError: a value is out of its range.
     """
 
-    lr: float = 1e-3
+    lr: float = 2e-3
     max_steps: int = 40
     stop_loss: float = 0.01
     weight_decay: float = 0.01
