@@ -61,7 +61,7 @@ def steps_of_input(
 
 
 def _sequences(index: Tensor, real: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which sequence of its row each token belongs to, and the index of that sequence's first token: (batch, tokens)."""
+    """Which sequence of its row each token belongs to, and the index of that one's first token: (batch, tokens)."""
     if positions is None:
         return torch.zeros_like(index), torch.zeros_like(index)
     shift = torch.where(real, positions - index, torch.iinfo(index.dtype).max).cummin(1).values
@@ -90,7 +90,7 @@ def _given_prompt(lengths: Tensor, sequence: Tensor) -> Tensor:
     if rows == 1 and given > 1 and given == int(sequence.max()) + 1:
         return lengths[sequence]
     if given == 0 or rows % given:
-        raise ValueError(f"prompt_lengths needs one integer per sequence: {rows} rows came with {given} prompt lengths.")
+        raise ValueError(f"prompt_lengths needs one integer per sequence, but {rows} rows came with {given} of them.")
     return lengths.repeat_interleave(rows // given)[:, None]
 
 
@@ -135,9 +135,9 @@ class GenerationSpan:
         Raises:
             ValueError: `rows` is not a multiple of the batch that `generate` was given.
         """
-        if rows % self.start.shape[0]:
-            raise ValueError(f"generate was given {self.start.shape[0]} prompts, but the model was called with {rows} rows.")
-        repeat = rows // self.start.shape[0]
+        if rows % len(self.start):
+            raise ValueError(f"generate was given {len(self.start)} prompts, but the model was called on {rows} rows.")
+        repeat = rows // len(self.start)
         start, end, gap = (x.repeat_interleave(repeat)[:, None] for x in (self.start, self.end, self.gap))
         columns = past + torch.arange(tokens, device=start.device)[None]
         generated = columns >= self.width

@@ -48,7 +48,7 @@ class BaftConfig(PeftConfig):
     weighting: str = field(default="basis", metadata={"help": f"One of {', '.join(WEIGHTINGS)}."})
     gate_norm: str = field(default="rms", metadata={"help": f"One of {', '.join(GATE_NORMS)}."})
     gate_bias: bool = field(default=False, metadata={"help": "Whether each gate has a bias."})
-    gate_offset: float = field(default=-3.5, metadata={"help": "Constant of every gate's logit; 0 starts half open."})
+    gate_offset: float = field(default=-5.0, metadata={"help": "Constant of every gate's logit; 0 starts half open."})
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Blocks edited at their output, from 0; default: 9;18;24;28 of 32, scaled."}
     )

@@ -16,16 +16,20 @@ from peft_baft.span import GenerationSpan, edited, steps_of_input
 
 logger = logging.getLogger(__name__)
 WITHOUT_PROMPT_LENGTHS = (
-    "A BaFT adapter was trained on a forward without labels and without prompt lengths, as DPO, GRPO or label smoothing do: "
-    "its input counts as all prompt, and only the last prompt_positions tokens of the whole text were edited. State where "
-    "the prompts end, with model(..., prompt_lengths=...) or `with peft_baft.prompt_lengths(model, lengths):`."
+    "A BaFT adapter was trained on a forward without labels and without prompt lengths, as by DPO, GRPO or label "
+    "smoothing. The whole input then counts as prompt, and only its last prompt_positions tokens are edited. State "
+    "where prompts end, with model(..., prompt_lengths=...) or `with peft_baft.prompt_lengths(model, lengths):`."
+)
+CONTINUOUS_BATCHING = (
+    "Continuous batching with a BaFT adapter needs transformers 5.23 or later, a manager that was made after the "
+    "adapter was added, and no stated `prompt_lengths`. Use generate() instead."
 )
 GENERATION = ("generate", "init_continuous_batching")  # methods of the base model that the context stands in for
 
 
 @dataclass(frozen=True)
 class RecordedGates:
-    """The gates of one block in one forward. w: (batch, tokens, k) with gradient; mask: (batch, tokens) edited tokens."""
+    """The gates of one block in one forward. w: (batch, tokens, k) with gradient; mask: (batch, tokens) edited."""
 
     w: Tensor
     mask: Tensor
@@ -53,7 +57,7 @@ class EditContext:
         self._passed_lengths: Tensor | None = None
         self._manager: Any = None  # of transformers' continuous batching: knows which request each token belongs to
         self._warned = False
-        self._model = model
+        self._model: Any = model
         self._model_arguments = tuple(inspect.signature(model.forward).parameters)
         self._stack_arguments = tuple(inspect.signature(stack.forward).parameters)
         self._handles = [
@@ -80,8 +84,9 @@ class EditContext:
             return None
         if hidden.shape[:-1] != self.steps.shape:
             raise ValueError(
-                f"A block gave hidden vectors of shape {tuple(hidden.shape)}, but the model was called with (rows, tokens) "
-                f"= {tuple(self.steps.shape)}. Call the model, not a block of it, and keep one row per sequence."
+                f"A block gave hidden vectors of shape {tuple(hidden.shape)}, but the model was called with "
+                f"(rows, tokens) = {tuple(self.steps.shape)}. Call the model, not a block of it, and keep one row per "
+                "sequence."
             )
         return edited(self.steps, prompt_positions).to(hidden.device)
 
@@ -132,7 +137,8 @@ class EditContext:
         """
         manager = type(self._model).init_continuous_batching(self._model, *args, **kwargs)
         settings = getattr(manager, "continuous_batching_config", None)
-        if settings is None or not hasattr(manager, "batch_processor") or self.stated_lengths is not None:
+        fresh = getattr(manager, "batch_processor", "unknown") is None or manager is self._manager
+        if settings is None or not fresh or self.stated_lengths is not None:
             raise NotImplementedError(CONTINUOUS_BATCHING)
         settings.use_cuda_graph = settings.use_async_batching = settings.allow_block_sharing = False
         settings.varlen_compile_config = settings.decode_compile_config = None
@@ -146,7 +152,7 @@ class EditContext:
             return None
         mask = kwargs.get("attention_mask")
         readable = isinstance(mask, Tensor) and mask.ndim == 2
-        real = mask if readable else torch.ones(prompt.shape[:2], device=prompt.device)
+        real: Any = mask if readable else torch.ones(prompt.shape[:2], device=prompt.device)
         cached = _cached_tokens(kwargs.get("past_key_values"))
         return GenerationSpan.of_prompt(real.bool(), int(cached), self._lengths(lengths))
 
@@ -197,12 +203,6 @@ class EditContext:
             logger.warning(WITHOUT_PROMPT_LENGTHS)
 
 
-CONTINUOUS_BATCHING = (
-    "Continuous batching with a BaFT adapter needs transformers 5.23, a manager that was made after the adapter was added, "
-    "and the prompts as they are, without `prompt_lengths`. Use generate() instead."
-)
-
-
 def _steps_of_requests(manager: Any, positions: Tensor) -> Tensor:
     """Steps of one continuous batch, (1, tokens): pieces of several requests in a row, prompts or single new tokens."""
     processor = getattr(manager, "batch_processor", None)
@@ -210,7 +210,7 @@ def _steps_of_requests(manager: Any, positions: Tensor) -> Tensor:
     pieces = torch.tensor([request.query_length for request in requests], device=positions.device)
     if pieces.sum() != positions.shape[1]:
         raise NotImplementedError(CONTINUOUS_BATCHING)
-    states = [request.state for request in requests]  # one evicted from the cache starts again with its answer as prompt
+    states = [request.state for request in requests]  # one put out of the cache takes its answer for more of its prompt
     prompts = torch.tensor([s._true_initial_tokens or len(s.initial_tokens) for s in states], device=positions.device)
     return positions - prompts.repeat_interleave(pieces)
 

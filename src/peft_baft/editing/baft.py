@@ -51,8 +51,9 @@ class BaftEditor(AdapterEditor):
     Args:
         model: a PeftModel whose active adapter is a BaFT adapter.
         tokenizer: the model's own, a fast one.
-        unrelated: text that edits should leave alone; each fact is trained beside the next `Unrelated` of this list, which
-            starts again at its end. Empty for none, as in the paper's single editing: then nothing closes the gates.
+        unrelated: text that edits should leave alone; each fact is trained beside the next of this list, which starts
+            again at its end. Empty for none, as in the paper's single editing: then nothing closes the gates.
+        unrelated_per_edit: how many of them each fact is trained beside.
         objective: the regularisers' settings.
         descent, batch_descent: how one fact, and a batch of facts, is trained.
 
@@ -68,13 +69,14 @@ class BaftEditor(AdapterEditor):
         objective: Objective | None = None,
         descent: DescentConfig | None = None,
         batch_descent: DescentConfig | None = None,
+        unrelated_per_edit: int = 1,
     ) -> None:
         super().__init__(model, tokenizer, descent, batch_descent)
         self.adapter_name = model.active_adapters[0]
         self.layers = [layer for layer in baft_layers(model) if self.adapter_name in layer.configs]
         if not self.layers:
             raise ValueError(f"The active adapter {self.adapter_name!r} is not a BaFT adapter; use AdapterEditor for it.")
-        self.objective = objective or Objective()
+        self.objective, self.unrelated_per_edit = objective or Objective(), unrelated_per_edit
         rows = [encode(tokenizer, text.prompt, text.answer) for text in unrelated]
         for row, text in zip(rows, unrelated, strict=True):
             require_fits(model, row, text.prompt)
@@ -84,7 +86,7 @@ class BaftEditor(AdapterEditor):
         return [layer for layer in self.layers if self.adapter_name in layer.baft_gate]
 
     def _train(self, rows: list[Tokens], parameters: list[nn.Parameter], descent: DescentConfig) -> Outcome:
-        unrelated = [] if self._unrelated is None else list(islice(self._unrelated, len(rows)))
+        unrelated = [] if self._unrelated is None else list(islice(self._unrelated, len(rows) * self.unrelated_per_edit))
         batch = self._batch([*rows, *unrelated])
         context = find_context(self.model)
         assert context is not None, "a BaFT adapter has a context"
