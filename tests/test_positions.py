@@ -286,7 +286,7 @@ def test_training_without_labels_or_lengths_is_warned_of_once(caplog: pytest.Log
 SCHEDULES = {
     "whole prompts": {"num_blocks": 64},
     "prompts in pieces": {"num_blocks": 64, "max_batch_tokens": 4},
-    "full cache": {"num_blocks": 8, "safety_margin": 0.0},  # a request is put back, and its answer read as a prompt
+    "full cache": {"num_blocks": 7, "safety_margin": 0.0},  # a request is put back, and its answer read as a prompt
 }
 
 
@@ -296,7 +296,7 @@ def test_continuous_batching_generates_what_generate_does(schedule: dict[str, An
     long = draw(16, 9)  # two that start alike, but what they share is edited in the shorter one only
     prompts += [long[:9], long]
     greedy = tr.GenerationConfig(max_new_tokens=ANSWER, do_sample=False, eos_token_id=-1, pad_token_id=PAD)
-    cache = tr.ContinuousBatchingConfig(page_size=4, max_requests_per_batch=2, **schedule)
+    cache = tr.ContinuousBatchingConfig(page_size=4, max_requests_per_batch=5, **schedule)
     out = model.generate_batch(prompts, generation_config=greedy, continuous_batching_config=cache)
     answers = [result.generated_tokens for result in out.values()]
     assert answers == [assert_generates_the_truth(model, "llama", [prompt])[0] for prompt in prompts]

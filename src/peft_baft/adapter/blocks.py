@@ -77,7 +77,7 @@ def configured_width(model: nn.Module, block: nn.Module) -> int:
     return width
 
 
-def block_names(model: nn.Module, indices: list[int] | None, pattern: list[str] | str | None) -> list[str]:
+def block_names(model: nn.Module, indices: Any, pattern: list[str] | str | None) -> list[str]:
     """Full names of the chosen decoder blocks, the default ones where `indices` is None.
 
     Raises:

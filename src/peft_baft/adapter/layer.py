@@ -128,7 +128,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         return (None, None) if first is None else (first.device, first.dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        load = self.baft_load[adapter_name] if adapter_name in self.baft_load else None
+        load = self.baft_load[adapter_name] if adapter_name in self.baft_load else None  # noqa: SIM401, it has no get
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         if load is not None:  # a count in half precision would stop counting at 256
             self.baft_load[adapter_name] = load.to(self.baft_load[adapter_name].device)
@@ -151,18 +151,17 @@ class BaftLayer(nn.Module, BaseTunerLayer):
             total = part if total is None else total + part
         if total is None:
             return hidden
-        edited = (hidden + total).to(hidden.dtype)
-        return edited
+        return (hidden + total).to(hidden.dtype)
 
     def _update(self, adapter_name: str, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Φ(h) - h of one adapter at every token, (batch, tokens, d)."""
-        source = self.baft_source[adapter_name]
+        source: Any = self.baft_source[adapter_name]
         with torch.autocast(hidden.device.type, enabled=False):
             h = hidden.to(source.weight.dtype)
             w = self.baft_gate[adapter_name](h) if adapter_name in self.baft_gate else None
             if w is not None and mask is not None and self.context.recorded is not None:
                 self.context.recorded[self.name] = RecordedGates(w, mask)
-            R = self.baft_basis[adapter_name]().to(h.dtype)
+            R: Tensor = self.baft_basis[adapter_name]().to(h.dtype)
             return update(source(h), R, w)
 
     def _chosen(self, hidden: Tensor) -> list[tuple[str, Tensor | None]]:

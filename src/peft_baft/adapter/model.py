@@ -89,7 +89,9 @@ class BaftModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
-        with find_context(self.model).rows([name for name in names for _ in range(beams)]):
+        context = find_context(self.model)
+        assert context is not None, "a BaftModel has at least one edited block"
+        with context.rows([name for name in names for _ in range(beams)]):
             yield
 
     def _check_merge_allowed(self) -> None:
@@ -98,7 +100,7 @@ class BaftModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         raise NotImplementedError(CANNOT_MERGE)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             raise NotImplementedError(CANNOT_MERGE)  # before anything is taken off
         context = find_context(self.model)

@@ -109,7 +109,7 @@ def require_fits(model: Any, row: Tokens, prompt: str) -> None:
 
 def adapter_tensors(model: nn.Module) -> list[Tensor]:
     """Everything an edit may change: the adapters' parameters and buffers, and whatever else is trainable."""
-    tensors = [p for p in model.parameters() if p.requires_grad]
+    tensors: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
         for name in (*layer.adapter_layer_names, *layer.other_param_names):
             container = getattr(layer, name, None)
