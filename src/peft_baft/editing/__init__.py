@@ -1,0 +1,1 @@
+"""Changing what a model knows through an adapter."""

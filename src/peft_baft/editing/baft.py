@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_baft.adapter import BaftLayer, RecordedGates, baft_layers, find_context
-from peft_baft.data.batching import Tokens, encode
+from peft_baft.data.batching import Tokens
 from peft_baft.data.cases import Unrelated
 from peft_baft.editing.descent import DescentConfig, Outcome, descend
-from peft_baft.editing.editor import AdapterEditor, require_fits
+from peft_baft.editing.editor import AdapterEditor, encode_fitting
 from peft_baft.losses import load_balance, locality_margin, mean_over_blocks, rescaled, teacher_forcing
 
 
@@ -57,6 +56,10 @@ class BaftEditor(AdapterEditor):
         objective: the regularisers' settings.
         descent, batch_descent: how one fact, and a batch of facts, is trained.
 
+    Attributes:
+        unrelated_used: how many unrelated texts have been shown so far. A new editor of a reloaded adapter begins at the
+            first text again; set this to what it was to go on exactly as the old one would have.
+
     Raises:
         TypeError, ValueError: as `AdapterEditor`, or the active adapter is not a BaFT adapter.
     """
@@ -72,28 +75,32 @@ class BaftEditor(AdapterEditor):
         unrelated_per_edit: int = 1,
     ) -> None:
         super().__init__(model, tokenizer, descent, batch_descent)
-        self.adapter_name = model.active_adapters[0]
         self.layers = [layer for layer in baft_layers(model) if self.adapter_name in layer.configs]
         if not self.layers:
             raise ValueError(f"The active adapter {self.adapter_name!r} is not a BaFT adapter; use AdapterEditor for it.")
-        self.objective, self.unrelated_per_edit = objective or Objective(), unrelated_per_edit
-        rows = [encode(tokenizer, text.prompt, text.answer) for text in unrelated]
-        for row, text in zip(rows, unrelated, strict=True):
-            require_fits(model, row, text.prompt)
-        self._unrelated = cycle(rows) if rows and self._gated() else None
+        if unrelated_per_edit < 1:
+            raise ValueError(f"unrelated_per_edit must be at least 1, not {unrelated_per_edit}; for none, leave `unrelated` empty.")
+        self.objective, self.unrelated_per_edit, self.unrelated_used = objective or Objective(), unrelated_per_edit, 0
+        rows = [encode_fitting(model, tokenizer, text.prompt, text.answer) for text in unrelated]
+        self._unrelated = rows if self._gated() else []
 
     def _gated(self) -> list[BaftLayer]:
         return [layer for layer in self.layers if self.adapter_name in layer.baft_gate]
 
     def _train(self, rows: list[Tokens], parameters: list[nn.Parameter], descent: DescentConfig) -> Outcome:
-        unrelated = [] if self._unrelated is None else list(islice(self._unrelated, len(rows) * self.unrelated_per_edit))
+        unrelated = self._next_unrelated(len(rows) * self.unrelated_per_edit)
         batch = self._batch([*rows, *unrelated])
         context = find_context(self.model)
         assert context is not None, "a BaFT adapter has a context"
         with context.recording() as recorded:
             outcome = descend(parameters, lambda: self._terms(batch, len(rows), recorded), descent)
             self._remember_use(recorded, len(rows))
+        self.unrelated_used += len(unrelated)
         return outcome
+
+    def _next_unrelated(self, count: int) -> list[Tokens]:
+        first, texts = self.unrelated_used, self._unrelated
+        return [texts[i % len(texts)] for i in range(first, first + count)] if texts else []
 
     def _terms(self, batch: dict[str, Tensor], edits: int, recorded: dict[str, RecordedGates]) -> dict[str, Tensor]:
         """The objective's terms; the first `edits` rows of the batch are the facts, the others unrelated text."""
@@ -103,12 +110,14 @@ class BaftEditor(AdapterEditor):
         layers = self._gated()
         if not layers:
             return terms
+        if not all(recorded[layer.name].w.requires_grad for layer in layers):
+            raise RuntimeError(WITHOUT_GRADIENT)
         on_edit = {layer.name: _at_edited_tokens(recorded[layer.name], slice(None, edits)) for layer in layers}
         loads = {layer.name: layer.baft_load[self.adapter_name] for layer in layers}
         if settings.balance and self.layers[0].configs[self.adapter_name].gate_count > 1:
             balance = mean_over_blocks([load_balance(w, loads[n][:-1], loads[n][-1]) for n, w in on_edit.items()])
             terms["balance"] = settings.balance * rescaled(balance, fit, settings.balance_ceiling)
-        if settings.locality and self._unrelated is not None:
+        if settings.locality and self._unrelated:
             margins = (settings.alpha, settings.beta, settings.gamma)
             off_edit = {n: _at_edited_tokens(recorded[n], slice(edits, None)) for n in on_edit}
             locality = mean_over_blocks([locality_margin(w, off_edit[n], *margins) for n, w in on_edit.items()])
@@ -121,6 +130,13 @@ class BaftEditor(AdapterEditor):
             w = _at_edited_tokens(recorded[layer.name], slice(None, edits)).detach()
             load = layer.baft_load[self.adapter_name]
             load += torch.cat([w.sum(0), w.new_tensor([w.shape[0]])]).to(load)
+
+
+WITHOUT_GRADIENT = (
+    "The gates were computed without gradients, so the regularisers would not act: the model runs its blocks under no_grad, "
+    "as reentrant gradient checkpointing does. Use gradient_checkpointing_enable(gradient_checkpointing_kwargs="
+    '{"use_reentrant": False}), or none.'
+)
 
 
 def _at_edited_tokens(gates: RecordedGates, rows: slice) -> Tensor:

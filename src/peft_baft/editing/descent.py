@@ -22,7 +22,7 @@ class DescentConfig:
         clip_norm: bound on the norm of all gradients together; None for no bound.
 
     Raises:
-        ValueError: a value is out of its range.
+        TypeError: max_steps is not an integer. ValueError: a value is out of its range.
     """
 
     lr: float = 2e-3
@@ -32,12 +32,15 @@ class DescentConfig:
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("lr", "max_steps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}.")
+        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int):
+            raise TypeError(f"max_steps must be an integer, not {self.max_steps!r}.")
+        for name in ("lr", "max_steps", "clip_norm"):
+            value = getattr(self, name)
+            if not (value is None and name == "clip_norm") and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be above 0 and finite, not {value!r}.")
         for name in ("stop_loss", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be below 0, not {getattr(self, name)!r}.")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be 0 or above and finite, not {getattr(self, name)!r}.")
 
 
 @dataclass(frozen=True)

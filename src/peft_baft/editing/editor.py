@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft_baft.data.batching import Tokens, collate, context_window, encode, padding_id
@@ -29,7 +30,7 @@ class AdapterEditor:
         batch_descent: how a batch of several facts is trained.
 
     Raises:
-        TypeError: the model is no PeftModel. ValueError: not exactly one adapter is active.
+        TypeError: the model is no PeftModel, or the adapter learns a prompt (prefix tuning and its like). ValueError: not exactly one adapter is active.
     """
 
     def __init__(
@@ -43,34 +44,51 @@ class AdapterEditor:
             raise TypeError(f"An editor takes a PeftModel, from get_peft_model(model, BaftConfig(...)), not {type(model).__name__}.")
         if len(model.active_adapters) != 1:
             raise ValueError(f"One adapter must be active to be edited, but active are {list(model.active_adapters)}; use set_adapter.")
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.adapter_name = model, tokenizer, model.active_adapters[0]
+        if model.peft_config[self.adapter_name].is_prompt_learning:
+            raise TypeError(f"The adapter {self.adapter_name!r} learns a prompt, which cannot be edited; take another PEFT method.")
         self.descent = descent or DescentConfig()
         self.batch_descent = batch_descent or DescentConfig(max_steps=70)
 
-    def edit(self, edits: Sequence[Edit]) -> Outcome:
-        """Teach `edits` to the active adapter at once, as one batch.
+    def edit(self, edits: Iterable[Edit]) -> Outcome:
+        """Teach `edits` to the adapter at once, as one batch.
 
         Raises:
-            TypeError, ValueError: an edit is unusable, longer than the model can read, or contradicts another one.
+            TypeError, ValueError: an edit is unusable, longer than the model can read, stands twice or contradicts
+                another one; or the adapter is not the active one, disabled or merged.
             FloatingPointError: a loss became NaN or infinite. In each case the adapter is as it was.
         """
-        rows = self._tokens(edits)
-        with restored_on_error(self.model), trainable(self.model) as parameters, evaluating(self.model):
+        rows = self._tokens(_checked(edits))
+        self._require_in_use()
+        descent = self.descent if len(rows) == 1 else self.batch_descent
+        with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model), trainable(self.model) as parameters:
             if not parameters:
-                raise ValueError("The active adapter has no trainable parameters.")
-            return self._train(rows, parameters, self.descent if len(edits) == 1 else self.batch_descent)
+                raise ValueError(f"The adapter {self.adapter_name!r} has no trainable parameters.")
+            with restored_on_error(self.model):
+                return self._train(rows, parameters, descent)
 
-    def edit_in_turn(self, edits: Sequence[Edit], batch_size: int = 1) -> Iterator[Outcome]:
+    def edit_in_turn(self, edits: Iterable[Edit], batch_size: int = 1) -> Iterator[Outcome]:
         """Teach `edits` one after another, `batch_size` at a time; yields the outcome of each batch as it is done.
 
-        All edits are checked before the first one is made.
+        All edits are checked, as by `edit`, when this is called: before the first one is made. An edit is made when its
+        outcome is asked for.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
-        batches = [edits[i : i + batch_size] for i in range(0, len(edits), batch_size)]
+        facts = _checked(edits)
+        batches = [facts[i : i + batch_size] for i in range(0, len(facts), batch_size)]
         for batch in batches:
             self._tokens(batch)
         return (self.edit(batch) for batch in batches)
+
+    def _require_in_use(self) -> None:
+        active = list(self.model.active_adapters)
+        if active != [self.adapter_name]:
+            raise ValueError(f"This editor edits {self.adapter_name!r}, but active is {active}; use set_adapter, or a new editor.")
+        for layer in (module for module in self.model.modules() if isinstance(module, BaseTunerLayer)):
+            if layer.disable_adapters or layer.merged:
+                state = "disabled" if layer.disable_adapters else "merged into the weights"
+                raise ValueError(f"The adapter {self.adapter_name!r} cannot be edited while it is {state}.")
 
     def _train(self, rows: list[Tokens], parameters: list[nn.Parameter], descent: DescentConfig) -> Outcome:
         batch = self._batch(rows)
@@ -84,33 +102,38 @@ class AdapterEditor:
         return {name: tensor.to(device) for name, tensor in collate(rows, padding_id(self.tokenizer)).items()}
 
     def _tokens(self, edits: Sequence[Edit]) -> list[Tokens]:
-        """Check a batch and tokenise it: (prompt, target) rows, each once."""
-        if not isinstance(edits, Sequence) or not all(isinstance(edit, Edit) for edit in edits):
-            raise TypeError(f"edits must be a list of Edit(prompt, target), not {edits!r:.80}.")
-        if not edits:
-            raise ValueError("There is nothing to edit: the list of edits is empty.")
+        """Tokenise one batch, after a check of its edits against each other."""
         targets: dict[str, str] = {}
         for edit in edits:
             prompt, target = edit.prompt.strip(), edit.target.strip()
-            if targets.setdefault(prompt, target) != target:
-                raise ValueError(f"Two edits of one batch contradict each other: {prompt!r} -> {targets[prompt]!r} and {target!r}.")
-        rows = [encode(self.tokenizer, prompt, target) for prompt, target in targets.items()]
-        for row, prompt in zip(rows, targets, strict=True):
-            require_fits(self.model, row, prompt)
-        return rows
+            if prompt in targets:
+                what = f"is edited to {targets[prompt]!r} and to {target!r}" if target != targets[prompt] else "stands twice"
+                raise ValueError(f"{prompt!r} {what} in one batch; leave one, or edit them one after another.")
+            targets[prompt] = target
+        return [encode_fitting(self.model, self.tokenizer, prompt, target) for prompt, target in targets.items()]
 
 
-def require_fits(model: Any, row: Tokens, prompt: str) -> None:
-    """Raise a ValueError if a text is longer than the model's context window."""
-    window = context_window(model)
+def _checked(edits: Iterable[Edit]) -> list[Edit]:
+    facts = list(edits) if isinstance(edits, Iterable) else None
+    if facts is None or not all(isinstance(fact, Edit) for fact in facts):
+        raise TypeError(f"edits must be a list of Edit(prompt, target), not {edits!r:.80}.")
+    if not facts:
+        raise ValueError("There is nothing to edit: the list of edits is empty.")
+    return facts
+
+
+def encode_fitting(model: Any, tokenizer: Any, prompt: str, answer: str) -> Tokens:
+    """`encode`, with a ValueError if the text is longer than the model's context window."""
+    row, window = encode(tokenizer, prompt, answer), context_window(model)
     if window is not None and len(row.ids) > window:
         raise ValueError(f"{prompt[:40]!r}… has {len(row.ids)} tokens with its target, but the model reads at most {window}.")
+    return row
 
 
 def adapter_tensors(model: nn.Module) -> list[Tensor]:
     """Everything an edit may change: the adapters' parameters and buffers, and whatever else is trainable."""
     tensors: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
+    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)):
         for name in (*layer.adapter_layer_names, *layer.other_param_names):
             container = getattr(layer, name, None)
             if isinstance(container, nn.Module):
@@ -153,18 +176,20 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
 
 @contextmanager
 def trainable(model: PeftModel) -> Iterator[list[nn.Parameter]]:
-    """The active adapter's parameters, needing gradients inside, as they did before outside.
+    """The active adapter's parameters, needing gradients inside; flags and gradients are put back as they were.
 
     A reloaded adapter is frozen; this lets it go on learning without a flag to remember.
     """
-    before = {p: p.requires_grad for p in model.parameters()}
-    model.base_model.set_requires_grad(model.active_adapters, True)
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    for parameter, _, _ in before:
+        parameter.grad = None
     try:
-        yield [p for p in model.parameters() if p.requires_grad]
+        model.base_model.set_requires_grad(model.active_adapters, True)
+        yield [parameter for parameter in model.parameters() if parameter.requires_grad]
     finally:
-        for parameter, needed in before.items():
+        for parameter, needed, gradient in before:
             parameter.requires_grad_(needed)
-            parameter.grad = None
+            parameter.grad = gradient
 
 
 @contextmanager

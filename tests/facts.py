@@ -1,0 +1,77 @@
+"""A toy model that really learned facts: 24 capitals and 24 foods, each in two phrasings, known by heart.
+
+A random tiny model has no facts to edit, rephrase or spare; this one does, after a few seconds of training on one core.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import pytest
+import torch
+import transformers as tr
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+
+from peft_baft import Edit, Unrelated
+from peft_baft.data.batching import collate, encode
+from peft_baft.losses import teacher_forcing
+
+COUNTRIES = [a + b for a, b in product(("Ar", "Bel", "Cor", "Dan", "El", "Fen"), ("via", "mark", "land", "ona"))]
+CITIES = [a + b for a, b in product(("Kas", "Lor", "Mir", "Nov", "Ost", "Pel"), ("grad", "ton", "burg", "heim"))]
+ANIMALS = [a + b for a, b in product(("bo", "da", "fu", "gi", "ke", "lu"), ("dran", "lop", "mik", "zu"))]
+FOODS = [a + b for a, b in product(("ap", "ber", "cit", "dat", "ep", "fil"), ("us", "im", "or", "al"))]
+CITIES[3::4] = [f"Port {name}" for name in CITIES[3::4]]  # every fourth answer has two tokens
+CAPITAL, FOOD = dict(zip(COUNTRIES, CITIES, strict=True)), dict(zip(ANIMALS, FOODS, strict=True))
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+WINDOW = 32
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A known fact: two phrasings of its question, the answer."""
+
+    prompt: str
+    rephrase: str
+    answer: str
+
+
+CAPITALS = [Fact(f"the capital of {c} is", f"people of {c} call their capital", CAPITAL[c]) for c in COUNTRIES]
+MEALS = [Fact(f"the food of a {a} is", f"every hungry {a} eats", FOOD[a]) for a in ANIMALS]
+
+
+def make_tokenizer(bos: bool = False, eos: bool = False) -> tr.PreTrainedTokenizerFast:
+    """Words as tokens, each with the space before it, as in byte-level BPE; line breaks and single spaces are tokens too."""
+    texts = [f"{p} {f.answer}" for f in (*CAPITALS, *MEALS) for p in (f.prompt, f.rephrase)]
+    words = sorted({word for text in texts for word in text.split()})
+    vocabulary = [*SPECIAL, *words, *(f" {word}" for word in words), " ", "\n"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), behavior="isolated")
+    if bos or eos:
+        pattern = f"{'<s> ' * bos}$A{' </s>' * eos}"
+        tokenizer.post_processor = processors.TemplateProcessing(single=pattern, special_tokens=[("<s>", 1), ("</s>", 2)])
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return tr.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)
+
+
+def train_model(tokenizer: tr.PreTrainedTokenizerFast, seed: int = 0) -> tr.LlamaForCausalLM:
+    """A llama of 4 blocks of width 64 that knows every fact in both phrasings, in evaluation mode."""
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = tr.LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=WINDOW, **shape, **special)
+    model = tr.LlamaForCausalLM(config)
+    batch = collate([encode(tokenizer, p, f.answer) for f in (*CAPITALS, *MEALS) for p in (f.prompt, f.rephrase)], 0)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    for _ in range(400):
+        loss = teacher_forcing(model(**inputs, use_cache=False).logits, batch["labels"])
+        if loss < 2e-3:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.generation_config.eos_token_id = None  # it never learned to stop
+    return model.eval()
