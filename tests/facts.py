@@ -5,17 +5,20 @@ A random tiny model has no facts to edit, rephrase or spare; this one does, afte
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import transformers as tr
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from peft import PeftModel, get_peft_model
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from peft_baft import Edit, Unrelated
+from peft_baft import BaftConfig, DescentConfig, Edit, Objective, Unrelated
 from peft_baft.data.batching import collate, encode
 from peft_baft.losses import teacher_forcing
 
@@ -25,6 +28,10 @@ ANIMALS = [a + b for a, b in product(("bo", "da", "fu", "gi", "ke", "lu"), ("dra
 FOODS = [a + b for a, b in product(("ap", "ber", "cit", "dat", "ep", "fil"), ("us", "im", "or", "al"))]
 CITIES[3::4] = [f"Port {name}" for name in CITIES[3::4]]  # every fourth answer has two tokens
 CAPITAL, FOOD = dict(zip(COUNTRIES, CITIES, strict=True)), dict(zip(ANIMALS, FOODS, strict=True))
+# Settings of tests are spelled out, so that a change of the package's defaults changes no test of editing.
+DESCENT = DescentConfig(lr=0.02, max_steps=60, stop_loss=0.02, weight_decay=0.01)
+OBJECTIVE = Objective(alpha=0.01, beta=0.05, gamma=0.02, balance=1.0, locality=1.0, balance_ceiling=1.0, locality_ceiling=10.0)
+ADAPTER: dict[str, Any] = {"r": 4, "gate_norm": "rms", "gate_offset": -5.0, "layers_to_transform": [0, 1, 2, 3]}
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WINDOW = 32
 
@@ -43,15 +50,16 @@ MEALS = [Fact(f"the food of a {a} is", f"every hungry {a} eats", FOOD[a]) for a 
 
 
 def make_tokenizer(bos: bool = False, eos: bool = False) -> tr.PreTrainedTokenizerFast:
-    """Words as tokens, each with the space before it, as in byte-level BPE; line breaks and single spaces are tokens too."""
+    """Words as tokens, each with the space before it, as in byte-level BPE; a line break is a token as well."""
     texts = [f"{p} {f.answer}" for f in (*CAPITALS, *MEALS) for p in (f.prompt, f.rephrase)]
     words = sorted({word for text in texts for word in text.split()})
     vocabulary = [*SPECIAL, *words, *(f" {word}" for word in words), " ", "\n"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
     if bos or eos:
-        pattern = f"{'<s> ' * bos}$A{' </s>' * eos}"
-        tokenizer.post_processor = processors.TemplateProcessing(single=pattern, special_tokens=[("<s>", 1), ("</s>", 2)])
+        pattern, marks = f"{'<s> ' * bos}$A{' </s>' * eos}", [("<s>", 1), ("</s>", 2)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=pattern, special_tokens=marks)
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return tr.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)
 
@@ -68,10 +76,56 @@ def train_model(tokenizer: tr.PreTrainedTokenizerFast, seed: int = 0) -> tr.Llam
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     for _ in range(400):
         loss = teacher_forcing(model(**inputs, use_cache=False).logits, batch["labels"])
-        if loss < 2e-3:
+        if loss < 5e-3:
             break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     model.generation_config.eos_token_id = None  # it never learned to stop
     return model.eval()
+
+
+class FactModel(NamedTuple):
+    """The trained base model, which tests leave as they found it, and its tokenizer."""
+
+    base: tr.LlamaForCausalLM
+    tokenizer: tr.PreTrainedTokenizerFast
+
+
+@cache
+def trained() -> FactModel:
+    """The fact model, trained once a process."""
+    tokenizer = make_tokenizer()
+    return FactModel(train_model(tokenizer), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def fact_model() -> FactModel:
+    """A tiny llama that knows `CAPITALS` and `MEALS`."""
+    return trained()
+
+
+@contextmanager
+def adapted(base: tr.PreTrainedModel, seed: int = 0, **config: Any) -> Iterator[PeftModel]:
+    """`base` with a fresh BaFT adapter on every block; taken off again behind."""
+    torch.manual_seed(seed)
+    model = get_peft_model(base, BaftConfig(task_type="CAUSAL_LM", **(ADAPTER | config)))
+    try:
+        yield model
+    finally:
+        model.unload()
+
+
+def edits(*numbers: int) -> list[Edit]:
+    """Countries, by number, that move their capital to another country's."""
+    return [Edit(CAPITALS[n].prompt, CAPITALS[(n + 8) % 24].answer) for n in numbers]
+
+
+def meals(first: int, last: int) -> list[Unrelated]:
+    """Some of the facts about food, as unrelated text."""
+    return [Unrelated(fact.prompt, fact.answer) for fact in MEALS[first:last]]
+
+
+def questions(facts: list[Fact]) -> list[tuple[str, str]]:
+    """What scoring takes: prompts and answers."""
+    return [(fact.prompt, fact.answer) for fact in facts]

@@ -23,8 +23,8 @@ pytestmark = [
 ]
 PROMPT = "The capital of France is"
 IN_ANOTHER_PROCESS = """
-import json, sys, torch, peft_baft
-from peft import get_peft_model
+import sys, torch, peft_baft
+from peft import PeftModel
 base, tokenizer = peft_baft.load_model("smollm2")
 model = PeftModel.from_pretrained(base, sys.argv[1])
 with torch.no_grad():

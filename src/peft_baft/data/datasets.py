@@ -59,7 +59,7 @@ def _records(path: Path, columns: tuple[str, ...], needed: tuple[str, ...]) -> l
     """The records of a file with their places. columns, needed: of a CSV, the ones known and the ones required."""
     kind = path.suffix.lower()
     if kind not in (".jsonl", ".json", ".csv"):
-        raise ValueError(f"{path}: wanted a file that ends in .jsonl, .json or .csv, not {path.suffix or 'in none'}.")
+        raise ValueError(f"{path}: wanted a file that ends in .jsonl, .json or .csv, not {path.suffix or 'in nothing'}.")
     text = _text_of(path)
     if kind == ".csv":
         found = list(_csv(path, text, columns, needed))

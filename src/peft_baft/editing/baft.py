@@ -111,7 +111,7 @@ class BaftEditor(AdapterEditor):
         if not layers:
             return terms
         if not all(recorded[layer.name].w.requires_grad for layer in layers):
-            raise RuntimeError(WITHOUT_GRADIENT)
+            raise ValueError(WITHOUT_GRADIENT)
         on_edit = {layer.name: _at_edited_tokens(recorded[layer.name], slice(None, edits)) for layer in layers}
         loads = {layer.name: layer.baft_load[self.adapter_name] for layer in layers}
         if settings.balance and self.layers[0].configs[self.adapter_name].gate_count > 1:

@@ -30,7 +30,8 @@ class AdapterEditor:
         batch_descent: how a batch of several facts is trained.
 
     Raises:
-        TypeError: the model is no PeftModel, or the adapter learns a prompt (prefix tuning and its like). ValueError: not exactly one adapter is active.
+        TypeError: the model is no PeftModel, or its adapter is one that learns a prompt.
+        ValueError: not exactly one adapter is active.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class AdapterEditor:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
         facts = _checked(edits)
+        self._require_in_use()
         batches = [facts[i : i + batch_size] for i in range(0, len(facts), batch_size)]
         for batch in batches:
             self._tokens(batch)

@@ -1,0 +1,123 @@
+"""Asking a model: token match, agreement and greedy answers, on a toy model that knows facts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import facts
+import pytest
+import torch
+from facts import CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals, questions
+from peft import PeftModel
+
+from peft_baft import BaftEditor
+from peft_baft.data.batching import encode
+from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_tokens, token_match
+
+fact_model = facts.fact_model
+ALL = questions([*CAPITALS, *MEALS])
+
+
+@pytest.fixture
+def edited(fact_model: FactModel) -> Iterator[PeftModel]:
+    """The fact model with one fact edited."""
+    with adapted(fact_model.base) as model:
+        BaftEditor(model, fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT).edit(edits(0))
+        yield model
+
+
+def test_token_match_is_the_share_of_answer_tokens_that_the_model_would_say(fact_model: FactModel) -> None:
+    one, two = CAPITALS[0], CAPITALS[3]
+    assert (one.answer, two.answer) == ("Kasgrad", "Port Kasheim")
+    worked = {
+        (one.prompt, "Kasgrad"): 1.0,
+        (one.prompt, "Kasburg"): 0.0,
+        (two.prompt, "Port Kasheim"): 1.0,
+        (two.prompt, "Port Loheim"): 0.5,  # a word it never met: the first of two tokens is right
+        (two.prompt, "Kasgrad Kasheim"): 0.0,  # after a wrong first token, whatever it would say is not asked
+        (f" {two.prompt} ", "  Port Kasheim\n"): 1.0,  # white space around either is dropped
+    }
+    (after_kasgrad,) = predicted_tokens(*fact_model, [(two.prompt, "Kasgrad Kasheim")])
+    worked[two.prompt, "Kasgrad Kasheim"] = 0.5 * (after_kasgrad[0][1] == after_kasgrad[1][1]).item()
+    assert token_match(*fact_model, list(worked)) == list(worked.values())
+
+
+def test_predictions_equal_a_plain_reading_of_the_logits(edited: PeftModel, fact_model: FactModel) -> None:
+    tokenizer = fact_model.tokenizer
+    for prompt, answer in ALL[:6]:
+        row = encode(tokenizer, prompt, answer)
+        labels = torch.tensor([[-100] * row.prompt_length + list(row.ids[row.prompt_length :])])
+        with torch.no_grad():
+            logits = edited(input_ids=torch.tensor([row.ids]), labels=labels).logits[0]
+        wanted = [int(logits[t - 1].argmax()) for t in range(row.prompt_length, len(row.ids))]
+        ((said, answered),) = predicted_tokens(edited, tokenizer, [(prompt, answer)])
+        assert said.tolist() == wanted and answered.tolist() == list(row.ids[row.prompt_length :])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 48, 100])
+def test_matches_depend_neither_on_the_batch_nor_on_its_padding(edited, fact_model, batch_size: int) -> None:
+    pairs = [*ALL, ("the", "capital of"), (" ".join(["the"] * 20), "food of a")]
+    alone = [token_match(edited, fact_model.tokenizer, [pair])[0] for pair in pairs]
+    assert token_match(edited, fact_model.tokenizer, pairs, batch_size) == alone
+    assert token_match(edited, fact_model.tokenizer, pairs[::-1], batch_size)[::-1] == alone
+    assert 0 < sum(alone) < len(alone)  # control: the edited fact is not matched
+
+
+def test_padding_with_a_token_of_the_text_changes_nothing(edited: PeftModel, fact_model: FactModel) -> None:
+    other = facts.make_tokenizer()
+    other.pad_token = " is"
+    assert token_match(edited, other, ALL) == token_match(edited, fact_model.tokenizer, ALL)
+
+
+def test_no_pairs_give_no_matches(fact_model: FactModel) -> None:
+    assert token_match(*fact_model, []) == [] and greedy_answers(*fact_model, []) == []
+
+
+def test_agreement_is_about_the_same_words_right_or_wrong(edited: PeftModel, fact_model: FactModel) -> None:
+    wrong = [(fact.prompt, "Kasburg") for fact in CAPITALS[:4]]
+    with edited.disable_adapter():
+        before = predicted_tokens(edited, fact_model.tokenizer, wrong)
+        assert token_match(edited, fact_model.tokenizer, wrong)[0] == 0
+    after = predicted_tokens(edited, fact_model.tokenizer, wrong)
+    assert agreement(before, before) == [1, 1, 1, 1]
+    assert agreement(before, after)[0] == 0  # it was edited
+    one, two = torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 0, 0])
+    assert agreement([(one, one)], [(two, one)]) == [0.5]
+
+
+def test_greedy_answers_are_the_likeliest_tokens_one_by_one(edited: PeftModel, fact_model: FactModel) -> None:
+    tokenizer, prompts = fact_model.tokenizer, [CAPITALS[0].prompt, CAPITALS[3].rephrase, MEALS[5].prompt]
+    for prompt, answer in zip(prompts, greedy_answers(edited, tokenizer, prompts, max_new_tokens=4), strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        length = ids.shape[1]
+        for _ in range(4):
+            with torch.no_grad():  # the whole sequence anew, without a cache
+                logits = edited(input_ids=ids, prompt_lengths=torch.tensor([length]), use_cache=False).logits
+            ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
+        assert answer == tokenizer.decode(ids[0, length:]).strip()
+
+
+def test_an_edit_is_said_and_the_base_says_the_old_answer(edited: PeftModel, fact_model: FactModel) -> None:
+    (fact,) = edits(0)
+    assert greedy_answers(edited, fact_model.tokenizer, [fact.prompt], 1) == [fact.target]
+    with edited.disable_adapter():
+        assert greedy_answers(edited, fact_model.tokenizer, [fact.prompt], 1) == [CAPITALS[0].answer]
+
+
+@dataclass
+class Scripted:
+    """A stand-in that answers every prompt with the same tokens."""
+
+    answer: list[int]
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return torch.nn.Embedding(1, 1)
+
+    def generate(self, input_ids: torch.Tensor, **_: object) -> torch.Tensor:
+        return torch.cat([input_ids, torch.tensor([self.answer])], 1)
+
+
+def test_a_greedy_answer_ends_at_its_first_line_break(fact_model: FactModel) -> None:
+    ids = fact_model.tokenizer.convert_tokens_to_ids(["\n", " Port", " Kasheim", "\n", " is", "</s>"])
+    assert greedy_answers(Scripted(ids), fact_model.tokenizer, ["the"]) == ["Port Kasheim"]
