@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig
 
 from peft_baft.adapter.registration import BAFT
+from peft_baft.adapter.weights import check_folder
 
 WEIGHTINGS = ("basis", "subspace", "product", "none")
 GATE_NORMS = ("none", "rms", "scale", "center")
@@ -77,6 +80,17 @@ class BaftConfig(PeftConfig):
         _require_one_of("gate_norm", self.gate_norm, GATE_NORMS)
         if isinstance(self.layers_to_transform, int):
             self.layers_to_transform = [self.layers_to_transform]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """PEFT's, and a look at the weights beside the config, so that damage is found before a model is touched.
+
+        Raises:
+            ValueError: the config, or the weights in a local folder, are damaged.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        check_folder(Path(pretrained_model_name_or_path) / (subfolder or ""), config)
+        return config
 
     @property
     def gate_count(self) -> int:

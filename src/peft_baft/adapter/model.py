@@ -15,6 +15,7 @@ from peft_baft.adapter.blocks import block_names, configured_width, missing_targ
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.layer import CANNOT_MERGE, CHILD, BaftLayer
+from peft_baft.adapter.weights import check_tensors
 
 
 class BaftModel(BaseTuner):
@@ -129,7 +130,7 @@ class BaftModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """PEFT's renaming, after a check that the file holds this adapter whole."""
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        _check_tensors(_expected_shapes(model, adapter_name), renamed)
+        check_tensors(_expected_shapes(model, adapter_name), renamed, "the adapter's file")
         return renamed
 
 
@@ -199,24 +200,3 @@ def _check_adapter_name(name: str, block_name: str) -> None:
 def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
     mine = re.compile(rf"\.{CHILD}\.baft_[a-z]+\.{re.escape(adapter_name)}(\.[a-z]+)?$")
     return {name: tensor.shape for name, tensor in model.state_dict().items() if mine.search(name)}
-
-
-def _check_tensors(expected: dict[str, torch.Size], found: dict[str, Tensor]) -> None:
-    """Raise a ValueError unless every expected tensor is there, in its shape, and finite."""
-    wrong = [f"{name} is missing" for name in expected if name not in found]
-    wrong += [
-        f"{name} is {tuple(found[name].shape)} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name].shape != shape
-    ]
-    wrong += [
-        f"{name} holds NaN or infinity"
-        for name in expected
-        if name in found and found[name].device.type != "meta" and not found[name].isfinite().all()
-    ]
-    if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"The adapter's weights do not fit its adapter_config.json: {'; '.join(wrong[:3])}{more}. The file is damaged "
-            "or belongs to another adapter; take a good copy, or make the edits again."
-        )
