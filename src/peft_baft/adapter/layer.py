@@ -51,7 +51,8 @@ class Gate(nn.Module):
     def __init__(self, config: BaftConfig, d: int) -> None:
         super().__init__()
         rows = config.gate_count + (config.weighting == "product")
-        self.weight = nn.Parameter(torch.randn(rows, d) * 0.1 * d**-0.5)
+        spread = 0.1 if config.init_weights else 5.0  # of the logits, for a vector of unit root mean square
+        self.weight = nn.Parameter(torch.randn(rows, d) * spread * d**-0.5)
         self.bias = nn.Parameter(torch.zeros(rows)) if config.gate_bias else None
         self.norm, self.shared, self.offset = config.gate_norm, config.weighting == "product", config.gate_offset
         if self.norm == "scale":
@@ -128,10 +129,16 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         return (None, None) if first is None else (first.device, first.dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        load = self.baft_load[adapter_name] if adapter_name in self.baft_load else None  # noqa: SIM401, it has no get
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        if load is not None:  # a count in half precision would stop counting at 256
-            self.baft_load[adapter_name] = load.to(self.baft_load[adapter_name].device)
+        """Put an adapter where its block is, its parameters in the block's dtype. Statistics stay in float32."""
+        place, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        place = place if device is None else device
+        if place is None or place.type == "meta":
+            return
+        for container in (self.baft_basis, self.baft_source, self.baft_gate):
+            if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
+                container[adapter_name].to(place, dtype)
+        if adapter_name in self.baft_load:
+            self.baft_load[adapter_name] = self.baft_load[adapter_name].to(place)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Edit the output of the block: every chosen adapter's update is computed from the same `hidden`, and they add up.
