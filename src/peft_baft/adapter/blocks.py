@@ -85,7 +85,7 @@ def block_names(model: nn.Module, indices: Any, pattern: list[str] | str | None)
     """
     stack = find_stack(model, pattern)
     depth = len(cast(nn.ModuleList, model.get_submodule(stack)))
-    indices = default_blocks(depth) if indices is None else indices
+    indices = default_blocks(depth) if indices is None else [indices] if isinstance(indices, int) else indices
     if not indices or any(isinstance(i, bool) or not isinstance(i, int) for i in indices):
         raise TypeError(f"layers_to_transform must hold block indices (integers from 0), not {indices!r}.")
     outside = [i for i in indices if not 0 <= i < depth]

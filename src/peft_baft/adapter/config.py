@@ -39,7 +39,8 @@ class BaftConfig(PeftConfig):
         exclude_modules: Names, or one regular expression, of modules that `target_modules` should pass over.
         modules_to_save: Modules besides the adapter that are trained and saved.
         init_weights: True starts at Φ(h) = h exactly. False draws a random update, which is for tests alone.
-        hidden_size: Width of the edited vectors, filled once the adapter is attached and checked when it is loaded.
+        hidden_size: Width of the edited vectors, filled once the adapter is attached and checked when it is loaded;
+            None where targets differ in width.
         requires: The package to import before an adapter of this type can be loaded.
 
     Raises:
@@ -78,8 +79,6 @@ class BaftConfig(PeftConfig):
             _require_positive_integer(name, getattr(self, name))
         _require_one_of("weighting", self.weighting, WEIGHTINGS)
         _require_one_of("gate_norm", self.gate_norm, GATE_NORMS)
-        if isinstance(self.layers_to_transform, int):
-            self.layers_to_transform = [self.layers_to_transform]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

@@ -45,7 +45,13 @@ class BaftModel(BaseTuner):
                 f"{type(self.model).__name__} has no {', '.join(absent)}: the adapter was made for another model "
                 f"({peft_config.base_model_name_or_path or 'of unknown name'}), or target_modules is misspelt."
             )
+        _check_width(peft_config, self._widths(peft_config), self.model)
         return peft_config
+
+    def _widths(self, config: BaftConfig) -> dict[str, int]:
+        """Width of the output of each module that the config targets, by name."""
+        names = [name for name, _ in self.model.named_modules() if name and self._check_target_module_exists(config, name)]
+        return {name: configured_width(self.model, self.model.get_submodule(name)) for name in names}
 
     @staticmethod
     def _check_target_module_exists(peft_config: BaftConfig, key: str) -> Any:
@@ -63,7 +69,6 @@ class BaftModel(BaseTuner):
     ) -> None:
         """Give the block `target` one more adapter, and its BaftLayer with the first one."""
         width = configured_width(self.model, target)
-        _check_width(peft_config, width, current_key, self.model)
         _check_adapter_name(adapter_name, current_key)
         layer = target._modules.get(CHILD)
         if layer is None:
@@ -177,16 +182,19 @@ def _matches(config: BaftConfig, key: str) -> Any:
         config.layers_to_transform, config.layers_pattern = indices, pattern
 
 
-def _check_width(config: BaftConfig, width: int, block_name: str, model: nn.Module) -> None:
-    if config.hidden_size not in (None, width):
-        raise ValueError(
-            f"This adapter edits hidden vectors of width {config.hidden_size}, but {block_name} of {type(model).__name__} "
-            f"gives width {width}. Load it on the model that it was made for "
-            f"({config.base_model_name_or_path or 'its name was not recorded'})."
-        )
-    if config.r > width:
-        raise ValueError(f"r={config.r} is more than the {width} dimensions of the output of {block_name}; choose r <= {width}.")
-    config.hidden_size = width
+def _check_width(config: BaftConfig, widths: dict[str, int], model: nn.Module) -> None:
+    """Raise a ValueError unless every target can be edited; note their common width in the config."""
+    for name, width in widths.items():
+        if config.hidden_size not in (None, width):
+            raise ValueError(
+                f"This adapter edits hidden vectors of width {config.hidden_size}, but {name} of {type(model).__name__} "
+                f"gives width {width}. Load it on the model that it was made for "
+                f"({config.base_model_name_or_path or 'its name was not recorded'})."
+            )
+        if config.r > width:
+            raise ValueError(f"r={config.r} is more than the {width} dimensions of the output of {name}; choose r <= {width}.")
+    if len(set(widths.values())) == 1:
+        config.hidden_size = next(iter(widths.values()))
 
 
 def _check_adapter_name(name: str, block_name: str) -> None:
