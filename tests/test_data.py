@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as tr
-from facts import CAPITALS, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers
 
+from facts import CAPITALS, make_tokenizer
 from peft_baft.data import Case, Edit, Probe, Unrelated, read_cases, read_unrelated
 from peft_baft.data.batching import Tokens, collate, context_window, encode, padding_id
 
@@ -46,7 +46,12 @@ def written(folder: Path, name: str, content: Any) -> Path:
 @pytest.mark.parametrize("name", ["facts.jsonl", "facts.json", "FACTS.JSON"])
 def test_a_record_becomes_an_edit_and_its_probes(tmp_path: Path, name: str) -> None:
     near = {"prompt": "The capital of Italy is", "answer": " Rome "}
-    full = {**FACT, "rephrase": ["France's capital is", "Capital of France:"], "unrelated": near, "portability": [near, near]}
+    full = {
+        **FACT,
+        "rephrase": ["France's capital is", "Capital of France:"],
+        "unrelated": near,
+        "portability": [near, near],
+    }
     bare, rich = read_cases(written(tmp_path, name, [{**FACT, "target": "Nice", "rephrase": None}, full]))
     assert bare == Case(Edit(FACT["prompt"], "Nice"))
     assert rich.edit == Edit(**FACT)
@@ -81,7 +86,9 @@ def test_unrelated_text_is_read_under_either_name(tmp_path: Path) -> None:
         records = [{"prompt": text.prompt, key: f" {text.answer}"} for text in wanted]
         assert read_unrelated(written(tmp_path, "text.json", records)) == wanted
         assert read_unrelated(written(tmp_path, "text.jsonl", records)) == wanted
-        assert read_unrelated(written(tmp_path, "text.csv", f"prompt,{key}\nwho sang it,Billy\nwho else,Idol")) == wanted
+        assert (
+            read_unrelated(written(tmp_path, "text.csv", f"prompt,{key}\nwho sang it,Billy\nwho else,Idol")) == wanted
+        )
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
@@ -110,12 +117,42 @@ COMPLAINTS = {
     "empty": ("f.jsonl", '{"prompt": "a", "target": " "}', ":1: ", "'target' is empty"),
     "a number": ("f.json", [{"prompt": "a", "target": 2006}], ": record 1: ", "must be a text, not 2006; put it in"),
     "null": ("f.jsonl", '{"prompt": null, "target": "a"}', ":1: ", "must be a text, not null"),
-    "misspelt": ("f.jsonl", '{"prompt": "a", "targt": "b"}', ":1: ", "'targt' (meant is perhaps 'target'); known are prompt"),
-    "unknown": ("f.jsonl", '{"prompt": "a", "target": "b", "zzz": 1}', ":1: ", "unknown field 'zzz'; known are prompt, target"),
-    "given twice": ("f.json", '[{"prompt": "a", "target": "b", "target": "c"}]', ": record 1: ", "'target' stands twice"),
-    "rephrase empty": ("f.jsonl", '{"prompt": "a", "target": "b", "rephrase": ["c", ""]}', ":1: ", "'rephrase' is empty"),
-    "rephrase no text": ("f.jsonl", '{"prompt": "a", "target": "b", "rephrase": {}}', ":1: ", "'rephrase' must be a text"),
-    "unrelated no object": ("f.jsonl", '{"prompt": "a", "target": "b", "unrelated": "c"}', ":1: ", "unrelated must be an obj"),
+    "misspelt": (
+        "f.jsonl",
+        '{"prompt": "a", "targt": "b"}',
+        ":1: ",
+        "'targt' (meant is perhaps 'target'); known are prompt",
+    ),
+    "unknown": (
+        "f.jsonl",
+        '{"prompt": "a", "target": "b", "zzz": 1}',
+        ":1: ",
+        "unknown field 'zzz'; known are prompt, target",
+    ),
+    "given twice": (
+        "f.json",
+        '[{"prompt": "a", "target": "b", "target": "c"}]',
+        ": record 1: ",
+        "'target' stands twice",
+    ),
+    "rephrase empty": (
+        "f.jsonl",
+        '{"prompt": "a", "target": "b", "rephrase": ["c", ""]}',
+        ":1: ",
+        "'rephrase' is empty",
+    ),
+    "rephrase no text": (
+        "f.jsonl",
+        '{"prompt": "a", "target": "b", "rephrase": {}}',
+        ":1: ",
+        "'rephrase' must be a text",
+    ),
+    "unrelated no object": (
+        "f.jsonl",
+        '{"prompt": "a", "target": "b", "unrelated": "c"}',
+        ":1: ",
+        "unrelated must be an obj",
+    ),
     "unrelated half": (
         "f.jsonl",
         '{"prompt": "a", "target": "b", "unrelated": [{"prompt": "c"}]}',
@@ -143,13 +180,18 @@ COMPLAINTS = {
     "suffix": ("f.txt", GOOD, ": ", ".jsonl, .json or .csv, not .txt"),
     "no suffix": ("facts", GOOD, ": ", ".jsonl, .json or .csv"),
     "repeated": ("f.jsonl", f"{GOOD}\n\n{GOOD}", ":3: ", "f.jsonl:1 already"),
-    "repeated but for spaces": ("f.json", [FACT, {**FACT, "target": " Lyon"}], ": record 2: ", "f.json: record 1 already"),
+    "repeated but for spaces": (
+        "f.json",
+        [FACT, {**FACT, "target": " Lyon"}],
+        ": record 2: ",
+        "f.json: record 1 already",
+    ),
     "column missing": ("f.csv", "prompt\na", ":1: ", "the column 'target' is missing"),
     "column misspelt": ("f.csv", "\nprompt,targt\na,b", ":2: ", "unknown column 'targt' (meant is perhaps 'target')"),
     "column twice": ("f.csv", "prompt,target,target\na,b,c", ":1: ", "stands twice"),
     "semicolons": ("f.csv", "prompt;target\na;b", ":1: ", "unknown column 'prompt;target'"),
-    "too many cells": ("f.csv", 'prompt,target\n"a\nb",c\nd,e,f', ":4: ", "3 cells, the header 2"),
-    "too few cells": ("f.csv", "prompt,target\na", ":2: ", "1 cells, the header 2"),
+    "too many cells": ("f.csv", 'prompt,target\n"a\nb",c\nd,e,f', ":4: ", "3 cells, but 2 columns"),
+    "too few cells": ("f.csv", "prompt,target\na", ":2: ", "1 cells, but 2 columns"),
     "empty cell": ("f.csv", 'prompt,target\n\n"a\nb",', ":3: ", "'target' is missing"),
     "half an unrelated": ("f.csv", "prompt,target,unrelated_prompt\na,b,c", ":2: ", "'answer' is missing"),
     "open quote": ("f.csv", 'prompt,target\na,b\nc,"d', ":3: ", "not CSV"),
@@ -201,7 +243,11 @@ def test_any_file_is_read_or_complained_about_with_a_value_error(content: bytes,
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(*[st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)] * 2), min_size=1, unique=True))
+@given(
+    st.lists(
+        st.tuples(*[st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)] * 2), min_size=1, unique=True
+    )
+)
 def test_what_was_written_is_read(pairs: list[tuple[str, str]]) -> None:
     wanted = {(prompt.strip(), target.strip()): None for prompt, target in pairs}
     with TemporaryDirectory() as folder:
@@ -216,7 +262,7 @@ def test_what_was_written_is_read(pairs: list[tuple[str, str]]) -> None:
 @pytest.mark.parametrize(("prompt", "target"), [("", "x"), (" ", "x"), ("x", ""), ("x", "\n\t"), ("x", "\ud800")])
 def test_an_empty_or_broken_prompt_or_target_is_refused(prompt: str, target: str) -> None:
     for make in (Edit, Unrelated, lambda p, t: Probe("locality", p, t)):
-        with pytest.raises(ValueError, match="empty|surrogate"):
+        with pytest.raises(ValueError, match=r"empty|surrogate"):
             make(prompt, target)
 
 

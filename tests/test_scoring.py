@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import facts
 import pytest
 import torch
-from facts import CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals, questions
 from peft import PeftModel
 
+import facts
+from facts import CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals, questions
 from peft_baft import BaftEditor
 from peft_baft.data.batching import encode
 from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_tokens, token_match
@@ -19,12 +18,12 @@ fact_model = facts.fact_model
 ALL = questions([*CAPITALS, *MEALS])
 
 
-@pytest.fixture
-def edited(fact_model: FactModel) -> Iterator[PeftModel]:
+@pytest.fixture(scope="module")
+def edited(fact_model: FactModel) -> PeftModel:
     """The fact model with one fact edited."""
-    with adapted(fact_model.base) as model:
-        BaftEditor(model, fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT).edit(edits(0))
-        yield model
+    model = adapted(fact_model.base)
+    BaftEditor(model, fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT).edit(edits(0))
+    return model
 
 
 def test_token_match_is_the_share_of_answer_tokens_that_the_model_would_say(fact_model: FactModel) -> None:
@@ -76,10 +75,8 @@ def test_no_pairs_give_no_matches(fact_model: FactModel) -> None:
 
 def test_agreement_is_about_the_same_words_right_or_wrong(edited: PeftModel, fact_model: FactModel) -> None:
     wrong = [(fact.prompt, "Kasburg") for fact in CAPITALS[:4]]
-    with edited.disable_adapter():
-        before = predicted_tokens(edited, fact_model.tokenizer, wrong)
-        assert token_match(edited, fact_model.tokenizer, wrong)[0] == 0
-    after = predicted_tokens(edited, fact_model.tokenizer, wrong)
+    before, after = predicted_tokens(*fact_model, wrong), predicted_tokens(edited, fact_model.tokenizer, wrong)
+    assert token_match(*fact_model, wrong)[0] == 0
     assert agreement(before, before) == [1, 1, 1, 1]
     assert agreement(before, after)[0] == 0  # it was edited
     one, two = torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 0, 0])

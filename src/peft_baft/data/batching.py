@@ -32,11 +32,16 @@ def encode(tokenizer: Any, prompt: str, answer: str) -> Tokens:
         ValueError: no token is left for the prompt or for the answer.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(f"{type(tokenizer).__name__} is a slow tokenizer; load the model's fast one (AutoTokenizer does).")
+        raise TypeError(
+            f"{type(tokenizer).__name__} is a slow tokenizer; load the model's fast one (AutoTokenizer does)."
+        )
     prompt, answer = prompt.strip(), answer.strip()
     text = f"{prompt} {answer}"
     encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
-    ends = [0 if special else end for special, (_, end) in zip(encoded["special_tokens_mask"], encoded["offset_mapping"], strict=True)]
+    ends = [
+        0 if special else end
+        for special, (_, end) in zip(encoded["special_tokens_mask"], encoded["offset_mapping"], strict=True)
+    ]
     stop = max((i + 1 for i, end in enumerate(ends) if end), default=0)
     start = next((i for i, end in enumerate(ends) if end > len(prompt)), stop)
     if not any(ends[:start]):

@@ -80,4 +80,6 @@ def _require_text(name: str, value: object) -> None:
     if not value.strip():
         raise ValueError(f"{name} is empty; it needs at least one character that is not white space.")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{name} holds half a character (a lone surrogate), which no tokenizer can read: {value!r:.60}.")
+        raise ValueError(
+            f"{name} holds half a character (a lone surrogate), which no tokenizer can read: {value!r:.60}."
+        )

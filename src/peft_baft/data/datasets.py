@@ -24,14 +24,15 @@ UNRELATED_FIELDS = ("prompt", "answer", "ground_truth")
 def read_cases(path: str | Path) -> list[Case]:
     """The facts of a file, in its order.
 
-    A record has `prompt` and `target`; `rephrase` (a text or a list of them), `unrelated` and `portability` (an object with
-    prompt and answer, or a list of them) may be absent. A .csv has a header row of the columns prompt, target, rephrase,
-    unrelated_prompt and unrelated_answer, of which the first two are needed. Records with `src` instead of `prompt` are
-    read as ZsRE. White space around texts is dropped. One prompt may have several targets, for continual editing.
+    A record has `prompt` and `target`; `rephrase` (a text or a list of them), `unrelated` and `portability` (an object
+    with prompt and answer, or a list of them) may be absent. A .csv has a header row of the columns prompt, target,
+    rephrase, unrelated_prompt and unrelated_answer, of which the first two are needed. Records with `src` instead of
+    `prompt` are read as ZsRE. White space around texts is dropped. One prompt may have several targets, for continual
+    editing.
 
     Raises:
-        ValueError: a record is unusable, or repeats an earlier one; the message begins with `path:line`, in a .json with
-            `path: record N` (from 1).
+        ValueError: a record is unusable, or repeats an earlier one; the message begins with `path:line`, or for a
+            record of a .json with `path: record N`, from 1.
         FileNotFoundError: there is no such file.
     """
     cases: list[Case] = []
@@ -39,7 +40,7 @@ def read_cases(path: str | Path) -> list[Case]:
     for place, record in _records(Path(path), FACT_COLUMNS, ("prompt", "target")):
         case = _placed(place, _case, record)
         if case.edit in places:
-            raise ValueError(f"{place}: the same prompt and target stand at {places[case.edit]} already; remove one of them.")
+            raise ValueError(f"{place}: the same prompt and target stand at {places[case.edit]} already; remove one.")
         places[case.edit] = place
         cases.append(case)
     return cases
@@ -57,14 +58,11 @@ def read_unrelated(path: str | Path) -> list[Unrelated]:
 
 def _records(path: Path, columns: tuple[str, ...], needed: tuple[str, ...]) -> list[Placed]:
     """The records of a file with their places. columns, needed: of a CSV, the ones known and the ones required."""
-    kind = path.suffix.lower()
-    if kind not in (".jsonl", ".json", ".csv"):
-        raise ValueError(f"{path}: wanted a file that ends in .jsonl, .json or .csv, not {path.suffix or 'in nothing'}.")
-    text = _text_of(path)
-    if kind == ".csv":
-        found = list(_csv(path, text, columns, needed))
-    else:
-        found = list(_jsonl(path, text) if kind == ".jsonl" else _json(path, text))
+    readers: dict[str, Callable[[Path, str], Iterator[Placed]]] = {".jsonl": _jsonl, ".json": _json}
+    readers[".csv"] = partial(_csv, columns, needed)
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{path}: wanted a file that ends in .jsonl, .json or .csv, not {path.suffix or 'nothing'}.")
+    found = list(readers[path.suffix.lower()](path, _text_of(path)))
     if not found:
         raise ValueError(f"{path}:1: the file holds no record; it needs at least one.")
     return found
@@ -76,7 +74,7 @@ def _text_of(path: Path) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: wanted UTF-8 text, but byte {error.start} is not; save the file as UTF-8.") from None
+        raise ValueError(f"{path}:{line}: byte {error.start} is not UTF-8 text; save the file as UTF-8.") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -94,7 +92,7 @@ def _json(path: Path, text: str) -> Iterator[Placed]:
         yield f"{path}: record {number}", record
 
 
-def _csv(path: Path, text: str, columns: tuple[str, ...], needed: tuple[str, ...]) -> Iterator[Placed]:
+def _csv(columns: tuple[str, ...], needed: tuple[str, ...], path: Path, text: str) -> Iterator[Placed]:
     rows = csv.reader(io.StringIO(text), strict=True)
     header: list[str] | None = None
     place = f"{path}:1"
@@ -108,7 +106,7 @@ def _csv(path: Path, text: str, columns: tuple[str, ...], needed: tuple[str, ...
                 yield place, _placed(place, partial(_record_of_row, header), row)
             place = f"{path}:{rows.line_num + 1}"  # a row may take several lines; it is named by its first
     except csv.Error as error:
-        raise ValueError(f"{place}: this is not CSV: {error}; put texts with commas or quotes in double quotes.") from None
+        raise ValueError(f"{place}: this is not CSV: {error}; put texts with quotes in double quotes.") from None
 
 
 def _header(columns: tuple[str, ...], needed: tuple[str, ...], row: list[str]) -> list[str]:
@@ -125,7 +123,7 @@ def _header(columns: tuple[str, ...], needed: tuple[str, ...], row: list[str]) -
 def _record_of_row(header: list[str], row: list[str]) -> dict[str, Any]:
     """A CSV row in the shape of a JSON record; empty cells are absent."""
     if len(row) != len(header):
-        raise ValueError(f"the row has {len(row)} cells, the header {len(header)}; put texts with commas in double quotes")
+        raise ValueError(f"{len(row)} cells, but {len(header)} columns; put texts with commas in double quotes")
     record: dict[str, Any] = {name: cell for name, cell in zip(header, row, strict=True) if cell.strip()}
     parts = [(part, record.pop(f"unrelated_{part}", None)) for part in ("prompt", "answer")]
     nearby = {part: text for part, text in parts if text is not None}
@@ -152,8 +150,9 @@ def _parsed(path: Path, text: str, line: int = 1) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        hint = " (one record a line belongs into a .jsonl)" if error.msg == "Extra data" and path.suffix.lower() == ".json" else ""
-        raise ValueError(f"{path}:{line + error.lineno - 1}: this is not JSON: {error.msg} at column {error.colno}{hint}.") from None
+        place, lines = f"{path}:{line + error.lineno - 1}", error.msg == "Extra data" and path.suffix.lower() == ".json"
+        hint = " (one record a line belongs into a .jsonl)" if lines else ""
+        raise ValueError(f"{place}: this is not JSON: {error.msg} at column {error.colno}{hint}.") from None
     except (ValueError, RecursionError) as error:  # a number of too many digits, or too deep a nesting
         raise ValueError(f"{path}:{line}: this JSON cannot be read: {error}.") from None
 
@@ -172,7 +171,10 @@ def _case(record: Any) -> Case:
         return _zsre_case(record)
     _require_known(record, FACT_FIELDS)
     edit = Edit(_text(record, "prompt"), _text(record, "target"))
-    probes = [Probe("generality", _text({"rephrase": text}, "rephrase"), edit.target) for text in _list(record.get("rephrase"))]
+    probes = [
+        Probe("generality", _text({"rephrase": text}, "rephrase"), edit.target)
+        for text in _list(record.get("rephrase"))
+    ]
     for field, kind in (("unrelated", "locality"), ("portability", "portability")):
         probes += [_probe(kind, field, item) for item in _list(record.get(field))]
     return Case(edit, tuple(probes))

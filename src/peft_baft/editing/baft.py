@@ -44,8 +44,8 @@ class Objective:
 class BaftEditor(AdapterEditor):
     """Teaches facts to a BaFT adapter: teacher forcing + incremental load balance + locality margins.
 
-    After each edit the gates' use is added to the adapter's statistics, which are saved with it: a reloaded adapter goes
-    on with its history. With `weighting="none"` there are no gates and nothing to regularise: that is ReFT.
+    After each edit the gates' use is added to the adapter's statistics, which are saved with it: a reloaded adapter
+    goes on with its history. With `weighting="none"` there are no gates and nothing to regularise: that is ReFT.
 
     Args:
         model: a PeftModel whose active adapter is a BaFT adapter.
@@ -57,8 +57,8 @@ class BaftEditor(AdapterEditor):
         descent, batch_descent: how one fact, and a batch of facts, is trained.
 
     Attributes:
-        unrelated_used: how many unrelated texts have been shown so far. A new editor of a reloaded adapter begins at the
-            first text again; set this to what it was to go on exactly as the old one would have.
+        unrelated_used: how many unrelated texts have been shown so far. A new editor begins at the first text again;
+            set this to what it was to go on with a reloaded adapter exactly as the old editor would have.
 
     Raises:
         TypeError, ValueError: as `AdapterEditor`, or the active adapter is not a BaFT adapter.
@@ -77,9 +77,13 @@ class BaftEditor(AdapterEditor):
         super().__init__(model, tokenizer, descent, batch_descent)
         self.layers = [layer for layer in baft_layers(model) if self.adapter_name in layer.configs]
         if not self.layers:
-            raise ValueError(f"The active adapter {self.adapter_name!r} is not a BaFT adapter; use AdapterEditor for it.")
+            raise ValueError(
+                f"The active adapter {self.adapter_name!r} is not a BaFT adapter; use AdapterEditor for it."
+            )
         if unrelated_per_edit < 1:
-            raise ValueError(f"unrelated_per_edit must be at least 1, not {unrelated_per_edit}; for none, leave `unrelated` empty.")
+            raise ValueError(
+                f"unrelated_per_edit must be at least 1, not {unrelated_per_edit}; for none, leave `unrelated` empty."
+            )
         self.objective, self.unrelated_per_edit, self.unrelated_used = objective or Objective(), unrelated_per_edit, 0
         rows = [encode_fitting(model, tokenizer, text.prompt, text.answer) for text in unrelated]
         self._unrelated = rows if self._gated() else []
@@ -133,9 +137,9 @@ class BaftEditor(AdapterEditor):
 
 
 WITHOUT_GRADIENT = (
-    "The gates were computed without gradients, so the regularisers would not act: the model runs its blocks under no_grad, "
-    "as reentrant gradient checkpointing does. Use gradient_checkpointing_enable(gradient_checkpointing_kwargs="
-    '{"use_reentrant": False}), or none.'
+    "The gates were computed without gradients, so the regularisers would not act: the model runs its blocks under "
+    "no_grad, as reentrant gradient checkpointing does. Use gradient_checkpointing_enable("
+    'gradient_checkpointing_kwargs={"use_reentrant": False}), or none.'
 )
 
 

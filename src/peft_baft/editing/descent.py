@@ -70,7 +70,8 @@ def descend(
         parameters: what to change. losses: the terms, at the present parameters; summed as they are.
 
     Raises:
-        FloatingPointError: a term is not finite. The parameters are left where they were at that moment; roll back.
+        FloatingPointError: a term, or a parameter in the end, is not finite. The parameters are left where
+            they were at that moment; roll back.
     """
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
@@ -81,6 +82,7 @@ def descend(
         _require_finite(values, step)
         learned = values[STOP_TERM] < config.stop_loss
         if learned or step == config.max_steps:
+            _require_finite({"a parameter": _first_not_finite(parameters)}, step)
             return Outcome(step, values, time.perf_counter() - begin, learned)
         optimizer.zero_grad()
         torch.stack([term.to(terms[STOP_TERM].device) for term in terms.values()]).sum().backward()
@@ -90,10 +92,18 @@ def descend(
     raise AssertionError("unreachable: the last step returns")
 
 
+def _first_not_finite(parameters: Iterable[nn.Parameter]) -> float:
+    """A NaN or infinity among the parameters; 0 if there is none."""
+    for parameter in parameters:
+        if not parameter.isfinite().all():
+            return parameter[~parameter.isfinite()][0].item()
+    return 0.0
+
+
 def _require_finite(values: dict[str, float], step: int) -> None:
     broken = [name for name, value in values.items() if not abs(value) < float("inf")]
     if broken:
         raise FloatingPointError(
-            f"{', '.join(broken)} became {values[broken[0]]} at step {step}; the edit was stopped and the adapter is as it "
-            "was. A smaller learning rate may help, or a base model in float32 or bfloat16 instead of float16."
+            f"{', '.join(broken)} became {values[broken[0]]} at step {step}; the edit was stopped and the adapter is "
+            "as it was. A smaller learning rate may help, or a base model in float32 or bfloat16 instead of float16."
         )

@@ -42,12 +42,18 @@ class AdapterEditor:
         batch_descent: DescentConfig | None = None,
     ) -> None:
         if not isinstance(model, PeftModel):
-            raise TypeError(f"An editor takes a PeftModel, from get_peft_model(model, BaftConfig(...)), not {type(model).__name__}.")
+            raise TypeError(
+                f"An editor takes a PeftModel, from get_peft_model(model, BaftConfig(...)), not {type(model).__name__}."
+            )
         if len(model.active_adapters) != 1:
-            raise ValueError(f"One adapter must be active to be edited, but active are {list(model.active_adapters)}; use set_adapter.")
+            raise ValueError(
+                f"One adapter must be active to be edited, not {list(model.active_adapters)}; use set_adapter."
+            )
         self.model, self.tokenizer, self.adapter_name = model, tokenizer, model.active_adapters[0]
         if model.peft_config[self.adapter_name].is_prompt_learning:
-            raise TypeError(f"The adapter {self.adapter_name!r} learns a prompt, which cannot be edited; take another PEFT method.")
+            raise TypeError(
+                f"The adapter {self.adapter_name!r} learns a prompt, which cannot be edited; take another PEFT method."
+            )
         self.descent = descent or DescentConfig()
         self.batch_descent = batch_descent or DescentConfig(max_steps=70)
 
@@ -62,7 +68,12 @@ class AdapterEditor:
         rows = self._tokens(_checked(edits))
         self._require_in_use()
         descent = self.descent if len(rows) == 1 else self.batch_descent
-        with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model), trainable(self.model) as parameters:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            evaluating(self.model),
+            trainable(self.model) as parameters,
+        ):
             if not parameters:
                 raise ValueError(f"The adapter {self.adapter_name!r} has no trainable parameters.")
             with restored_on_error(self.model):
@@ -86,7 +97,9 @@ class AdapterEditor:
     def _require_in_use(self) -> None:
         active = list(self.model.active_adapters)
         if active != [self.adapter_name]:
-            raise ValueError(f"This editor edits {self.adapter_name!r}, but active is {active}; use set_adapter, or a new editor.")
+            raise ValueError(
+                f"This editor edits {self.adapter_name!r}, but active is {active}; use set_adapter, or a new editor."
+            )
         for layer in (module for module in self.model.modules() if isinstance(module, BaseTunerLayer)):
             if layer.disable_adapters or layer.merged:
                 state = "disabled" if layer.disable_adapters else "merged into the weights"
@@ -94,7 +107,11 @@ class AdapterEditor:
 
     def _train(self, rows: list[Tokens], parameters: list[nn.Parameter], descent: DescentConfig) -> Outcome:
         batch = self._batch(rows)
-        return descend(parameters, lambda: {"teacher_forcing": teacher_forcing(self._logits(batch), batch["labels"])}, descent)
+
+        def losses() -> dict[str, Tensor]:
+            return {"teacher_forcing": teacher_forcing(self._logits(batch), batch["labels"])}
+
+        return descend(parameters, losses, descent)
 
     def _logits(self, batch: dict[str, Tensor]) -> Tensor:
         return self.model(**batch, use_cache=False).logits
@@ -109,7 +126,8 @@ class AdapterEditor:
         for edit in edits:
             prompt, target = edit.prompt.strip(), edit.target.strip()
             if prompt in targets:
-                what = f"is edited to {targets[prompt]!r} and to {target!r}" if target != targets[prompt] else "stands twice"
+                first = targets[prompt]
+                what = "stands twice" if target == first else f"is edited to {first!r} and to {target!r}"
                 raise ValueError(f"{prompt!r} {what} in one batch; leave one, or edit them one after another.")
             targets[prompt] = target
         return [encode_fitting(self.model, self.tokenizer, prompt, target) for prompt, target in targets.items()]
@@ -128,14 +146,18 @@ def encode_fitting(model: Any, tokenizer: Any, prompt: str, answer: str) -> Toke
     """`encode`, with a ValueError if the text is longer than the model's context window."""
     row, window = encode(tokenizer, prompt, answer), context_window(model)
     if window is not None and len(row.ids) > window:
-        raise ValueError(f"{prompt[:40]!r}… has {len(row.ids)} tokens with its target, but the model reads at most {window}.")
+        raise ValueError(
+            f"{prompt[:40]!r}… has {len(row.ids)} tokens with its target, but the model reads at most {window}."
+        )
     return row
 
 
 def adapter_tensors(model: nn.Module) -> list[Tensor]:
     """Everything an edit may change: the adapters' parameters and buffers, and whatever else is trainable."""
     tensors: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)):
+    for layer in (
+        module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ):
         for name in (*layer.adapter_layer_names, *layer.other_param_names):
             container = getattr(layer, name, None)
             if isinstance(container, nn.Module):
