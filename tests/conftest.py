@@ -40,11 +40,21 @@ ARCHITECTURES = {
     "gpt2": lambda: tr.GPT2LMHeadModel(tr.GPT2Config(**_GPT_SHAPE)),
     "gpt_neox": lambda: tr.GPTNeoXForCausalLM(tr.GPTNeoXConfig(**_NO_KV)),
     "opt": lambda: tr.OPTForCausalLM(
-        tr.OPTConfig(ffn_dim=48, word_embed_proj_dim=WIDTH, **{k: v for k, v in _NO_KV.items() if k != "intermediate_size"})
+        tr.OPTConfig(
+            ffn_dim=48, word_embed_proj_dim=WIDTH, **{k: v for k, v in _NO_KV.items() if k != "intermediate_size"}
+        )
     ),
     "falcon": lambda: tr.FalconForCausalLM(tr.FalconConfig(**_NO_KV)),
     "bloom": lambda: tr.BloomForCausalLM(
-        tr.BloomConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=DEPTH, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        tr.BloomConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            n_layer=DEPTH,
+            n_head=4,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
     ),
 }
 

@@ -16,10 +16,10 @@ import peft
 import pytest
 import torch
 import transformers as tr
-from conftest import ARCHITECTURES, make_model, randomise
 from peft import AutoPeftModelForCausalLM, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from conftest import ARCHITECTURES, make_model, randomise
 from peft_baft import BaftConfig
 from peft_baft.adapter import BaftLayer, baft_layers, find_context
 from peft_baft.adapter.blocks import block_names, default_blocks
@@ -92,7 +92,7 @@ def test_default_blocks_are_the_papers_counted_from_one() -> None:
     assert [b + 1 for b in default_blocks(32)] == [9, 18, 24, 28]
     for depth in range(1, 100):
         blocks = default_blocks(depth)
-        assert blocks == sorted(set(blocks)) and 0 <= blocks[0] and blocks[-1] < depth
+        assert blocks == sorted(set(blocks)) and blocks[0] >= 0 and blocks[-1] < depth
 
 
 def test_blocks_are_found_beside_lists_of_experts() -> None:
@@ -132,7 +132,8 @@ def test_half_precision_bases_keep_their_dtype_and_get_a_float32_adapter(dtype, 
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("transformers.utils.output_capturing") is None, reason="older transformers capture before hooks"
+    importlib.util.find_spec("transformers.utils.output_capturing") is None,
+    reason="older transformers capture before hooks",
 )
 def test_hidden_states_that_the_model_reports_are_the_edited_ones(tokens) -> None:
     model = edited_model(layers_to_transform=[1])
@@ -154,7 +155,11 @@ def test_updates_of_several_active_adapters_come_from_the_same_vector_and_add_up
     context.steps = torch.zeros(2, 7, dtype=torch.long)  # every token an answer token
     expected = h.clone()
     for name in ("default", "second"):
-        R, source, w = orthonormal_rows(layer.baft_basis[name].weight), layer.baft_source[name], layer.baft_gate[name](h)
+        R, source, w = (
+            orthonormal_rows(layer.baft_basis[name].weight),
+            layer.baft_source[name],
+            layer.baft_gate[name](h),
+        )
         expected = expected + (w * source(h)) @ R
     torch.testing.assert_close(layer(h), expected)
     alone = [set_and_run(model, name, tokens) for name in ("default", "second")]
@@ -270,7 +275,9 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("how", LOADERS)
-def test_every_way_of_loading_gives_the_same_logits_and_statistics_without_unpickling(how, saved, tokens, monkeypatch) -> None:
+def test_every_way_of_loading_gives_the_same_logits_and_statistics_without_unpickling(
+    how, saved, tokens, monkeypatch
+) -> None:
     path, expected = saved
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -314,7 +321,9 @@ def test_a_damaged_file_is_refused_before_the_model_is_touched(message, saved, t
     assert is_bare(base) and torch.equal(before, logits(base, tokens))
 
 
-@pytest.mark.parametrize(("shape", "message"), [({"num_hidden_layers": 2}, "another model"), ({"hidden_size": 64}, "width 32")])
+@pytest.mark.parametrize(
+    ("shape", "message"), [({"num_hidden_layers": 2}, "another model"), ({"hidden_size": 64}, "width 32")]
+)
 def test_a_model_of_another_shape_is_refused_and_stays_bare(shape, message, saved, tokens) -> None:
     path, _ = saved
     other = tr.LlamaForCausalLM(tr.LlamaConfig(**{**base_of(path).config.to_dict(), **shape, "head_dim": None}))

@@ -60,7 +60,9 @@ def test_an_edit_is_learned_kept_reloaded_elsewhere_bit_for_bit_and_taken_off_ag
 
     model.save_pretrained(tmp_path / "lyon")
     edited = logits(model, tokenizer)
-    subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS, tmp_path / "lyon", PROMPT, tmp_path / "logits"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", IN_ANOTHER_PROCESS, tmp_path / "lyon", PROMPT, tmp_path / "logits"], check=True
+    )
     assert torch.equal(torch.load(tmp_path / "logits", weights_only=True), edited)
 
     assert {p.suffix for p in (tmp_path / "lyon").iterdir()} == {".json", ".safetensors", ".md"}

@@ -57,5 +57,9 @@ def test_only_the_command_line_prints() -> None:
 def test_every_public_name_is_documented() -> None:
     import peft_baft
 
-    without = [name for name in peft_baft.__all__ if callable(getattr(peft_baft, name)) and not getattr(peft_baft, name).__doc__]
+    without = [
+        name
+        for name in peft_baft.__all__
+        if callable(getattr(peft_baft, name)) and not getattr(peft_baft, name).__doc__
+    ]
     assert not without

@@ -56,7 +56,9 @@ def edit(args: argparse.Namespace) -> int:
     outcomes = _with_progress(batches, -(-len(cases) // args.batch_size))
     result, output = report(), args.output
     model.save_pretrained(str(output), save_embedding_layers=False)
-    (output / "report.json").write_text(json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output / "report.json").write_text(
+        json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     _print_report(result, outcomes, args.model, output)
     return 0 if all(answer.learned for answer in result.answers) else 1
 
@@ -67,7 +69,9 @@ def ask(args: argparse.Namespace) -> int:
     without = greedy_answers(model, tokenizer, args.prompts, args.max_new_tokens)
     edited = PeftModel.from_pretrained(model, args.adapter)
     answers = greedy_answers(edited, tokenizer, args.prompts, args.max_new_tokens)
-    _print_table(("prompt", "without the edits", "with the edits"), list(zip(args.prompts, without, answers, strict=True)))
+    _print_table(
+        ("prompt", "without the edits", "with the edits"), list(zip(args.prompts, without, answers, strict=True))
+    )
     return 0
 
 
@@ -101,7 +105,9 @@ def _prepare_output(output: Path, continued: Path | None, overwrite: bool) -> No
     """Make the output folder; a ValueError if saving would lose an adapter that is neither continued nor given up."""
     kept = (output / WEIGHTS).exists() and not overwrite
     if kept and (continued is None or continued.resolve() != output.resolve()):
-        raise ValueError(f"{output} holds an adapter: continue it with --adapter {output}, or replace it with --overwrite.")
+        raise ValueError(
+            f"{output} holds an adapter: continue it with --adapter {output}, or replace it with --overwrite."
+        )
     output.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is found out before the work, not after
 
 
@@ -120,11 +126,17 @@ def _print_report(report: Report, outcomes: list[Outcome], model: str, output: P
         ("prompt", "before", "after", "wanted", "learned?"),
         [(a.prompt, a.before, a.after, a.wanted, "yes" if a.learned else "NO") for a in report.answers],
     )
-    for name, value in (("reliability", report.reliability), ("generality", report.generality), ("locality", report.locality)):
+    for name, value in (
+        ("reliability", report.reliability),
+        ("generality", report.generality),
+        ("locality", report.locality),
+    ):
         print(f"{name:<12}{'not asked: no record has such a prompt' if value is None else f'{value:.3f}'}")
     steps = sum(outcome.steps for outcome in outcomes)
     size = (output / WEIGHTS).stat().st_size / 1000
-    print(f"\n{steps} steps, {sum(outcome.seconds for outcome in outcomes):.1f} s. Adapter: {output} ({size:.0f} kB). To use it:\n")
+    print(
+        f"\n{steps} steps, {sum(outcome.seconds for outcome in outcomes):.1f} s. Adapter: {output} ({size:.0f} kB). To use it:\n"
+    )
     print(f'    baft ask --model {model} --adapter {output} "{report.answers[0].prompt}"\n')
     print("    import peft_baft                              # makes PEFT know the type BAFT")
     print("    from peft import PeftModel")
@@ -141,14 +153,25 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="baft", description="Change what a language model knows, and keep the change as a PEFT adapter.")
+    parser = argparse.ArgumentParser(
+        prog="baft", description="Change what a language model knows, and keep the change as a PEFT adapter."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     edits = _command(commands, "edit", edit)
-    edits.add_argument("--edits", required=True, type=Path, help="facts: .jsonl, .json or .csv with prompt, target and optionally rephrase, unrelated")
+    edits.add_argument(
+        "--edits",
+        required=True,
+        type=Path,
+        help="facts: .jsonl, .json or .csv with prompt, target and optionally rephrase, unrelated",
+    )
     edits.add_argument("--output", required=True, type=Path, help="folder for the adapter")
     edits.add_argument("--adapter", type=Path, help="an adapter to continue")
-    edits.add_argument("--batch-size", type=int, default=1, help="facts learned at once; 1, the default, is one after another")
-    edits.add_argument("--unrelated", default="general", help="text to leave alone: a file, `general` (default) or `none`")
+    edits.add_argument(
+        "--batch-size", type=int, default=1, help="facts learned at once; 1, the default, is one after another"
+    )
+    edits.add_argument(
+        "--unrelated", default="general", help="text to leave alone: a file, `general` (default) or `none`"
+    )
     edits.add_argument("--preset", choices=PRESETS, default="default", help="settings by name")
     edits.add_argument("--r", type=int, help="rank of a new adapter")
     edits.add_argument("--lr", type=float, help="learning rate")

@@ -50,7 +50,9 @@ class BaftModel(BaseTuner):
 
     def _widths(self, config: BaftConfig) -> dict[str, int]:
         """Width of the output of each module that the config targets, by name."""
-        names = [name for name, _ in self.model.named_modules() if name and self._check_target_module_exists(config, name)]
+        names = [
+            name for name, _ in self.model.named_modules() if name and self._check_target_module_exists(config, name)
+        ]
         return {name: configured_width(self.model, self.model.get_submodule(name)) for name in names}
 
     @staticmethod
@@ -192,7 +194,9 @@ def _check_width(config: BaftConfig, widths: dict[str, int], model: nn.Module) -
                 f"({config.base_model_name_or_path or 'its name was not recorded'})."
             )
         if config.r > width:
-            raise ValueError(f"r={config.r} is more than the {width} dimensions of the output of {name}; choose r <= {width}.")
+            raise ValueError(
+                f"r={config.r} is more than the {width} dimensions of the output of {name}; choose r <= {width}."
+            )
     if len(set(widths.values())) == 1:
         config.hidden_size = next(iter(widths.values()))
 
@@ -202,7 +206,9 @@ def _check_adapter_name(name: str, block_name: str) -> None:
     taken = {*block_name.split("."), CHILD, *BaftLayer.adapter_layer_names, *BaftLayer.other_param_names}
     taken |= {"base_model", "model", "weight", "bias", "scale", "center"}
     if name in taken:
-        raise ValueError(f"The adapter name {name!r} also names a part of the model, which PEFT mixes up; choose another.")
+        raise ValueError(
+            f"The adapter name {name!r} also names a part of the model, which PEFT mixes up; choose another."
+        )
 
 
 def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:

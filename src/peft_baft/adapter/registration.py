@@ -30,7 +30,9 @@ def _member(name: str) -> PeftType:
         PeftType._value2member_map_[name] = member
     member = PeftType.__members__[name]
     if not (PeftType(name) is PeftType[name] is getattr(PeftType, name) is member and member in list(PeftType)):
-        raise ImportError(f"peft_baft cannot add {name} to peft.PeftType on this combination of Python and PEFT versions.")
+        raise ImportError(
+            f"peft_baft cannot add {name} to peft.PeftType on this combination of Python and PEFT versions."
+        )
     return member
 
 
@@ -47,7 +49,9 @@ def register(config_cls: type, model_cls: type) -> None:
     if known is config_cls:
         return
     if known is not None:
-        raise ImportError(f"peft already has a method named BAFT ({known.__module__}); use that one or remove peft_baft.")
+        raise ImportError(
+            f"peft already has a method named BAFT ({known.__module__}); use that one or remove peft_baft."
+        )
     register_peft_method(
         name="baft", config_cls=config_cls, model_cls=model_cls, prefix="baft_", is_mixed_compatible=False
     )

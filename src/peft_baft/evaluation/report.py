@@ -44,7 +44,9 @@ def watch(model: Any, tokenizer: Any, cases: Sequence[Case]) -> Callable[[], Rep
     """
     edits = [(case.edit.prompt, case.edit.target) for case in cases]
     rephrased = [(probe.prompt, probe.answer) for case in cases for probe in case.of_kind("generality")]
-    nearby = [(p.prompt, p.answer) for p in (*(probe for case in cases for probe in case.of_kind("locality")), *CANARIES)]
+    nearby = [
+        (p.prompt, p.answer) for p in (*(probe for case in cases for probe in case.of_kind("locality")), *CANARIES)
+    ]
     prompts = [prompt for prompt, _ in edits]
     said_before, nearby_before = greedy_answers(model, tokenizer, prompts), predicted_tokens(model, tokenizer, nearby)
 

@@ -12,7 +12,9 @@ from peft_baft.data.batching import collate, encode, padding_id
 
 
 @torch.no_grad()
-def predicted_tokens(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int = 16) -> list[tuple[Tensor, Tensor]]:
+def predicted_tokens(
+    model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int = 16
+) -> list[tuple[Tensor, Tensor]]:
     """What the model would say at each answer token of (prompt, answer) pairs, given the answer so far.
 
     The prompt's end is told to the adapter by the labels, so an edit acts here on the tokens it acts on in `generate`.
@@ -35,7 +37,9 @@ def predicted_tokens(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]
 
 def token_match(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int = 16) -> list[float]:
     """Share of each answer's tokens that the model would say itself: reliability, generality, portability."""
-    return [(said == wanted).float().mean().item() for said, wanted in predicted_tokens(model, tokenizer, pairs, batch_size)]
+    return [
+        (said == wanted).float().mean().item() for said, wanted in predicted_tokens(model, tokenizer, pairs, batch_size)
+    ]
 
 
 def agreement(before: Sequence[tuple[Tensor, Tensor]], after: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
@@ -53,7 +57,9 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_t
     answers = []
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt").to(model.get_input_embeddings().weight.device)
-        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding_id(tokenizer))
+        tokens = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding_id(tokenizer)
+        )
         text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         answers.append(text.lstrip().split("\n")[0].strip())
     return answers
