@@ -182,6 +182,27 @@ def test_one_gate_has_no_load_to_balance(fact_model: FactModel) -> None:
     assert set(editor_of(model).edit(edits(0)).losses) == {"teacher_forcing", "locality"}
 
 
+def test_unrelated_text_is_shown_and_not_learned(baft: Setting, fact_model: FactModel) -> None:
+    model, _ = baft
+    just_look = DescentConfig(stop_loss=1e9)  # done before the first step: a mere evaluation
+    wrong = [Unrelated(fact.prompt, "Kasgrad") for fact in MEALS[:4]]
+    found = editor_of(model, wrong, descent=just_look).edit(edits(3)).losses["teacher_forcing"]
+    batch = collate([encode(fact_model.tokenizer, edits(3)[0].prompt, edits(3)[0].target)], 0)
+    with torch.no_grad():
+        assert found == pytest.approx(model(**batch).loss.item(), rel=1e-4)
+
+
+def test_each_fact_is_trained_beside_the_next_unrelated_texts_in_turn(baft: Setting, fact_model: FactModel) -> None:
+    model, _ = baft
+    editor = editor_of(model, meals(0, 3), unrelated_per_edit=2, descent=DescentConfig(stop_loss=1e9))
+    texts = [encode(fact_model.tokenizer, text.prompt, text.answer) for text in meals(0, 3)]
+    batches, make = [], editor._batch
+    editor._batch = lambda rows: batches.append(rows[-2:]) or make(rows)  # type: ignore[method-assign, func-returns-value]
+    list(editor.edit_in_turn(edits(0, 1, 2)))
+    assert batches == [[texts[0], texts[1]], [texts[2], texts[0]], [texts[1], texts[2]]]
+    assert editor.unrelated_used == 6
+
+
 def gates_at(model: PeftModel, pairs: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
     """The gates (edited tokens, k) of each block, in a forward of our own."""
     batch = collate([encode(facts.trained().tokenizer, *pair) for pair in pairs], 0)
@@ -559,6 +580,15 @@ def test_settings_of_the_descent_are_checked(given: dict[str, Any], error: type[
 
 
 def test_the_norm_of_the_gradient_can_be_bounded(baft: Setting) -> None:
-    _, editor = baft
-    editor.descent = DescentConfig(lr=0.02, max_steps=60, stop_loss=0.02, clip_norm=0.1)
-    assert editor.edit(edits(0)).learned
+    model, _ = baft
+    with rolled_back(model):
+        assert editor_of(model).edit(edits(0)).learned
+    bounded = DescentConfig(lr=0.02, max_steps=60, stop_loss=0.02, clip_norm=1e-12)  # far below AdamW's epsilon
+    assert not editor_of(model, descent=bounded).edit(edits(0)).learned
+
+
+def test_one_fact_and_a_batch_have_settings_of_their_own(baft: Setting) -> None:
+    model, _ = baft
+    short, long = DescentConfig(max_steps=1, stop_loss=0), DescentConfig(max_steps=2, stop_loss=0)
+    editor = editor_of(model, descent=short, batch_descent=long)
+    assert (editor.edit(edits(0)).steps, editor.edit(edits(0, 1)).steps) == (1, 2)
