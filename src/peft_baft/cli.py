@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from peft_baft import BaftConfig, BaftEditor, Outcome, Unrelated
+from peft_baft.adapter.weights import FILE as WEIGHTS
 from peft_baft.data.datasets import read_cases, read_unrelated
 from peft_baft.data.unrelated import GENERAL
 from peft_baft.evaluation.report import Report, watch
@@ -26,7 +27,12 @@ from peft_baft.evaluation.scoring import greedy_answers
 from peft_baft.models import load_model
 from peft_baft.presets import PRESETS, Preset
 
-WEIGHTS = "adapter_model.safetensors"
+HOW_TO_LOAD = """
+## How to load this adapter
+
+`pip install peft-baft`, and `import peft_baft` before `PeftModel.from_pretrained`; without it, loading ends in
+`KeyError: 'BAFT'`.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +65,7 @@ def edit(args: argparse.Namespace) -> int:
     (output / "report.json").write_text(
         json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
+    _append(output / "README.md", HOW_TO_LOAD)
     _print_report(result, outcomes, args.model, output)
     return 0 if all(answer.learned for answer in result.answers) else 1
 
@@ -109,6 +116,13 @@ def _prepare_output(output: Path, continued: Path | None, overwrite: bool) -> No
             f"{output} holds an adapter: continue it with --adapter {output}, or replace it with --overwrite."
         )
     output.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is found out before the work, not after
+
+
+def _append(file: Path, text: str) -> None:
+    """Add `text` to a file once, however often the adapter is saved."""
+    before = file.read_text(encoding="utf-8") if file.exists() else ""
+    if text not in before:
+        file.write_text(before + text, encoding="utf-8")
 
 
 def _with_progress(batches: Any, count: int) -> list[Outcome]:
