@@ -91,6 +91,7 @@ def test_commands_edit_continue_and_ask(tmp_path: Path, capfd) -> None:
     assert main(["edit", "--model", "smollm2", "--edits", str(second), "--output", folder]) == 2  # would lose the first
     assert "--adapter" in capfd.readouterr().err
     assert main(["edit", "--model", "smollm2", "--edits", str(second), "--adapter", folder, "--output", folder]) == 0
+    assert json.loads((tmp_path / "edits" / "report.json").read_text())["unrelated_used"] == 2
     capfd.readouterr()
     assert main(["ask", "--model", "smollm2", "--adapter", folder, PROMPT, "The capital of Spain is"]) == 0
     out = capfd.readouterr().out

@@ -5,6 +5,7 @@ Importing this package makes PEFT know the adapter type `BAFT`; it has no other 
 
 from peft_baft.adapter import BaftConfig, BaftModel, prompt_lengths
 from peft_baft.data.cases import Case, Edit, Probe, Unrelated
+from peft_baft.data.datasets import read_cases, read_unrelated
 from peft_baft.data.unrelated import GENERAL
 from peft_baft.editing.baft import BaftEditor, Objective
 from peft_baft.editing.descent import DescentConfig, Outcome
@@ -31,5 +32,7 @@ __all__ = [
     "Unrelated",
     "load_model",
     "prompt_lengths",
+    "read_cases",
+    "read_unrelated",
     "rolled_back",
 ]

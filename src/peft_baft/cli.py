@@ -27,6 +27,7 @@ from peft_baft.evaluation.scoring import greedy_answers
 from peft_baft.models import load_model
 from peft_baft.presets import PRESETS, Preset
 
+REPORT = "report.json"
 HOW_TO_LOAD = """
 ## How to load this adapter
 
@@ -57,14 +58,14 @@ def edit(args: argparse.Namespace) -> int:
     preset = _preset(args)
     model, tokenizer = _edited_model(args, preset)
     editor = BaftEditor(model, tokenizer, unrelated, preset.objective, preset.descent, preset.batch_descent)
+    editor.unrelated_used = _unrelated_used(args.adapter)
     report = watch(model, tokenizer, cases)
     batches = editor.edit_in_turn([case.edit for case in cases], args.batch_size)
     outcomes = _with_progress(batches, -(-len(cases) // args.batch_size))
     result, output = report(), args.output
     model.save_pretrained(str(output), save_embedding_layers=False)
-    (output / "report.json").write_text(
-        json.dumps(asdict(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    summary = asdict(result) | {"unrelated_used": editor.unrelated_used}
+    (output / REPORT).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _append(output / "README.md", HOW_TO_LOAD)
     _print_report(result, outcomes, args.model, output)
     return 0 if all(answer.learned for answer in result.answers) else 1
@@ -106,6 +107,12 @@ def _preset(args: argparse.Namespace) -> Preset:
 def _unrelated(choice: str) -> Sequence[Unrelated]:
     """The text that edits should leave alone: the package's own, none, or a file's."""
     return {"general": GENERAL, "none": ()}[choice] if choice in ("general", "none") else read_unrelated(choice)
+
+
+def _unrelated_used(adapter: Path | None) -> int:
+    """How many unrelated texts an adapter to continue has been trained beside: it goes on with the next one."""
+    report = None if adapter is None else adapter / REPORT
+    return 0 if report is None or not report.exists() else int(json.loads(report.read_text("utf-8"))["unrelated_used"])
 
 
 def _prepare_output(output: Path, continued: Path | None, overwrite: bool) -> None:

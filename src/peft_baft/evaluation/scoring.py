@@ -56,7 +56,7 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_t
     """The model's own greedy continuation of each prompt, up to its first line break."""
     answers = []
     for prompt in prompts:
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.get_input_embeddings().weight.device)
+        inputs = tokenizer(prompt.strip(), return_tensors="pt").to(model.get_input_embeddings().weight.device)
         tokens = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding_id(tokenizer)
         )
