@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from peft_baft import cli
+from peft_baft.cli import bench as bench_command
+from peft_baft.cli import edit as edit_command
 from peft_baft.evaluation.report import Answered
 
 
@@ -16,7 +18,8 @@ def no_model(monkeypatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(cli, "load_model", refuse)
+    for module in (edit_command, bench_command):
+        monkeypatch.setattr(module, "load_model", refuse)
 
 
 def edit(facts: Path, output: Path, *more: str) -> int:
@@ -48,10 +51,10 @@ def test_an_adapter_in_the_output_folder_is_kept_unless_it_is_named_or_given_up(
     facts, output = tmp_path / "facts.jsonl", tmp_path / "out"
     facts.write_text(json.dumps({"prompt": "a", "target": "b"}))
     output.mkdir()
-    (output / cli.WEIGHTS).write_text("precious")
+    (output / edit_command.WEIGHTS).write_text("precious")
     assert edit(facts, output) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert (output / cli.WEIGHTS).read_text() == "precious"
+    assert (output / edit_command.WEIGHTS).read_text() == "precious"
     for choice in (["--overwrite"], ["--adapter", str(output)]):
         with pytest.raises(AssertionError, match="a model was loaded"):  # it went on
             edit(facts, output, *choice)
@@ -61,9 +64,9 @@ def test_a_failed_run_with_overwrite_does_not_lose_the_old_adapter(tmp_path: Pat
     facts, output = tmp_path / "facts.jsonl", tmp_path / "out"
     facts.write_text("nonsense")
     output.mkdir()
-    (output / cli.WEIGHTS).write_text("precious")
+    (output / edit_command.WEIGHTS).write_text("precious")
     assert edit(facts, output, "--overwrite") == 2
-    assert (output / cli.WEIGHTS).read_text() == "precious"
+    assert (output / edit_command.WEIGHTS).read_text() == "precious"
 
 
 def test_an_answer_is_learned_if_it_begins_with_the_target() -> None:

@@ -17,7 +17,9 @@ from facts import CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits
 from peft_baft import AdapterEditor, BaftConfig, BaftEditor, DescentConfig, Edit, Objective, Unrelated, rolled_back
 from peft_baft.adapter import baft_layers, find_context
 from peft_baft.data.batching import collate, encode
+from peft_baft.editing import baft as baft_module
 from peft_baft.editing.editor import adapter_tensors
+from peft_baft.editing.session import CachedSession, Session
 from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_tokens, token_match
 
 fact_model = facts.fact_model
@@ -192,12 +194,17 @@ def test_unrelated_text_is_shown_and_not_learned(baft: Setting, fact_model: Fact
         assert found == pytest.approx(model(**batch).loss.item(), rel=1e-4)
 
 
-def test_each_fact_is_trained_beside_the_next_unrelated_texts_in_turn(baft: Setting, fact_model: FactModel) -> None:
+def test_each_fact_is_trained_beside_the_next_unrelated_texts_in_turn(
+    baft: Setting, fact_model: FactModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, _ = baft
     editor = editor_of(model, meals(0, 3), unrelated_per_edit=2, descent=DescentConfig(stop_loss=1e9))
     texts = [encode(fact_model.tokenizer, text.prompt, text.answer) for text in meals(0, 3)]
-    batches, make = [], editor._batch
-    editor._batch = lambda rows: batches.append(rows[-2:]) or make(rows)  # type: ignore[method-assign, func-returns-value]
+    batches = []
+    real = baft_module.open_session
+    monkeypatch.setattr(
+        baft_module, "open_session", lambda m, rows, *rest: batches.append(rows[-2:]) or real(m, rows, *rest)
+    )
     list(editor.edit_in_turn(edits(0, 1, 2)))
     assert batches == [[texts[0], texts[1]], [texts[2], texts[0]], [texts[1], texts[2]]]
     assert editor.unrelated_used == 6
@@ -247,17 +254,26 @@ def test_past_use_counts_in_the_balance_of_the_next_edit(baft: Setting) -> None:
     assert editor.edit(edits(0)).losses["balance"] > 10 * fresh
 
 
+def patch_logits(patch: pytest.MonkeyPatch, change: Callable[[Callable[[], torch.Tensor]], torch.Tensor]) -> None:
+    """Let `change` stand in for the forward of each training step; it is given the real one."""
+
+    def patched(real: Callable[[Session], torch.Tensor]) -> Callable[[Session], torch.Tensor]:
+        return lambda self: change(lambda: real(self)) if torch.is_grad_enabled() else real(self)
+
+    for kind in (Session, CachedSession):
+        patch.setattr(kind, "logits", patched(kind.logits))
+
+
 def test_gates_without_gradient_are_an_error_and_not_a_silent_loss_of_the_regularisers(
     baft: Setting, monkeypatch
 ) -> None:
     model, editor = baft
-    logits = editor._logits
 
-    def without_gradient(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def without_gradient(logits: Callable[[], torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():
-            return logits(batch)
+            return logits()
 
-    monkeypatch.setattr(editor, "_logits", without_gradient)
+    patch_logits(monkeypatch, without_gradient)
     before = state(model)
     with pytest.raises(ValueError, match="use_reentrant"):
         editor.edit(edits(0))
@@ -455,14 +471,14 @@ def test_an_edit_that_breaks_off_leaves_everything_as_it_was(
     parameter = next(p for p in model.parameters() if p.requires_grad)
     parameter.grad = torch.full_like(parameter, 3.0)  # of a training of the caller's own
     before, used = state(model), getattr(editor, "unrelated_used", None)
-    logits, seen = editor._logits, []
+    seen = []
 
-    def breaking(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def breaking(logits: Callable[[], torch.Tensor]) -> torch.Tensor:
         seen.append(all(torch.equal(t, before["tensors"][name]) for name, t in model.state_dict().items()))
-        return logits(batch) if len(seen) < 2 else break_it(logits(batch))
+        return logits() if len(seen) < 2 else break_it(logits())
 
     with monkeypatch.context() as patch, pytest.raises(error, match=message):
-        patch.setattr(editor, "_logits", breaking)
+        patch_logits(patch, breaking)
         editor.edit(edits(1))
     assert seen == [True, False]  # control: there was something to put back
     assert same(before, state(model)) and (parameter.grad == 3).all()
@@ -489,16 +505,16 @@ def test_an_interrupt_while_the_statistics_are_written_leaves_them_as_they_were(
 def test_parameters_that_became_infinite_are_not_kept_even_if_the_losses_are_finite(baft: Setting, monkeypatch) -> None:
     model, editor = baft
     source = next(p for name, p in model.named_parameters() if "baft_source" in name)
-    logits, before, seen = editor._logits, state(model), []
+    before, seen = state(model), []
 
-    def diverging(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        found = logits(batch)
+    def diverging(logits: Callable[[], torch.Tensor]) -> torch.Tensor:
+        found = logits()
         seen.append(1)
         if len(seen) == 3:
             source.data[0, 0] = torch.inf
         return found
 
-    monkeypatch.setattr(editor, "_logits", diverging)
+    patch_logits(monkeypatch, diverging)
     monkeypatch.setattr(editor, "descent", DescentConfig(lr=1e-3, max_steps=2))
     with pytest.raises(FloatingPointError, match="a parameter became"):
         editor.edit(edits(0))
@@ -520,7 +536,7 @@ UNUSABLE: list[tuple[Any, type[Exception], str]] = [
     ),
     (edits(0, 1, 0), ValueError, f"'{CAPITALS[0].prompt}' stands twice"),
     ([*edits(0), Edit(f" {CAPITALS[0].prompt} ", " Mirgrad")], ValueError, "stands twice"),
-    ([TOO_LONG], ValueError, "has 41 tokens with its target, but the model reads at most 32"),
+    ([TOO_LONG], ValueError, "has 41 tokens with its answer, but the model reads at most 32"),
 ]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,15 @@ import facts
 from facts import CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals, questions
 from peft_baft import BaftEditor
 from peft_baft.data.batching import encode
-from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_tokens, token_match
+from peft_baft.evaluation.scoring import (
+    agreement,
+    exact_match,
+    free_answers,
+    greedy_answers,
+    predicted_tokens,
+    prefix_match,
+    token_match,
+)
 
 fact_model = facts.fact_model
 ALL = questions([*CAPITALS, *MEALS])
@@ -107,6 +117,7 @@ class Scripted:
     """A stand-in that answers every prompt with the same tokens."""
 
     answer: list[int]
+    config: SimpleNamespace = field(default_factory=SimpleNamespace)
 
     def get_input_embeddings(self) -> torch.nn.Embedding:
         return torch.nn.Embedding(1, 1)
@@ -118,3 +129,66 @@ class Scripted:
 def test_a_greedy_answer_ends_at_its_first_line_break(fact_model: FactModel) -> None:
     ids = fact_model.tokenizer.convert_tokens_to_ids(["\n", " Port", " Kasheim", "\n", " is", "</s>"])
     assert greedy_answers(Scripted(ids), fact_model.tokenizer, ["the"]) == ["Port Kasheim"]
+
+
+# free answers
+
+
+def test_free_answers_depend_neither_on_the_batch_nor_on_their_neighbours(edited: PeftModel, fact_model) -> None:
+    prompts = [prompt for prompt, _ in ALL] + [" ".join(["the"] * 20)]
+    lengths = [1 + i % 4 for i in range(len(prompts))]
+    alone = [free_answers(edited, fact_model.tokenizer, [p], [n])[0] for p, n in zip(prompts, lengths, strict=True)]
+    for size in (2, 7, 100):
+        assert free_answers(edited, fact_model.tokenizer, prompts, lengths, size) == alone
+    assert len({len(answer.split()) for answer in alone}) > 1
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_tokenizers_own_padding_side_does_not_matter(edited: PeftModel, fact_model: FactModel, side: str) -> None:
+    tokenizer = deepcopy(fact_model.tokenizer)
+    tokenizer.padding_side = side
+    prompts = [prompt for prompt, _ in ALL]
+    assert greedy_answers(edited, tokenizer, prompts, 2) == greedy_answers(edited, fact_model.tokenizer, prompts, 2)
+    assert token_match(edited, tokenizer, ALL) == token_match(edited, fact_model.tokenizer, ALL)
+
+
+def test_nothing_is_generated_beyond_the_context_window(fact_model: FactModel) -> None:
+    full, nearly = " ".join(["the"] * facts.WINDOW), " ".join(["the"] * (facts.WINDOW - 2))
+    short = CAPITALS[0]
+    said = free_answers(*fact_model, [full, short.prompt, nearly], [5, 5, 5])
+    assert said[0] == "" and said[1].startswith(short.answer) and len(said[2].split()) == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "exact", "prefix"),
+    [
+        ("Paris", "Paris", True, True),
+        ("the PARIS.", "Paris", True, True),
+        ("Paris, the city of light", "Paris", False, True),
+        ("Parisian", "Paris", False, False),
+        ("in Paris", "Paris", False, False),
+        ("New York", "New York City", False, False),
+        ("", "Paris", False, False),
+        ("The", "The The", False, False),
+        ("U.S. Senate", "u s senate", True, True),
+        ("北京", "北京", True, True),
+        ("!", "?", False, False),
+    ],
+)
+def test_exact_and_prefix_match_on_hand_worked_answers(said: str, wanted: str, exact: bool, prefix: bool) -> None:
+    assert exact_match(said, wanted) is exact
+    assert prefix_match(said, wanted) is prefix
+
+
+CHAT = "{% for m in messages %}<s> {{ m['content'] }}{{ '\\n' }}{% endfor %}"
+
+
+def test_the_chat_template_is_used_where_it_is_asked_for(fact_model: FactModel) -> None:
+    tokenizer = deepcopy(fact_model.tokenizer)
+    tokenizer.chat_template = CHAT
+    row = encode(tokenizer, "the capital of Arvia", "Kasgrad", chat=True)
+    assert tokenizer.convert_ids_to_tokens(row.ids)[: row.prompt_length][:1] == ["<s>"]
+    assert row.ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(row.ids[row.prompt_length :]) == "Kasgrad"
+    with pytest.raises(ValueError, match="no chat template"):
+        encode(fact_model.tokenizer, "the", "Kasgrad", chat=True)

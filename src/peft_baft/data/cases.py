@@ -34,15 +34,19 @@ class Probe:
         kind: `generality` (the edit in other words: the answer should be the new one), `portability` (a consequence of
             the edit) or `locality` (something unrelated: whatever the model said before, it should go on saying).
         prompt: the question. answer: the answer that the model's tokens are compared on.
+        topic: what a benchmark calls this sub-type of the kind, such as `Reasoning`; empty where it has none.
     """
 
     kind: str
     prompt: str
     answer: str
+    topic: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"Probe.kind must be one of {', '.join(KINDS)}, not {self.kind!r}.")
+        if not isinstance(self.topic, str):
+            raise TypeError(f"Probe.topic must be a string, empty for none, not {type(self.topic).__name__}.")
         _require_text("Probe.prompt", self.prompt)
         _require_text("Probe.answer", self.answer)
 

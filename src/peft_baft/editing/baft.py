@@ -11,10 +11,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_baft.adapter import BaftLayer, RecordedGates, baft_layers, find_context
-from peft_baft.data.batching import Tokens
+from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Unrelated
 from peft_baft.editing.descent import DescentConfig, Outcome, descend
-from peft_baft.editing.editor import AdapterEditor, encode_fitting
+from peft_baft.editing.editor import AdapterEditor
+from peft_baft.editing.session import Session, open_session
 from peft_baft.losses import load_balance, locality_margin, mean_over_blocks, rescaled, teacher_forcing
 
 
@@ -93,11 +94,11 @@ class BaftEditor(AdapterEditor):
 
     def _train(self, rows: list[Tokens], parameters: list[nn.Parameter], descent: DescentConfig) -> Outcome:
         unrelated = self._next_unrelated(len(rows) * self.unrelated_per_edit)
-        batch = self._batch([*rows, *unrelated])
+        session = open_session(self.model, [*rows, *unrelated], padding_id(self.tokenizer), self._positions(parameters))
         context = find_context(self.model)
         assert context is not None, "a BaFT adapter has a context"
         with context.recording() as recorded:
-            outcome = descend(parameters, lambda: self._terms(batch, len(rows), recorded), descent)
+            outcome = descend(parameters, lambda: self._terms(session, len(rows), recorded), descent)
             self._remember_use(recorded, len(rows))
         self.unrelated_used += len(unrelated)
         return outcome
@@ -106,10 +107,17 @@ class BaftEditor(AdapterEditor):
         first, texts = self.unrelated_used, self._unrelated
         return [texts[i % len(texts)] for i in range(first, first + count)] if texts else []
 
-    def _terms(self, batch: dict[str, Tensor], edits: int, recorded: dict[str, RecordedGates]) -> dict[str, Tensor]:
-        """The objective's terms; the first `edits` rows of the batch are the facts, the others unrelated text."""
-        logits = self._logits(batch)
-        fit = teacher_forcing(logits[:edits], batch["labels"][:edits])
+    def _positions(self, parameters: list[nn.Parameter]) -> int | None:
+        """How many of the last prompt tokens may change; None if what is trained reaches further than the edited blocks."""
+        own = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
+        if any(id(parameter) not in own for parameter in parameters):
+            return None
+        return self.layers[0].configs[self.adapter_name].prompt_positions
+
+    def _terms(self, session: Session, edits: int, recorded: dict[str, RecordedGates]) -> dict[str, Tensor]:
+        """The objective's terms; the first `edits` rows of the session are the facts, the others unrelated text."""
+        logits = session.logits()
+        fit = teacher_forcing(logits[:edits], session.labels[:edits])
         terms, settings = {"teacher_forcing": fit}, self.objective
         layers = self._gated()
         if not layers:

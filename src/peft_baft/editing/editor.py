@@ -12,9 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_baft.data.batching import Tokens, collate, context_window, encode, padding_id
+from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit
 from peft_baft.editing.descent import DescentConfig, Outcome, descend
+from peft_baft.editing.session import open_session
 from peft_baft.losses import teacher_forcing
 
 
@@ -106,19 +107,12 @@ class AdapterEditor:
                 raise ValueError(f"The adapter {self.adapter_name!r} cannot be edited while it is {state}.")
 
     def _train(self, rows: list[Tokens], parameters: list[nn.Parameter], descent: DescentConfig) -> Outcome:
-        batch = self._batch(rows)
+        session = open_session(self.model, rows, padding_id(self.tokenizer), None)
 
         def losses() -> dict[str, Tensor]:
-            return {"teacher_forcing": teacher_forcing(self._logits(batch), batch["labels"])}
+            return {"teacher_forcing": teacher_forcing(session.logits(), session.labels)}
 
         return descend(parameters, losses, descent)
-
-    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.model(**batch, use_cache=False).logits
-
-    def _batch(self, rows: Sequence[Tokens]) -> dict[str, Tensor]:
-        device = self.model.get_input_embeddings().weight.device
-        return {name: tensor.to(device) for name, tensor in collate(rows, padding_id(self.tokenizer)).items()}
 
     def _tokens(self, edits: Sequence[Edit]) -> list[Tokens]:
         """Tokenise one batch, after a check of its edits against each other."""
@@ -140,16 +134,6 @@ def _checked(edits: Iterable[Edit]) -> list[Edit]:
     if not facts:
         raise ValueError("There is nothing to edit: the list of edits is empty.")
     return facts
-
-
-def encode_fitting(model: Any, tokenizer: Any, prompt: str, answer: str) -> Tokens:
-    """`encode`, with a ValueError if the text is longer than the model's context window."""
-    row, window = encode(tokenizer, prompt, answer), context_window(model)
-    if window is not None and len(row.ids) > window:
-        raise ValueError(
-            f"{prompt[:40]!r}… has {len(row.ids)} tokens with its target, but the model reads at most {window}."
-        )
-    return row
 
 
 def adapter_tensors(model: nn.Module) -> list[Tensor]:

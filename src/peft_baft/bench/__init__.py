@@ -1,0 +1,1 @@
+"""The judge: any editor, any benchmark, one protocol, one result line a run."""

@@ -1,0 +1,5 @@
+import sys
+
+from peft_baft.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,103 @@
+"""Does a model still write like before? The variety of the words in what it writes by itself (KnowEdit's fluency)."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from peft_baft.data.batching import collate, context_window, encode_prompt, padding_id
+from peft_baft.evaluation.scoring import BATCH_SIZE, _fitting
+
+LENGTH, TOP_K = 100, 5
+WORD = re.compile(r"\w+|[^\w\s]")
+
+
+def fluency(model: Any, tokenizer: Any, prompts: Sequence[str], seed: int = 0) -> list[float]:
+    """`n_gram_entropy` of what the model makes of each prompt; lower where it repeats itself."""
+    return [n_gram_entropy(text) for text in sampled_texts(model, tokenizer, prompts, seed)]
+
+
+def n_gram_entropy(text: str) -> float:
+    """Mean of 2/3 H2 and 4/3 H3: entropies, in bits, of how often which two, and three, words follow each other.
+
+    Words are runs of letters and digits, and single punctuation marks. KnowEdit prints a hundredfold of this, with words
+    as nltk splits them.
+    """
+    words = WORD.findall(text)
+    return (2 / 3 * _entropy(words, 2) + 4 / 3 * _entropy(words, 3)) / 2
+
+
+def _entropy(words: Sequence[str], n: int) -> float:
+    """Of the n-grams, in bits; 0 where there are none."""
+    counts = Counter(zip(*(words[i:] for i in range(n)), strict=False)).values()
+    total = sum(counts)
+    return sum(count / total * math.log2(total / count) for count in counts)
+
+
+@torch.no_grad()
+def sampled_texts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    seed: int = 0,
+    length: int = LENGTH,
+    top_k: int = TOP_K,
+    batch_size: int = BATCH_SIZE,
+) -> list[str]:
+    """Each prompt with a continuation that is drawn token by token among the `top_k` likeliest, past any end of text.
+
+    What is drawn depends on the seed and the prompt alone; the caller's random numbers stay as they are.
+
+    Args:
+        length: tokens in all, prompt included; fewer where the context window ends before.
+    """
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    window = context_window(model) or sys.maxsize
+    limits = [max(0, min(length, window) - len(row.ids)) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: limits[i])
+    new: dict[int, Tensor] = {}
+    for part in _fitting(order, rows, limits, window, batch_size):
+        batch = collate([rows[i] for i in part], padding_id(tokenizer), side="left")
+        draw = SeededTopK([prompts[i] for i in part], seed, top_k)
+        said = _generate(model, batch, max(limits[i] for i in part), draw, padding_id(tokenizer))
+        new |= dict(zip(part, said, strict=True))
+    ids = [[*row.ids, *(new[i][: limits[i]].tolist() if i in new else ())] for i, row in enumerate(rows)]
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def _generate(model: Any, batch: dict[str, Tensor], tokens: int, draw: LogitsProcessor, padding: int) -> Tensor:
+    """(rows, `tokens`) new tokens."""
+    device = model.get_input_embeddings().weight.device
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "eos_token_id": None}
+    settings |= {"pad_token_id": padding, "logits_processor": LogitsProcessorList([draw])}
+    return model.generate(**inputs, max_new_tokens=tokens, **settings)[:, batch["input_ids"].shape[1] :]
+
+
+class SeededTopK(LogitsProcessor):
+    """Leaves each row one token, drawn among its `top_k` likeliest with random numbers of the row's own.
+
+    Greedy decoding then is sampling that neither the other rows nor anyone's global random state take part in.
+    """
+
+    def __init__(self, prompts: Sequence[str], seed: int, top_k: int) -> None:
+        seeds = [zlib.crc32(f"{seed} {prompt}".encode()) for prompt in prompts]
+        self.generators, self.top_k = [torch.Generator().manual_seed(seed) for seed in seeds], top_k
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """scores: (rows, vocabulary)."""
+        likeliest = scores.topk(self.top_k)
+        below = likeliest.values.float().softmax(-1).cumsum(-1).cpu()
+        u = torch.stack([torch.rand(1, generator=generator) for generator in self.generators])
+        drawn = (below[:, :-1] < u).sum(1, keepdim=True)
+        token = likeliest.indices.gather(1, drawn.to(scores.device))
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)

@@ -1,0 +1,141 @@
+"""How an edit uses the r dimensions of its subspaces: which of them it needs, and where their gates open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_baft.adapter import BaftLayer, baft_layers
+from peft_baft.data.batching import collate, encode_fitting, padding_id
+from peft_baft.data.cases import Case
+from peft_baft.evaluation.scoring import BATCH_SIZE, token_match
+from peft_baft.span import edited
+
+Subspace = tuple[BaftLayer, str]  # an edited block and the name of the adapter that acts there
+
+
+def subspaces(model: nn.Module) -> list[Subspace]:
+    """The edited blocks with the BaFT adapter that is active there; none where there is no such adapter."""
+    layers = [layer for layer in baft_layers(model) if not layer.disable_adapters]
+    return [(layer, name) for layer in layers for name in layer.active_adapters if name in layer.configs]
+
+
+def has_gates(model: nn.Module) -> bool:
+    """A BaFT adapter with gates is active, not ReFT."""
+    return any(name in layer.baft_gate for layer, name in subspaces(model))
+
+
+@torch.no_grad()
+def removal_ladder(model: nn.Module, tokenizer: Any, case: Case) -> list[float]:
+    """Token match of the edit after the M least used dimensions of every block were taken away: the paper's Fig. 1.
+
+    A dimension's use is the mean size of its coefficient w_k (A h + b - R h)_k over the edited tokens, prompt end and
+    answer. Taken away, it moves the hidden vectors no more; the adapter itself is not touched.
+
+    Returns:
+        r + 1 values, for M = 0 … r; the last is that of the unedited model.
+
+    Raises:
+        TypeError: the model carries no BaFT adapter. ValueError: not exactly one is active.
+    """
+    blocks = _one_adapter(model)
+    edit, rows = [(case.edit.prompt, case.edit.target)], blocks[0][0].configs[blocks[0][1]].r + 1
+    kept: dict[nn.Module, Tensor] = {}
+    for (layer, name), (shift, w) in zip(blocks, _at_edited_tokens(model, tokenizer, edit, blocks), strict=True):
+        place = (shift.abs() * w).mean(0).argsort(stable=True).argsort()  # 0 for the least used
+        kept[layer.baft_source[name]] = place >= torch.arange(rows)[:, None]
+
+    def take_away(source: nn.Module, _: Any, shift: Tensor) -> Tensor:
+        return torch.where(kept[source].to(shift.device)[:, None], shift, 0)  # row M of the batch lacks M dimensions
+
+    with _hooked(kept, take_away):
+        return token_match(model, tokenizer, edit * rows, batch_size=rows)
+
+
+@torch.no_grad()
+def mean_gates(model: nn.Module, tokenizer: Any, case: Case) -> dict[str, Any]:
+    """Mean gates of every block over the edited tokens of the edit and of its probes: the paper's Fig. 2.
+
+    Returns:
+        blocks: their names. edit, generality, locality: for each block, its mean gates: r of them, or the one of an
+        adapter that has one for all. A kind that the case has no probes of is absent.
+
+    Raises:
+        TypeError: the model carries no BaFT adapter. ValueError: not exactly one is active, or it has no gates.
+    """
+    blocks = _one_adapter(model)
+    if not has_gates(model):
+        raise ValueError("The active adapter has no gates (weighting='none', which is ReFT); take one that has.")
+    found: dict[str, Any] = {"blocks": [layer.name for layer, _ in blocks]}
+    asked = {kind: [(p.prompt, p.answer) for p in case.of_kind(kind)] for kind in ("generality", "locality")}
+    for kind, pairs in {"edit": [(case.edit.prompt, case.edit.target)], **asked}.items():
+        if pairs:
+            found[kind] = [w.mean(0).tolist() for _, w in _at_edited_tokens(model, tokenizer, pairs, blocks)]
+    return found
+
+
+def _one_adapter(model: nn.Module) -> list[Subspace]:
+    if not baft_layers(model):
+        raise TypeError(
+            f"The dimensions and gates of a BaFT adapter were asked for, but this {type(model).__name__} carries none; "
+            "load one with PeftModel.from_pretrained(model, folder)."
+        )
+    found = subspaces(model)
+    names = {name for _, name in found}
+    if len(names) != 1:
+        raise ValueError(f"One BaFT adapter must be active, not {sorted(names)}; use set_adapter.")
+    return found
+
+
+def _at_edited_tokens(
+    model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], blocks: Sequence[Subspace]
+) -> list[tuple[Tensor, Tensor]]:
+    """For each block, at all n edited tokens of all pairs: A h + b - R h (n, r), and the gates (n, r), or (n, 1) if shared."""
+    device = model.get_input_embeddings().weight.device
+    rows = [encode_fitting(model, tokenizer, prompt, answer) for prompt, answer in pairs]
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in blocks]
+    for start in range(0, len(rows), BATCH_SIZE):
+        batch = collate(rows[start : start + BATCH_SIZE], padding_id(tokenizer))
+        with _watching(blocks) as seen:
+            model(**{name: t.to(device) for name, t in batch.items()}, use_cache=False)
+        for values, block in zip(found, blocks, strict=True):
+            values.append(_selected(*block, seen))
+    return [(torch.cat(shifts), torch.cat(gates)) for shifts, gates in (zip(*values, strict=True) for values in found)]
+
+
+def _selected(layer: BaftLayer, name: str, seen: dict[nn.Module, Tensor]) -> tuple[Tensor, Tensor]:
+    """Shift and gates of one block at the edited tokens of the last forward; gates of 1 where there are none."""
+    steps = layer.context.steps
+    assert steps is not None, "the model was given tokens"
+    mask = edited(steps, layer.configs[name].prompt_positions).cpu()
+    shift = seen[layer.baft_source[name]][mask]
+    return shift, seen[layer.baft_gate[name]][mask] if name in layer.baft_gate else torch.ones(len(shift), 1)
+
+
+@contextmanager
+def _watching(blocks: Sequence[Subspace]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Keep what the blocks' sources and gates give in the last forward inside."""
+    seen: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, _: Any, output: Tensor) -> None:
+        seen[module] = output.float().cpu()
+
+    sources = [layer.baft_source[name] for layer, name in blocks]
+    gates = [layer.baft_gate[name] for layer, name in blocks if name in layer.baft_gate]
+    with _hooked([*sources, *gates], keep):
+        yield seen
+
+
+@contextmanager
+def _hooked(modules: Iterable[nn.Module], hook: Callable[..., Tensor | None]) -> Iterator[None]:
+    """Call `hook` after the forward of each module inside."""
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

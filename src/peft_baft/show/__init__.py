@@ -1,0 +1,1 @@
+"""Results and edits as tables, figures and pages."""

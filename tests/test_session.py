@@ -1,0 +1,108 @@
+"""The session that keeps what an edit cannot change gives what the plain one gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+import facts
+from conftest import ARCHITECTURES, make_model, randomise
+from facts import DESCENT, OBJECTIVE, FactModel, adapted, edits, meals
+from peft_baft import BaftConfig, BaftEditor
+from peft_baft.adapter import find_context
+from peft_baft.data.batching import Tokens
+from peft_baft.editing import baft as baft_module
+from peft_baft.editing import session as session_module
+from peft_baft.editing.session import CachedSession, Session, open_session
+from peft_baft.losses import teacher_forcing
+
+fact_model = facts.fact_model
+CPU = torch.device("cpu")
+GENERATOR = torch.Generator().manual_seed(0)
+ROWS = [
+    Tokens(tuple(torch.randint(3, 64, (length + answer,), generator=GENERATOR).tolist()), length)
+    for length, answer in ((9, 3), (5, 2), (4, 4), (12, 1))
+]  # prompts and answers of unequal length: padding on both sides of the cut
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request: pytest.FixtureRequest) -> Iterator[PeftModel]:
+    model = get_peft_model(make_model(request.param), BaftConfig(task_type="CAUSAL_LM", r=4, gate_offset=0.0)).eval()
+    randomise(model, 0.3)
+    yield model
+
+
+def outcome(model: PeftModel, session: Session) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """Loss, gradient and gates of one training step."""
+    context = find_context(model)
+    assert context is not None
+    model.zero_grad()
+    with context.recording() as recorded:
+        loss = teacher_forcing(session.logits(), session.labels)
+        loss.backward()
+        gates = torch.cat([gates.w[gates.mask] for gates in recorded.values()]).detach()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), gates
+
+
+def test_loss_gradient_and_gates_are_those_of_the_full_computation(model: PeftModel) -> None:
+    plain = outcome(model, Session(model, ROWS, 0, CPU))
+    cached = CachedSession(model, ROWS, 0, CPU, positions=3)
+    for _ in range(2):  # a forward leaves the cache as it was
+        loss, gradient, gates = outcome(model, cached)
+        assert loss == pytest.approx(plain[0], rel=1e-5)
+        assert (gradient - plain[1]).norm() < 1e-5 * plain[1].norm()
+        torch.testing.assert_close(gates, plain[2], atol=1e-5, rtol=0)
+    assert plain[1].norm() > 1e-3
+
+
+def test_less_is_computed(model: PeftModel) -> None:
+    widths: list[int] = []
+    embedding = model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda _, inputs, out: widths.append(inputs[0].shape[1]))
+    for session in (Session(model, ROWS, 0, CPU), CachedSession(model, ROWS, 0, CPU, positions=3)):
+        widths.clear()
+        session.logits()
+        assert widths == ([13] if type(session) is Session else [3 + 4])
+    hook.remove()
+
+
+def learned(fact_model: FactModel) -> tuple[list[int], torch.Tensor]:
+    """Steps and parameters after three edits in turn."""
+    model = adapted(fact_model.base)
+    editor = BaftEditor(model, fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT)
+    steps = [done.steps for done in editor.edit_in_turn(edits(0, 3, 7))]
+    return steps, torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def test_what_is_learned_is_the_same(fact_model: FactModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Session] = []
+    real = open_session
+    monkeypatch.setattr(baft_module, "open_session", lambda *given: opened.append(real(*given)) or opened[-1])
+    cached = learned(fact_model)
+    assert all(isinstance(session, CachedSession) for session in opened)
+    monkeypatch.setattr(baft_module, "open_session", lambda m, rows, pad, positions: real(m, rows, pad, None))
+    plain = learned(fact_model)
+    assert cached[0] == plain[0]
+    torch.testing.assert_close(cached[1], plain[1], atol=2e-3, rtol=0)
+
+
+def test_a_model_whose_cache_says_something_else_is_edited_without_it(
+    fact_model: FactModel, monkeypatch, caplog
+) -> None:
+    model = adapted(fact_model.base)
+    rows = [Tokens((4, 5, 6, 7, 8, 9), 5)]
+    caplog.set_level("INFO", logger=session_module.__name__)
+    with monkeypatch.context() as patch:
+        patch.setattr(CachedSession, "logits", lambda self: torch.randn(1, self.labels.shape[1], 200))
+        assert type(open_session(model, rows, 0, 3)) is Session
+    assert "without a cache" in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr(model.get_base_model(), "forward", lambda input_ids, **_: 1 / 0)
+        patch.setattr(CachedSession, "__init__", lambda *_: (_ for _ in ()).throw(TypeError("no cache here")))
+        assert type(open_session(model, rows, 0, 3)) is Session
+    assert isinstance(open_session(model, rows, 0, 3), CachedSession)
+    assert type(open_session(model, [Tokens((4, 5, 6, 7), 3)], 0, 3)) is Session  # nothing lies before the last 3
+    assert type(open_session(model, rows, 0, None)) is Session
