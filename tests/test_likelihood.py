@@ -162,7 +162,7 @@ def test_edit_success_on_a_hand_worked_case(monkeypatch, before: float, topic: f
 
 
 def test_edit_success_compares_with_the_model_without_its_adapter(edited: PeftModel, fact_model: FactModel) -> None:
-    wanted, unwanted = [fact.answer for fact in MEALS[:3]], [fact.answer for fact in MEALS[3:5]]
+    wanted, unwanted = [MEALS[0].answer], [fact.answer for fact in MEALS[3:5]]
     question, tokenizer, base = MEALS[0].prompt, fact_model.tokenizer, fact_model.base
     edited.requires_grad_(False)  # as if reloaded
 
@@ -173,7 +173,7 @@ def test_edit_success_compares_with_the_model_without_its_adapter(edited: PeftMo
     turn = 1 / (1 + math.exp(mean(edited, unwanted) - mean(edited, wanted)))
     topic = min(1.0, math.exp(mean(edited, wanted) - mean(base, wanted)))
     assert edit_success(edited, tokenizer, question, wanted, unwanted) == pytest.approx(turn * topic, rel=1e-3)
-    assert topic < 0.95 and not any(parameter.requires_grad for parameter in edited.parameters())
+    assert 0.1 < topic < 0.95 and not any(parameter.requires_grad for parameter in edited.parameters())
     plain = 1 / (1 + math.exp(mean(base, unwanted) - mean(base, wanted)))
     assert edit_success(base, tokenizer, question, wanted, unwanted) == pytest.approx(plain, rel=1e-3)
     assert abs(plain - turn * topic) > 0.01
@@ -185,8 +185,7 @@ def test_sentiment_takes_the_side_that_the_edit_takes_and_refuses_other_benchmar
     case = Case(Edit("the capital of Arvia is", "Kasgrad"))
     with pytest.raises(ValueError, match="convsent"):
         MEASURES["sentiment"](*fact_model, case)
-    values = []
-    for wanted in ("positive", "negative"):
-        item: Any = ConvSentCase(case, CAPITALS[0].prompt, wanted, (CAPITALS[0].answer,), (CAPITALS[8].answer,))
-        values.append(MEASURES["sentiment"](*fact_model, item)["sentiment"])
+    sides = {"positive": (CAPITALS[0].answer,), "negative": (CAPITALS[8].answer,)}
+    items = [ConvSentCase(case.edit, question=CAPITALS[0].prompt, wanted=wanted, **sides) for wanted in sides]
+    values = [MEASURES["sentiment"](*fact_model, item)["sentiment"] for item in items]
     assert values[0] > 0.9 and sum(values) == pytest.approx(1, abs=1e-4)

@@ -96,4 +96,4 @@ def test_a_schedule_that_edits_nothing_is_refused(given: tuple) -> None:
 
 def test_means_of_nested_values_are_taken_element_by_element() -> None:
     values = [{"blocks": ["a"], "edit": [[0.0, 1.0]]}, {"blocks": ["a"], "edit": [[1.0, 0.0]], "locality": [[0.5]]}]
-    assert mean_of(values) == {"blocks": ["a"], "edit": [[0.5, 0.5]]} | {}
+    assert mean_of(values) == {"blocks": ["a"], "edit": [[0.5, 0.5]], "locality": [[0.5]]}

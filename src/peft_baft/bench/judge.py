@@ -135,7 +135,8 @@ def mean_of(values: Sequence[Any]) -> Any:
     """Elementwise mean of equally nested lists and dicts; texts must be equal."""
     first = values[0]
     if isinstance(first, dict):
-        return {key: mean_of([value[key] for value in values if key in value]) for key in first}
+        keys = dict.fromkeys(key for value in values for key in value)
+        return {key: mean_of([value[key] for value in values if key in value]) for key in keys}
     if isinstance(first, list):
         return [mean_of(list(items)) for items in zip(*values, strict=True)]
     return first if isinstance(first, str) else sum(values) / len(values)

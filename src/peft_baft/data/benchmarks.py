@@ -36,8 +36,8 @@ CONVSENT_QUESTIONS = (
 CONVSENT_PROMPT = "From the sentiment dataset, answer {} {}."
 
 
-@dataclass(frozen=True)
-class ConvSentCase:
+@dataclass(frozen=True, kw_only=True)
+class ConvSentCase(Case):
     """A record of ConvSent: the edit, and what its ES measure compares.
 
     Args:
@@ -45,7 +45,6 @@ class ConvSentCase:
         positive, negative: all answers of each side.
     """
 
-    case: Case
     question: str
     wanted: str
     positive: tuple[str, ...]
@@ -62,11 +61,16 @@ class PiqaItem:
     label: int
 
 
-def read_benchmark(name: str, data: str | Path | None = None) -> list[Case]:
-    """The cases of a benchmark of `READERS`, in the file's order; data as in `locate`."""
+def read_benchmark(name: str, path: str | Path) -> list[Case]:
+    """The cases of a benchmark of `READERS`, one for each record and in the file's order.
+
+    Raises:
+        ValueError: there is no such benchmark, or a record is unusable; the message begins with its place.
+        FileNotFoundError: there is no such file.
+    """
     if name not in READERS:
         raise ValueError(f"There is no benchmark {name!r}; known are {', '.join(READERS)}.")
-    return READERS[name](locate(name, data))
+    return READERS[name](Path(path))
 
 
 def locate(name: str, data: str | Path | None = None) -> Path:
@@ -80,13 +84,11 @@ def locate(name: str, data: str | Path | None = None) -> Path:
         FileNotFoundError: neither is there, or there is no network.
         ValueError: no data is named, and the benchmark is none of KnowEdit's.
     """
-    hub = KNOWEDIT_FILES.get(name)
-    if data is None and hub is None:
-        raise ValueError(f"Say which file {name} is to be read from: it has none on the Hub to take by itself.")
     if data is not None and Path(data).exists():
         return Path(data)
-    if data is not None:
-        hub = _hub_name(name, str(data))
+    hub = KNOWEDIT_FILES.get(name) if data is None else _hub_name(name, str(data))
+    if hub is None and data is None:
+        raise ValueError(f"Say with --data which file {name} is to be read from; the Hub has none to take by itself.")
     if hub is None:
         raise FileNotFoundError(f"There is no file {data}, and no such name in the Hub's data set {KNOWEDIT}.")
     try:
@@ -119,9 +121,8 @@ def _reader(make: Callable[[Any], Case]) -> Callable[[Path], list[Case]]:
 def _knowedit_case(record: Any, prompt: str = "prompt", target: str = "target_new") -> Case:
     """A record of KnowEdit. prompt, target: what these fields are called.
 
-    `portability` and `locality` hold lists of questions under their topics; either may be absent, null or empty. The
-    original protocol does not ask the rephrasing; here it is a generality probe: more is asked, and the columns of a
-    result are averaged apart.
+    `portability` and `locality` hold lists of questions under their topics; either may be absent, null or empty. A
+    rephrasing, which EasyEdit leaves out, is a generality probe here.
     """
     require_object(record, "a record")
     edit = Edit(text(record, prompt), _answer(record, target))
@@ -188,14 +189,13 @@ def _worded(rewrite: dict[str, Any], name: str) -> str:
     return text(target, "str")
 
 
-def read_convsent(path: str | Path) -> list[ConvSentCase]:
-    """The records of ConvSent: topics with positive and negative opinions, of which an edit teaches the first.
+def _read_convsent(path: Path) -> list[Case]:
+    """ConvSent's topics as `ConvSentCase`s; an edit teaches the first opinion of one side.
 
-    EasyEdit draws at random which side is taught and which of 13 questions is asked. Here the row, from 0, decides,
-    so that it stays the same whatever rows are read: even rows become positive, odd ones negative, and row i asks
-    question i modulo 13. Prompt and misspelling are EasyEdit's.
+    EasyEdit draws at random which side is taught and which of 13 questions is asked. Here the row i, from 0, decides:
+    even rows become positive, odd ones negative, by question i modulo 13. Prompt and misspelling are EasyEdit's.
     """
-    found = enumerate(records(Path(path)))
+    found = enumerate(records(path))
     return [placed(place, partial(_convsent_case, row), record) for row, (place, record) in found]
 
 
@@ -206,8 +206,8 @@ def _convsent_case(row: int, record: Any) -> ConvSentCase:
     if not positive or not negative:
         raise ValueError(f"the field {'neg' if positive else 'pos'!r} must hold at least one answer")
     wanted, adverb, answers = [("positive", "postively", positive), ("negative", "negatively", negative)][row % 2]
-    case = Case(Edit(CONVSENT_PROMPT.format(question, adverb), answers[0]))
-    return ConvSentCase(case, question, wanted, positive, negative)
+    edit = Edit(CONVSENT_PROMPT.format(question, adverb), answers[0])
+    return ConvSentCase(edit=edit, question=question, wanted=wanted, positive=positive, negative=negative)
 
 
 def read_piqa(path: str | Path) -> list[PiqaItem]:
@@ -219,7 +219,10 @@ def read_piqa(path: str | Path) -> list[PiqaItem]:
     """
     path = Path(path)
     beside = path.with_name(f"{path.stem}-labels.lst")
-    found, labels = records(path), text_of(beside).rstrip().split("\n")
+    found = records(path)
+    if not beside.exists():
+        raise FileNotFoundError(f"There is no file {beside}; the labels of {path} belong into it, a 0 or 1 a line.")
+    labels = text_of(beside).rstrip().split("\n")
     for line, label in enumerate(labels, start=1):
         if label.strip() not in ("0", "1"):
             raise ValueError(f"{beside}:{line}: wanted the label 0 or 1, not {shown(label)}.")
@@ -240,7 +243,7 @@ READERS: dict[str, Callable[[Path], list[Case]]] = {
     "wiki_counterfact": _reader(_knowedit_case),
     "wikibio": _reader(partial(_knowedit_case, prompt="text", target="labels")),
     "knowedit_zsre": _reader(_knowedit_case),
-    "convsent": lambda path: [item.case for item in read_convsent(path)],
+    "convsent": _read_convsent,
     "counterfact": _reader(_counterfact_case),
     "facts": read_cases,
 }

@@ -32,7 +32,7 @@ def edit_success(model: Any, tokenizer: Any, question: str, wanted: Sequence[str
         raise ValueError(f"Both sides need at least one answer, not {len(wanted)} wanted and {len(unwanted)} unwanted.")
     answers = [(question, answer) for answer in (*wanted, *unwanted)]
     after = log_probabilities(model, tokenizer, answers)
-    with nullcontext():
+    with _unedited(model) if isinstance(model, PeftModel) else nullcontext():
         before = log_probabilities(model, tokenizer, answers[: len(wanted)])
     for_it, against, for_it_before = map(_mean, (after[: len(wanted)], after[len(wanted) :], before))
     return (for_it - against).sigmoid().item() * (for_it - for_it_before).exp().clamp(max=1).item()
