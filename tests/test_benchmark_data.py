@@ -27,13 +27,7 @@ from peft_baft.data.benchmarks import (
     read_piqa,
 )
 
-ZSRE = {
-    "src": "Which family is Lepid?",
-    "alt": " Lamiinae",
-    "rephrase": "Lepid's family?",
-    "loc": "who",
-    "loc_ans": "I",
-}
+ZSRE = {"src": "Which family is Lepid?", "alt": " Lami", "rephrase": "Lepid's family?", "loc": "who", "loc_ans": "I"}
 WIKI = {
     "subject": "Arvia",
     "prompt": " The capital of Arvia is ",
@@ -57,14 +51,15 @@ WIKIBIO = {
     "concept": "ann lee",
     "locality": {"Relation_Specificity": [{"prompt": "ann lee field of work", "ground_truth": ["art"]}]},
 }
+REWRITE = {
+    "prompt": "The mother tongue of {} is",
+    "subject": "Ann Lee",
+    "target_new": {"str": "Arvian", "id": "Q1"},
+    "target_true": {"str": "Dutch", "id": "Q2"},
+}
 ROME = {
     "case_id": 7,
-    "requested_rewrite": {
-        "prompt": "The mother tongue of {} is",
-        "subject": "Ann Lee",
-        "target_new": {"str": "Arvian", "id": "Q1"},
-        "target_true": {"str": "Dutch", "id": "Q2"},
-    },
+    "requested_rewrite": REWRITE,
     "paraphrase_prompts": ["Some words. Ann Lee speaks", "Ann Lee was raised in"],
     "neighborhood_prompts": ["Bo Berg speaks", "The mother tongue of Cy Dahl is"],
     "generation_prompts": ["Ann Lee lives in"],
@@ -104,14 +99,11 @@ def read_one(folder: Path, benchmark: str, record: Any) -> Case:
 
 
 def test_zsre_gives_a_probe_of_each_kind(tmp_path: Path) -> None:
-    record = {
-        **ZSRE,
-        "portability": {"Recalled Relation": "(a, b)", "New Question": "Which order?", "New Answer": "Be"},
-    }
+    record = {**ZSRE, "portability": {"Recalled Relation": "", "New Question": "Which order?", "New Answer": "Be"}}
     case = read_one(tmp_path, "zsre", record)
-    assert case.edit == Edit("Which family is Lepid?", "Lamiinae")
+    assert case.edit == Edit("Which family is Lepid?", "Lami")
     assert case.probes == (
-        Probe("generality", "Lepid's family?", "Lamiinae"),
+        Probe("generality", "Lepid's family?", "Lami"),
         Probe("locality", "who", "I"),
         Probe("portability", "Which order?", "Be"),
     )
@@ -228,50 +220,30 @@ def test_every_benchmark_of_the_judge_has_a_reader() -> None:
 
 # damage
 
-ITEM: dict[str, Any] = {"prompt": "a", "ground_truth": "b"}
+BY_SUBJECT = "must hold {} where the subject stands, not 'The tongue is'"
 DAMAGED = {
     "no object": ("zsre", ["a"], "a record must be an object"),
     "zsre": ("zsre", {"src": "a"}, "'alt' is missing"),
-    "zsre with half a question": ("zsre", {**ZSRE, "portability": {"New Question": "a"}}, "'New Answer' is missing"),
+    "zsre, half a question": ("zsre", {**ZSRE, "portability": {"New Question": "a"}}, "'New Answer' is missing"),
     "another benchmark's": ("wiki_recent", ZSRE, "'prompt' is missing"),
     "prompt": ("wiki_recent", {**WIKI, "prompt": 3}, "'prompt' must be a text, not 3"),
     "target": ("wiki_recent", {**WIKI, "target_new": ""}, "target is empty"),
     "no target": ("wiki_recent", {**WIKI, "target_new": []}, "target is empty"),
-    "target of another type": (
-        "wikibio",
-        {**WIKIBIO, "labels": {"a": 1}},
-        "'labels' must be a text or .* not {\"a\": 1}",
-    ),
+    "an object as target": ("wikibio", {**WIKIBIO, "labels": {"a": 1}}, "'labels' must be a text or .* not {.a.: 1}"),
     "topics": ("wiki_counterfact", {**WIKI, "locality": "a"}, "locality must be an object"),
     "question": ("wiki_recent", {**WIKI, "locality": {"Near": ["a"]}}, "locality: Near: a question must be an object"),
-    "no answer": (
-        "wiki_recent",
-        {**WIKI, "portability": {"Far": [{"prompt": "a"}]}},
-        "Far: .*'ground_truth' is missing",
-    ),
-    "answer": ("wiki_recent", {**WIKI, "portability": {"Far": [{**ITEM, "ground_truth": [True]}]}}, "not true"),
-    "no prompt": (
-        "wiki_recent",
-        {**WIKI, "portability": {"Far": [{"ground_truth": "a"}]}},
-        "Far: .*'prompt' is missing",
-    ),
+    "no answer": ("wiki_recent", {**WIKI, "portability": {"Far": {"prompt": "a"}}}, "Far: .*'ground_truth' is missing"),
+    "answer": ("wiki_recent", {**WIKI, "locality": {"Near": {"prompt": "a", "ground_truth": [True]}}}, "not true"),
+    "no prompt": ("wiki_recent", {**WIKI, "locality": {"Near": {"ground_truth": "a"}}}, "Near: .*'prompt' is missing"),
     "rephrasing": ("knowedit_zsre", {**WIKI, "rephrase": ["a", 1]}, "'rephrase' must be a text, not 1"),
     "rewrite": ("counterfact", {"requested_rewrite": 1}, "requested_rewrite must be an object"),
-    "no place for the subject": (
-        "counterfact",
-        {"requested_rewrite": {**ROME["requested_rewrite"], "prompt": "The tongue is"}},  # type: ignore[dict-item]
-        "must hold {} where the subject stands, not 'The tongue is'",
-    ),
+    "no subject": ("counterfact", {"requested_rewrite": {**REWRITE, "prompt": "The tongue is"}}, BY_SUBJECT),
     "bare target": (
         "counterfact",
-        {"requested_rewrite": {**ROME["requested_rewrite"], "target_new": "Arvian"}},  # type: ignore[dict-item]
+        {"requested_rewrite": {**REWRITE, "target_new": "a"}},
         "target_new must be an object",
     ),
-    "neighbours without their answer": (
-        "counterfact",
-        {**FLAT, "locality_ground_truth": None},
-        "'locality_ground_truth' must be a text, not null",
-    ),
+    "neighbour": ("counterfact", {**FLAT, "locality_ground_truth": None}, "'locality_ground_truth' must be a text"),
     "one side": ("convsent", {**CONVSENT, "neg": []}, "'neg' must hold at least one answer"),
     "the other side": ("convsent", {"ent": "Arvia", "neg": ["a"]}, "'pos' must hold at least one answer"),
     "no topic": ("convsent", {"pos": ["a"], "neg": ["b"]}, "'ent' is missing"),
@@ -294,9 +266,7 @@ def test_only_facts_may_be_a_table(tmp_path: Path) -> None:
         read_benchmark("wiki_recent", tmp_path / "a.csv")
 
 
-FIELDS = st.sampled_from(
-    sorted({name for record in (*GOOD.values(), FLAT, ROME["requested_rewrite"]) for name in record})
-)
+FIELDS = st.sampled_from(sorted({name for record in (*GOOD.values(), FLAT, REWRITE) for name in record}))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just("\ud83d"),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2) | FIELDS, inner, max_size=3),
@@ -429,9 +399,10 @@ def test_without_a_file_the_other_benchmarks_ask_for_one(hub: Hub, name: str) ->
     assert not hub.asked
 
 
-def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(hub: Hub) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no file data/recent_test\.json"):
-        locate("wiki_recent", "data/recent_test.json")
+@pytest.mark.parametrize("path", ["data/recent_test.json", r"data\recent_test.json", "/tmp/absent/recent_test.json"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(hub: Hub, path: str) -> None:
+    with pytest.raises(FileNotFoundError, match="no such name in the Hub's data set"):
+        locate("wiki_recent", path)
     assert not hub.asked
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,29 @@ def test_less_is_computed(model: PeftModel) -> None:
         session.logits()
         assert widths == ([13] if type(session) is Session else [3 + 4])
     hook.remove()
+
+
+def test_blocks_below_the_first_edited_one_run_once() -> None:
+    model = get_peft_model(make_model("llama"), BaftConfig(task_type="CAUSAL_LM", r=4, layers_to_transform=[2, 3]))
+    runs = {i: 0 for i in range(4)}
+    blocks = model.get_base_model().model.layers
+
+    def counted(number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **named: Any) -> Any:
+            runs[number] += 1
+            return forward(*given, **named)
+
+        return run
+
+    for i, block in enumerate(blocks):
+        block.forward = counted(i, block.forward)
+    own = [block.forward for block in blocks]
+    session = CachedSession(model, ROWS, 0, CPU, positions=3)
+    made = dict(runs)
+    for _ in range(3):
+        session.logits()
+    assert {i: runs[i] - made[i] for i in runs} == {0: 1, 1: 1, 2: 3, 3: 3}
+    assert [block.forward for block in blocks] == own
 
 
 def learned(fact_model: FactModel) -> tuple[list[int], torch.Tensor]:

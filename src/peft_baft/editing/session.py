@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from peft_baft.adapter import prompt_lengths
+from peft_baft.adapter import baft_layers, prompt_lengths
 from peft_baft.data.batching import Tokens, collate
 from peft_baft.losses import teacher_forcing
 
@@ -41,7 +42,8 @@ class Session:
 
 
 class CachedSession(Session):
-    """The same with the keys and values of the unedited tokens kept, and logits from the last prompt token on.
+    """The same with all kept that an edit cannot change: keys and values of the tokens before the edited ones, and of these
+    what the blocks below the first edited one give. Logits are computed from the last prompt token on.
 
     Args:
         positions: P, how many of the last prompt tokens are edited. Every row's prompt must be longer.
@@ -69,12 +71,49 @@ class CachedSession(Session):
         with torch.no_grad(), prompt_lengths(model, self._lengths):
             options = {"logits_to_keep": 1} if self._options else {}
             self._cache = model(**first, **options, use_cache=True).past_key_values
+        self._below = blocks_below(model)
+        self._given: dict[nn.Module, Any] = {}
 
     def logits(self) -> Tensor:
         cache = copy.copy(self._cache)
         cache.layers = [copy.copy(layer) for layer in cache.layers]  # a forward adds to these, not to the kept ones
-        with prompt_lengths(self.model, self._lengths):
+        known = giving(self._given) if self._given else remembering(self._below, self._given)
+        with prompt_lengths(self.model, self._lengths), known:
             return self.model(**self._inputs, **self._options, past_key_values=cache, use_cache=True).logits
+
+
+def blocks_below(model: Any) -> list[nn.Module]:
+    """The blocks that run before the first one that any BaFT adapter edits; none where blocks do not stand in one list."""
+    places = [layer.name.rpartition(".") for layer in baft_layers(model)]
+    if len({stack for stack, _, _ in places}) != 1 or not all(number.isdigit() for _, _, number in places):
+        return []
+    stack = model.get_base_model().get_submodule(places[0][0])
+    return list(stack)[: min(int(number) for _, _, number in places)]
+
+
+@contextmanager
+def remembering(modules: Sequence[nn.Module], given: dict[nn.Module, Any]) -> Iterator[None]:
+    """Keep in `given` what the modules give in the forward inside."""
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(lambda own, _, output: given.update({own: output})))
+        yield
+
+
+@contextmanager
+def giving(outputs: dict[nn.Module, Any]) -> Iterator[None]:
+    """Let modules give these outputs inside without computing anything."""
+    own = {module: module.__dict__.get("forward") for module in outputs}
+    try:
+        for module, output in outputs.items():
+            module.forward = lambda *_, output=output, **__: output
+        yield
+    finally:
+        for module, forward in own.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
 
 
 def open_session(model: Any, rows: Sequence[Tokens], padding: int, positions: int | None) -> Session:
