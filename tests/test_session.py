@@ -72,7 +72,7 @@ def test_less_is_computed(model: PeftModel) -> None:
 
 def test_blocks_below_the_first_edited_one_run_once() -> None:
     model = get_peft_model(make_model("llama"), BaftConfig(task_type="CAUSAL_LM", r=4, layers_to_transform=[2, 3]))
-    runs = {i: 0 for i in range(4)}
+    runs = dict.fromkeys(range(4), 0)
     blocks = model.get_base_model().model.layers
 
     def counted(number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
