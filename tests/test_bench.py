@@ -83,6 +83,13 @@ def test_single_edits_are_learned_and_taken_back(bench: Bench) -> None:
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("name", ["baft", "reft"])
+def test_single_edits_that_share_forwards_give_what_each_gives_alone(bench: Bench, name: str) -> None:
+    bench = replace(bench, last=5)
+    alone = judged(replace(bench, parallel=1), toy_method(name), Schedule())
+    assert without_seconds(judged(replace(bench, parallel=3), toy_method(name), Schedule())) == without_seconds(alone)
+
+
 def test_asking_after_all_edits_is_harder_than_right_after_each(bench: Bench) -> None:
     bench = replace(bench, last=8)
     after_all = judged(bench, toy_method("reft"), Schedule(4))

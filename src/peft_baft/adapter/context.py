@@ -29,7 +29,7 @@ GENERATION = ("generate", "init_continuous_batching")  # methods of the base mod
 
 @dataclass(frozen=True)
 class RecordedGates:
-    """The gates of one block in one forward. w: (batch, tokens, k) with gradient; mask: (batch, tokens) edited."""
+    """The gates of one block in one forward. w: (rows, tokens, k) with gradient; mask: (rows, tokens) edited."""
 
     w: Tensor
     mask: Tensor
@@ -50,7 +50,7 @@ class EditContext:
     def __init__(self, model: nn.Module, stack: nn.Module) -> None:
         self.steps: Tensor | None = None  # (batch, tokens); None edits every token: not a model of token sequences
         self.row_adapters: list[str] | None = None  # `adapter_names` of a mixed batch
-        self.recorded: dict[str, RecordedGates] | None = None
+        self.recorded: dict[Any, RecordedGates] | None = None
         self.stated_lengths: Tensor | None = None  # set by `prompt_lengths()`
         self._span: GenerationSpan | None = None
         self._labels: Tensor | None = None
@@ -91,8 +91,11 @@ class EditContext:
         return edited(self.steps, prompt_positions).to(hidden.device)
 
     @contextmanager
-    def recording(self) -> Iterator[dict[str, RecordedGates]]:
-        """Collect each block's gates, under the block's name, in the forwards inside; the last forward counts."""
+    def recording(self) -> Iterator[dict[Any, RecordedGates]]:
+        """Collect each block's gates in the forwards inside; the last forward counts.
+
+        They stand under the block's name, or, in a mixed batch, under (block's name, adapter's name) for the adapter's rows.
+        """
         outer, self.recorded = self.recorded, {}
         try:
             yield self.recorded

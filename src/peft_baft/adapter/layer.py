@@ -146,43 +146,45 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         Args:
             hidden: (batch, tokens, d), any floating dtype; updates are computed in the adapter's dtype.
         """
+        if self.context.row_adapters is not None:
+            return self._edit_rows(hidden, self.context.row_adapters)
         total = None
-        for adapter_name, rows in self._chosen(hidden):
+        for adapter_name in (name for name in self.active_adapters if name in self.configs):
             mask = self.context.mask(hidden, self.configs[adapter_name].prompt_positions)
-            if rows is not None:
-                rows = rows.view(-1, *[1] * (hidden.ndim - 2))
-                mask = rows if mask is None else mask & rows
-            part = self._update(adapter_name, hidden, mask)
-            if mask is not None:
-                part = torch.where(mask[..., None], part, 0)
+            part = self._update(adapter_name, self.name, hidden, mask)
             total = part if total is None else total + part
-        if total is None:
-            return hidden
-        return (hidden + total).to(hidden.dtype)
+        return hidden if total is None else (hidden + total).to(hidden.dtype)
 
-    def _update(self, adapter_name: str, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """Φ(h) - h of one adapter at every token, (batch, tokens, d)."""
-        source: Any = self.baft_source[adapter_name]
-        with torch.autocast(hidden.device.type, enabled=False):
-            h = hidden.to(source.weight.dtype)
-            w = self.baft_gate[adapter_name](h) if adapter_name in self.baft_gate else None
-            if w is not None and mask is not None and self.context.recorded is not None:
-                self.context.recorded[self.name] = RecordedGates(w, mask)
-            R: Tensor = self.baft_basis[adapter_name]().to(h.dtype)
-            return update(source(h), R, w)
-
-    def _chosen(self, hidden: Tensor) -> list[tuple[str, Tensor | None]]:
-        """The adapters to apply, each with the rows (batch,) bool that it applies to, or None for all."""
-        names = self.context.row_adapters
-        if names is None:
-            return [(name, None) for name in self.active_adapters if name in self.configs]
+    def _edit_rows(self, hidden: Tensor, names: list[str]) -> Tensor:
+        """`forward` where row i is edited by adapter `names[i]` alone: each adapter computes its own rows."""
         if len(names) != hidden.shape[0]:
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names)} and {hidden.shape[0]} respectively."
             )
-        present = [name for name in dict.fromkeys(names) if name in self.configs]
-        return [(name, torch.tensor([n == name for n in names], device=hidden.device)) for name in present]
+        places, parts = [], []
+        for adapter_name in (name for name in dict.fromkeys(names) if name in self.configs):
+            rows = torch.tensor([i for i, name in enumerate(names) if name == adapter_name], device=hidden.device)
+            mask = self.context.mask(hidden, self.configs[adapter_name].prompt_positions)
+            mask = mask if mask is None else mask[rows]
+            places.append(rows)
+            parts.append(hidden[rows] + self._update(adapter_name, (self.name, adapter_name), hidden[rows], mask))
+        return hidden.index_copy(0, torch.cat(places), torch.cat(parts).to(hidden.dtype)) if places else hidden
+
+    def _update(self, adapter_name: str, place: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """Φ(h) - h of one adapter at every token, (rows, tokens, d), 0 where it does not edit.
+
+        place: what the gates are recorded under.
+        """
+        source: Any = self.baft_source[adapter_name]
+        with torch.autocast(hidden.device.type, enabled=False):
+            h = hidden.to(source.weight.dtype)
+            w = self.baft_gate[adapter_name](h) if adapter_name in self.baft_gate else None
+            if w is not None and mask is not None and self.context.recorded is not None:
+                self.context.recorded[place] = RecordedGates(w, mask)
+            R: Tensor = self.baft_basis[adapter_name]().to(h.dtype)
+            part = update(source(h), R, w)
+        return part if mask is None else torch.where(mask[..., None], part, 0)
 
     def merge(self, *_: Any, **__: Any) -> None:
         raise NotImplementedError(CANNOT_MERGE)

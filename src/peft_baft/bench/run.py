@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from peft_baft.adapter import find_context
 from peft_baft.bench.methods import Method
 from peft_baft.bench.progress import Progress
 from peft_baft.bench.schedule import Schedule
 from peft_baft.data.cases import Case, Unrelated
+from peft_baft.editing.baft import BaftEditor
+from peft_baft.editing.descent import Outcome
 from peft_baft.editing.editor import AdapterEditor
 from peft_baft.evaluation.asking import Question, Unedited, ask, judged, questions_of
 
+ASKED_TOGETHER = 8  # rows of a model that is not edited here: between two signs of life
 SEED_STRIDE = 100_003  # seeds of a run's blocks: a block's first row, and this times the run's seed
 Measure = Callable[[Any, Any, Case], dict[str, Any]]  # an edited model, its tokenizer, a case to values by name
 
@@ -28,6 +35,7 @@ class Bench:
         template: how edits and rephrasings are asked, `raw` or `chat`.
         also: further measures, whose values go beside a row's replies.
         tick: called with the number of rows that are through, for a progress bar.
+        parallel: how many single edits share each forward, where the method can.
     """
 
     base: Any
@@ -39,6 +47,7 @@ class Bench:
     template: str = "raw"
     also: Sequence[Measure] = ()
     tick: Callable[[int], None] = lambda rows: None
+    parallel: int = 16
     unedited: Unedited = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,6 +70,16 @@ class Bench:
         open_blocks = blocks[len(progress.cases) // schedule.block :]
         self.tick(len(progress.cases) + len(progress.outcomes) * schedule.batch_size)
         self.unedited.ask(self.base, [q for block in open_blocks for q in self._questions(block)])
+        if schedule.block == 1 and self.parallel > 1 and method.objective is not None:
+            rows = [block.start for block in open_blocks]
+            for start in range(0, len(rows), self.parallel):
+                entries = self._side_by_side(method, rows[start : start + self.parallel], seed)
+                if entries is None:  # one of them diverged, and must not take the others with it
+                    break
+                progress.finished(
+                    [{"row": entry["row"], "block": entry["row"] - self.first, **entry} for entry in entries]
+                )
+            open_blocks = blocks[len(progress.cases) :]
         for block in open_blocks:
             done = len(progress.outcomes) * schedule.batch_size
             texts = [self.unrelated[row % len(self.unrelated)] for row in block] if self.unrelated else ()
@@ -86,10 +105,29 @@ class Bench:
         with without():
             self.unedited.ask(model, self._questions(rows))
         entries = []
-        for row in rows:
-            entries += self._ask(model, range(row, row + 1))
-            self.tick(1)
+        for start in range(0, len(rows), ASKED_TOGETHER):
+            entries += self._ask(model, rows[start : start + ASKED_TOGETHER])
+            self.tick(len(entries) - start)
         return entries
+
+    def _side_by_side(self, method: Method, rows: Sequence[int], seed: int) -> list[dict[str, Any]] | None:
+        """Make single edits, each with the fresh adapter that it would have alone, and ask each; None if one diverged."""
+        texts = [self.unrelated[row % len(self.unrelated)] for row in rows] if self.unrelated else ()
+        editor = method.start(self.base, self.tokenizer, texts, seed)
+        assert isinstance(editor, BaftEditor), "a method with an objective edits with BaFT's editor"
+        try:
+            for row in rows:
+                torch.manual_seed(seed * SEED_STRIDE + row)
+                editor.model.add_adapter(f"row{row}", deepcopy(editor.model.peft_config[editor.adapter_name]))
+            try:
+                outcomes = editor.edit_side_by_side({f"row{row}": self.cases[row].edit for row in rows})
+            except FloatingPointError:
+                return None
+            entries = self._ask(editor.model, rows, {row: f"row{row}" for row in rows})
+            self.tick(len(rows))
+            return [entry | _told(outcome) for entry, outcome in zip(entries, outcomes.values(), strict=True)]
+        finally:
+            editor.model.unload()
 
     def _run_block(
         self, editor: AdapterEditor, block: range, schedule: Schedule, progress: Progress
@@ -109,20 +147,31 @@ class Bench:
         outcomes = [outcome for outcome in progress.outcomes for _ in range(schedule.batch_size)]
         return [entry | outcome for entry, outcome in zip(entries, outcomes, strict=True)]
 
-    def _ask(self, model: Any, rows: range) -> list[dict[str, Any]]:
-        """What a model replies now to the questions of some rows."""
-        asked = self._questions(rows)
-        replies = ask(model, self.tokenizer, asked, self.template)
+    def _ask(self, model: Any, rows: Sequence[int], adapters: dict[int, str] | None = None) -> list[dict[str, Any]]:
+        """What a model replies now to the questions of some rows.
+
+        adapters: which adapter answers for which row; None for the active one.
+        """
+        asked, context = self._questions(rows), find_context(model)
+
+        def batched(batch: Sequence[int]) -> AbstractContextManager[Any]:
+            if adapters is None or context is None:
+                return nullcontext()
+            return context.rows([adapters[asked[i].row] for i in batch])
+
+        replies = ask(model, self.tokenizer, asked, self.template, batched)
         found: dict[int, list[dict[str, Any]]] = {row: [] for row in rows}
         for question, reply in zip(asked, replies, strict=True):
             found[question.row].append(judged(question, reply, self.unedited.reply(question)))
         entries: list[dict[str, Any]] = [{"row": row, "probes": probes} for row, probes in found.items()]
         for entry in entries:
+            if self.also and adapters is not None:
+                model.set_adapter(adapters[entry["row"]])
             for measure in self.also:
                 entry |= measure(model, self.tokenizer, self.cases[entry["row"]])
         return entries
 
-    def _questions(self, rows: range) -> list[Question]:
+    def _questions(self, rows: Sequence[int]) -> list[Question]:
         return [question for row in rows for question in questions_of(row, self.cases[row])]
 
 
@@ -132,7 +181,12 @@ def _edit(editor: AdapterEditor, cases: Sequence[Case]) -> dict[str, Any]:
         outcome = editor.edit([case.edit for case in cases])
     except FloatingPointError as error:
         return {"steps": None, "seconds": None, "learned": False, "failed": str(error)}
-    return {"steps": outcome.steps, "seconds": outcome.seconds / len(cases), "learned": outcome.learned}
+    return _told(outcome, len(cases))
+
+
+def _told(outcome: Outcome, edits: int = 1) -> dict[str, Any]:
+    """An outcome as it stands in a result line; the seconds are those of one edit."""
+    return {"steps": outcome.steps, "seconds": outcome.seconds / edits, "learned": outcome.learned}
 
 
 def _require_apart(unrelated: Sequence[Unrelated], cases: Sequence[Case]) -> None:

@@ -54,7 +54,7 @@ def _editing(args: argparse.Namespace, file: Path) -> list[dict[str, Any]]:
     common["unrelated"] = described_file(unrelated) if Path(unrelated).is_file() else {"file": unrelated}
     with tqdm(unit="row", smoothing=0.05) as bar:
         also = [MEASURES[name] for name in args.also]
-        rows = Bench(base, tokenizer, cases, first, last, texts, args.template, also, bar.update)
+        rows = Bench(base, tokenizer, cases, first, last, texts, args.template, also, tick=bar.update)
         runs = judge.planned(common, chosen, schedules, range(args.seeds))
         if args.adapter:
             runs = [judge.adapter_run(common, args.adapter, PeftModel.from_pretrained(base, args.adapter).eval())]

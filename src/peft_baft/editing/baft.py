@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from peft_baft.adapter import BaftLayer, RecordedGates, baft_layers, find_context
+from peft_baft.adapter import BaftLayer, EditContext, RecordedGates, baft_layers, find_context
 from peft_baft.data.batching import Tokens, encode_fitting, padding_id
-from peft_baft.data.cases import Unrelated
-from peft_baft.editing.descent import DescentConfig, Outcome, descend
-from peft_baft.editing.editor import AdapterEditor
-from peft_baft.editing.session import Session, open_session
+from peft_baft.data.cases import Edit, Unrelated
+from peft_baft.editing.descent import Descent, DescentConfig, Outcome, Terms, descend
+from peft_baft.editing.editor import AdapterEditor, _checked, evaluating, trainable
+from peft_baft.editing.parallel import Lane, copy_adapter, parameters_of, train_lanes
+from peft_baft.editing.session import open_session
 from peft_baft.losses import load_balance, locality_margin, mean_over_blocks, rescaled, teacher_forcing
 
 
@@ -95,13 +96,93 @@ class BaftEditor(AdapterEditor):
     def _train(self, rows: list[Tokens], parameters: list[nn.Parameter], descent: DescentConfig) -> Outcome:
         unrelated = self._next_unrelated(len(rows) * self.unrelated_per_edit)
         session = open_session(self.model, [*rows, *unrelated], padding_id(self.tokenizer), self._positions(parameters))
-        context = find_context(self.model)
-        assert context is not None, "a BaFT adapter has a context"
-        with context.recording() as recorded:
-            outcome = descend(parameters, lambda: self._terms(session, len(rows), recorded), descent)
-            self._remember_use(recorded, len(rows))
+        with self._context().recording() as recorded:
+
+            def losses() -> Terms:
+                return self._terms(self.adapter_name, session.logits(), session.labels, len(rows), recorded)
+
+            outcome = descend(parameters, losses, descent)
+            self._remember_use(self.adapter_name, recorded, len(rows))
         self.unrelated_used += len(unrelated)
         return outcome
+
+    def edit_each(self, edits: Iterable[Edit], parallel: int = 16) -> Iterator[tuple[str, Outcome]]:
+        """Teach each edit to an adapter of its own, which begins as a copy of this editor's: what `edit` would give alone.
+
+        The results are ordinary adapters of the model, `NAME-0`, `NAME-1`, …, in the order of the edits: use `set_adapter`,
+        `save_pretrained(selected_adapters=[...])`, `delete_adapter`. This editor's own adapter stays as it is.
+
+        Args:
+            parallel: how many edits share each forward. They are made when the first of them is asked for.
+
+        Raises:
+            TypeError, ValueError: as `edit`, for any of the edits, before the first is made; or the model has an adapter of
+                such a name.
+            FloatingPointError: a loss of one became NaN or infinite; none of those that it shared forwards with is kept.
+        """
+        if parallel < 1:
+            raise ValueError(f"parallel must be at least 1, not {parallel}.")
+        facts = _checked(edits)
+        self._require_in_use()
+        for fact in facts:
+            self._tokens([fact])
+        named = {f"{self.adapter_name}-{i}": fact for i, fact in enumerate(facts)}
+        taken = [name for name in named if name in self.model.peft_config]
+        if taken:
+            raise ValueError(f"The model has an adapter {taken[0]!r} already; use delete_adapter.")
+        return self._groups(named, parallel)
+
+    def _groups(self, named: dict[str, Edit], parallel: int) -> Iterator[tuple[str, Outcome]]:
+        names = list(named)
+        for start in range(0, len(names), parallel):
+            group = {name: named[name] for name in names[start : start + parallel]}
+            made: list[str] = []
+            try:
+                for name in group:
+                    copy_adapter(self.model, self.layers, self.adapter_name, name)
+                    made.append(name)
+                outcomes = self.edit_side_by_side(group)
+            except BaseException:
+                for name in made:
+                    self.model.delete_adapter(name)
+                raise
+            yield from outcomes.items()
+
+    def edit_side_by_side(self, edits: Mapping[str, Edit]) -> dict[str, Outcome]:
+        """Teach each edit to the adapter it stands under, all in the same forwards.
+
+        Args:
+            edits: by name of an adapter of the model, made with the same config as this editor's.
+
+        Raises:
+            FloatingPointError: as `edit_each`; the adapters are left where they were at that moment.
+        """
+        rows = {name: self._tokens([edit])[0] for name, edit in edits.items()}
+        positions = self.layers[0].configs[self.adapter_name].prompt_positions
+        with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model), trainable(self.model):
+            lanes = []
+            for name, row in rows.items():
+                parameters = parameters_of(self.layers, name)
+                for parameter in parameters:
+                    parameter.requires_grad_()
+                texts = self._next_unrelated(self.unrelated_per_edit)
+                self.unrelated_used += len(texts)
+                lanes.append(Lane(name, [row, *texts], Descent(parameters, self.descent)))
+            outcomes = train_lanes(
+                lanes,
+                self._context(),
+                [layer.name for layer in self._gated()],
+                lambda rows: open_session(self.model, rows, padding_id(self.tokenizer), positions),
+                lambda name, logits, labels, gates: self._terms(name, logits, labels, 1, gates),
+            )
+            for lane in lanes:
+                self._remember_use(lane.adapter_name, lane.gates, 1)
+        return dict(zip(edits, outcomes, strict=True))
+
+    def _context(self) -> EditContext:
+        context = find_context(self.model)
+        assert context is not None, "a BaFT adapter has a context"
+        return context
 
     def _next_unrelated(self, count: int) -> list[Tokens]:
         first, texts = self.unrelated_used, self._unrelated
@@ -114,10 +195,11 @@ class BaftEditor(AdapterEditor):
             return None
         return self.layers[0].configs[self.adapter_name].prompt_positions
 
-    def _terms(self, session: Session, edits: int, recorded: dict[str, RecordedGates]) -> dict[str, Tensor]:
-        """The objective's terms; the first `edits` rows of the session are the facts, the others unrelated text."""
-        logits = session.logits()
-        fit = teacher_forcing(logits[:edits], session.labels[:edits])
+    def _terms(
+        self, adapter_name: str, logits: Tensor, labels: Tensor, edits: int, recorded: Mapping[str, RecordedGates]
+    ) -> Terms:
+        """The objective's terms for one adapter; the first `edits` of its rows are the facts, the others unrelated text."""
+        fit = teacher_forcing(logits[:edits], labels[:edits])
         terms, settings = {"teacher_forcing": fit}, self.objective
         layers = self._gated()
         if not layers:
@@ -125,7 +207,7 @@ class BaftEditor(AdapterEditor):
         if not all(recorded[layer.name].w.requires_grad for layer in layers):
             raise ValueError(WITHOUT_GRADIENT)
         on_edit = {layer.name: _at_edited_tokens(recorded[layer.name], slice(None, edits)) for layer in layers}
-        loads = {layer.name: layer.baft_load[self.adapter_name] for layer in layers}
+        loads = {layer.name: layer.baft_load[adapter_name] for layer in layers}
         if settings.balance and self.layers[0].configs[self.adapter_name].gate_count > 1:
             balance = mean_over_blocks([load_balance(w, loads[n][:-1], loads[n][-1]) for n, w in on_edit.items()])
             terms["balance"] = settings.balance * rescaled(balance, fit, settings.balance_ceiling)
@@ -136,11 +218,11 @@ class BaftEditor(AdapterEditor):
             terms["locality"] = settings.locality * rescaled(locality, fit, settings.locality_ceiling)
         return terms
 
-    def _remember_use(self, recorded: dict[str, RecordedGates], edits: int) -> None:
+    def _remember_use(self, adapter_name: str, recorded: Mapping[str, RecordedGates], edits: int) -> None:
         """Add the gates of the learned edit to the running sums of the load balance."""
         for layer in self._gated():
             w = _at_edited_tokens(recorded[layer.name], slice(None, edits)).detach()
-            load = layer.baft_load[self.adapter_name]
+            load = layer.baft_load[adapter_name]
             load += torch.cat([w.sum(0), w.new_tensor([w.shape[0]])]).to(load)
 
 

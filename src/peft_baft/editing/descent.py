@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -59,37 +59,89 @@ class Outcome:
 
 
 STOP_TERM = "teacher_forcing"
+Terms = dict[str, Tensor]  # named losses, summed as they are
 
 
-def descend(
-    parameters: Iterable[nn.Parameter], losses: Callable[[], dict[str, Tensor]], config: DescentConfig
-) -> Outcome:
+class Descent:
+    """One descent, a step at a time, so that several can share a forward and a backward.
+
+    Attributes:
+        outcome: what it came to, once it is over.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], config: DescentConfig) -> None:
+        self.parameters, self.config = list(parameters), config
+        self.outcome: Outcome | None = None
+        self._optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
+        self._steps, self._seconds = 0, 0.0
+
+    def weigh(self, terms: Terms, seconds: float) -> Tensor:
+        """The sum of the terms at the present parameters; the descent is over if it is small enough, or was the last.
+
+        Args:
+            seconds: this descent's share of the time since it was last weighed.
+
+        Raises:
+            FloatingPointError: a term, or a parameter in the end, is not finite.
+        """
+        self._seconds += seconds
+        total = torch.stack([term.to(terms[STOP_TERM].device) for term in terms.values()])
+        values = dict(zip(terms, total.tolist(), strict=True))
+        _require_finite(values, self._steps)
+        learned = values[STOP_TERM] < self.config.stop_loss
+        if learned or self._steps == self.config.max_steps:
+            _require_finite({"a parameter": _first_not_finite(self.parameters)}, self._steps)
+            self.outcome = Outcome(self._steps, values, self._seconds, learned)
+        return total.sum()
+
+    def step(self) -> None:
+        """Follow the gradients, and forget them."""
+        if self.config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._steps += 1
+
+
+def descend(parameters: Iterable[nn.Parameter], losses: Callable[[], Terms], config: DescentConfig) -> Outcome:
     """Minimise the sum of named losses until `teacher_forcing` is below the stop loss.
 
     Args:
-        parameters: what to change. losses: the terms, at the present parameters; summed as they are.
+        parameters: what to change. losses: the terms, at the present parameters.
 
     Raises:
         FloatingPointError: a term, or a parameter in the end, is not finite. The parameters are left where
             they were at that moment; roll back.
     """
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    begin = time.perf_counter()
-    for step in range(config.max_steps + 1):
-        terms = losses()
-        values = {name: term.item() for name, term in terms.items()}
-        _require_finite(values, step)
-        learned = values[STOP_TERM] < config.stop_loss
-        if learned or step == config.max_steps:
-            _require_finite({"a parameter": _first_not_finite(parameters)}, step)
-            return Outcome(step, values, time.perf_counter() - begin, learned)
-        optimizer.zero_grad()
-        torch.stack([term.to(terms[STOP_TERM].device) for term in terms.values()]).sum().backward()
-        if config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        optimizer.step()
-    raise AssertionError("unreachable: the last step returns")
+    return descend_together([Descent(parameters, config)], lambda _: [losses()])[0]
+
+
+def descend_together(
+    descents: Sequence[Descent], losses: Callable[[Sequence[Descent]], Sequence[Terms]]
+) -> list[Outcome]:
+    """Bring descents that share no parameter to their ends, each as if it were alone.
+
+    Args:
+        losses: the terms of each of some descents, at the present parameters.
+
+    Raises:
+        FloatingPointError: one of them came to a number that is not finite.
+    """
+    going, begin = list(descents), time.perf_counter()
+    while going:
+        terms, now = losses(going), time.perf_counter()
+        totals = [one.weigh(own, (now - begin) / len(going)) for one, own in zip(going, terms, strict=True)]
+        going, totals, begin = *_still_going(going, totals), now
+        if going:
+            torch.stack(totals).sum().backward()
+            for one in going:
+                one.step()
+    return [one.outcome for one in descents if one.outcome is not None]
+
+
+def _still_going(descents: Sequence[Descent], totals: Sequence[Tensor]) -> tuple[list[Descent], list[Tensor]]:
+    left = [i for i, one in enumerate(descents) if one.outcome is None]
+    return [descents[i] for i in left], [totals[i] for i in left]
 
 
 def _first_not_finite(parameters: Iterable[nn.Parameter]) -> float:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from peft_baft.data.cases import Case
-from peft_baft.evaluation.scoring import exact_match, free_answers, free_length, predicted_tokens, prefix_match
+from peft_baft.evaluation.scoring import (
+    Batched,
+    exact_match,
+    free_answers,
+    free_length,
+    one_model,
+    predicted_tokens,
+    prefix_match,
+)
 
 TEMPLATES = ("raw", "chat")
 
@@ -47,19 +56,26 @@ def questions_of(row: int, case: Case) -> list[Question]:
     return [Question(row, "reliability", "", case.edit.prompt, case.edit.target), *asked]
 
 
-def ask(model: Any, tokenizer: Any, questions: Sequence[Question], template: str = "raw") -> list[Reply]:
+def ask(
+    model: Any, tokenizer: Any, questions: Sequence[Question], template: str = "raw", batched: Batched = one_model
+) -> list[Reply]:
     """Every question asked twice: given the answer so far (teacher forcing), and freely.
 
     Args:
         template: `raw` text, or `chat`: the tokenizer's chat template for everything but locality, as EasyEdit has it.
+        batched: given the numbers of the questions of a batch, a context to ask it in.
     """
     replies: dict[int, Reply] = {}
     for chat in (False, True):
         chosen = [i for i, q in enumerate(questions) if (template == "chat" and q.kind != "locality") is chat]
         pairs = [(questions[i].prompt, questions[i].answer) for i in chosen]
         lengths = [free_length(tokenizer, answer) for _, answer in pairs]
-        tokens = predicted_tokens(model, tokenizer, pairs, chat=chat)
-        texts = free_answers(model, tokenizer, [prompt for prompt, _ in pairs], lengths, chat=chat)
+
+        def context(batch: Sequence[int], chosen: list[int] = chosen) -> AbstractContextManager[Any]:
+            return batched([chosen[i] for i in batch])
+
+        tokens = predicted_tokens(model, tokenizer, pairs, chat=chat, batched=context)
+        texts = free_answers(model, tokenizer, [prompt for prompt, _ in pairs], lengths, chat=chat, batched=context)
         replies |= {i: Reply(*found, text) for i, found, text in zip(chosen, tokens, texts, strict=True)}
     return [replies[i] for i in range(len(questions))]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import string
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,11 +17,23 @@ from peft_baft.data.batching import Tokens, collate, context_window, encode_fitt
 BATCH_SIZE = 16
 EXTRA_TOKENS = 4  # a free answer may be so much longer than the wanted one: enough to see whether it stops there
 ARTICLES = {"a", "an", "the"}
+Batched = Callable[[Sequence[int]], AbstractContextManager[Any]]
+
+
+def one_model(_: Sequence[int]) -> AbstractContextManager[None]:
+    """Every batch is asked of the model as it is."""
+    return nullcontext()
 
 
 @torch.no_grad()
 def predicted_tokens(
-    model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int = BATCH_SIZE, *, chat: bool = False
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    batch_size: int = BATCH_SIZE,
+    *,
+    chat: bool = False,
+    batched: Batched = one_model,
 ) -> list[tuple[Tensor, Tensor]]:
     """What the model would say at each answer token of (prompt, answer) pairs, given the answer so far.
 
@@ -28,6 +41,7 @@ def predicted_tokens(
 
     Args:
         chat: ask in the tokenizer's chat template.
+        batched: given the numbers of the pairs of a batch, a context to ask it in, say to choose each row's adapter.
 
     Returns:
         For each pair, the model's and the answer's token ids, both (answer tokens,).
@@ -41,7 +55,8 @@ def predicted_tokens(
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         batch = {name: t.to(device) for name, t in collate(part, padding_id(tokenizer)).items()}
-        said = model(**batch, use_cache=False).logits.argmax(-1).cpu()
+        with batched(range(start, start + len(part))):
+            said = model(**batch, use_cache=False).logits.argmax(-1).cpu()
         for row, predicted in zip(part, said, strict=True):
             answer = slice(row.prompt_length, len(row.ids))
             found.append((predicted[answer.start - 1 : answer.stop - 1], torch.tensor(row.ids[answer])))
@@ -74,11 +89,13 @@ def free_answers(
     batch_size: int = BATCH_SIZE,
     *,
     chat: bool = False,
+    batched: Batched = one_model,
 ) -> list[str]:
     """The model's own greedy continuation of each prompt, up to its first line break.
 
     Args:
         max_new_tokens: for each prompt, how many tokens at most; fewer where the context window ends before.
+        batched: as in `predicted_tokens`.
     """
     rows = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
     window = context_window(model) or sys.maxsize
@@ -86,7 +103,8 @@ def free_answers(
     order = sorted(range(len(rows)), key=lambda i: limits[i])  # rows that stop together, together
     answers = [""] * len(rows)
     for part in _fitting(order, rows, limits, window, batch_size):
-        new = _generate(model, tokenizer, [rows[i] for i in part], max(limits[i] for i in part))
+        with batched(part):
+            new = _generate(model, tokenizer, [rows[i] for i in part], max(limits[i] for i in part))
         for i, tokens in zip(part, new, strict=True):
             answers[i] = _first_line(tokenizer, tokens[: limits[i]])
     return answers
