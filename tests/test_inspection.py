@@ -113,7 +113,7 @@ def test_the_tokens_of_the_answer_end_with_its_first_line(
     model: PeftModel, fact_model: FactModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = fact_model.tokenizer("\n Kasgrad\n is", return_tensors="pt")["input_ids"]
-    monkeypatch.setattr("peft_baft.evaluation.inspection._generate", lambda *_: ids)
+    monkeypatch.setattr("peft_baft.evaluation.inspection.greedy_tokens", lambda *_: ids)
     found = inspect(model, fact_model.tokenizer, PROMPT)
     assert [token.text for token in found.tokens if token.answer] == ["\n", " Kasgrad"] and found.after == "Kasgrad"
 

@@ -47,6 +47,12 @@ def test_imports_point_down_only(path: Path) -> None:
         assert (mine, other) not in FORBIDDEN, f"{path.name} imports {other}"
 
 
+def test_no_file_imports_a_private_name_of_another() -> None:
+    private = re.compile(r"^from peft_baft\S* import .*\b_[a-z]", re.M)
+    assert private.search("from peft_baft.data import Edit, _hidden")
+    assert not [path.name for path in FILES if private.search(path.read_text())]
+
+
 def test_the_import_rule_would_notice_a_violation() -> None:
     assert level("cli") > level("adapter") and "losses" in imported_parts(SOURCE / "editing" / "baft.py")
 

@@ -14,7 +14,7 @@ from peft_baft.adapter import BaftLayer, EditContext, RecordedGates, baft_layers
 from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit, Unrelated
 from peft_baft.editing.descent import Descent, DescentConfig, Outcome, Terms, descend
-from peft_baft.editing.editor import AdapterEditor, _checked, evaluating, trainable
+from peft_baft.editing.editor import AdapterEditor, checked_edits, evaluating, trainable
 from peft_baft.editing.parallel import Lane, copy_adapter, parameters_of, train_lanes
 from peft_baft.editing.session import open_session
 from peft_baft.losses import load_balance, locality_margin, mean_over_blocks, rescaled, teacher_forcing
@@ -122,7 +122,7 @@ class BaftEditor(AdapterEditor):
         """
         if parallel < 1:
             raise ValueError(f"parallel must be at least 1, not {parallel}.")
-        facts = _checked(edits)
+        facts = checked_edits(edits)
         self._require_in_use()
         for fact in facts:
             self._tokens([fact])

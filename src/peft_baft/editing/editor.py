@@ -66,7 +66,7 @@ class AdapterEditor:
                 another one; or the adapter is not the active one, disabled or merged.
             FloatingPointError: a loss became NaN or infinite. In each case the adapter is as it was.
         """
-        rows = self._tokens(_checked(edits))
+        rows = self._tokens(checked_edits(edits))
         self._require_in_use()
         descent = self.descent if len(rows) == 1 else self.batch_descent
         with (
@@ -88,7 +88,7 @@ class AdapterEditor:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
-        facts = _checked(edits)
+        facts = checked_edits(edits)
         self._require_in_use()
         batches = [facts[i : i + batch_size] for i in range(0, len(facts), batch_size)]
         for batch in batches:
@@ -127,7 +127,7 @@ class AdapterEditor:
         return [encode_fitting(self.model, self.tokenizer, prompt, target) for prompt, target in targets.items()]
 
 
-def _checked(edits: Iterable[Edit]) -> list[Edit]:
+def checked_edits(edits: Iterable[Edit]) -> list[Edit]:
     facts = list(edits) if isinstance(edits, Iterable) else None
     if facts is None or not all(isinstance(fact, Edit) for fact in facts):
         raise TypeError(f"edits must be a list of Edit(prompt, target), not {edits!r:.80}.")
@@ -210,3 +210,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def without_adapters(model: PeftModel) -> Iterator[None]:
+    """The model without its adapters. PEFT leaves them trainable afterwards; here they stay as they were."""
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, was in trainable.items():
+            parameter.requires_grad_(was)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from peft_baft.data.batching import collate, context_window, encode_prompt, padding_id
-from peft_baft.evaluation.scoring import BATCH_SIZE, _fitting
+from peft_baft.evaluation.scoring import BATCH_SIZE, batches_in_window
 
 LENGTH, TOP_K = 100, 5
 WORD = re.compile(r"\w+|[^\w\s]")
@@ -65,7 +65,7 @@ def sampled_texts(
     limits = [max(0, min(length, window) - len(row.ids)) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: limits[i])
     new: dict[int, Tensor] = {}
-    for part in _fitting(order, rows, limits, window, batch_size):
+    for part in batches_in_window(order, rows, limits, window, batch_size):
         batch = collate([rows[i] for i in part], padding_id(tokenizer), side="left")
         draw = SeededTopK([prompts[i] for i in part], seed, top_k)
         said = _generate(model, batch, max(limits[i] for i in part), draw, padding_id(tokenizer))

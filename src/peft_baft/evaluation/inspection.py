@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from peft_baft.adapter import BaftLayer, baft_layers, prompt_lengths
 from peft_baft.data.batching import Tokens, context_window, encode_prompt
-from peft_baft.editing.editor import evaluating
-from peft_baft.evaluation.scoring import _first_line, _generate, greedy_answers
+from peft_baft.editing.editor import evaluating, without_adapters
+from peft_baft.evaluation.scoring import first_line, greedy_answers, greedy_tokens
 from peft_baft.evaluation.token_text import token_text
 from peft_baft.span import edited
 
@@ -122,7 +122,7 @@ def inspect(model: PeftModel, tokenizer: Any, prompt: str, max_new_tokens: int =
         with _watching(layers) as seen, prompt_lengths(model, [row.prompt_length]):
             logits = _logits(model, ids)
         blocks = tuple(_block(layer, seen) for layer in layers)  # where tokens stand is known until the next forward
-        with _unedited(model):
+        with without_adapters(model):
             plain = _logits(model, ids)
             before = greedy_answers(model, tokenizer, [prompt], limit)[0]
     tokens = []
@@ -174,9 +174,9 @@ def _checked(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, top: 
 
 def _answer(model: Any, tokenizer: Any, row: Tokens, limit: int) -> tuple[str, list[int]]:
     """The greedy answer, one line as `greedy_answers` gives it, and as many token ids as it takes to say it."""
-    new = _generate(model, tokenizer, [row], limit)[0]
-    line = _first_line(tokenizer, new)
-    length = next(n for n in range(len(new) + 1) if _first_line(tokenizer, new[:n]) == line)
+    new = greedy_tokens(model, tokenizer, [row], limit)[0]
+    line = first_line(tokenizer, new)
+    length = next(n for n in range(len(new) + 1) if first_line(tokenizer, new[:n]) == line)
     return line, new[:length].tolist()
 
 
@@ -204,18 +204,6 @@ def _watching(layers: Iterable[BaftLayer]) -> Iterator[dict[nn.Module, tuple[Ten
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _unedited(model: PeftModel) -> Iterator[None]:
-    """The model without its adapters. PEFT leaves them trainable afterwards; here they stay as they were."""
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, was in trainable.items():
-            parameter.requires_grad_(was)
 
 
 def _block(layer: BaftLayer, seen: dict[nn.Module, tuple[Tensor, Tensor]]) -> Block:

@@ -102,11 +102,11 @@ def free_answers(
     limits = [min(limit, window - len(row.ids)) for row, limit in zip(rows, max_new_tokens, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: limits[i])  # rows that stop together, together
     answers = [""] * len(rows)
-    for part in _fitting(order, rows, limits, window, batch_size):
+    for part in batches_in_window(order, rows, limits, window, batch_size):
         with batched(part):
-            new = _generate(model, tokenizer, [rows[i] for i in part], max(limits[i] for i in part))
+            new = greedy_tokens(model, tokenizer, [rows[i] for i in part], max(limits[i] for i in part))
         for i, tokens in zip(part, new, strict=True):
-            answers[i] = _first_line(tokenizer, tokens[: limits[i]])
+            answers[i] = first_line(tokenizer, tokens[: limits[i]])
     return answers
 
 
@@ -120,7 +120,9 @@ def free_length(tokenizer: Any, answer: str) -> int:
     return len(tokenizer(f" {answer.strip()}", add_special_tokens=False)["input_ids"]) + EXTRA_TOKENS
 
 
-def _fitting(order: list[int], rows: list[Tokens], limits: list[int], window: int, size: int) -> Iterator[list[int]]:
+def batches_in_window(
+    order: list[int], rows: list[Tokens], limits: list[int], window: int, size: int
+) -> Iterator[list[int]]:
     """Batches of the rows that may say anything, such that none is driven beyond the context window by the others."""
     batch: list[int] = []
     for i in (i for i in order if limits[i] > 0):
@@ -133,7 +135,7 @@ def _fitting(order: list[int], rows: list[Tokens], limits: list[int], window: in
         yield batch
 
 
-def _generate(model: Any, tokenizer: Any, rows: list[Tokens], tokens: int) -> Tensor:
+def greedy_tokens(model: Any, tokenizer: Any, rows: list[Tokens], tokens: int) -> Tensor:
     """Greedy continuations, (rows, up to `tokens`)."""
     batch = collate(rows, padding_id(tokenizer), side="left")
     inputs = {
@@ -143,7 +145,7 @@ def _generate(model: Any, tokenizer: Any, rows: list[Tokens], tokens: int) -> Te
     return model.generate(**inputs, max_new_tokens=tokens, **settings)[:, batch["input_ids"].shape[1] :]
 
 
-def _first_line(tokenizer: Any, tokens: Tensor) -> str:
+def first_line(tokenizer: Any, tokens: Tensor) -> str:
     """The first line that is not empty."""
     return tokenizer.decode(tokens, skip_special_tokens=True).lstrip().split("\n")[0].strip()
 

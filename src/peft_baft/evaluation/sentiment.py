@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from peft_baft.evaluation.inspection import _unedited
+from peft_baft.editing.editor import without_adapters
 from peft_baft.evaluation.likelihood import log_probabilities
 
 
@@ -32,7 +32,7 @@ def edit_success(model: Any, tokenizer: Any, question: str, wanted: Sequence[str
         raise ValueError(f"Both sides need at least one answer, not {len(wanted)} wanted and {len(unwanted)} unwanted.")
     answers = [(question, answer) for answer in (*wanted, *unwanted)]
     after = log_probabilities(model, tokenizer, answers)
-    with _unedited(model) if isinstance(model, PeftModel) else nullcontext():
+    with without_adapters(model) if isinstance(model, PeftModel) else nullcontext():
         before = log_probabilities(model, tokenizer, answers[: len(wanted)])
     for_it, against, for_it_before = map(_mean, (after[: len(wanted)], after[len(wanted) :], before))
     return (for_it - against).sigmoid().item() * (for_it - for_it_before).exp().clamp(max=1).item()
