@@ -26,6 +26,7 @@ from peft_baft.bench.progress import Progress
 from peft_baft.bench.results import append_result, described_model, identity, read_results
 from peft_baft.bench.run import Bench
 from peft_baft.bench.schedule import Schedule
+from peft_baft.evaluation import asking
 from peft_baft.evaluation.asking import Unedited, ask, questions_of
 from peft_baft.presets import PRESETS
 
@@ -151,6 +152,19 @@ def test_the_unedited_model_is_asked_once(bench: Bench, monkeypatch) -> None:
     monkeypatch.setattr("peft_baft.evaluation.asking.predicted_tokens", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         known.ask(bench.base, questions_of(1, bench.cases[1]))
+
+
+def test_what_several_rows_ask_alike_is_asked_once(bench: Bench, monkeypatch) -> None:
+    questions = [question for row in (0, 1, 0) for question in questions_of(row, bench.cases[row])]
+    each = [ask(bench.base, bench.tokenizer, [question])[0] for question in questions]
+    asked: list[int] = []
+    real = asking.predicted_tokens
+    monkeypatch.setattr(
+        asking, "predicted_tokens", lambda m, t, pairs, **more: asked.append(len(pairs)) or real(m, t, pairs, **more)
+    )
+    together = ask(bench.base, bench.tokenizer, questions)
+    assert sum(asked) == 6 and [reply.text for reply in together] == [reply.text for reply in each]
+    assert all(torch.equal(a.said, b.said) for a, b in zip(together, each, strict=True))
 
 
 def test_text_that_is_asked_is_not_trained_on(bench: Bench) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from peft_baft.editing.editor import adapter_tensors
@@ -43,9 +43,11 @@ class Progress:
         if file is None or not file.exists():
             return cls(file)
         try:
-            with safe_open(file, "pt") as kept:
-                done = json.loads(kept.metadata()["progress"])
-                tensors = [kept.get_tensor(str(i)) for i in range(done.pop("tensors"))]
+            data = file.read_bytes()  # in one go: the file may be replaced at any instant
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            done = json.loads(header["__metadata__"]["progress"])
+            found = load(data)
+            tensors = [found[str(i)] for i in range(done.pop("tensors"))]
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{file} is damaged ({error}). Delete it to measure this run from its beginning."

@@ -19,6 +19,7 @@ from peft_baft.editing.baft import BaftEditor
 from peft_baft.editing.descent import Outcome
 from peft_baft.editing.editor import AdapterEditor
 from peft_baft.evaluation.asking import Question, Unedited, ask, judged, questions_of
+from peft_baft.evaluation.scoring import one_model
 
 ASKED_TOGETHER = 8  # rows of a model that is not edited here: between two signs of life
 SEED_STRIDE = 100_003  # seeds of a run's blocks: a block's first row, and this times the run's seed
@@ -155,11 +156,10 @@ class Bench:
         asked, context = self._questions(rows), find_context(model)
 
         def batched(batch: Sequence[int]) -> AbstractContextManager[Any]:
-            if adapters is None or context is None:
-                return nullcontext()
+            assert adapters is not None and context is not None, "only BaFT adapters answer side by side"
             return context.rows([adapters[asked[i].row] for i in batch])
 
-        replies = ask(model, self.tokenizer, asked, self.template, batched)
+        replies = ask(model, self.tokenizer, asked, self.template, batched if adapters else one_model)
         found: dict[int, list[dict[str, Any]]] = {row: [] for row in rows}
         for question, reply in zip(asked, replies, strict=True):
             found[question.row].append(judged(question, reply, self.unedited.reply(question)))

@@ -65,6 +65,20 @@ def ask(
         template: `raw` text, or `chat`: the tokenizer's chat template for everything but locality, as EasyEdit has it.
         batched: given the numbers of the questions of a batch, a context to ask it in.
     """
+    if batched is one_model and len(once := list(dict.fromkeys(map(_what, questions)))) < len(questions):
+        places = {what: i for i, what in enumerate(once)}  # one model answers equal questions alike
+        replies = ask(model, tokenizer, [Question(0, kind, "", *texts) for kind, *texts in once], template)
+        return [replies[places[_what(question)]] for question in questions]
+    return _ask_each(model, tokenizer, questions, template, batched)
+
+
+def _what(question: Question) -> tuple[str, str, str]:
+    return question.kind, question.prompt, question.answer
+
+
+def _ask_each(
+    model: Any, tokenizer: Any, questions: Sequence[Question], template: str, batched: Batched
+) -> list[Reply]:
     replies: dict[int, Reply] = {}
     for chat in (False, True):
         chosen = [i for i, q in enumerate(questions) if (template == "chat" and q.kind != "locality") is chat]
