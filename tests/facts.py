@@ -19,7 +19,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 from peft_baft import BaftConfig, DescentConfig, Edit, Objective, Unrelated
 from peft_baft.data.batching import collate, encode
-from peft_baft.losses import teacher_forcing
 
 COUNTRIES = [a + b for a, b in product(("Ar", "Bel", "Cor", "Dan", "El", "Fen"), ("via", "mark", "land", "ona"))]
 CITIES = [a + b for a, b in product(("Kas", "Lor", "Mir", "Nov", "Ost", "Pel"), ("grad", "ton", "burg", "heim"))]
@@ -73,11 +72,10 @@ def train_model(tokenizer: tr.PreTrainedTokenizerFast) -> tr.LlamaForCausalLM:
     config = tr.LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=WINDOW, **shape, **special)
     model = tr.LlamaForCausalLM(config)
     batch = collate([encode(tokenizer, p, f.answer) for f in (*CAPITALS, *MEALS) for p in (f.prompt, f.rephrase)], 0)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=201)
     for _ in range(200):
-        loss = teacher_forcing(model(**inputs, use_cache=False).logits, batch["labels"])
+        loss = model(**batch, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -254,14 +254,14 @@ def test_past_use_counts_in_the_balance_of_the_next_edit(baft: Setting) -> None:
     assert editor.edit(edits(0)).losses["balance"] > 10 * fresh
 
 
-def patch_logits(patch: pytest.MonkeyPatch, change: Callable[[Callable[[], torch.Tensor]], torch.Tensor]) -> None:
+def patch_losses(patch: pytest.MonkeyPatch, change: Callable[[Callable[[], torch.Tensor]], torch.Tensor]) -> None:
     """Let `change` stand in for the forward of each training step; it is given the real one."""
 
     def patched(real: Callable[[Session], torch.Tensor]) -> Callable[[Session], torch.Tensor]:
         return lambda self: change(lambda: real(self)) if torch.is_grad_enabled() else real(self)
 
     for kind in (Session, CachedSession):
-        patch.setattr(kind, "logits", patched(kind.logits))
+        patch.setattr(kind, "losses", patched(kind.losses))
 
 
 def test_gates_without_gradient_are_an_error_and_not_a_silent_loss_of_the_regularisers(
@@ -269,11 +269,11 @@ def test_gates_without_gradient_are_an_error_and_not_a_silent_loss_of_the_regula
 ) -> None:
     model, editor = baft
 
-    def without_gradient(logits: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def without_gradient(losses: Callable[[], torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():
-            return logits()
+            return losses()
 
-    patch_logits(monkeypatch, without_gradient)
+    patch_losses(monkeypatch, without_gradient)
     before = state(model)
     with pytest.raises(ValueError, match="use_reentrant"):
         editor.edit(edits(0))
@@ -437,12 +437,12 @@ def test_a_caller_may_have_gradients_off(baft: Setting, mode: Callable[[], Any])
 # failures leave no trace
 
 
-def poisoned(logits: torch.Tensor) -> torch.Tensor:
-    return logits * float("nan")
+def poisoned(losses: torch.Tensor) -> torch.Tensor:
+    return losses * float("nan")
 
 
-def infinite(logits: torch.Tensor) -> torch.Tensor:
-    return torch.where(torch.arange(logits.shape[-1]) == 5, logits, -torch.inf)
+def infinite(losses: torch.Tensor) -> torch.Tensor:
+    return losses + torch.inf
 
 
 def interrupted(_: torch.Tensor) -> torch.Tensor:
@@ -473,12 +473,12 @@ def test_an_edit_that_breaks_off_leaves_everything_as_it_was(
     before, used = state(model), getattr(editor, "unrelated_used", None)
     seen = []
 
-    def breaking(logits: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def breaking(losses: Callable[[], torch.Tensor]) -> torch.Tensor:
         seen.append(all(torch.equal(t, before["tensors"][name]) for name, t in model.state_dict().items()))
-        return logits() if len(seen) < 2 else break_it(logits())
+        return losses() if len(seen) < 2 else break_it(losses())
 
     with monkeypatch.context() as patch, pytest.raises(error, match=message):
-        patch_logits(patch, breaking)
+        patch_losses(patch, breaking)
         editor.edit(edits(1))
     assert seen == [True, False]  # control: there was something to put back
     assert same(before, state(model)) and (parameter.grad == 3).all()
@@ -507,14 +507,14 @@ def test_parameters_that_became_infinite_are_not_kept_even_if_the_losses_are_fin
     source = next(p for name, p in model.named_parameters() if "baft_source" in name)
     before, seen = state(model), []
 
-    def diverging(logits: Callable[[], torch.Tensor]) -> torch.Tensor:
-        found = logits()
+    def diverging(losses: Callable[[], torch.Tensor]) -> torch.Tensor:
+        found = losses()
         seen.append(1)
         if len(seen) == 3:
             source.data[0, 0] = torch.inf
         return found
 
-    patch_logits(monkeypatch, diverging)
+    patch_losses(monkeypatch, diverging)
     monkeypatch.setattr(editor, "descent", DescentConfig(lr=1e-3, max_steps=2))
     with pytest.raises(FloatingPointError, match="a parameter became"):
         editor.edit(edits(0))

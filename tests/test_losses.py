@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_baft.losses import IGNORED_LABEL, load_balance, locality_margin, mean_over_blocks, rescaled, teacher_forcing
+from peft_baft.losses import answer_losses, load_balance, locality_margin, mean_over_blocks, rescaled
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -17,26 +17,17 @@ def no_history(r: int) -> tuple[Tensor, Tensor]:
     return torch.zeros(r), torch.tensor(0.0)
 
 
-# --- teacher forcing --------------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------------------------
 
 
-def test_teacher_forcing_is_the_mean_surprise_of_the_answer_tokens() -> None:
-    logits = draw(2, 5, 7).float() * 4
-    labels = torch.tensor([[-100, -100, 3, 4, -100], [-100, 6, 1, 2, 5]])
-    answer = [(0, 2), (0, 3), (1, 1), (1, 2), (1, 3), (1, 4)]
-    surprises = [-logits[i, t - 1].log_softmax(-1)[labels[i, t]] for i, t in answer]
-    torch.testing.assert_close(teacher_forcing(logits, labels), torch.stack(surprises).mean())
+def test_an_answer_loss_is_the_surprise_at_its_token() -> None:
+    logits, tokens = draw(6, 7).float() * 4, torch.tensor([3, 4, 6, 1, 2, 5])
+    surprises = [-logits[i].log_softmax(-1)[token] for i, token in enumerate(tokens)]
+    torch.testing.assert_close(answer_losses(logits, tokens), torch.stack(surprises))
 
 
-def test_teacher_forcing_looks_at_no_other_position() -> None:
-    logits = draw(1, 4, 7).float().requires_grad_()
-    teacher_forcing(logits, torch.tensor([[-100, -100, 3, -100]])).backward()
-    assert logits.grad.abs().sum(-1).gt(0).tolist() == [[False, True, False, False]]
-
-
-def test_teacher_forcing_is_computed_in_float32() -> None:
-    logits, labels = draw(1, 3, 7), torch.tensor([[IGNORED_LABEL, 2, 3]])
-    assert teacher_forcing(logits.bfloat16(), labels).dtype == torch.float32
+def test_answer_losses_are_computed_in_float32() -> None:
+    assert answer_losses(draw(2, 7).bfloat16(), torch.tensor([2, 3])).dtype == torch.float32
 
 
 # --- load balance -----------------------------------------------------------------------------------------------------

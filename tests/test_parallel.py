@@ -68,14 +68,13 @@ def test_lanes_share_forwards(fact_model: FactModel, monkeypatch: pytest.MonkeyP
     model = adapted(fact_model.base)
     editor = BaftEditor(model, fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT)
     rows: list[int] = []
-    real = session_module.CachedSession.logits
+    real = session_module.CachedSession.losses
 
     def counted(self: session_module.CachedSession) -> torch.Tensor:
-        logits = real(self)
-        rows.append(len(logits))
-        return logits
+        rows.append(len(self.rows))
+        return real(self)
 
-    monkeypatch.setattr(session_module.CachedSession, "logits", counted)
+    monkeypatch.setattr(session_module.CachedSession, "losses", counted)
     steps = [outcome.steps for _, outcome in editor.edit_each(FACTS, parallel=5)]
     assert rows[0] == 10 and max(steps) < len(rows) <= max(steps) + 4  # and as many as the longest alone, plus checks
     assert min(rows) <= 4  # rows of edits that are done are not computed any more

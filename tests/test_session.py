@@ -18,10 +18,10 @@ from peft_baft.data.batching import Tokens
 from peft_baft.editing import baft as baft_module
 from peft_baft.editing import session as session_module
 from peft_baft.editing.session import CachedSession, Session, open_session
-from peft_baft.losses import teacher_forcing
 
 fact_model = facts.fact_model
 CPU = torch.device("cpu")
+LEARNED = (0, 2, 3)
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS = [
     Tokens(tuple(torch.randint(3, 64, (length + answer,), generator=GENERATOR).tolist()), length)
@@ -42,15 +42,18 @@ def outcome(model: PeftModel, session: Session) -> tuple[float, torch.Tensor, to
     assert context is not None
     model.zero_grad()
     with context.recording() as recorded:
-        loss = teacher_forcing(session.logits(), session.labels)
+        loss = session.losses().mean()
         loss.backward()
         gates = torch.cat([gates.w[gates.mask] for gates in recorded.values()]).detach()
+    everyone = range(len(session.rows))
+    places = session.edited(everyone, everyone, 3)
+    torch.testing.assert_close(gates, torch.cat([g.w.flatten(0, 1)[places] for g in recorded.values()]), atol=0, rtol=0)
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), gates
 
 
 def test_loss_gradient_and_gates_are_those_of_the_full_computation(model: PeftModel) -> None:
-    plain = outcome(model, Session(model, ROWS, 0, CPU))
-    cached = CachedSession(model, ROWS, 0, CPU, positions=3)
+    plain = outcome(model, Session(model, ROWS, LEARNED, 0, CPU))
+    cached = CachedSession(model, ROWS, LEARNED, 0, CPU, positions=3)
     for _ in range(2):  # a forward leaves the cache as it was
         loss, gradient, gates = outcome(model, cached)
         assert loss == pytest.approx(plain[0], rel=1e-5)
@@ -59,18 +62,47 @@ def test_loss_gradient_and_gates_are_those_of_the_full_computation(model: PeftMo
     assert plain[1].norm() > 1e-3
 
 
+def test_some_of_the_rows_give_what_they_give_among_all(model: PeftModel) -> None:
+    for session in (
+        Session(model, ROWS, LEARNED, 0, CPU),
+        CachedSession(model, ROWS, LEARNED, 0, CPU, positions=3),
+    ):
+        every = session.losses()
+        assert session.answers == [3, 0, 4, 1]
+        some = session.taking([1, 2])
+        assert type(some) is type(session) and some.answers == [0, 4]
+        for _ in range(2):
+            torch.testing.assert_close(some.losses(), every[3:7])
+        torch.testing.assert_close(session.losses(), every)
+
+
+def test_logits_are_computed_where_an_answer_is_learned(model: PeftModel) -> None:
+    shapes: list[torch.Size] = []
+    hook = (
+        model.get_base_model()
+        .get_output_embeddings()
+        .register_forward_hook(lambda _, given, out: shapes.append(out.shape[:-1]))
+    )
+    session = CachedSession(model, ROWS, LEARNED, 0, CPU, positions=3)
+    session.losses()
+    few = session.taking([0])
+    assert few.losses().shape == (3,)
+    hook.remove()
+    assert shapes == [(0,), (3 + 4 + 1,), (4,)]  # of four rows rather than of three, which takes BLAS twice as long
+
+
 def test_less_is_computed(model: PeftModel) -> None:
     widths: list[int] = []
     embedding = model.get_input_embeddings()
     hook = embedding.register_forward_hook(lambda _, inputs, out: widths.append(inputs[0].shape[1]))
-    for session in (Session(model, ROWS, 0, CPU), CachedSession(model, ROWS, 0, CPU, positions=3)):
+    for session in (Session(model, ROWS, LEARNED, 0, CPU), CachedSession(model, ROWS, LEARNED, 0, CPU, positions=3)):
         widths.clear()
-        session.logits()
+        session.losses()
         assert widths == ([13] if type(session) is Session else [3 + 4])
     hook.remove()
 
 
-def test_blocks_below_the_first_edited_one_run_once() -> None:
+def test_blocks_up_to_the_first_edited_one_run_once() -> None:
     model = get_peft_model(make_model("llama"), BaftConfig(task_type="CAUSAL_LM", r=4, layers_to_transform=[2, 3]))
     runs = dict.fromkeys(range(4), 0)
     blocks = model.get_base_model().model.layers
@@ -85,11 +117,11 @@ def test_blocks_below_the_first_edited_one_run_once() -> None:
     for i, block in enumerate(blocks):
         block.forward = counted(i, block.forward)
     own = [block.forward for block in blocks]
-    session = CachedSession(model, ROWS, 0, CPU, positions=3)
+    session = CachedSession(model, ROWS, LEARNED, 0, CPU, positions=3)
     made = dict(runs)
     for _ in range(3):
-        session.logits()
-    assert {i: runs[i] - made[i] for i in runs} == {0: 1, 1: 1, 2: 3, 3: 3}
+        session.losses()
+    assert {i: runs[i] - made[i] for i in runs} == {0: 1, 1: 1, 2: 1, 3: 3}
     assert [block.forward for block in blocks] == own
 
 
@@ -107,7 +139,7 @@ def test_what_is_learned_is_the_same(fact_model: FactModel, monkeypatch: pytest.
     monkeypatch.setattr(baft_module, "open_session", lambda *given: opened.append(real(*given)) or opened[-1])
     cached = learned(fact_model)
     assert all(isinstance(session, CachedSession) for session in opened)
-    monkeypatch.setattr(baft_module, "open_session", lambda m, rows, pad, positions: real(m, rows, pad, None))
+    monkeypatch.setattr(baft_module, "open_session", lambda *given: real(*given[:-1], None))
     plain = learned(fact_model)
     assert cached[0] == plain[0]
     torch.testing.assert_close(cached[1], plain[1], atol=2e-3, rtol=0)
@@ -120,13 +152,13 @@ def test_a_model_whose_cache_says_something_else_is_edited_without_it(
     rows = [Tokens((4, 5, 6, 7, 8, 9), 5)]
     caplog.set_level("INFO", logger=session_module.__name__)
     with monkeypatch.context() as patch:
-        patch.setattr(CachedSession, "logits", lambda self: torch.randn(1, self.labels.shape[1], 200))
-        assert type(open_session(model, rows, 0, 3)) is Session
+        patch.setattr(CachedSession, "losses", lambda self: torch.tensor([100.0]))
+        assert type(open_session(model, rows, [0], 0, 3)) is Session
     assert "without a cache" in caplog.text
     with monkeypatch.context() as patch:
         patch.setattr(model.get_base_model(), "forward", lambda input_ids, **_: 1 / 0)
         patch.setattr(CachedSession, "__init__", lambda *_: (_ for _ in ()).throw(TypeError("no cache here")))
-        assert type(open_session(model, rows, 0, 3)) is Session
-    assert isinstance(open_session(model, rows, 0, 3), CachedSession)
-    assert type(open_session(model, [Tokens((4, 5, 6, 7), 3)], 0, 3)) is Session  # nothing lies before the last 3
-    assert type(open_session(model, rows, 0, None)) is Session
+        assert type(open_session(model, rows, [0], 0, 3)) is Session
+    assert isinstance(open_session(model, rows, [0], 0, 3), CachedSession)
+    assert type(open_session(model, [Tokens((4, 5, 6, 7), 3)], [0], 0, 3)) is Session  # nothing lies before the last 3
+    assert type(open_session(model, rows, [0], 0, None)) is Session

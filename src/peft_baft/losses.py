@@ -1,4 +1,4 @@
-"""The objective's terms (arXiv 2503.00306, Sec. 2.4). Torch only; every function returns a scalar."""
+"""The objective's terms (arXiv 2503.00306, Sec. 2.4). Torch only; every function but the first returns a scalar."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED_LABEL = -100
 
-
-def teacher_forcing(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of the answer tokens, mean over all of them.
+def answer_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cross entropy of each answer token, given the tokens before it; their mean is the teacher forcing loss.
 
     Args:
-        logits: (batch, tokens, vocabulary); the logits at column t predict the token at column t + 1.
-        labels: (batch, tokens), -100 where no answer token stands.
+        logits: (n, vocabulary) what is predicted in the place of each token; any floating dtype. tokens: (n,).
+
+    Returns:
+        (n,) float32.
     """
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL)
+    return F.cross_entropy(logits.float(), tokens, reduction="none")
 
 
 def load_balance(w: Tensor, past_sum: Tensor, past_count: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit, Unrelated
 from peft_baft.editing.descent import Descent, DescentConfig, Outcome, Terms, descend
 from peft_baft.editing.editor import AdapterEditor, checked_edits, evaluating, trainable
-from peft_baft.editing.parallel import Lane, copy_adapter, parameters_of, train_lanes
-from peft_baft.editing.session import open_session
-from peft_baft.losses import load_balance, locality_margin, mean_over_blocks, rescaled, teacher_forcing
+from peft_baft.editing.parallel import Lane, Share, copy_adapter, divide, parameters_of, train_lanes
+from peft_baft.editing.session import Session, open_session
+from peft_baft.losses import load_balance, locality_margin, mean_over_blocks, rescaled
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,21 @@ class BaftEditor(AdapterEditor):
 
     def _train(self, rows: list[Tokens], parameters: list[nn.Parameter], descent: DescentConfig) -> Outcome:
         unrelated = self._next_unrelated(len(rows) * self.unrelated_per_edit)
-        session = open_session(self.model, [*rows, *unrelated], padding_id(self.tokenizer), self._positions(parameters))
+        learned = range(len(rows))
+        session = self._open([*rows, *unrelated], learned, self._positions(parameters))
+        share = divide(session, learned, range(len(rows), len(session.rows)), self._edited_positions())
         with self._context().recording() as recorded:
 
             def losses() -> Terms:
-                return self._terms(self.adapter_name, session.logits(), session.labels, len(rows), recorded)
+                return self._terms(self.adapter_name, session.losses().mean(), share, recorded)
 
             outcome = descend(parameters, losses, descent)
-            self._remember_use(self.adapter_name, recorded, len(rows))
+            self._remember_use(self.adapter_name, recorded, share)
         self.unrelated_used += len(unrelated)
         return outcome
+
+    def _open(self, rows: Sequence[Tokens], learned: Sequence[int], positions: int | None) -> Session:
+        return open_session(self.model, rows, learned, padding_id(self.tokenizer), positions)
 
     def edit_each(self, edits: Iterable[Edit], parallel: int = 16) -> Iterator[tuple[str, Outcome]]:
         """Teach each edit to an adapter of its own, which begins as a copy of this editor's: what `edit` would give alone.
@@ -158,7 +163,7 @@ class BaftEditor(AdapterEditor):
             FloatingPointError: as `edit_each`; the adapters are left where they were at that moment.
         """
         rows = {name: self._tokens([edit])[0] for name, edit in edits.items()}
-        positions = self.layers[0].configs[self.adapter_name].prompt_positions
+        positions = self._edited_positions()
         with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model), trainable(self.model):
             lanes = []
             for name, row in rows.items():
@@ -172,11 +177,13 @@ class BaftEditor(AdapterEditor):
                 lanes,
                 self._context(),
                 [layer.name for layer in self._gated()],
-                lambda rows: open_session(self.model, rows, padding_id(self.tokenizer), positions),
-                lambda name, logits, labels, gates: self._terms(name, logits, labels, 1, gates),
+                lambda rows, learned: self._open(rows, learned, positions),
+                positions,
+                self._terms,
             )
             for lane in lanes:
-                self._remember_use(lane.adapter_name, lane.gates, 1)
+                if lane.share is not None:
+                    self._remember_use(lane.adapter_name, lane.gates, lane.share)
         return dict(zip(edits, outcomes, strict=True))
 
     def _context(self) -> EditContext:
@@ -193,35 +200,35 @@ class BaftEditor(AdapterEditor):
         own = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
         if any(id(parameter) not in own for parameter in parameters):
             return None
+        return self._edited_positions()
+
+    def _edited_positions(self) -> int:
         return self.layers[0].configs[self.adapter_name].prompt_positions
 
-    def _terms(
-        self, adapter_name: str, logits: Tensor, labels: Tensor, edits: int, recorded: Mapping[str, RecordedGates]
-    ) -> Terms:
-        """The objective's terms for one adapter; the first `edits` of its rows are the facts, the others unrelated text."""
-        fit = teacher_forcing(logits[:edits], labels[:edits])
+    def _terms(self, adapter_name: str, fit: Tensor, share: Share, recorded: Mapping[str, RecordedGates]) -> Terms:
+        """The objective's terms for one adapter, given the teacher forcing loss."""
         terms, settings = {"teacher_forcing": fit}, self.objective
         layers = self._gated()
         if not layers:
             return terms
         if not all(recorded[layer.name].w.requires_grad for layer in layers):
             raise ValueError(WITHOUT_GRADIENT)
-        on_edit = {layer.name: _at_edited_tokens(recorded[layer.name], slice(None, edits)) for layer in layers}
+        on_edit = {layer.name: _at(recorded[layer.name], share.edit) for layer in layers}
         loads = {layer.name: layer.baft_load[adapter_name] for layer in layers}
         if settings.balance and self.layers[0].configs[self.adapter_name].gate_count > 1:
             balance = mean_over_blocks([load_balance(w, loads[n][:-1], loads[n][-1]) for n, w in on_edit.items()])
             terms["balance"] = settings.balance * rescaled(balance, fit, settings.balance_ceiling)
         if settings.locality and self._unrelated:
             margins = (settings.alpha, settings.beta, settings.gamma)
-            off_edit = {n: _at_edited_tokens(recorded[n], slice(edits, None)) for n in on_edit}
+            off_edit = {n: _at(recorded[n], share.unrelated) for n in on_edit}
             locality = mean_over_blocks([locality_margin(w, off_edit[n], *margins) for n, w in on_edit.items()])
             terms["locality"] = settings.locality * rescaled(locality, fit, settings.locality_ceiling)
         return terms
 
-    def _remember_use(self, adapter_name: str, recorded: Mapping[str, RecordedGates], edits: int) -> None:
+    def _remember_use(self, adapter_name: str, recorded: Mapping[str, RecordedGates], share: Share) -> None:
         """Add the gates of the learned edit to the running sums of the load balance."""
         for layer in self._gated():
-            w = _at_edited_tokens(recorded[layer.name], slice(None, edits)).detach()
+            w = _at(recorded[layer.name], share.edit).detach()
             load = layer.baft_load[adapter_name]
             load += torch.cat([w.sum(0), w.new_tensor([w.shape[0]])]).to(load)
 
@@ -233,6 +240,6 @@ WITHOUT_GRADIENT = (
 )
 
 
-def _at_edited_tokens(gates: RecordedGates, rows: slice) -> Tensor:
-    """The gates (n, k) at the edited tokens of some rows of the batch."""
-    return gates.w[rows][gates.mask[rows]]
+def _at(gates: RecordedGates, places: Tensor) -> Tensor:
+    """The gates (n, k) at some tokens."""
+    return gates.w.flatten(0, 1)[places.to(gates.w.device)]

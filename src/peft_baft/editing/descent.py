@@ -75,24 +75,21 @@ class Descent:
         self._optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
         self._steps, self._seconds = 0, 0.0
 
-    def weigh(self, terms: Terms, seconds: float) -> Tensor:
-        """The sum of the terms at the present parameters; the descent is over if it is small enough, or was the last.
+    def weigh(self, values: dict[str, float], seconds: float) -> None:
+        """Look at the terms at the present parameters; the descent is over if they are small enough, or were the last.
 
         Args:
-            seconds: this descent's share of the time since it was last weighed.
+            seconds: this descent's share of the time since it last looked.
 
         Raises:
             FloatingPointError: a term, or a parameter in the end, is not finite.
         """
         self._seconds += seconds
-        total = torch.stack([term.to(terms[STOP_TERM].device) for term in terms.values()])
-        values = dict(zip(terms, total.tolist(), strict=True))
         _require_finite(values, self._steps)
         learned = values[STOP_TERM] < self.config.stop_loss
         if learned or self._steps == self.config.max_steps:
             _require_finite({"a parameter": _first_not_finite(self.parameters)}, self._steps)
             self.outcome = Outcome(self._steps, values, self._seconds, learned)
-        return total.sum()
 
     def step(self) -> None:
         """Follow the gradients, and forget them."""
@@ -130,18 +127,26 @@ def descend_together(
     going, begin = list(descents), time.perf_counter()
     while going:
         terms, now = losses(going), time.perf_counter()
-        totals = [one.weigh(own, (now - begin) / len(going)) for one, own in zip(going, terms, strict=True)]
-        going, totals, begin = *_still_going(going, totals), now
+        for one, values in zip(going, _read(terms), strict=True):
+            one.weigh(values, (now - begin) / len(going))
+        left = [i for i, one in enumerate(going) if one.outcome is None]
+        going, begin = [going[i] for i in left], now
         if going:
-            torch.stack(totals).sum().backward()
+            _stacked([terms[i] for i in left]).sum().backward()
             for one in going:
                 one.step()
     return [one.outcome for one in descents if one.outcome is not None]
 
 
-def _still_going(descents: Sequence[Descent], totals: Sequence[Tensor]) -> tuple[list[Descent], list[Tensor]]:
-    left = [i for i, one in enumerate(descents) if one.outcome is None]
-    return [descents[i] for i in left], [totals[i] for i in left]
+def _read(terms: Sequence[Terms]) -> list[dict[str, float]]:
+    """The values of all terms, fetched from the device in one go."""
+    values = iter(_stacked(terms).tolist())
+    return [{name: next(values) for name in own} for own in terms]
+
+
+def _stacked(terms: Sequence[Terms]) -> Tensor:
+    device = terms[0][STOP_TERM].device
+    return torch.stack([term.to(device) for own in terms for term in own.values()])
 
 
 def _first_not_finite(parameters: Iterable[nn.Parameter]) -> float:

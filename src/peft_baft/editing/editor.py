@@ -16,7 +16,6 @@ from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit
 from peft_baft.editing.descent import DescentConfig, Outcome, descend
 from peft_baft.editing.session import open_session
-from peft_baft.losses import teacher_forcing
 
 
 class AdapterEditor:
@@ -107,12 +106,8 @@ class AdapterEditor:
                 raise ValueError(f"The adapter {self.adapter_name!r} cannot be edited while it is {state}.")
 
     def _train(self, rows: list[Tokens], parameters: list[nn.Parameter], descent: DescentConfig) -> Outcome:
-        session = open_session(self.model, rows, padding_id(self.tokenizer), None)
-
-        def losses() -> dict[str, Tensor]:
-            return {"teacher_forcing": teacher_forcing(session.logits(), session.labels)}
-
-        return descend(parameters, losses, descent)
+        session = open_session(self.model, rows, range(len(rows)), padding_id(self.tokenizer), None)
+        return descend(parameters, lambda: {"teacher_forcing": session.losses().mean()}, descent)
 
     def _tokens(self, edits: Sequence[Edit]) -> list[Tokens]:
         """Tokenise one batch, after a check of its edits against each other."""
