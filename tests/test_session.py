@@ -17,6 +17,7 @@ from peft_baft.adapter import find_context
 from peft_baft.data.batching import Tokens
 from peft_baft.editing import baft as baft_module
 from peft_baft.editing import session as session_module
+from peft_baft.editing import sparing
 from peft_baft.editing.session import CachedSession, Session, open_session
 
 fact_model = facts.fact_model
@@ -89,6 +90,22 @@ def test_logits_are_computed_where_an_answer_is_learned(model: PeftModel) -> Non
     assert few.losses().shape == (3,)
     hook.remove()
     assert shapes == [(0,), (3 + 4 + 1,), (4,)]  # of four rows rather than of three, which takes BLAS twice as long
+
+
+def test_padding_is_not_computed(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparing, "PACKED_FROM", 0)
+    widths: set[int] = set()
+    for name, module in model.named_modules():
+        if name.endswith(("down_proj", "out_proj", "dense_4h_to_h", "mlp.c_proj")):
+            own = module.forward
+            monkeypatch.setattr(module, "forward", lambda h, own=own: widths.add(h.shape[:-1].numel()) or own(h))
+    loss, gradient, gates = outcome(model, CachedSession(model, ROWS, LEARNED, 0, CPU, positions=3))
+    assert widths == {(9 + 5 + 4 + 12) - 4 * 3, 4 * 3 + 3 + 2 + 4 + 1}  # of 4 * 9 before and 4 * 7 after the cut
+    monkeypatch.undo()
+    plain = outcome(model, CachedSession(model, ROWS, LEARNED, 0, CPU, positions=3))
+    assert loss == pytest.approx(plain[0], rel=1e-5)
+    assert (gradient - plain[1]).norm() < 1e-5 * plain[1].norm()
+    torch.testing.assert_close(gates, plain[2], atol=1e-5, rtol=0)
 
 
 def test_less_is_computed(model: PeftModel) -> None:
