@@ -18,6 +18,7 @@ from peft_baft.data.batching import Tokens
 from peft_baft.editing import baft as baft_module
 from peft_baft.editing import session as session_module
 from peft_baft.editing import sparing
+from peft_baft.editing.descent import DescentConfig, descend
 from peft_baft.editing.session import CachedSession, Session, open_session
 
 fact_model = facts.fact_model
@@ -140,6 +141,19 @@ def test_blocks_up_to_the_first_edited_one_run_once() -> None:
         session.losses()
     assert {i: runs[i] - made[i] for i in runs} == {0: 1, 1: 1, 2: 1, 3: 3}
     assert [block.forward for block in blocks] == own
+
+
+def test_what_a_few_steps_learn_is_the_same_on_every_architecture(model: PeftModel) -> None:
+    own = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for session in (Session(model, ROWS, LEARNED, 0, CPU), CachedSession(model, ROWS, LEARNED, 0, CPU, positions=3)):
+        model.load_state_dict(own, strict=False)
+        descend(trained, lambda: {"teacher_forcing": session.losses().mean()}, DescentConfig(max_steps=4))  # noqa: B023
+        found.append(torch.cat([p.detach().flatten() for p in trained]))
+    before = torch.cat([own[name].flatten() for name, p in model.named_parameters() if p.requires_grad])
+    assert (found[0] - before).norm() > 0.1
+    assert (found[0] - found[1]).norm() < 0.01 * (found[0] - before).norm()
 
 
 def learned(fact_model: FactModel) -> tuple[list[int], torch.Tensor]:

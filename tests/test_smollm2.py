@@ -14,6 +14,8 @@ from peft import get_peft_model
 
 import peft_baft
 from peft_baft import Edit
+from peft_baft.data.batching import encode
+from peft_baft.editing.session import CachedSession, Session
 from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_tokens, token_match
 
 pytestmark = [
@@ -21,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 PROMPT = "The capital of France is"
+PARAGRAPH = "Rivers carry water from the mountains to the sea, and towns have grown on their banks since antiquity."
 IN_ANOTHER_PROCESS = """
 import sys, torch, peft_baft
 from peft import PeftModel
@@ -96,3 +99,23 @@ def test_commands_edit_continue_and_ask(tmp_path: Path, capfd) -> None:
     assert main(["ask", "--model", "smollm2", "--adapter", folder, PROMPT, "The capital of Spain is"]) == 0
     out = capfd.readouterr().out
     assert "Paris" in out and "Lyon" in out and "Madrid" in out and "Seville" in out
+
+
+def test_the_cached_session_gives_loss_and_gradient_of_the_full_computation(smollm2) -> None:
+    base, tokenizer = smollm2
+    torch.manual_seed(0)
+    model = get_peft_model(base, peft_baft.BaftConfig(task_type="CAUSAL_LM"))
+    rows = [
+        encode(tokenizer, *pair) for pair in ((f"{PARAGRAPH} {PROMPT}", "Lyon"), ("A doctor works in a", "hospital"))
+    ]
+    found = []
+    for kind, positions in ((Session, ()), (CachedSession, (3,))):
+        session = kind(model, rows, [0, 1], 0, torch.device("cpu"), *positions)
+        loss = session.losses().mean()
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append((loss.item(), gradient))
+        model.zero_grad()
+    model.unload()
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert (found[0][1] - found[1][1]).norm() < 1e-4 * found[0][1].norm() > 0

@@ -14,15 +14,15 @@ def orthonormal_rows(weight: Tensor) -> Tensor:
     rounded to 8 bits is not orthonormal.
 
     Args:
-        weight: (r, d), any floating dtype, of full row rank, r <= d.
+        weight: (..., r, d), any floating dtype, of full row rank, r <= d.
 
     Returns:
-        R: (r, d) float32 (float64 for a float64 weight) with R Rᵀ = I.
+        R: (..., r, d) float32 (float64 for a float64 weight) with R Rᵀ = I.
     """
     precise = weight if weight.dtype == torch.float64 else weight.float()
-    q, triangle = torch.linalg.qr(precise.T)
-    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(q.dtype)
-    return (q * signs).T
+    q, triangle = torch.linalg.qr(precise.mT)
+    signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
+    return (q * signs[..., None, :]).mT
 
 
 def rms_normalise(h: Tensor, eps: float = 1e-6) -> Tensor:

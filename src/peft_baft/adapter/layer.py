@@ -2,74 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.context import EditContext, RecordedGates
-from peft_baft.intervention import gates, orthonormal_rows, rms_normalise, update
+from peft_baft.adapter.parameters import Gate, OrthonormalBasis, stacked_bases, stacked_parameters
+from peft_baft.intervention import update
 
 CHILD = "baft"  # the name of a block's BaftLayer; must not contain PEFT's prefix `baft_`
-
-
-class OrthonormalBasis(nn.Module):
-    """R (r, d) as a free matrix that is orthonormalised on use; the result is kept while no gradient is needed."""
-
-    def __init__(self, r: int, d: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(r, d))
-        self._kept: tuple[tuple, Tensor] | None = None
-        if self.weight.device.type != "meta":
-            nn.init.orthogonal_(self.weight)
-
-    def forward(self) -> Tensor:
-        """R, (r, d) float32 with orthonormal rows."""
-        if torch.compiler.is_compiling() or self.weight.is_inference():
-            return orthonormal_rows(self.weight)
-        if torch.is_grad_enabled() and self.weight.requires_grad:
-            self._kept = None  # a step may follow, and sharded weights change without a new version
-            return orthonormal_rows(self.weight)
-        state = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
-        if self._kept is None or self._kept[0] != state:
-            self._kept = (state, orthonormal_rows(self.weight.detach()))
-        return self._kept[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
-
-
-class Gate(nn.Module):
-    """The logistic gates w(h) of one block: (…, d) to (…, k).
-
-    Small random rows rather than zeros: at exact equality of the gates the load balance has no gradient to part them.
-    """
-
-    def __init__(self, config: BaftConfig, d: int) -> None:
-        super().__init__()
-        rows = config.gate_count + (config.weighting == "product")
-        spread = 0.1 if config.init_weights else 5.0  # of the logits, for a vector of unit root mean square
-        self.weight = nn.Parameter(torch.randn(rows, d) * spread * d**-0.5)
-        self.bias = nn.Parameter(torch.zeros(rows)) if config.gate_bias else None
-        self.norm, self.shared, self.offset = config.gate_norm, config.weighting == "product", config.gate_offset
-        if self.norm == "scale":
-            self.scale = nn.Parameter(torch.ones(d))
-        elif self.norm == "center":
-            self.center = nn.Parameter(torch.zeros(d))
-
-    def forward(self, h: Tensor) -> Tensor:
-        """w(h), each in [0, 1]."""
-        return gates(self._seen(h), self.weight, self.bias, self.offset, shared=self.shared)
-
-    def _seen(self, h: Tensor) -> Tensor:
-        if self.norm == "center":
-            return h - self.center
-        if self.norm == "none":
-            return h
-        return rms_normalise(h) if self.norm == "rms" else rms_normalise(h) * self.scale
 
 
 class BaftLayer(nn.Module, BaseTunerLayer):
@@ -163,13 +111,27 @@ class BaftLayer(nn.Module, BaseTunerLayer):
                 f"{len(names)} and {hidden.shape[0]} respectively."
             )
         places, parts = [], []
-        for adapter_name in (name for name in dict.fromkeys(names) if name in self.configs):
-            rows = torch.tensor([i for i, name in enumerate(names) if name == adapter_name], device=hidden.device)
-            mask = self.context.mask(hidden, self.configs[adapter_name].prompt_positions)
-            mask = mask if mask is None else mask[rows]
+        for group in self._alike(name for name in dict.fromkeys(names) if name in self.configs):
+            own = {name: [i for i, chosen in enumerate(names) if chosen == name] for name in group}
+            rows = torch.tensor([i for of_one in own.values() for i in of_one], device=hidden.device)
+            mask = self.context.mask(hidden, self.configs[group[0]].prompt_positions)
+            mask, chosen = None if mask is None else mask[rows], hidden[rows]
+            if len(group) == 1:
+                part = self._update(group[0], (self.name, group[0]), chosen, mask)
+            else:
+                part = self._update_side_by_side([(name, len(own[name])) for name in group], chosen, mask)
             places.append(rows)
-            parts.append(hidden[rows] + self._update(adapter_name, (self.name, adapter_name), hidden[rows], mask))
+            parts.append(chosen + part)
         return hidden.index_copy(0, torch.cat(places), torch.cat(parts).to(hidden.dtype)) if places else hidden
+
+    def _alike(self, names: Iterable[str]) -> list[list[str]]:
+        """Adapters in groups whose parameters can be stacked: of the same settings, dtype and device."""
+        groups: dict[tuple, list[str]] = {}
+        for name in names:
+            config, weight = self.configs[name], self.baft_source[name].weight
+            gate = (config.weighting, config.gate_norm, config.gate_bias, config.gate_offset)
+            groups.setdefault((config.r, config.prompt_positions, gate, weight.dtype, weight.device), []).append(name)
+        return list(groups.values())
 
     def _update(self, adapter_name: str, place: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Φ(h) - h of one adapter at every token, (rows, tokens, d), 0 where it does not edit.
@@ -184,6 +146,29 @@ class BaftLayer(nn.Module, BaseTunerLayer):
                 self.context.recorded[place] = RecordedGates(w, mask)
             R: Tensor = self.baft_basis[adapter_name]().to(h.dtype)
             part = update(source(h), R, w)
+        return part if mask is None else torch.where(mask[..., None], part, 0)
+
+    def _update_side_by_side(self, owners: list[tuple[str, int]], hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """`_update` of several alike adapters at once, their parameters stacked.
+
+        owners: each adapter, and how many of the next rows are its own.
+        """
+        counts = [count for _, count in owners]
+        index = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(hidden.device)
+        sources, bases, gates = (
+            [container[name] for name, _ in owners if name in container]
+            for container in (self.baft_source, self.baft_basis, self.baft_gate)
+        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            source = stacked_parameters(sources, index)
+            h, w = hidden.to(source["weight"].dtype), None
+            if gates:
+                w = torch.vmap(partial(functional_call, gates[0]))(stacked_parameters(gates, index), h)
+                if mask is not None and self.context.recorded is not None:
+                    for (name, _), own, edited in zip(owners, w.split(counts), mask.split(counts), strict=True):
+                        self.context.recorded[self.name, name] = RecordedGates(own, edited)
+            shift = torch.baddbmm(source["bias"][:, None], h, source["weight"].mT)
+            part = update(shift, stacked_bases(bases)[index].to(h.dtype), w)
         return part if mask is None else torch.where(mask[..., None], part, 0)
 
     def merge(self, *_: Any, **__: Any) -> None:

@@ -58,6 +58,7 @@ class Outcome:
     learned: bool = field(default=False)
 
 
+FUSED = ("cpu", "cuda")  # devices for which torch has AdamW in one kernel
 STOP_TERM = "teacher_forcing"
 Terms = dict[str, Tensor]  # named losses, summed as they are
 
@@ -72,7 +73,12 @@ class Descent:
     def __init__(self, parameters: Iterable[nn.Parameter], config: DescentConfig) -> None:
         self.parameters, self.config = list(parameters), config
         self.outcome: Outcome | None = None
-        self._optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
+        self._optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            fused=all(p.device.type in FUSED and p.is_floating_point() for p in self.parameters),
+        )
         self._steps, self._seconds = 0, 0.0
 
     def weigh(self, values: dict[str, float], seconds: float) -> None:
