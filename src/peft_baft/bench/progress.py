@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from peft_baft.editing.editor import adapter_tensors
+from peft_baft.editing.journal import replace_file
 
 
 @dataclass
@@ -86,13 +86,3 @@ class Progress:
         tensors = {str(i): t.detach().cpu().contiguous().clone() for i, t in enumerate(self.tensors)}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self.file, save(tensors, metadata={"progress": json.dumps(done)}))
-
-
-def replace_file(file: Path, data: bytes) -> None:
-    """Write a file as a whole: whoever looks, at whatever instant, finds the old or the new one."""
-    new = file.with_name(file.name + ".new")
-    with open(new, "wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(new, file)

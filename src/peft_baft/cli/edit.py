@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ from tqdm import tqdm
 from peft_baft import BaftConfig, BaftEditor, Outcome
 from peft_baft.adapter.weights import FILE as WEIGHTS
 from peft_baft.cli.common import add_training_arguments, chosen_preset, chosen_unrelated, command, print_table
-from peft_baft.data.datasets import read_cases
+from peft_baft.data.datasets import read_cases, read_unrelated
+from peft_baft.data.unrelated import CANARIES
+from peft_baft.editing.continual import Made, edit_continually
+from peft_baft.editing.journal import LINES, Journal
+from peft_baft.evaluation.guard import canary_check
 from peft_baft.evaluation.report import Report, watch
 from peft_baft.evaluation.scoring import greedy_answers
 from peft_baft.models import load_model
@@ -32,7 +37,7 @@ HOW_TO_LOAD = """
 
 def edit(args: argparse.Namespace) -> int:
     """Teach the facts of a file to a model and save the adapter."""
-    _prepare_output(args.output, args.adapter, args.overwrite)
+    _prepare_output(args.output, args.adapter, args.overwrite, args.resume)
     cases = read_cases(args.edits)
     unrelated = chosen_unrelated(args.unrelated)
     preset = chosen_preset(args)
@@ -40,14 +45,30 @@ def edit(args: argparse.Namespace) -> int:
     editor = BaftEditor(model, tokenizer, unrelated, preset.objective, preset.descent, preset.batch_descent)
     editor.unrelated_used = _unrelated_used(args.adapter)
     report = watch(model, tokenizer, cases)
-    batches = editor.edit_in_turn([case.edit for case in cases], args.batch_size)
-    outcomes = _with_progress(batches, -(-len(cases) // args.batch_size))
+    check = None
+    if args.min_agreement is not None:
+        canaries: Sequence[Any] = CANARIES if args.canaries is None else read_unrelated(args.canaries)
+        check = canary_check(model, tokenizer, args.min_agreement, canaries)
+    if args.overwrite and not args.resume:
+        Journal(args.output).begin_anew()
+    batches = edit_continually(
+        editor,
+        [case.edit for case in cases],
+        args.batch_size,
+        journal=Journal(args.output, args.snapshot_every),
+        resume=args.resume,
+        check=check,
+        keep_only_good=args.keep_only_good,
+    )
+    made = _with_progress(batches, -(-len(cases) // args.batch_size))
+    outcomes = [batch.outcome for batch in made if batch.outcome is not None]
     result, output = report(), args.output
     model.save_pretrained(str(output), save_embedding_layers=False)
     summary = asdict(result) | {"unrelated_used": editor.unrelated_used}
     (output / REPORT).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _append(output / "README.md", HOW_TO_LOAD)
     _print_report(result, outcomes, args.model, output)
+    _print_problems(made)
     return 0 if all(answer.learned for answer in result.answers) else 1
 
 
@@ -74,17 +95,24 @@ def _edited_model(args: argparse.Namespace, preset: Preset) -> tuple[PeftModel, 
 
 def _unrelated_used(adapter: Path | None) -> int:
     """How many unrelated texts an adapter to continue has been trained beside: it goes on with the next one."""
-    report = None if adapter is None else adapter / REPORT
-    return 0 if report is None or not report.exists() else int(json.loads(report.read_text("utf-8"))["unrelated_used"])
+    if adapter is None:
+        return 0
+    journal = Journal(adapter)
+    if journal.snapshots():
+        return int(journal.kept(journal.snapshots()[-1])[1].get("unrelated_used", 0))
+    report = adapter / REPORT
+    return int(json.loads(report.read_text("utf-8"))["unrelated_used"]) if report.exists() else 0
 
 
-def _prepare_output(output: Path, continued: Path | None, overwrite: bool) -> None:
-    """Make the output folder; a ValueError if saving would lose an adapter that is neither continued nor given up."""
-    kept = (output / WEIGHTS).exists() and not overwrite
-    if kept and (continued is None or continued.resolve() != output.resolve()):
+def _prepare_output(output: Path, continued: Path | None, overwrite: bool, resume: bool) -> None:
+    """Make the output folder; a ValueError if an adapter or an unfinished run in it would be lost."""
+    same = continued is not None and continued.resolve() == output.resolve()
+    if (output / WEIGHTS).exists() and not (overwrite or resume or same):
         raise ValueError(
             f"{output} holds an adapter: continue it with --adapter {output}, or replace it with --overwrite."
         )
+    if (output / LINES).exists() and not (overwrite or resume or same):
+        raise ValueError(f"{output} holds an unfinished run: go on with --resume, or begin anew with --overwrite.")
     output.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is found out before the work, not after
 
 
@@ -95,14 +123,27 @@ def _append(file: Path, text: str) -> None:
         file.write_text(before + text, encoding="utf-8")
 
 
-def _with_progress(batches: Any, count: int) -> list[Outcome]:
-    outcomes = []
+def _with_progress(batches: Iterable[Made], count: int) -> list[Made]:
+    made = []
     with tqdm(total=count, desc="editing", unit="edit" if count else "") as bar:
-        for outcome in batches:
-            outcomes.append(outcome)
-            bar.set_postfix(steps=outcome.steps, loss=f"{outcome.losses['teacher_forcing']:.3f}")
+        for batch in batches:
+            made.append(batch)
+            if batch.outcome is not None:
+                bar.set_postfix(steps=batch.outcome.steps, loss=f"{batch.outcome.losses['teacher_forcing']:.3f}")
             bar.update()
-    return outcomes
+    return made
+
+
+def _print_problems(made: Sequence[Made]) -> None:
+    """How many edits are in the adapter and good, in it and bad, and left out; and which are not good."""
+    bad = [batch for batch in made if batch.problem is not None]
+    failed, skipped = (sum(len(batch.edits) for batch in bad if batch.kept is kept) for kept in (True, False))
+    learned = sum(len(batch.edits) for batch in made) - failed - skipped
+    print(f"\nlearned {learned}, failed {failed}, skipped {skipped}")
+    for batch in bad:
+        state = "kept" if batch.kept else "taken back"
+        for edit in batch.edits:
+            print(f"  {edit.prompt!r:.60} -> {edit.target!r:.40}: {batch.problem} ({state})")
 
 
 def _print_report(report: Report, outcomes: list[Outcome], model: str, output: Path) -> None:
@@ -143,6 +184,19 @@ def add_commands(commands: Any) -> None:
     )
     edits.add_argument("--seed", type=int, default=0, help="of a new adapter's first weights")
     edits.add_argument("--overwrite", action="store_true", help="replace an adapter in the output folder")
+    edits.add_argument("--resume", action="store_true", help="go on with the output folder's interrupted run")
+    edits.add_argument(
+        "--snapshot-every", type=int, default=1, metavar="K", help="keep the adapter after every K edits"
+    )
+    edits.add_argument(
+        "--min-agreement", type=float, metavar="A", help="an edit does harm if canaries agree less than this, 0 to 1"
+    )
+    edits.add_argument(
+        "--canaries", type=Path, help="what should stay, as for --unrelated; by default the package's own"
+    )
+    edits.add_argument(
+        "--keep-only-good", action="store_true", help="take edits back that were not learned or did harm"
+    )
     add_training_arguments(edits)
     asking = command(commands, "ask", ask)
     asking.add_argument("--adapter", required=True, type=Path, help="folder of the adapter")

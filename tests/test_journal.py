@@ -1,0 +1,291 @@
+"""What was edited is on record, and an interrupted run goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import facts
+from facts import DESCENT, OBJECTIVE, FactModel, adapted, edits, meals
+from peft_baft import BaftEditor, DescentConfig, Edit
+from peft_baft.editing.continual import Made, edit_continually
+from peft_baft.editing.journal import LINES, SNAPSHOTS, Journal, adapter_state
+from peft_baft.evaluation.guard import canary_check
+
+fact_model = facts.fact_model
+FACTS = edits(0, 3, 7, 11, 5)
+
+
+def editor_of(fact_model: FactModel, **config: Any) -> BaftEditor:
+    return BaftEditor(adapted(fact_model.base, **config), fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT)
+
+
+def state(editor: BaftEditor) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in adapter_state(editor.model, "default").items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def run(fact_model: FactModel, folder: Path, many: int | None = None, **settings: Any) -> tuple[BaftEditor, list[Made]]:
+    """A fresh editor that makes the facts, or stops for good after `many`."""
+    editor, made = editor_of(fact_model), []
+    every = settings.pop("every", 1)
+    turn = edit_continually(editor, settings.pop("facts", FACTS), journal=Journal(folder, every), **settings)
+    for batch in turn:
+        made.append(batch)
+        if len(made) == many:
+            turn.close()
+            break
+    return editor, made
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(fact_model, tmp_path: Path, every: int) -> None:
+    whole, made = run(fact_model, tmp_path / "whole", every=every)
+    for stop in (1, 4):
+        run(fact_model, tmp_path / f"{stop}", stop, every=every)
+        torch.rand(3)  # whatever else the next process does
+        resumed, again = run(fact_model, tmp_path / f"{stop}", resume=True, every=every)
+        assert same(state(resumed), state(whole)) and resumed.unrelated_used == whole.unrelated_used
+        assert [m.outcome.steps for m in again] == [m.outcome.steps for m in made]
+        lines = Journal(tmp_path / f"{stop}").edits()
+        assert [line["edit"] for line in lines] == [1, 2, 3, 4, 5]
+        assert [line["facts"] for line in lines] == [[[fact.prompt, fact.target]] for fact in FACTS]
+
+
+def test_what_was_made_is_not_made_again(fact_model: FactModel, tmp_path: Path, monkeypatch) -> None:
+    run(fact_model, tmp_path, 3)
+    real, made = BaftEditor.edit, []
+    monkeypatch.setattr(BaftEditor, "edit", lambda self, batch: made.append(batch[0]) or real(self, batch))
+    run(fact_model, tmp_path, resume=True)
+    assert made == FACTS[3:]
+
+
+def test_more_facts_may_follow_but_none_may_change(fact_model: FactModel, tmp_path: Path) -> None:
+    run(fact_model, tmp_path, facts=FACTS[:2])
+    _, made = run(fact_model, tmp_path, facts=FACTS[:3], resume=True)
+    assert len(made) == 3
+    before = (tmp_path / LINES).read_bytes()
+    with pytest.raises(ValueError, match="Edit 2 of the run to resume"):
+        run(fact_model, tmp_path, facts=[FACTS[0], FACTS[4]], resume=True)
+    editor = editor_of(fact_model)
+    editor.descent = DescentConfig(lr=1e-3)
+    with pytest.raises(ValueError, match="descent was"):
+        list(edit_continually(editor, FACTS, journal=Journal(tmp_path), resume=True))
+    assert (tmp_path / LINES).read_bytes().startswith(before)
+
+
+def test_a_return_to_an_edit_gives_the_adapter_of_that_moment(fact_model: FactModel, tmp_path: Path) -> None:
+    editor, states = editor_of(fact_model), []
+    states.append(state(editor))
+    for _ in edit_continually(editor, FACTS, journal=Journal(tmp_path)):
+        states.append(state(editor))
+    editor.model.save_pretrained(str(tmp_path))
+    for number in (4, 1, 0):
+        Journal(tmp_path).roll_back(number)
+        assert same(load_file(tmp_path / "adapter_model.safetensors"), states[number])
+        assert [line["edit"] for line in Journal(tmp_path).edits()] == list(range(1, number + 1))
+    assert not same(states[0], states[1])
+    with pytest.raises(ValueError, match="edits 1 to 0"):
+        Journal(tmp_path).roll_back(1)
+
+
+def test_numbers_go_on_after_a_return(fact_model: FactModel, tmp_path: Path) -> None:
+    editor, _ = run(fact_model, tmp_path, facts=FACTS[:3])
+    Journal(tmp_path).roll_back(2)
+    list(edit_continually(editor, FACTS[3:], journal=Journal(tmp_path)))
+    assert [line["edit"] for line in Journal(tmp_path).edits()] == [1, 2, 3, 4]
+    assert Journal(tmp_path).snapshots() == [0, 1, 2, 3, 4]
+
+
+def test_two_cannot_write_one_journal(fact_model: FactModel, tmp_path: Path) -> None:
+    turn = edit_continually(editor_of(fact_model), FACTS, journal=Journal(tmp_path))
+    next(turn)
+    with pytest.raises(ValueError, match="Another process"):
+        run(fact_model, tmp_path)
+    turn.close()
+    run(fact_model, tmp_path, resume=True)
+
+
+def test_a_line_that_was_cut_short_is_passed_over(fact_model: FactModel, tmp_path: Path) -> None:
+    whole, _ = run(fact_model, tmp_path / "whole")
+    for cut in (1, 40):
+        folder = tmp_path / str(cut)
+        run(fact_model, folder, 3)
+        written = (folder / LINES).read_bytes()
+        (folder / LINES).write_bytes(written[:-cut])
+        assert len(Journal(folder).edits()) == (3 if cut == 1 else 2)
+        resumed, _ = run(fact_model, folder, resume=True)
+        assert same(state(resumed), state(whole)) and len(Journal(folder).edits()) == 5
+    lines = written.split(b"\n")
+    (folder / LINES).write_bytes(b"\n".join([lines[0], lines[1][:-5], *lines[2:]]))
+    with pytest.raises(ValueError, match="line 2 is damaged"):
+        Journal(folder).edits()
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_a_damaged_snapshot_is_named_and_the_one_before_it_serves(fact_model, tmp_path: Path, damage: str) -> None:
+    whole, _ = run(fact_model, tmp_path / "whole")
+    folder = tmp_path / "damaged"
+    run(fact_model, folder, 3)
+    file = folder / SNAPSHOTS / "000003.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-7] ^= 1
+    file.write_bytes({"flip": bytes(data), "cut": bytes(data[:-100]), "empty": b""}[damage])
+    with pytest.raises(ValueError, match=r"000003.safetensors is damaged.*Delete it"):
+        run(fact_model, folder, resume=True)
+    file.unlink()
+    resumed, _ = run(fact_model, folder, resume=True)
+    assert same(state(resumed), state(whole))
+
+
+@pytest.mark.parametrize("kind", [OSError(28, "No space left on device"), PermissionError(13, "Read-only")])
+def test_a_disk_that_takes_nothing_stops_the_run_and_spoils_nothing(fact_model, tmp_path, monkeypatch, kind) -> None:
+    whole, _ = run(fact_model, tmp_path / "whole")
+    run(fact_model, tmp_path / "full", 2)
+    kept = {file: file.read_bytes() for file in (tmp_path / "full" / SNAPSHOTS).iterdir()}
+
+    def refuse(_: int) -> None:
+        raise kind
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=kind.strerror):
+        patch.setattr(os, "fsync", refuse)
+        run(fact_model, tmp_path / "full", resume=True)
+    assert all(file.read_bytes() == data for file, data in kept.items())
+    resumed, _ = run(fact_model, tmp_path / "full", resume=True)
+    assert same(state(resumed), state(whole))
+
+
+# guard rails
+
+
+UNLEARNABLE = DescentConfig(lr=1e-9, max_steps=1)
+
+
+@pytest.mark.parametrize("keep_only_good", [False, True])
+def test_an_edit_that_does_harm_is_told_and_taken_back_if_wanted(fact_model, tmp_path, keep_only_good: bool) -> None:
+    editor, answers = editor_of(fact_model), iter([None, "harm", None, None, None])
+    expected = editor_of(fact_model)
+    list(expected.edit_in_turn([fact for i, fact in enumerate(FACTS) if i != 1 or not keep_only_good]))
+    made = list(
+        edit_continually(
+            editor, FACTS, journal=Journal(tmp_path), check=lambda: next(answers), keep_only_good=keep_only_good
+        )
+    )
+    assert [m.problem for m in made] == [None, "harm", None, None, None]
+    assert [m.kept for m in made] == [True, not keep_only_good, True, True, True]
+    assert same(state(editor), state(expected)) and editor.unrelated_used == expected.unrelated_used
+    assert [line["kept"] for line in Journal(tmp_path).edits()] == [m.kept for m in made]
+
+
+def test_an_edit_that_did_not_take_or_broke_off_is_left_out(fact_model: FactModel) -> None:
+    editor = editor_of(fact_model)
+    before = state(editor)
+    for descent, problem in ((UNLEARNABLE, "not learned"), (DescentConfig(lr=1e30, stop_loss=0.0), "became")):
+        editor.descent = descent
+        made = list(edit_continually(editor, FACTS[:2], keep_only_good=True))
+        assert all(problem in m.problem and not m.kept for m in made) and same(state(editor), before)
+    with pytest.raises(FloatingPointError):
+        list(edit_continually(editor, FACTS[:1]))
+    editor.descent = DESCENT
+    assert [m.problem for m in edit_continually(editor, FACTS[:1], keep_only_good=True)] == [None]
+
+
+def test_canaries_notice_what_an_edit_changed(fact_model: FactModel) -> None:
+    model = adapted(fact_model.base, weighting="none")
+    check = canary_check(model, fact_model.tokenizer, 0.9, meals(0, 12))
+    assert check() is None
+    BaftEditor(model, fact_model.tokenizer, (), OBJECTIVE, DescentConfig(lr=0.05, stop_loss=0.0)).edit(FACTS[:1])
+    assert "agree with the unedited model in 0." in check()
+    with pytest.raises(ValueError, match="needs canaries"):
+        canary_check(model, fact_model.tokenizer, 0.9, ())
+
+
+# power cuts
+
+
+WORKER = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from test_journal import many_edits
+many_edits({folder!r}, {model!r}, {count}, {kills})
+"""
+
+
+def many_edits(folder: str, model: str, count: int, kills: bool) -> None:
+    """What the killed process does: as many short edits as are missing."""
+    found = torch.load(model, weights_only=False)
+    facts_of = [Edit(f"{fact.prompt} {'now ' * (i // 24)}", CAPITALS[(i + 8) % 24].answer) for i, fact in cycled(count)]
+    quick = DescentConfig(lr=1e-3, max_steps=1)
+    editor = BaftEditor(adapted(found.base), found.tokenizer, meals(0, 12), OBJECTIVE, quick)
+    for _ in edit_continually(editor, facts_of, journal=Journal(folder, 3), resume=kills):
+        pass
+    editor.model.save_pretrained(folder)
+
+
+CAPITALS = facts.CAPITALS
+
+
+def cycled(count: int) -> list[tuple[int, Any]]:
+    return [(i, CAPITALS[i % 24]) for i in range(count)]
+
+
+def killed_often(fact_model: FactModel, tmp_path: Path, count: int, kills: int) -> tuple[Path, Path, int]:
+    """Folders of an uninterrupted run and of one that was killed so often, and how many kills found it alive."""
+    model = tmp_path / "model.pt"
+    torch.save(fact_model, model)
+    command = [sys.executable, "-c"]
+    script = {"tests": str(Path(__file__).parent), "model": str(model), "count": count}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    begin = time.time()
+    subprocess.run([*command, WORKER.format(folder=str(whole), kills=False, **script)], check=True)
+    took, alive, generator = time.time() - begin, 0, random.Random(0)
+    while alive < kills:
+        process = subprocess.Popen([*command, WORKER.format(folder=str(cut), kills=True, **script)])
+        before = len(Journal(cut).edits()) if cut.exists() else 0
+        while process.poll() is None and (not cut.exists() or len(Journal(cut).edits()) <= before + 1):
+            time.sleep(0.01)
+        time.sleep(generator.random() * took / kills / 4)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        alive += 1
+    subprocess.run([*command, WORKER.format(folder=str(cut), kills=True, **script)], check=True)
+    return whole, cut, alive
+
+
+def assert_same_run(whole: Path, cut: Path, count: int) -> None:
+    lines = Journal(cut).edits()
+    assert [line["edit"] for line in lines] == list(range(1, count + 1))  # none lost, none doubled
+    assert [line["facts"] for line in lines] == [line["facts"] for line in Journal(whole).edits()]
+    files = [folder / "adapter_model.safetensors" for folder in (whole, cut)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert any("back_to" in json.loads(line) for line in (cut / LINES).read_bytes().splitlines() if line.endswith(b"}"))
+
+
+def test_kills_lose_and_double_no_edit(fact_model: FactModel, tmp_path: Path) -> None:
+    whole, cut, kills = killed_often(fact_model, tmp_path, 40, 3)
+    assert kills == 3
+    assert_same_run(whole, cut, 40)
+
+
+@pytest.mark.slow
+def test_fifty_kills_lose_and_double_no_edit_of_two_hundred(fact_model: FactModel, tmp_path: Path) -> None:
+    whole, cut, kills = killed_often(fact_model, tmp_path, 200, 50)
+    assert kills == 50
+    assert_same_run(whole, cut, 200)
