@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 
 from peft_baft.adapter.registration import BAFT
 from peft_baft.adapter.weights import check_folder
 
 WEIGHTINGS = ("basis", "subspace", "product", "none")
 GATE_NORMS = ("none", "rms", "scale", "center")
+LARGEST_INTEGER, LARGEST_OFFSET = 2**31 - 1, 1000.0
 
 
 @dataclass
@@ -44,7 +49,8 @@ class BaftConfig(PeftConfig):
         requires: The package to import before an adapter of this type can be loaded.
 
     Raises:
-        ValueError: a value is out of its range; the message says which one it was and what is allowed.
+        TypeError, ValueError: a value is not what its field holds, or out of its range; the message says which one it was
+            and what is allowed.
     """
 
     r: int = field(default=12, metadata={"help": "Rank of the edited subspace."})
@@ -79,6 +85,16 @@ class BaftConfig(PeftConfig):
             _require_positive_integer(name, getattr(self, name))
         _require_one_of("weighting", self.weighting, WEIGHTINGS)
         _require_one_of("gate_norm", self.gate_norm, GATE_NORMS)
+        for name, kind in _kinds().items():
+            if not _holds(kind, getattr(self, name, None)):
+                raise TypeError(f"{name} must hold {_in_words(kind)}, not {getattr(self, name)!r:.60}.")
+        if not -LARGEST_OFFSET <= self.gate_offset <= LARGEST_OFFSET:
+            raise ValueError(f"gate_offset must be between ±{LARGEST_OFFSET:g}, not {self.gate_offset}.")
+        for name in ("target_modules", "exclude_modules"):
+            _require_expression(name, getattr(self, name))
+        for module in self.modules_to_save or ():
+            if not re.fullmatch(r"[\w.-]+", module):  # PEFT makes a regular expression of it
+                raise ValueError(f"modules_to_save must hold names of modules, not {module!r:.60}.")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -87,8 +103,13 @@ class BaftConfig(PeftConfig):
         Raises:
             ValueError: the config, or the weights in a local folder, are damaged.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        check_folder(Path(pretrained_model_name_or_path) / (subfolder or ""), config)
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{folder / CONFIG_NAME} cannot be used: {error}") from error
+        if isinstance(config, cls):
+            check_folder(folder, config)
         return config
 
     @property
@@ -102,6 +123,40 @@ def _require_positive_integer(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an integer of at least 1, not {value!r}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, not {value}.")
+    if value > LARGEST_INTEGER:
+        raise ValueError(f"{name} must be at most {LARGEST_INTEGER}, not {value!r:.60}.")
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    return get_type_hints(BaftConfig)
+
+
+def _holds(kind: Any, value: object) -> bool:
+    """Whether a field annotated as `kind` may hold `value`; a tuple or a set will do for a list."""
+    if get_origin(kind) in (Union, UnionType):
+        return any(_holds(one, value) for one in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, (list, tuple, set)) and all(_holds(get_args(kind)[0], item) for item in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(_in_words, get_args(kind)))
+    if get_origin(kind) is list:
+        return f"a list of {_in_words(get_args(kind)[0])}s"
+    return {int: "integer", float: "number", str: "text", bool: "boolean", type(None): "None"}.get(kind, kind.__name__)
+
+
+def _require_expression(name: str, value: object) -> None:
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{name} is no regular expression ({error}): {value!r:.60}.") from None
 
 
 def _require_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

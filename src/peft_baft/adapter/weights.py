@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -14,22 +13,41 @@ if TYPE_CHECKING:
     from peft_baft.adapter.config import BaftConfig
 
 FILE = "adapter_model.safetensors"
+BASE = "base_model.model."  # how PEFT begins the names of a model's tensors
+LARGEST = 1e9  # no training gets there: a number beyond it is a flipped bit, and would overflow in the model
+HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks for which PEFT adds names to modules_to_save, present or not
 
 
 def check_folder(folder: Path, config: BaftConfig) -> None:
-    """Raise a ValueError unless the safetensors file in `folder`, if there is one, holds the adapter of `config`."""
+    """Raise a ValueError unless a local `folder` holds the adapter of `config` in safetensors, whole and nothing else.
+
+    Which blocks are edited is read from the file where the config leaves it to a default or a regular expression, so that
+    no expression out of a file is run on a model.
+    """
+    if not folder.is_dir():
+        return  # on the Hub
     file = folder / FILE
     if not file.is_file():
-        return  # on the Hub, or PEFT's older format: PEFT says what it misses
+        raise ValueError(f"{file} is missing. Weights are read from that format alone: PEFT's older one is a pickle.")
     try:
         found = load_file(file)
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # safetensors lets through torch's and Python's beside its own
         raise ValueError(f"{file} cannot be read ({error}). It is damaged: take a good copy, or edit again.") from None
-    check_tensors(_expected(found, config), found, str(file))
+    blocks = {name.rpartition(".baft.baft_")[0].removeprefix(BASE) for name in found} - {""}
+    if config.exclude_modules or config.target_modules is None or isinstance(config.target_modules, str):
+        config.target_modules, config.exclude_modules = sorted(blocks), None
+    expected = _expected(found, blocks, config)
+    check_tensors(expected, found, str(file))
+    stray = sorted(found.keys() - expected.keys())
+    if stray:  # PEFT would write it over the model's own tensor of that name
+        raise ValueError(
+            f"{file} holds {stray[0]!r:.100}, which is no part of its adapter. Modules that are saved beside an adapter are "
+            "named in modules_to_save; embeddings are left out with save_pretrained(..., save_embedding_layers=False)."
+        )
 
 
 def check_tensors(expected: Mapping[str, tuple[int | None, ...]], found: Mapping[str, Tensor], where: str) -> None:
-    """Raise a ValueError unless every expected tensor is there, in its shape (None fits any), and finite."""
+    """Raise a ValueError unless the expected tensors are there, in their shapes (None fits any), and finite."""
     wrong = []
     for name, shape in expected.items():
         tensor = found.get(name)
@@ -37,8 +55,10 @@ def check_tensors(expected: Mapping[str, tuple[int | None, ...]], found: Mapping
             wrong.append(f"{name} is missing")
         elif len(shape) != tensor.ndim or any(n not in (None, m) for n, m in zip(shape, tensor.shape, strict=True)):
             wrong.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(shape)}")
-        elif tensor.device.type != "meta" and not tensor.isfinite().all():
-            wrong.append(f"{name} holds NaN or infinity")
+        elif tensor.device.type != "meta" and not (
+            tensor.is_floating_point() and (tensor.float().abs() < LARGEST).all()
+        ):
+            wrong.append(f"{name} holds NaN, infinity, or what no training gives")
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise ValueError(
@@ -47,8 +67,8 @@ def check_tensors(expected: Mapping[str, tuple[int | None, ...]], found: Mapping
         )
 
 
-def _expected(found: Mapping[str, Tensor], config: BaftConfig) -> dict[str, tuple[int | None, ...]]:
-    """Names and shapes of the tensors that the config promises, for every block that the file names."""
+def _expected(found: Mapping[str, Tensor], blocks: set[str], config: BaftConfig) -> dict[str, tuple[int | None, ...]]:
+    """Names and shapes of the tensors that the config promises, for every block that it names in full or by its end."""
     r, d, k = config.r, config.hidden_size, config.gate_count
     shapes: dict[str, tuple[int | None, ...]] = {"basis.weight": (r, d), "source.weight": (r, d), "source.bias": (r,)}
     if k:
@@ -56,6 +76,12 @@ def _expected(found: Mapping[str, Tensor], config: BaftConfig) -> dict[str, tupl
         shapes |= {"gate.weight": (rows, d), "load": (k + 1,)}
         shapes |= {"gate.bias": (rows,)} if config.gate_bias else {}
         shapes |= {f"gate.{config.gate_norm}": (d,)} if config.gate_norm in ("scale", "center") else {}
-    targets = config.target_modules if isinstance(config.target_modules, (list, set)) else ()
-    blocks = {name.rpartition(".baft.baft_")[0] for name in found} - {""} | {f"base_model.model.{t}" for t in targets}
-    return {f"{block}.baft.baft_{name}": shape for block in blocks for name, shape in shapes.items()}
+    named: set[str] = set()
+    for target in config.target_modules or ("a block",):
+        named |= {block for block in blocks if f".{block}".endswith(f".{target}")} or {target}
+    expected = {f"{BASE}{block}.baft.baft_{name}": shape for block in named for name, shape in shapes.items()}
+    others = {name: tuple(tensor.shape) for name, tensor in found.items() if ".baft.baft_" not in name}
+    for module in config.modules_to_save or ():
+        own = {name: shape for name, shape in others.items() if f"{module}." in name.removeprefix(BASE)}
+        expected = (own or ({} if config.task_type in HEADS else {f"{BASE}{module}": ()})) | expected
+    return expected
