@@ -24,7 +24,7 @@ from peft_baft.data.benchmarks import read_benchmark
 from peft_baft.editing import baft
 from peft_baft.editing.session import open_session
 
-BEST_LR = {"baft": 2e-3, "reft": 5e-3, "lora": 5e-3}  # fewest steps on ZsRE rows 900-909, `peers.py --sweep`
+BEST_LR = {"baft": 2e-3, "reft": 1e-2, "lora": 5e-3}  # fewest steps on ZsRE rows 900-909, `peers.py --sweep`
 LLAMA_3_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,

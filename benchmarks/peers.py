@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from peft_baft.data.batching import encode
 
 WORKER = Path(__file__).with_name("peer_worker.py")
+BEST = {"peft_baft": 1e-2, "peft_lora": 5e-3, "pyreft": 2e-3, "adapters": 2e-3}  # as `--sweep 1` found them
 RATES = (1e-3, 2e-3, 5e-3, 1e-2)
 
 
@@ -36,7 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder)
         prepare(prepared, base, tokenizer, options)
-        best = dict.fromkeys(pythons, 0.002)
+        best = {name: BEST[name] for name in pythons}
         if options.sweep:
             best = {name: sweep(name, python, prepared, options.threads) for name, python in pythons.items()}
         found: dict[str, list[dict]] = {name: [] for name in pythons}

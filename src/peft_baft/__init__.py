@@ -8,8 +8,11 @@ from peft_baft.data.cases import Case, Edit, Probe, Unrelated
 from peft_baft.data.datasets import read_cases, read_unrelated
 from peft_baft.data.unrelated import GENERAL
 from peft_baft.editing.baft import BaftEditor, Objective
+from peft_baft.editing.continual import Made, edit_continually
 from peft_baft.editing.descent import DescentConfig, Outcome
 from peft_baft.editing.editor import AdapterEditor, rolled_back
+from peft_baft.editing.journal import Journal
+from peft_baft.evaluation.guard import canary_check
 from peft_baft.models import load_model
 from peft_baft.presets import PRESETS, Preset
 
@@ -25,11 +28,15 @@ __all__ = [
     "Case",
     "DescentConfig",
     "Edit",
+    "Journal",
+    "Made",
     "Objective",
     "Outcome",
     "Preset",
     "Probe",
     "Unrelated",
+    "canary_check",
+    "edit_continually",
     "load_model",
     "prompt_lengths",
     "read_cases",

@@ -46,10 +46,12 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         self.name, self.context = name, context
         self._block = [block]  # in a list, so as not to become a child that has us as a child
         self._disable_adapters, self._active_adapter, self.merged_adapters = False, [], []
+        self._packing: list[Any] = []
         self._handle = block.register_forward_hook(_edit_output, prepend=True)
 
     def attach(self, adapter_name: str, config: BaftConfig, width: int) -> None:
         """Make the parameters of one more adapter for hidden vectors of `width`, on the block's device."""
+        self._packing += _keep_4bit_as_loaded(self.context._model)
         self.configs[adapter_name] = config
         self.in_features = self.out_features = width
         self.baft_basis[adapter_name] = OrthonormalBasis(config.r, width)
@@ -67,13 +69,19 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         """Leave the block as it was before the first adapter came."""
         self._handle.remove()
         del self._block[0]._modules[CHILD]
+        for layer in self._packing:
+            layer.support_avx512bf16_for_cpu = True
 
     def get_base_layer(self) -> nn.Module:
         return self._block[0]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         own = {id(p) for p in self.parameters()}
-        first = next((p for p in base_layer.parameters() if id(p) not in own and p.is_floating_point()), None)
+        weights = [p for p in base_layer.parameters() if id(p) not in own]
+        computing = (
+            p for p in weights if p.is_floating_point() and p.element_size() > 1 and not hasattr(p, "quant_state")
+        )
+        first = next(computing, None)  # quantised weights may be stored under a dtype that nothing is computed in
         return (None, None) if first is None else (first.device, first.dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -195,3 +203,25 @@ def _edit_output(block: nn.Module, _args: tuple, output: Any) -> Any:
     if isinstance(output, Tensor):
         return layer(output)
     return (layer(output[0]), *output[1:])
+
+
+def _keep_4bit_as_loaded(model: nn.Module) -> list[Any]:
+    """Keep bitsandbytes from packing 4-bit weights anew for a CPU with bf16 instructions, and undo it where it has.
+
+    It packs at a layer's first forward without gradients. Packed weights let no gradient through to earlier blocks, and
+    become garbage when any state_dict is made of them, as to save an adapter (both with bitsandbytes 0.50).
+
+    Returns:
+        The layers, for `detach` to let them pack again.
+    """
+    layers: list[Any] = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+        state: Any = getattr(layer.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
+
+            scales, state.original_nested = state.absmax.T.reshape(-1).float(), False
+            layer.weight.data, _ = unpacked(layer.weight.data, state)
+            state.absmax = scales
+    return layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from peft_baft.bench.run import Bench
 from peft_baft.bench.schedule import Schedule
 from peft_baft.bench.scores import scores
 from peft_baft.evaluation.scoring import EXTRA_TOKENS
+from peft_baft.processes import Processes
 
 ADAPTER = "adapter"
 
@@ -97,15 +98,18 @@ def protocol(template: str, also: Sequence[str]) -> dict[str, Any]:
 
 def perform(bench: Bench, run: Run, averaged: Sequence[str], output: Path, command: str) -> dict[str, Any]:
     """Make a run, going on where an earlier process was interrupted, and add its line to `output`."""
-    progress = Progress.load(progress_file(output, run))
     if run.method is not None and run.schedule is not None:
-        cases = bench.edited(run.method, run.schedule, run.head["seed"], progress)
+        cases = bench.edited(run.method, run.schedule, run.head["seed"], _done(bench, run, run.schedule, output))
     elif run.model is not None:
         cases = bench.asked(run.model, run.model.disable_adapter)
     else:
         cases = bench.asked(bench.base)
-    line = kept(finished(run.head, cases, averaged, command), output)
-    progress.forget()
+    line = finished(run.head, cases, averaged, command)
+    with bench.processes.together():
+        if bench.processes.first:
+            kept(line, output)
+            for file in _progress_files(output, run):
+                file.unlink(missing_ok=True)
     return line
 
 
@@ -142,12 +146,39 @@ def mean_of(values: Sequence[Any]) -> Any:
     return first if isinstance(first, str) else sum(values) / len(values)
 
 
-def progress_file(output: Path, run: Run) -> Path:
-    """Where an unfinished run is kept: beside the output."""
-    return output.with_suffix(".progress") / f"{run.key}.safetensors"
+def progress_file(output: Path, run: Run, bench: Bench | None = None) -> Path:
+    """Where an unfinished run is kept, beside the output; by each process of a bench that splits blocks."""
+    alone = bench is None or bench.processes.count == 1 or bench.split == "facts"
+    part = "" if bench is None or alone else f".{bench.processes.rank}of{bench.processes.count}"
+    return output.with_suffix(".progress") / f"{run.key}{part}.safetensors"
 
 
-def split(runs: Sequence[Run], output: Path) -> tuple[list[dict[str, Any]], list[Run]]:
-    """The lines that `output` holds already, and the runs that are left to make."""
-    lines = done_already(output, [run.key for run in runs])
+def _progress_files(output: Path, run: Run) -> list[Path]:
+    """Those of a run, by however many processes it was begun."""
+    return sorted(progress_file(output, run).parent.glob(f"{run.key}*.safetensors"))
+
+
+def _done(bench: Bench, run: Run, schedule: Schedule, output: Path) -> Progress:
+    """What is done of this process's share. Finished blocks count whoever made them; a block under way goes on only in a
+    file of the same process, and only if nobody has finished any of its share meanwhile."""
+    own = progress_file(output, run, bench)
+
+    def load() -> Progress:
+        progress = Progress.load(own)
+        missing = {row for block in bench.share(schedule) for row in block} - {case["row"] for case in progress.cases}
+        others = [file for file in _progress_files(output, run) if file != own]
+        cases = {case["row"]: case for file in others for case in Progress.load(file).cases if case["row"] in missing}
+        return Progress(own, progress.cases + [cases[row] for row in sorted(cases)]) if cases else progress
+
+    if bench.split != "facts":
+        return load()
+    progress = bench.processes.of_first(load)
+    return progress if bench.processes.first else replace(progress, file=None)
+
+
+def split(
+    runs: Sequence[Run], output: Path, processes: Processes | None = None
+) -> tuple[list[dict[str, Any]], list[Run]]:
+    """The lines that `output` holds already, for the first of some processes, and the runs that are left to make."""
+    lines = (processes or Processes()).of_first(lambda: done_already(output, [run.key for run in runs]))
     return list(lines.values()), [run for run in runs if run.key not in lines]

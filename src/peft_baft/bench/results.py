@@ -110,3 +110,8 @@ def done_already(path: Path, wanted: Sequence[str]) -> dict[str, dict[str, Any]]
     whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
     lines = [json.loads(text) for text in whole.split("\n") if text.strip()]
     return {key: line for line in lines if (key := identity(line)) in wanted}
+
+
+def in_order(parts: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The entries of all processes, by row."""
+    return sorted((entry for part in parts for entry in part), key=lambda entry: entry["row"])

@@ -13,6 +13,7 @@ import torch
 from peft_baft.adapter import find_context
 from peft_baft.bench.methods import Method
 from peft_baft.bench.progress import Progress
+from peft_baft.bench.results import in_order
 from peft_baft.bench.schedule import Schedule
 from peft_baft.data.cases import Case, Unrelated
 from peft_baft.editing.baft import BaftEditor
@@ -20,8 +21,10 @@ from peft_baft.editing.descent import Outcome
 from peft_baft.editing.editor import AdapterEditor
 from peft_baft.evaluation.asking import Question, Unedited, ask, judged, questions_of
 from peft_baft.evaluation.scoring import one_model
+from peft_baft.processes import Processes
 
 ASKED_TOGETHER = 8  # rows of a model that is not edited here: between two signs of life
+SPLITS = ("blocks", "facts")
 SEED_STRIDE = 100_003  # seeds of a run's blocks: a block's first row, and this times the run's seed
 Measure = Callable[[Any, Any, Case], dict[str, Any]]  # an edited model, its tokenizer, a case to values by name
 
@@ -37,6 +40,8 @@ class Bench:
         also: further measures, whose values go beside a row's replies.
         tick: called with the number of rows that are through, for a progress bar.
         parallel: how many single edits share each forward, where the method can.
+        processes: those that share the work; each finds all results. split: what of a run that edits is split over them:
+            its `blocks`, or the `facts` of each batch.
     """
 
     base: Any
@@ -49,6 +54,8 @@ class Bench:
     also: Sequence[Measure] = ()
     tick: Callable[[int], None] = lambda rows: None
     parallel: int = 16
+    processes: Processes = field(default_factory=Processes)
+    split: str = SPLITS[0]
     unedited: Unedited = field(init=False)
 
     def __post_init__(self) -> None:
@@ -67,21 +74,30 @@ class Bench:
         Returns:
             One entry a row: row, block, steps, seconds, learned, probes.
         """
+        if self.split == "facts":
+            return self._edit_blocks(method, schedule, seed, progress)
+        return in_order(self.processes.gather(lambda: self._edit_blocks(method, schedule, seed, progress)))
+
+    def share(self, schedule: Schedule) -> list[range]:
+        """The blocks in which this process takes part."""
         blocks = schedule.blocks(self.first, self.last)
-        open_blocks = blocks[len(progress.cases) // schedule.block :]
-        self.tick(len(progress.cases) + len(progress.outcomes) * schedule.batch_size)
-        self.unedited.ask(self.base, [q for block in open_blocks for q in self._questions(block)])
+        return blocks if self.split == "facts" else self.processes.share(blocks)
+
+    def amount(self, schedule: Schedule | None) -> int:
+        """How many rows this process goes through, by a schedule or to ask alone."""
+        if schedule is None:
+            return len(self.processes.share(range(self.first, self.last)))
+        return schedule.block * len(self.share(schedule))
+
+    def _edit_blocks(self, method: Method, schedule: Schedule, seed: int, progress: Progress) -> list[dict[str, Any]]:
+        blocks = self._left(schedule, progress)
+        done = len(self.share(schedule)) - len(blocks)
+        self.tick(done * schedule.block + len(progress.outcomes) * schedule.batch_size)
+        self.unedited.ask(self.base, [q for block in blocks for q in self._questions(self._asked_here(block))])
         if schedule.block == 1 and self.parallel > 1 and method.objective is not None:
-            rows = [block.start for block in open_blocks]
-            for start in range(0, len(rows), self.parallel):
-                entries = self._side_by_side(method, rows[start : start + self.parallel], seed)
-                if entries is None:  # one of them diverged, and must not take the others with it
-                    break
-                progress.finished(
-                    [{"row": entry["row"], "block": entry["row"] - self.first, **entry} for entry in entries]
-                )
-            open_blocks = blocks[len(progress.cases) :]
-        for block in open_blocks:
+            self._edit_singles(method, [block.start for block in blocks], seed, progress)
+        for block in self._left(schedule, progress):
+            self.processes.look_up()
             done = len(progress.outcomes) * schedule.batch_size
             texts = [self.unrelated[row % len(self.unrelated)] for row in block] if self.unrelated else ()
             editor = method.start(self.base, self.tokenizer, texts, seed * SEED_STRIDE + block.start, done)
@@ -90,9 +106,26 @@ class Bench:
                 found = self._run_block(editor, block, schedule, progress)
             finally:
                 editor.model.unload()
-            number = len(progress.cases) // schedule.block
-            progress.finished([{"row": entry["row"], "block": number, **entry} for entry in found])
+            progress.finished(self._numbered(found, schedule))
         return progress.cases
+
+    def _edit_singles(self, method: Method, rows: Sequence[int], seed: int, progress: Progress) -> None:
+        """Edit rows side by side, up to the first group in which one diverged: it must not take the others with it."""
+        for start in range(0, len(rows), self.parallel):
+            self.processes.look_up()
+            entries = self._side_by_side(method, rows[start : start + self.parallel], seed)
+            if entries is None:
+                break
+            progress.finished(self._numbered(entries, Schedule()))
+
+    def _left(self, schedule: Schedule, progress: Progress) -> list[range]:
+        """The blocks that this process has not finished."""
+        done = {case["row"] for case in progress.cases}
+        return [block for block in self.share(schedule) if block.start not in done]
+
+    def _numbered(self, entries: Sequence[dict[str, Any]], schedule: Schedule) -> list[dict[str, Any]]:
+        """Entries with the numbers of their blocks."""
+        return [{"row": e["row"], "block": (e["row"] - self.first) // schedule.block, **e} for e in entries]
 
     def asked(
         self, model: Any, without: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -102,14 +135,19 @@ class Bench:
         Args:
             without: a context in which `model` is the unedited one, such as `disable_adapter`.
         """
-        rows = range(self.first, self.last)
-        with without():
-            self.unedited.ask(model, self._questions(rows))
-        entries = []
-        for start in range(0, len(rows), ASKED_TOGETHER):
-            entries += self._ask(model, rows[start : start + ASKED_TOGETHER])
-            self.tick(len(entries) - start)
-        return entries
+        rows = self.processes.share(range(self.first, self.last))
+
+        def entries() -> list[dict[str, Any]]:
+            with without():
+                self.unedited.ask(model, self._questions(rows))
+            found = []
+            for start in range(0, len(rows), ASKED_TOGETHER):
+                self.processes.look_up()
+                found += self._ask(model, rows[start : start + ASKED_TOGETHER])
+                self.tick(len(found) - start)
+            return found
+
+        return in_order(self.processes.gather(entries))
 
     def _side_by_side(self, method: Method, rows: Sequence[int], seed: int) -> list[dict[str, Any]] | None:
         """Make single edits, each with the fresh adapter that it would have alone, and ask each; None if one diverged."""
@@ -134,19 +172,32 @@ class Bench:
         self, editor: AdapterEditor, block: range, schedule: Schedule, progress: Progress
     ) -> list[dict[str, Any]]:
         """Make the block's remaining edits and ask, after each batch or after all of them."""
+        editor.processes = self._sharing
         batches = [block[i : i + schedule.batch_size] for i in range(0, len(block), schedule.batch_size)]
         for batch in batches[len(progress.outcomes) :]:
             outcome = _edit(editor, [self.cases[row] for row in batch])
-            replies = self._ask(editor.model, batch) if schedule.when == "immediate" else []
+            replies = self._ask_here(editor.model, batch) if schedule.when == "immediate" else []
             if schedule.edits > 1:
                 progress.edited(editor.model, outcome, replies)
             else:
                 progress.outcomes.append(outcome)  # asked at once below, and kept with the block
                 progress.replies += replies
             self.tick(len(batch))
-        entries = progress.replies if schedule.when == "immediate" else self._ask(editor.model, block)
+        entries = progress.replies if schedule.when == "immediate" else self._ask_here(editor.model, block)
         outcomes = [outcome for outcome in progress.outcomes for _ in range(schedule.batch_size)]
         return [entry | outcome for entry, outcome in zip(entries, outcomes, strict=True)]
+
+    @property
+    def _sharing(self) -> Processes:
+        """Those that have one adapter, and share the facts of a batch and what is asked about it."""
+        return self.processes if self.split == "facts" else Processes()
+
+    def _asked_here(self, rows: Sequence[int]) -> list[int]:
+        """Those of the rows of a block that this process asks."""
+        return [row for row in rows if row % self._sharing.count == self._sharing.rank]
+
+    def _ask_here(self, model: Any, rows: Sequence[int]) -> list[dict[str, Any]]:
+        return in_order(self._sharing.gather(lambda: self._ask(model, self._asked_here(rows))))
 
     def _ask(self, model: Any, rows: Sequence[int], adapters: dict[int, str] | None = None) -> list[dict[str, Any]]:
         """What a model replies now to the questions of some rows.

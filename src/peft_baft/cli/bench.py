@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,26 @@ from tqdm import tqdm
 from peft_baft.bench import judge
 from peft_baft.bench.measures import MEASURES, piqa_cases
 from peft_baft.bench.methods import GROUPS, METHODS, methods
-from peft_baft.bench.results import described_file, described_model, versions
-from peft_baft.bench.run import Bench
+from peft_baft.bench.results import described_file, described_model, in_order, versions
+from peft_baft.bench.run import SPLITS, Bench
 from peft_baft.bench.schedule import WHEN, Schedule
 from peft_baft.bench.suite import BENCHMARKS, PIQA
-from peft_baft.cli.common import add_training_arguments, chosen_preset, chosen_unrelated, command, model_name
+from peft_baft.cli.common import (
+    add_process_arguments,
+    add_training_arguments,
+    chosen_preset,
+    chosen_unrelated,
+    command,
+    described,
+    model_name,
+)
 from peft_baft.data.benchmarks import locate, read_benchmark, read_piqa
 from peft_baft.evaluation.asking import TEMPLATES
 from peft_baft.models import load_model
+from peft_baft.processes import Processes
 from peft_baft.show.tables import tables
 
+SPLIT = {"blocks": "blocks and questions", "facts": "the facts of each batch, and questions"}
 DEFAULT_EDITS = {"single": "1", "continual": "1,10,100", "batched": "1,10"}
 
 
@@ -32,41 +44,54 @@ def bench(args: argparse.Namespace) -> int:
     if args.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, not {args.seeds}.")
     args.output = args.output or Path("runs") / f"{args.benchmark}.jsonl"
-    file = locate(args.benchmark, args.data)
-    lines = _piqa(args, file) if args.benchmark == PIQA else _editing(args, file)
-    for table in tables(lines):
-        print(f"\n{table.markdown()}")
-    print(f"\n{len(lines)} result lines in {args.output}. Figures: baft plot {args.output}")
+    if args.split == "facts" and args.schedule != "batched":
+        raise ValueError("--split facts splits batches: it needs --schedule batched.")
+    with Processes.started(args.processes) as processes:
+        if processes.first:
+            print(described(processes, args.device, SPLIT[args.split]), flush=True)
+        args.device = processes.device(args.device)
+        file = locate(args.benchmark, args.data)
+        lines = (_piqa if args.benchmark == PIQA else _editing)(args, file, processes)
+        if processes.first:
+            _show(lines, args.output)
     return 0
 
 
-def _editing(args: argparse.Namespace, file: Path) -> list[dict[str, Any]]:
+def _show(lines: list[dict[str, Any]], output: Path) -> None:
+    for table in tables(lines):
+        print(f"\n{table.markdown()}")
+    print(f"\n{len(lines)} result lines in {output}. Figures: baft plot {output}")
+
+
+def _editing(args: argparse.Namespace, file: Path, processes: Processes) -> list[dict[str, Any]]:
     """Lines of methods that edit, or of an adapter that has edited, on the facts of a file."""
     suite = BENCHMARKS[args.benchmark]
     cases = suite.prepared(read_benchmark(args.benchmark, file))
     first, last = _rows(args.rows, len(cases))
     chosen, schedules = methods(args.method, chosen_preset(args)), _schedules(args)
-    amount = {schedule: schedule.block * len(schedule.blocks(first, last)) for schedule in schedules}
+    for schedule in schedules:
+        schedule.blocks(first, last)  # complains before a model is loaded
     unrelated = args.unrelated or suite.unrelated
     texts = chosen_unrelated(unrelated)
     base, tokenizer = load_model(model_name(args), args.dtype, device_map=args.device)
     common = _common(args, base, tokenizer, file, (first, last))
     common["unrelated"] = described_file(unrelated) if Path(unrelated).is_file() else {"file": unrelated}
-    with tqdm(unit="row", smoothing=0.05) as bar:
+    with tqdm(unit="row", smoothing=0.05, disable=not processes.first) as bar:
         also = [MEASURES[name] for name in args.also]
-        rows = Bench(base, tokenizer, cases, first, last, texts, args.template, also, tick=bar.update)
+        rows = Bench(base, tokenizer, cases, first, last, texts, args.template, also, bar.update)
+        rows = replace(rows, processes=processes, split=args.split)
         runs = judge.planned(common, chosen, schedules, range(args.seeds))
         if args.adapter:
             runs = [judge.adapter_run(common, args.adapter, PeftModel.from_pretrained(base, args.adapter).eval())]
-        lines, runs = judge.split(runs, args.output)
-        bar.reset(total=sum(amount[run.schedule] if run.schedule else last - first for run in runs))
+        lines, runs = judge.split(runs, args.output, processes)
+        bar.reset(total=sum(rows.amount(run.schedule) for run in runs))
         for run in runs:
             bar.set_description(run.title)
             lines.append(judge.perform(rows, run, suite.averaged, args.output, _command_line()))
     return lines
 
 
-def _piqa(args: argparse.Namespace, file: Path) -> list[dict[str, Any]]:
+def _piqa(args: argparse.Namespace, file: Path, processes: Processes) -> list[dict[str, Any]]:
     """The line of the unedited model, or of an adapter, on PIQA."""
     items = read_piqa(file)
     first, last = _rows(args.rows, len(items))
@@ -76,10 +101,14 @@ def _piqa(args: argparse.Namespace, file: Path) -> list[dict[str, Any]]:
     if args.adapter:
         model = PeftModel.from_pretrained(model, args.adapter).eval()
         run = judge.adapter_run(common, args.adapter, model)
-    lines, runs = judge.split([run], args.output)
+    lines, runs = judge.split([run], args.output, processes)
+    share, bar = processes.share(range(first, last)), partial(tqdm, disable=not processes.first)
     for run in runs:
-        cases = piqa_cases(model, tokenizer, items, range(first, last), tqdm)
-        lines.append(judge.kept(judge.finished(run.head, cases, (), _command_line()), args.output))
+        cases = in_order(processes.gather(lambda: piqa_cases(model, tokenizer, items, share, bar)))
+        lines.append(judge.finished(run.head, cases, (), _command_line()))
+        with processes.together():
+            if processes.first:
+                judge.kept(lines[-1], args.output)
     return lines
 
 
@@ -148,6 +177,10 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--seeds", type=int, default=1, help="repeat with so many seeds")
     parser.add_argument("--template", choices=TEMPLATES, default=TEMPLATES[0], help="raw text or the chat template")
     parser.add_argument("--also", type=_names, default=[], help=f"further measures, of {', '.join(MEASURES)}")
+    parser.add_argument(
+        "--split", choices=SPLITS, default=SPLITS[0], help="what processes share: blocks, or the facts of each batch"
+    )
+    add_process_arguments(parser)
     parser.add_argument("--output", type=Path, help="result lines are added here; runs that are there are not repeated")
     add_training_arguments(parser)
     parser.set_defaults(unrelated=None)

@@ -15,6 +15,7 @@ from peft_baft import Unrelated
 from peft_baft.data.datasets import read_unrelated
 from peft_baft.data.unrelated import GENERAL
 from peft_baft.presets import PRESETS, Preset
+from peft_baft.processes import Processes
 
 
 def command(
@@ -39,6 +40,25 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--r", type=int, help="rank of a new adapter")
     parser.add_argument("--lr", type=float, help="learning rate")
     parser.add_argument("--max-steps", type=int, help="at most so many steps an edit")
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """How many processes share the work."""
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="fail unless N processes run; start them with torchrun --nproc_per_node N -m peft_baft.cli ...",
+    )
+
+
+def described(processes: Processes, device: str, split: str) -> str:
+    """Which of the ways to use several processes or devices is taken."""
+    if processes.count == 1:
+        return "1 process" + (": one model over all devices" if device == "auto" else "")
+    if device == "auto":
+        raise ValueError("--device auto spreads one model over all devices, which several processes cannot share.")
+    return f"{processes.count} processes: {split} split over them"
 
 
 def model_name(args: argparse.Namespace) -> str:

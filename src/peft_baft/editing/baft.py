@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,32 +14,9 @@ from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit, Unrelated
 from peft_baft.editing.descent import Descent, DescentConfig, Outcome, Terms, descend
 from peft_baft.editing.editor import AdapterEditor, checked_edits, evaluating, trainable
+from peft_baft.editing.objective import Gates, Objective
 from peft_baft.editing.parallel import Lane, Share, copy_adapter, divide, parameters_of, train_lanes
 from peft_baft.editing.session import Session, open_session
-from peft_baft.losses import load_balance, locality_margin, mean_over_blocks, rescaled
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The regularisers' settings.
-
-    The two regularisers are brought to the magnitude of the teacher forcing loss (Eq. 4) by a factor that is constant to
-    the gradient: teacher forcing / term, at most `ceiling`.
-
-    Args:
-        alpha: gates stay below this on unrelated text. beta: gates stay above this on the edit. gamma: margin between the
-            most open gate on the edit and on unrelated text.
-        balance: weight of the load balance, locality: weight of the margins; 0 leaves a term out.
-        balance_ceiling, locality_ceiling: the largest factor of the rescaling.
-    """
-
-    alpha: float = 0.01
-    beta: float = 0.05
-    gamma: float = 0.02
-    balance: float = 1.0
-    locality: float = 1.0
-    balance_ceiling: float = 1.0
-    locality_ceiling: float = 10.0
 
 
 class BaftEditor(AdapterEditor):
@@ -94,18 +70,28 @@ class BaftEditor(AdapterEditor):
         return [layer for layer in self.layers if self.adapter_name in layer.baft_gate]
 
     def _train(self, rows: list[Tokens], parameters: list[nn.Parameter], descent: DescentConfig) -> Outcome:
-        unrelated = self._next_unrelated(len(rows) * self.unrelated_per_edit)
-        learned = range(len(rows))
-        session = self._open([*rows, *unrelated], learned, self._positions(parameters))
-        share = divide(session, learned, range(len(rows), len(session.rows)), self._edited_positions())
+        texts = self._next_unrelated(len(rows) * self.unrelated_per_edit)
+        own = self.processes.share(range(len(rows)))
+        beside = [text for i in own for text in texts[i * self.unrelated_per_edit : (i + 1) * self.unrelated_per_edit]]
+        gates: dict[str, tuple[Tensor, Tensor]] = {}
         with self._context().recording() as recorded:
+            if own:
+                learned, positions = range(len(own)), self._positions(parameters)
+                session = self._open([*(rows[i] for i in own), *beside], learned, positions)
+                share = divide(session, learned, range(len(own), len(session.rows)), self._edited_positions())
+
+            def part() -> list[Tensor]:
+                answers = session.losses()
+                return [answers, *(w for pair in self._gates(recorded, share).values() for w in pair)]
 
             def losses() -> Terms:
-                return self._terms(self.adapter_name, session.losses().mean(), share, recorded)
+                answers, *w = self.processes.joined(part if own else list)
+                gates.update(zip(self._loads(self.adapter_name), zip(w[::2], w[1::2], strict=True), strict=True))
+                return self._terms(self.adapter_name, answers.mean(), gates)
 
-            outcome = descend(parameters, losses, descent)
-            self._remember_use(self.adapter_name, recorded, share)
-        self.unrelated_used += len(unrelated)
+            outcome = descend(parameters, losses, descent, self.processes)
+            self._remember_use(self.adapter_name, gates)
+        self.unrelated_used += len(texts)
         return outcome
 
     def _open(self, rows: Sequence[Tokens], learned: Sequence[int], positions: int | None) -> Session:
@@ -179,11 +165,11 @@ class BaftEditor(AdapterEditor):
                 [layer.name for layer in self._gated()],
                 lambda rows, learned: self._open(rows, learned, positions),
                 positions,
-                self._terms,
+                lambda name, fit, share, recorded: self._terms(name, fit, self._gates(recorded, share)),
             )
             for lane in lanes:
                 if lane.share is not None:
-                    self._remember_use(lane.adapter_name, lane.gates, lane.share)
+                    self._remember_use(lane.adapter_name, self._gates(lane.gates, lane.share))
         return dict(zip(edits, outcomes, strict=True))
 
     def _context(self) -> EditContext:
@@ -205,31 +191,26 @@ class BaftEditor(AdapterEditor):
     def _edited_positions(self) -> int:
         return self.layers[0].configs[self.adapter_name].prompt_positions
 
-    def _terms(self, adapter_name: str, fit: Tensor, share: Share, recorded: Mapping[str, RecordedGates]) -> Terms:
-        """The objective's terms for one adapter, given the teacher forcing loss."""
-        terms, settings = {"teacher_forcing": fit}, self.objective
-        layers = self._gated()
-        if not layers:
-            return terms
-        if not all(recorded[layer.name].w.requires_grad for layer in layers):
-            raise ValueError(WITHOUT_GRADIENT)
-        on_edit = {layer.name: _at(recorded[layer.name], share.edit) for layer in layers}
-        loads = {layer.name: layer.baft_load[adapter_name] for layer in layers}
-        if settings.balance and self.layers[0].configs[self.adapter_name].gate_count > 1:
-            balance = mean_over_blocks([load_balance(w, loads[n][:-1], loads[n][-1]) for n, w in on_edit.items()])
-            terms["balance"] = settings.balance * rescaled(balance, fit, settings.balance_ceiling)
-        if settings.locality and self._unrelated:
-            margins = (settings.alpha, settings.beta, settings.gamma)
-            off_edit = {n: _at(recorded[n], share.unrelated) for n in on_edit}
-            locality = mean_over_blocks([locality_margin(w, off_edit[n], *margins) for n, w in on_edit.items()])
-            terms["locality"] = settings.locality * rescaled(locality, fit, settings.locality_ceiling)
-        return terms
+    def _loads(self, adapter_name: str) -> dict[str, Tensor]:
+        """The statistics of an adapter's gates by the name of the block."""
+        return {layer.name: layer.baft_load[adapter_name] for layer in self._gated()}
 
-    def _remember_use(self, adapter_name: str, recorded: Mapping[str, RecordedGates], share: Share) -> None:
+    def _gates(self, recorded: Mapping[str, RecordedGates], share: Share) -> Gates:
+        """An adapter's gates at its edited tokens and at its unrelated ones, by the name of the block."""
+        found = {layer.name: recorded[layer.name] for layer in self._gated()}
+        if not all(one.w.requires_grad for one in found.values()):
+            raise ValueError(WITHOUT_GRADIENT)
+        return {name: (_at(one, share.edit), _at(one, share.unrelated)) for name, one in found.items()}
+
+    def _terms(self, adapter_name: str, fit: Tensor, gates: Gates) -> Terms:
+        """The objective's terms for one adapter, given the teacher forcing loss."""
+        several = self.layers[0].configs[self.adapter_name].gate_count > 1
+        return self.objective.terms(fit, gates, self._loads(adapter_name), several, bool(self._unrelated))
+
+    def _remember_use(self, adapter_name: str, gates: Gates) -> None:
         """Add the gates of the learned edit to the running sums of the load balance."""
-        for layer in self._gated():
-            w = _at(recorded[layer.name], share.edit).detach()
-            load = layer.baft_load[adapter_name]
+        for name, load in self._loads(adapter_name).items():
+            w = gates[name][0].detach()
             load += torch.cat([w.sum(0), w.new_tensor([w.shape[0]])]).to(load)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from peft_baft.data.cases import Edit
 from peft_baft.editing.descent import Outcome
-from peft_baft.editing.editor import AdapterEditor, checked_edits, snapshot
+from peft_baft.editing.editor import AdapterEditor, snapshot
 from peft_baft.editing.journal import Journal, adapter_state, restore_state
 
 Check = Callable[[], str | None]  # what is wrong with the model as it is now; None if nothing is
@@ -57,20 +57,20 @@ def edit_continually(
         ValueError: as `AdapterEditor.edit`; another process writes the journal; or what is to be resumed differs.
         FloatingPointError: a batch broke off, and `keep_only_good` is not set. The adapter is as it was before.
     """
-    facts = checked_edits(edits)
-    batches = [facts[i : i + batch_size] for i in range(0, len(facts), batch_size)]
+    batches = editor.batches(edits, batch_size)
     with ExitStack() as stack:
         done: list[dict[str, Any]] = []
+        before = 0
         if journal is not None:
             stack.enter_context(journal.writing())
-            done = _begin(journal, editor, resume, batch_size)
-            _require_same(done, batches)
+            done = _begin(journal, editor, resume, batches)
+            before = max((line["edit"] for line in journal.edits()), default=0)
         for line, batch in zip(done, batches, strict=False):
             yield _recalled(line, batch)
-        for batch in batches[len(done) :]:
+        for number, batch in enumerate(batches[len(done) :], before + 1):
             made = _make(editor, batch, check, keep_only_good)
             if journal is not None:
-                _write(journal, editor, made, last=batch is batches[-1])
+                _write(journal, editor, number, made, last=batch is batches[-1])
             yield made
 
 
@@ -91,10 +91,12 @@ def _make(editor: AdapterEditor, batch: Sequence[Edit], check: Check | None, kee
     return Made(batch, outcome, problem, problem is None or not keep_only_good)
 
 
-def _begin(journal: Journal, editor: AdapterEditor, resume: bool, batch_size: int) -> list[dict[str, Any]]:
+def _begin(
+    journal: Journal, editor: AdapterEditor, resume: bool, batches: Sequence[Sequence[Edit]]
+) -> list[dict[str, Any]]:
     """Note the run's beginning, or bring the editor to where the last run came to; the lines of its edits."""
     runs, edits = [line for line in journal.lines() if "run" in line], journal.edits()
-    settings = _settings(editor, batch_size)
+    settings = _settings(editor, len(batches[0]))
     if not resume or not runs:
         number = edits[-1]["edit"] if edits else 0
         _keep(journal, editor, number)
@@ -111,6 +113,8 @@ def _begin(journal: Journal, editor: AdapterEditor, resume: bool, batch_size: in
     reached = max((n for n in journal.snapshots() if run["after"] <= n <= run["after"] + len(edits)), default=None)
     if reached is None:
         raise ValueError(f"{journal.folder} holds no snapshot of its last run; begin another in another folder.")
+    done = [line for line in edits if run["after"] < line["edit"] <= reached]
+    _require_same(done, batches)
     tensors, state = journal.kept(reached)
     restore_state(editor.model, editor.adapter_name, tensors)
     if "unrelated_used" in state:
@@ -118,12 +122,10 @@ def _begin(journal: Journal, editor: AdapterEditor, resume: bool, batch_size: in
     torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["rng"])), dtype=torch.uint8))
     journal.add({"back_to": reached})
     journal.forget_after(reached)
-    return [line for line in edits if run["after"] < line["edit"] <= reached]
+    return done
 
 
-def _write(journal: Journal, editor: AdapterEditor, made: Made, last: bool) -> None:
-    edits = journal.edits()
-    number = (edits[-1]["edit"] if edits else 0) + 1
+def _write(journal: Journal, editor: AdapterEditor, number: int, made: Made, last: bool) -> None:
     outcome = made.outcome
     journal.add(
         {

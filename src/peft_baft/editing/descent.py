@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from peft_baft.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -106,39 +109,50 @@ class Descent:
         self._steps += 1
 
 
-def descend(parameters: Iterable[nn.Parameter], losses: Callable[[], Terms], config: DescentConfig) -> Outcome:
+def descend(
+    parameters: Iterable[nn.Parameter],
+    losses: Callable[[], Terms],
+    config: DescentConfig,
+    processes: Processes | None = None,
+) -> Outcome:
     """Minimise the sum of named losses until `teacher_forcing` is below the stop loss.
 
     Args:
         parameters: what to change. losses: the terms, at the present parameters.
+        processes: each of them has the whole terms, and gradients of its own part; the first one says when it is over.
 
     Raises:
         FloatingPointError: a term, or a parameter in the end, is not finite. The parameters are left where
             they were at that moment; roll back.
     """
-    return descend_together([Descent(parameters, config)], lambda _: [losses()])[0]
+    return descend_together([Descent(parameters, config)], lambda _: [losses()], processes)[0]
 
 
 def descend_together(
-    descents: Sequence[Descent], losses: Callable[[Sequence[Descent]], Sequence[Terms]]
+    descents: Sequence[Descent],
+    losses: Callable[[Sequence[Descent]], Sequence[Terms]],
+    processes: Processes | None = None,
 ) -> list[Outcome]:
     """Bring descents that share no parameter to their ends, each as if it were alone.
 
     Args:
         losses: the terms of each of some descents, at the present parameters.
+        processes: as for `descend`.
 
     Raises:
         FloatingPointError: one of them came to a number that is not finite.
     """
+    processes = processes or Processes()
     going, begin = list(descents), time.perf_counter()
     while going:
         terms, now = losses(going), time.perf_counter()
-        for one, values in zip(going, _read(terms), strict=True):
+        for one, values in zip(going, processes.of_first(partial(_read, terms)), strict=True):
             one.weigh(values, (now - begin) / len(going))
         left = [i for i, one in enumerate(going) if one.outcome is None]
         going, begin = [going[i] for i in left], now
         if going:
-            _stacked([terms[i] for i in left]).sum().backward()
+            total = _stacked([terms[i] for i in left]).sum()
+            processes.backward(total, [parameter for one in going for parameter in one.parameters])
             for one in going:
                 one.step()
     return [one.outcome for one in descents if one.outcome is not None]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit
-from peft_baft.editing.descent import DescentConfig, Outcome, descend
+from peft_baft.editing.descent import DescentConfig, Outcome, Terms, descend
 from peft_baft.editing.session import open_session
+from peft_baft.processes import Processes
 
 
 class AdapterEditor:
@@ -28,6 +29,10 @@ class AdapterEditor:
         tokenizer: the model's own, a fast one.
         descent: how an edit of one fact is trained; by default the method's own settings.
         batch_descent: how a batch of several facts is trained.
+
+    Attributes:
+        processes: those that share the facts of each batch; this one alone, unless set. All of them are given the same
+            edits, and end with the same adapter, as if one had made them.
 
     Raises:
         TypeError: the model is no PeftModel, or its adapter is one that learns a prompt.
@@ -56,6 +61,7 @@ class AdapterEditor:
             )
         self.descent = descent or DescentConfig()
         self.batch_descent = batch_descent or DescentConfig(max_steps=70)
+        self.processes = Processes()
 
     def edit(self, edits: Iterable[Edit]) -> Outcome:
         """Teach `edits` to the adapter at once, as one batch.
@@ -76,7 +82,9 @@ class AdapterEditor:
         ):
             if not parameters:
                 raise ValueError(f"The adapter {self.adapter_name!r} has no trainable parameters.")
-            with restored_on_error(self.model):
+            with restored_on_error(self.model), self.processes.together():
+                self.processes.require_alike(rows, "edits")
+                self.processes.spread(adapter_tensors(self.model))
                 return self._train(rows, parameters, descent)
 
     def edit_in_turn(self, edits: Iterable[Edit], batch_size: int = 1) -> Iterator[Outcome]:
@@ -85,6 +93,10 @@ class AdapterEditor:
         All edits are checked, as by `edit`, when this is called: before the first one is made. An edit is made when its
         outcome is asked for.
         """
+        return (self.edit(batch) for batch in self.batches(edits, batch_size))
+
+    def batches(self, edits: Iterable[Edit], batch_size: int) -> list[list[Edit]]:
+        """The edits, `batch_size` at a time, once all are found usable, as by `edit`."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
         facts = checked_edits(edits)
@@ -92,7 +104,7 @@ class AdapterEditor:
         batches = [facts[i : i + batch_size] for i in range(0, len(facts), batch_size)]
         for batch in batches:
             self._tokens(batch)
-        return (self.edit(batch) for batch in batches)
+        return batches
 
     def _require_in_use(self) -> None:
         active = list(self.model.active_adapters)
@@ -106,8 +118,14 @@ class AdapterEditor:
                 raise ValueError(f"The adapter {self.adapter_name!r} cannot be edited while it is {state}.")
 
     def _train(self, rows: list[Tokens], parameters: list[nn.Parameter], descent: DescentConfig) -> Outcome:
-        session = open_session(self.model, rows, range(len(rows)), padding_id(self.tokenizer), None)
-        return descend(parameters, lambda: {"teacher_forcing": session.losses().mean()}, descent)
+        own = self.processes.share(rows)
+        session = open_session(self.model, own, range(len(own)), padding_id(self.tokenizer), None) if own else None
+
+        def losses() -> Terms:
+            (answers,) = self.processes.joined(lambda: [session.losses()] if session else [])
+            return {"teacher_forcing": answers.mean()}
+
+        return descend(parameters, losses, descent, self.processes)
 
     def _tokens(self, edits: Sequence[Edit]) -> list[Tokens]:
         """Tokenise one batch, after a check of its edits against each other."""

@@ -157,6 +157,13 @@ class CachedSession(Session):
         return taken
 
 
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its tokens, also if its weights are brought there only when they are needed."""
+    embedding = model.get_input_embeddings()
+    device = embedding.weight.device
+    return torch.device(embedding._hf_hook.execution_device) if device.type == "meta" else device
+
+
 def open_session(
     model: Any, rows: Sequence[Tokens], learned: Sequence[int], padding: int, positions: int | None
 ) -> Session:
@@ -168,7 +175,7 @@ def open_session(
         learned: numbers of the rows whose answers are learned.
         positions: P of the adapter; None where tokens before them may change as well.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     plain = Session(model, rows, learned, padding, device)
     if positions is None or min(row.prompt_length for row in rows) <= positions:
         return plain
