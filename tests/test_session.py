@@ -94,7 +94,7 @@ def test_logits_are_computed_where_an_answer_is_learned(model: PeftModel) -> Non
 
 
 def test_padding_is_not_computed(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparing, "PACKED_FROM", 0)
+    monkeypatch.setattr(sparing, "SPARED_FROM", 0)
     widths: set[int] = set()
     for name, module in model.named_modules():
         if name.endswith(("down_proj", "out_proj", "dense_4h_to_h", "mlp.c_proj")):

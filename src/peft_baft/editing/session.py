@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peft_baft.adapter import find_context
 from peft_baft.data.batching import Tokens, collate
+from peft_baft.editing.packing import packed_forwards
 from peft_baft.editing.sparing import (
     blocks_below,
     changed,
@@ -24,6 +25,7 @@ from peft_baft.editing.sparing import (
     give,
     on,
     only_at,
+    outside,
     remembering,
     standing_in,
     without_padding,
@@ -127,19 +129,20 @@ class CachedSession(Session):
         self._head = self._base.get_output_embeddings()
         self._asked = enough_rows(self._places)
         none = (self._places[0][:0], self._places[1][:0])
-        packed = standing_in(without_padding(self._base, masks[0].bool()))
-        with torch.no_grad(), self._stating_lengths(), only_at(self._head, none), packed:
-            self._cache = model(**first, use_cache=True).past_key_values
         self._below = blocks_below(model)
+        self._products = packed_forwards(outside(self._base, self._below))
+        forwards = standing_in(without_padding(self._base, masks[0].bool(), self._products))
+        with torch.no_grad(), self._stating_lengths(), only_at(self._head, none), forwards:
+            self._cache = model(**first, use_cache=True).past_key_values
         self.given: dict[nn.Module, Any] = {}
         self._width = width
-        self._packed = without_padding(self._base, self._inputs["attention_mask"][:, width:].bool())
+        self._forwards = without_padding(self._base, self._inputs["attention_mask"][:, width:].bool(), self._products)
 
     def losses(self) -> Tensor:
         cache = copied(self._cache)  # a forward adds to this one, not to the kept one
         known = remembering(self._below, self.given) if not self.given else nullcontext()
         given = {block: partial(give, output) for block, output in self.given.items()}
-        with self._stating_lengths(), only_at(self._head, self._asked), known, standing_in(self._packed | given):
+        with self._stating_lengths(), only_at(self._head, self._asked), known, standing_in(self._forwards | given):
             logits = self.model(**self._inputs, past_key_values=cache, use_cache=True).logits
         logits = logits if len(logits) == len(self._tokens) else logits[: len(self._tokens)]
         return answer_losses(logits, self._tokens.to(logits.device))
@@ -152,7 +155,8 @@ class CachedSession(Session):
         taken._inputs = {name: tensor[index] for name, tensor in self._inputs.items()}
         taken._cache = copied(self._cache)
         taken._cache.batch_select_indices(index)
-        taken._packed = without_padding(taken._base, taken._inputs["attention_mask"][:, self._width :].bool())
+        real = taken._inputs["attention_mask"][:, self._width :].bool()
+        taken._forwards = without_padding(taken._base, real, taken._products)
         taken.given = {block: changed(given, lambda h: h[index]) for block, given in self.given.items()}
         return taken
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_baft.adapter import baft_layers
 
-PACKED_FROM, PACKED_BELOW = 32, 0.9  # tokens of a batch, and how many of them are real
+SPARED_FROM, SPARED_BELOW = 32, 0.9  # tokens of a batch, and how many of them are real
 
 
 def on(device: torch.device, places: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -43,6 +43,12 @@ def blocks_below(model: Any) -> list[nn.Module]:
         return []
     stack = model.get_base_model().get_submodule(places[0][0])
     return list(stack)[: min(int(number) for _, _, number in places) + 1]
+
+
+def outside(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules of a model that are not part of these blocks."""
+    inside = {id(module) for block in blocks for module in block.modules()}
+    return [module for module in model.modules() if id(module) not in inside]
 
 
 @contextmanager
@@ -89,17 +95,23 @@ def standing_in(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[No
                 module.__dict__["forward"] = instead
 
 
-def without_padding(model: Any, real: Tensor) -> dict[nn.Module, Callable[..., Any]]:
+def without_padding(
+    model: Any, real: Tensor, products: Mapping[nn.Module, Callable[..., Any]]
+) -> dict[nn.Module, Callable[..., Any]]:
     """Forwards of the model's linear layers that compute the real tokens (rows, tokens) alone and give 0 for padding.
 
-    None where that would not pay: for few tokens a layer's time goes into reading its weights, on a GPU for many as well.
+    Only where that pays: for few tokens a layer's time goes into reading its weights, on a GPU for many as well.
+
+    Args:
+        products: forwards that stand in for those of some layers already; the others are as the layers have them.
     """
-    if real.device.type != "cpu" or real.numel() < PACKED_FROM or real.float().mean() > PACKED_BELOW:
-        return {}
+    if real.device.type != "cpu" or real.numel() < SPARED_FROM or real.float().mean() > SPARED_BELOW:
+        return dict(products)
     places, head = real.flatten().nonzero()[:, 0], model.get_output_embeddings()
     own = {id(module) for layer in baft_layers(model) for module in layer.modules()}
     linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head and id(m) not in own]
-    return {module: partial(_of_real_tokens, module.forward, real.shape, places) for module in linear}
+    forwards = {m: partial(_of_real_tokens, products.get(m, m.forward), real.shape, places) for m in linear}
+    return {**products, **forwards}
 
 
 def _of_real_tokens(forward: Callable[[Tensor], Tensor], shape: torch.Size, places: Tensor, h: Tensor) -> Tensor:
