@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peft_baft
 from peft_baft.data.benchmarks import read_benchmark
 from peft_baft.editing import baft
+from peft_baft.editing.packing import packed, product
 from peft_baft.editing.session import open_session
 
 BEST_LR = {"baft": 2e-3, "reft": 1e-2, "lora": 5e-3}  # fewest steps on ZsRE rows 900-909, `peers.py --sweep`
@@ -143,17 +144,22 @@ def products(model: PeftModel, step: Callable[[], Any]) -> list[tuple[nn.Linear,
     return seen
 
 
-def bound(products: Sequence[tuple[nn.Linear, int]], device: str) -> tuple[float, int]:
-    """The same products alone, forward and backward, in order (so that weights come cold): seconds, bytes of weights read."""
+def bound(products: Sequence[tuple[nn.Linear, int]], device: str, packing: bool) -> tuple[float, int]:
+    """The same products alone, forward and backward, in order (so that weights come cold): seconds, bytes of weights read.
+
+    packing: with the weights as edits pack them on a CPU.
+    """
     inputs = [torch.randn(n, layer.in_features, device=device, dtype=layer.weight.dtype) for layer, n in products]
     grads = [torch.randn(n, layer.out_features, device=device, dtype=layer.weight.dtype) for layer, n in products]
+    weights = [packed(layer) if packing else (layer.weight, layer.weight.t()) for layer, _ in products]
+    multiplied = product if packing else nn.functional.linear
 
     def multiply() -> None:
         with torch.no_grad():
-            for x, (layer, _) in zip(inputs, products, strict=True):
-                nn.functional.linear(x, layer.weight)
-            for g, (layer, _) in zip(reversed(grads), reversed(products), strict=True):
-                g @ layer.weight
+            for x, (weight, _) in zip(inputs, weights, strict=True):
+                multiplied(x, weight, None)
+            for g, (_, transposed) in zip(reversed(grads), reversed(weights), strict=True):
+                multiplied(g, transposed, None)
 
     multiply()
     return seconds(multiply, device), 2 * sum(

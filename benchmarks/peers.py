@@ -25,7 +25,7 @@ from peft_baft.data.batching import encode
 
 WORKER = Path(__file__).with_name("peer_worker.py")
 BEST = {"peft_baft": 1e-2, "peft_lora": 5e-3, "pyreft": 2e-3, "adapters": 2e-3}  # as `--sweep 1` found them
-RATES = (1e-3, 2e-3, 5e-3, 1e-2)
+RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 
 
 def main() -> None:
@@ -34,6 +34,7 @@ def main() -> None:
     machine(options)
     pythons = {"peft_baft": sys.executable, "peft_lora": sys.executable}
     pythons |= {name: path for name in ("pyreft", "adapters") if (path := getattr(options, name))}
+    pythons = {name: path for name, path in pythons.items() if name in (options.only or ",".join(pythons)).split(",")}
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder)
         prepare(prepared, base, tokenizer, options)

@@ -37,14 +37,14 @@ def step_seconds(base, tokenizer, edits, device, method, unrelated, plain) -> fl
             edited.model.unload()
 
 
-def limits(base, tokenizer, edits, device) -> float:
+def limits(base, tokenizer, edits, device, packing) -> float:
     """Seconds that a step's products with weights take alone, mean over the edits; prints the bytes they read."""
     edited, found = editor(base, tokenizer, "reft"), []
     try:
         for edit in edits:
             session = open_session(edited.model, edited._tokens([edit]), [0], 0, 3)
             session.losses()
-            found.append(bound(products(edited.model, session.losses), device))
+            found.append(bound(products(edited.model, session.losses), device, packing))
     finally:
         edited.model.unload()
     mean = sum(read for _, read in found) / len(found)
@@ -60,7 +60,8 @@ def main() -> None:
     run = partial(step_seconds, base, tokenizer)
     works = {
         "reft": lambda: run(edits, options.device, "reft", (), False),
-        "its products with weights alone": lambda: limits(base, tokenizer, edits, options.device),
+        "its products with weights alone": lambda: limits(base, tokenizer, edits, options.device, False),
+        "the same, weights packed": lambda: limits(base, tokenizer, edits, options.device, True),
         "reft, plain path": lambda: run(edits, options.device, "reft", (), True),
         "baft": lambda: run(edits, options.device, "baft", (), False),
         "baft, one unrelated text": lambda: run(edits, options.device, "baft", peft_baft.GENERAL, False),

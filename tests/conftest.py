@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on several threads
@@ -79,6 +81,12 @@ def randomise(model: nn.Module, scale: float = 1.0, seed: int = 1) -> None:
         for name, parameter in model.named_parameters():
             if ".baft_source." in name:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)
+
+
+@pytest.fixture
+def tally(record_property: Callable[[str, str], None]) -> Callable[..., None]:
+    """Puts counts into the table of what was killed, corrupted and counted: `benchmarks/safety.py` adds them up."""
+    return lambda what, **counts: record_property("tally", json.dumps([what, counts]))
 
 
 @pytest.fixture

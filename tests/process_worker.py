@@ -14,15 +14,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from facts import ADAPTER, CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals
-from peft_baft import AdapterEditor, BaftEditor, Case, Edit, Probe, cli, load_model
+from peft_baft import AdapterEditor, BaftEditor, Case, Edit, Journal, Probe, cli, load_model
 from peft_baft.bench import judge
 from peft_baft.bench.methods import Method
 from peft_baft.bench.run import Bench
 from peft_baft.bench.schedule import Schedule
+from peft_baft.editing import continual
 from peft_baft.editing.editor import adapter_tensors
 from peft_baft.processes import Processes
 
@@ -198,6 +200,29 @@ def command(toy: FactModel, processes: Processes, folder: Path) -> Found:
     found: Found = {"good": cli.main([*begin, str(processes.count)]), "fewer": cli.main([*begin, "4"])}
     begin[3] = str(folder / ("model" if processes.first else "nothing"))
     found["unreadable"] = cli.main([*begin, str(processes.count), "--seeds", "2"])
+    return found
+
+
+def editing(toy: FactModel, processes: Processes, folder: Path) -> Found:
+    """`baft edit` in batches of three: cut short after the first, then resumed; and one batch that is taken back."""
+    data = ["--model", str(folder / "model"), "--edits", str(folder / "facts.jsonl"), "--unrelated", "none"]
+    begin = ["edit", *data, "--lr", "0.02", "--batch-size", "3", "--processes", str(processes.count), "--output"]
+    output, write = str(folder / f"edit{processes.count}"), continual._write
+
+    def cut(journal: Any, editor: Any, number: int, *more: Any) -> None:
+        if number == 2:
+            raise OSError("the disk is full")
+        write(journal, editor, number, *more)
+
+    continual._write = cut
+    found: Found = {"cut": cli.main([*begin, output])}
+    continual._write = write
+    found["resumed"] = cli.main([*begin, output, "--resume"])
+    found["tensors"] = list(load_file(Path(output) / "adapter_model.safetensors").values())
+    found["log"] = [line["kept"] for line in Journal(output).edits()]
+    strict = ["--min-agreement", "1", "--canaries", str(folder / "stay.jsonl"), "--keep-only-good", "--overwrite"]
+    found["strict"] = cli.main([*begin, output, *strict])
+    found["strict log"] = [line["kept"] for line in Journal(output).edits()]
     return found
 
 

@@ -289,7 +289,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was_and_repeats_no_edit(bench: Be
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_thousand_edits_survive_many_kills(bench: Bench, tmp_path: Path) -> None:
+def test_a_thousand_edits_survive_many_kills(bench: Bench, tmp_path: Path, tally) -> None:
     schedule, file = Schedule(1000), tmp_path / "p.safetensors"
     quick = replace(toy_method(), descent=replace(DESCENT, max_steps=2))
     bench = replace(bench, cases=cases(1000), last=1000)
@@ -297,6 +297,7 @@ def test_a_thousand_edits_survive_many_kills(bench: Bench, tmp_path: Path) -> No
     kept = list(killed_at_random(lambda: judged(bench, quick, schedule, Progress.load(file)), file, kills=12))
     assert all(a < b for a, b in pairwise([0, *kept]))
     assert without_seconds(judged(bench, quick, schedule, Progress.load(file))) == without_seconds(whole)
+    tally("SIGKILL during `baft bench`'s loop, then the same command again", kills=12, edits=1000, lost=0, doubled=0)
 
 
 def test_a_run_that_lost_its_adapter_would_not_give_the_same(bench: Bench, tmp_path: Path, monkeypatch) -> None:

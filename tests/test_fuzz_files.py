@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ QUICK = settings(
 )
 LONG = settings(QUICK, max_examples=20_000)
 PLACE = re.compile(r"(:\d+|: record \d+): ")
+
+
+ENDS: Counter[str] = Counter()  # of all readings
+
+
+@pytest.fixture(autouse=True)
+def told(tally: Callable[..., None]) -> Iterator[None]:
+    before = Counter(ENDS)
+    yield
+    ends = ENDS - before
+    tally("a fuzzed or hostile edit file", refused=ends["refused"], harmless=ends["read"], **{"another error": 0})
 
 
 def outcome(path: Path, data: bytes) -> str:
@@ -41,6 +53,7 @@ def outcome(path: Path, data: bytes) -> str:
     if ends[0] == "read":
         texts = [text for case in read_cases(path) for text in (case.edit.prompt, case.edit.target)]
         assert all(text == text.strip() != "" and text.encode() for text in texts)
+    ENDS["read" if "read" in ends else "refused"] += 1
     return "read" if "read" in ends else "refused"
 
 

@@ -23,6 +23,7 @@ from peft_baft.evaluation.guard import canary_check
 fact_model = facts.fact_model
 CAPITALS = facts.CAPITALS
 FACTS = edits(0, 3, 7, 11, 5)
+DAMAGED = "a damaged line or snapshot of a journal"
 
 
 def editor_of(fact_model: FactModel, **config: Any) -> BaftEditor:
@@ -118,7 +119,7 @@ def test_two_cannot_write_one_journal(fact_model: FactModel, tmp_path: Path) -> 
     run(fact_model, tmp_path, resume=True)
 
 
-def test_a_line_that_was_cut_short_is_passed_over(fact_model: FactModel, tmp_path: Path) -> None:
+def test_a_line_that_was_cut_short_is_passed_over(fact_model: FactModel, tmp_path: Path, tally) -> None:
     whole, _ = run(fact_model, tmp_path / "whole")
     for cut in (1, 40):
         folder = tmp_path / str(cut)
@@ -132,10 +133,11 @@ def test_a_line_that_was_cut_short_is_passed_over(fact_model: FactModel, tmp_pat
     (folder / LINES).write_bytes(b"\n".join([lines[0], lines[1][:-5], *lines[2:]]))
     with pytest.raises(ValueError, match="line 2 is damaged"):
         Journal(folder).edits()
+    tally(DAMAGED, repaired=2, refused=1)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
-def test_a_damaged_snapshot_is_named_and_the_one_before_it_serves(fact_model, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_snapshot_is_named_and_the_one_before_it_serves(fact_model, tmp_path, damage: str, tally) -> None:
     whole, _ = run(fact_model, tmp_path / "whole")
     folder = tmp_path / "damaged"
     run(fact_model, folder, 3)
@@ -148,10 +150,11 @@ def test_a_damaged_snapshot_is_named_and_the_one_before_it_serves(fact_model, tm
     file.unlink()
     resumed, _ = run(fact_model, folder, resume=True)
     assert same(state(resumed), state(whole))
+    tally(DAMAGED, refused=1)
 
 
 @pytest.mark.parametrize("kind", [OSError(28, "No space left on device"), PermissionError(13, "Read-only")])
-def test_a_disk_that_takes_nothing_stops_the_run_and_spoils_nothing(fact_model, tmp_path, monkeypatch, kind) -> None:
+def test_a_disk_that_takes_nothing_stops_the_run_and_spoils_nothing(fact_model, tmp_path, monkeypatch, kind, tally):
     whole, _ = run(fact_model, tmp_path / "whole")
     run(fact_model, tmp_path / "full", 2)
     kept = {file: file.read_bytes() for file in (tmp_path / "full" / SNAPSHOTS).iterdir()}
@@ -165,6 +168,7 @@ def test_a_disk_that_takes_nothing_stops_the_run_and_spoils_nothing(fact_model, 
     assert all(file.read_bytes() == data for file, data in kept.items())
     resumed, _ = run(fact_model, tmp_path / "full", resume=True)
     assert same(state(resumed), state(whole))
+    tally("a disk that is full or read-only during a run, then --resume", stopped=1, lost=0)
 
 
 # guard rails
@@ -235,7 +239,7 @@ def begun(fact_model: FactModel, folder: Path, count: int) -> Any:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes that begin at once, since there are many")
 @pytest.mark.parametrize(("count", "kills"), [(40, 5), pytest.param(200, 50, marks=pytest.mark.slow)])
-def test_kills_lose_and_double_no_edit(fact_model: FactModel, tmp_path: Path, count: int, kills: int) -> None:
+def test_kills_lose_and_double_no_edit(fact_model, tmp_path: Path, count: int, kills: int, tally) -> None:
     whole, cut, generator, begin = tmp_path / "whole", tmp_path / "cut", random.Random(0), time.time()
     begun(fact_model, whole, count).join()
     took, on_record = time.time() - begin, []
@@ -255,11 +259,12 @@ def test_kills_lose_and_double_no_edit(fact_model: FactModel, tmp_path: Path, co
     assert [line["facts"] for line in lines] == [line["facts"] for line in Journal(whole).edits()]
     files = [folder / "adapter_model.safetensors" for folder in (whole, cut)]
     assert files[0].read_bytes() == files[1].read_bytes()
+    tally("SIGKILL during `baft edit`'s loop, then --resume", kills=kills, edits=count, lost=0, doubled=0)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of the process from /proc")
-def test_a_thousand_edits_need_no_more_memory_than_a_hundred(fact_model: FactModel, tmp_path: Path) -> None:
+def test_a_thousand_edits_need_no_more_memory_than_a_hundred(fact_model, tmp_path: Path, tally) -> None:
     quick = DescentConfig(lr=1e-3, max_steps=1)
     editor = BaftEditor(adapted(fact_model.base), fact_model.tokenizer, meals(0, 12), OBJECTIVE, quick)
     facts_of = [Edit(f"{CAPITALS[i % 24].prompt} {'now ' * (i % 5)}", CAPITALS[i % 7].answer) for i in range(1000)]
@@ -267,3 +272,5 @@ def test_a_thousand_edits_need_no_more_memory_than_a_hundred(fact_model: FactMod
     for _ in edit_continually(editor, facts_of, journal=Journal(tmp_path, 100)):
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
     assert resident[-1] <= 1.05 * resident[100]
+    growth = f"{resident[-1] / resident[100] - 1:.1%}"
+    tally("1000 edits in one process: memory after the last against after the hundredth", edits=1000, grown=growth)

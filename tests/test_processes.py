@@ -34,6 +34,7 @@ OF_TWO = (  # cases that one launch goes through: starting processes takes longe
     "lines",
     "interrupted",
     "command",
+    "editing",
     "sharded",
 )
 FLOAT_NOISE = {"atol": 2e-3, "rtol": 1e-3}
@@ -50,6 +51,8 @@ def folder(fact_model: FactModel, tmp_path_factory: pytest.TempPathFactory) -> P
             probe = {"prompt": MEALS[n].prompt, "answer": MEALS[n].answer}
             record = {"prompt": CAPITALS[n].prompt, "target": CAPITALS[n + 8].answer, "unrelated": [probe]}
             out.write(json.dumps(record) + "\n")
+    stay = [{"prompt": old.prompt, "answer": old.answer} for old in CAPITALS[20:]]
+    (folder / "stay.jsonl").write_text("\n".join(map(json.dumps, stay)))
     return folder
 
 
@@ -106,8 +109,9 @@ def require_same_failures(found: list[dict[str, Any]]) -> None:
     assert all(one["as it was"] and one["learned"] for one in found)
 
 
-def test_an_error_of_one_process_is_raised_by_all_and_leaves_the_adapter_as_it_was(of_two) -> None:
+def test_an_error_of_one_process_is_raised_by_all_and_leaves_the_adapter_as_it_was(of_two, tally) -> None:
     require_same_failures(of_two("failing"))
+    tally("an error in one of two processes", failures=3, **{"left waiting": 0})
 
 
 @pytest.mark.slow
@@ -159,6 +163,19 @@ def test_the_command_says_how_many_run_and_fails_with_fewer(folder: Path, of_two
     assert cli.main([*begin, "--processes", "2"]) == 2
     assert "2 processes were asked for, and 1 runs" in capsys.readouterr().err
     assert cli.main([*begin, "--split", "facts"]) == 2 and "--schedule batched" in capsys.readouterr().err
+
+
+def test_edits_by_two_processes_are_resumed_and_taken_back_as_by_one(toy: FactModel, tmp_path, folder, of_two) -> None:
+    for name in ("model", "facts.jsonl", "stay.jsonl"):
+        (tmp_path / name).symlink_to(folder / name)
+    one = worker.editing(toy, Processes(), tmp_path)
+    assert (one["cut"], one["log"]) == (2, [True, True])
+    assert False in one["strict log"]
+    for found in of_two("editing"):
+        torch.testing.assert_close(found.pop("tensors"), one["tensors"], **FLOAT_NOISE)
+        assert found == {name: value for name, value in one.items() if name != "tensors"}
+    printed = (folder / "printed").read_text()
+    assert printed.count("2 processes: the facts of each batch split over them") == 3
 
 
 def test_one_model_sharded_over_two_processes_learns_what_a_whole_one_does(toy: FactModel, of_two) -> None:

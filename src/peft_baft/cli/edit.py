@@ -15,7 +15,15 @@ from tqdm import tqdm
 
 from peft_baft import BaftConfig, BaftEditor, Outcome
 from peft_baft.adapter.weights import FILE as WEIGHTS
-from peft_baft.cli.common import add_training_arguments, chosen_preset, chosen_unrelated, command, print_table
+from peft_baft.cli.common import (
+    add_process_arguments,
+    add_training_arguments,
+    chosen_preset,
+    chosen_unrelated,
+    command,
+    described,
+    print_table,
+)
 from peft_baft.data.datasets import read_cases, read_unrelated
 from peft_baft.data.unrelated import CANARIES
 from peft_baft.editing.continual import Made, edit_continually
@@ -25,6 +33,7 @@ from peft_baft.evaluation.report import Report, watch
 from peft_baft.evaluation.scoring import greedy_answers
 from peft_baft.models import load_model
 from peft_baft.presets import Preset
+from peft_baft.processes import Processes
 
 REPORT = "report.json"
 HOW_TO_LOAD = """
@@ -37,19 +46,30 @@ HOW_TO_LOAD = """
 
 def edit(args: argparse.Namespace) -> int:
     """Teach the facts of a file to a model and save the adapter."""
-    _prepare_output(args.output, args.adapter, args.overwrite, args.resume)
+    with Processes.started(args.processes) as processes:
+        if processes.first:
+            print(described(processes, args.device, "the facts of each batch"), flush=True)
+        args.device = processes.device(args.device)
+        return _edit(args, processes)
+
+
+def _edit(args: argparse.Namespace, processes: Processes) -> int:
+    """`edit` by several processes, of which the first reports and writes."""
+    with processes.together():
+        if processes.first:
+            _prepare_output(args.output, args.adapter, args.overwrite, args.resume)
     cases = read_cases(args.edits)
     unrelated = chosen_unrelated(args.unrelated)
     preset = chosen_preset(args)
     model, tokenizer = _edited_model(args, preset)
     editor = BaftEditor(model, tokenizer, unrelated, preset.objective, preset.descent, preset.batch_descent)
-    editor.unrelated_used = _unrelated_used(args.adapter)
+    editor.processes, editor.unrelated_used = processes, _unrelated_used(args.adapter)
     report = watch(model, tokenizer, cases)
     check = None
     if args.min_agreement is not None:
         canaries: Sequence[Any] = CANARIES if args.canaries is None else read_unrelated(args.canaries)
         check = canary_check(model, tokenizer, args.min_agreement, canaries)
-    if args.overwrite and not args.resume:
+    if args.overwrite and not args.resume and processes.first:
         Journal(args.output).begin_anew()
     batches = edit_continually(
         editor,
@@ -60,9 +80,14 @@ def edit(args: argparse.Namespace) -> int:
         check=check,
         keep_only_good=args.keep_only_good,
     )
-    made = _with_progress(batches, -(-len(cases) // args.batch_size))
+    made = _with_progress(batches, -(-len(cases) // args.batch_size), processes.first)
+    return processes.of_first(lambda: _report(args, editor, report(), made))
+
+
+def _report(args: argparse.Namespace, editor: BaftEditor, result: Report, made: Sequence[Made]) -> int:
+    """Save the adapter, tell what became of the model; 0 if all is learned."""
+    model, output = editor.model, args.output
     outcomes = [batch.outcome for batch in made if batch.outcome is not None]
-    result, output = report(), args.output
     model.save_pretrained(str(output), save_embedding_layers=False)
     summary = asdict(result) | {"unrelated_used": editor.unrelated_used}
     (output / REPORT).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -123,9 +148,9 @@ def _append(file: Path, text: str) -> None:
         file.write_text(before + text, encoding="utf-8")
 
 
-def _with_progress(batches: Iterable[Made], count: int) -> list[Made]:
+def _with_progress(batches: Iterable[Made], count: int, shown: bool) -> list[Made]:
     made = []
-    with tqdm(total=count, desc="editing", unit="edit" if count else "") as bar:
+    with tqdm(total=count, desc="editing", unit="edit" if count else "", disable=not shown) as bar:
         for batch in batches:
             made.append(batch)
             if batch.outcome is not None:
@@ -198,6 +223,7 @@ def add_commands(commands: Any) -> None:
         "--keep-only-good", action="store_true", help="take edits back that were not learned or did harm"
     )
     add_training_arguments(edits)
+    add_process_arguments(edits)
     asking = command(commands, "ask", ask)
     asking.add_argument("--adapter", required=True, type=Path, help="folder of the adapter")
     asking.add_argument("--max-new-tokens", type=int, default=16, help="length of an answer")

@@ -62,7 +62,7 @@ class BaftEditor(AdapterEditor):
             raise ValueError(
                 f"unrelated_per_edit must be at least 1, not {unrelated_per_edit}; for none, leave `unrelated` empty."
             )
-        self.objective, self.unrelated_per_edit, self.unrelated_used = objective or Objective(), unrelated_per_edit, 0
+        self.objective, self.unrelated_per_edit = objective or Objective(), unrelated_per_edit
         rows = [encode_fitting(model, tokenizer, text.prompt, text.answer) for text in unrelated]
         self._unrelated = rows if self._gated() else []
 

@@ -7,13 +7,14 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from peft_baft.data.cases import Edit
 from peft_baft.editing.descent import Outcome
-from peft_baft.editing.editor import AdapterEditor, snapshot
+from peft_baft.editing.editor import AdapterEditor, adapter_tensors, snapshot
 from peft_baft.editing.journal import Journal, adapter_state, restore_state
 
 Check = Callable[[], str | None]  # what is wrong with the model as it is now; None if nothing is
@@ -53,29 +54,37 @@ def edit_continually(
         check: called after each batch; says what harm it did.
         keep_only_good: take a batch back that was not learned, did harm or broke off, and go on with the next.
 
+    Several processes (`editor.processes`) share each batch's facts; the first one checks, and writes the journal.
+
     Raises:
         ValueError: as `AdapterEditor.edit`; another process writes the journal; or what is to be resumed differs.
         FloatingPointError: a batch broke off, and `keep_only_good` is not set. The adapter is as it was before.
     """
-    batches = editor.batches(edits, batch_size)
+    batches, processes = editor.batches(edits, batch_size), editor.processes
     with ExitStack() as stack:
-        done: list[dict[str, Any]] = []
-        before = 0
-        if journal is not None:
+
+        def begun() -> tuple[list[dict[str, Any]], int, int]:
+            if journal is None:
+                return [], 0, editor.unrelated_used
             stack.enter_context(journal.writing())
             done = _begin(journal, editor, resume, batches)
-            before = max((line["edit"] for line in journal.edits()), default=0)
+            return done, max((line["edit"] for line in journal.edits()), default=0), editor.unrelated_used
+
+        done, before, used = processes.of_first(begun)
+        editor.unrelated_used = used
+        processes.spread(adapter_tensors(editor.model))
         for line, batch in zip(done, batches, strict=False):
             yield _recalled(line, batch)
         for number, batch in enumerate(batches[len(done) :], before + 1):
             made = _make(editor, batch, check, keep_only_good)
             if journal is not None:
-                _write(journal, editor, number, made, last=batch is batches[-1])
+                last = batch is batches[-1]
+                processes.of_first(partial(_write, journal, editor, number, made, last))
             yield made
 
 
 def _make(editor: AdapterEditor, batch: Sequence[Edit], check: Check | None, keep_only_good: bool) -> Made:
-    restore, used = snapshot(editor.model), getattr(editor, "unrelated_used", None)
+    restore, used = snapshot(editor.model), editor.unrelated_used
     try:
         outcome = editor.edit(batch)
     except FloatingPointError as error:
@@ -83,11 +92,10 @@ def _make(editor: AdapterEditor, batch: Sequence[Edit], check: Check | None, kee
             raise
         return Made(batch, None, str(error), False)
     problem = None if outcome.learned else f"not learned after {outcome.steps} steps"
-    problem = problem or (check() if check is not None else None)
+    problem = problem or (editor.processes.of_first(check) if check is not None else None)
     if problem is not None and keep_only_good:
         restore()
-        if used is not None:
-            editor.unrelated_used = used  # type: ignore[attr-defined]
+        editor.unrelated_used = used
     return Made(batch, outcome, problem, problem is None or not keep_only_good)
 
 
@@ -117,8 +125,7 @@ def _begin(
     _require_same(done, batches)
     tensors, state = journal.kept(reached)
     restore_state(editor.model, editor.adapter_name, tensors)
-    if "unrelated_used" in state:
-        editor.unrelated_used = state["unrelated_used"]  # type: ignore[attr-defined]
+    editor.unrelated_used = state.get("unrelated_used", 0)
     torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["rng"])), dtype=torch.uint8))
     journal.add({"back_to": reached})
     journal.forget_after(reached)
@@ -144,9 +151,8 @@ def _write(journal: Journal, editor: AdapterEditor, number: int, made: Made, las
 
 
 def _keep(journal: Journal, editor: AdapterEditor, number: int) -> None:
-    state = {"rng": bytes(torch.get_rng_state().tolist()).hex()}
-    if hasattr(editor, "unrelated_used"):
-        state["unrelated_used"] = editor.unrelated_used
+    rng = bytes(torch.get_rng_state().tolist()).hex()
+    state = {"rng": rng, "unrelated_used": editor.unrelated_used}
     journal.keep(number, adapter_state(editor.model, editor.adapter_name), state)
 
 

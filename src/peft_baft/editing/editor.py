@@ -33,6 +33,7 @@ class AdapterEditor:
     Attributes:
         processes: those that share the facts of each batch; this one alone, unless set. All of them are given the same
             edits, and end with the same adapter, as if one had made them.
+        unrelated_used: how many unrelated texts facts were trained beside; 0 for an editor that takes none.
 
     Raises:
         TypeError: the model is no PeftModel, or its adapter is one that learns a prompt.
@@ -62,6 +63,7 @@ class AdapterEditor:
         self.descent = descent or DescentConfig()
         self.batch_descent = batch_descent or DescentConfig(max_steps=70)
         self.processes = Processes()
+        self.unrelated_used = 0
 
     def edit(self, edits: Iterable[Edit]) -> Outcome:
         """Teach `edits` to the adapter at once, as one batch.

@@ -25,10 +25,10 @@ def packed_forwards(modules: Iterable[nn.Module]) -> dict[nn.Module, Callable[[T
     They give what the layers' own forwards give, to float noise, and gradients of the layers' inputs alone. The packed
     weights are kept as long as the layer. None where torch has no such product, or there are more than `LARGEST` weights.
     """
-    layers = [module for module in modules if _can_pack(module)]
+    layers: list[Any] = [module for module in modules if _can_pack(module)]
     if not torch.backends.mkldnn.is_available() or sum(layer.weight.numel() for layer in layers) > LARGEST:
         return {}
-    return {layer: partial(_linear, layer, *_packed(layer)) for layer in layers}
+    return {layer: partial(_linear, layer, *packed(layer)) for layer in layers}
 
 
 def _can_pack(module: nn.Module) -> bool:
@@ -39,7 +39,7 @@ def _can_pack(module: nn.Module) -> bool:
     return frozen and plain and module.weight.device.type == "cpu"
 
 
-def _packed(layer: Any) -> tuple[Tensor, Tensor]:
+def packed(layer: Any) -> tuple[Tensor, Tensor]:
     """The weight (out, in) packed for the forward, and its transpose packed for the backward."""
     weight = layer.weight.detach()
     state = (weight.data_ptr(), weight._version, weight.shape)
@@ -59,12 +59,12 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, transposed: Tensor, bias: Tensor | None) -> Tensor:
         ctx.transposed = transposed
-        return _product(h, weight, bias)
+        return product(h, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _product(grad, ctx.transposed, None), None, None, None
+        return product(grad, ctx.transposed, None), None, None, None
 
 
-def _product(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(h, weight, bias, "none", [], "")

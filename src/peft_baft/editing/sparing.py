@@ -110,8 +110,8 @@ def without_padding(
     places, head = real.flatten().nonzero()[:, 0], model.get_output_embeddings()
     own = {id(module) for layer in baft_layers(model) for module in layer.modules()}
     linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head and id(m) not in own]
-    forwards = {m: partial(_of_real_tokens, products.get(m, m.forward), real.shape, places) for m in linear}
-    return {**products, **forwards}
+    forwards: dict[nn.Module, Any] = dict(products)
+    return forwards | {m: partial(_of_real_tokens, products.get(m, m.forward), real.shape, places) for m in linear}
 
 
 def _of_real_tokens(forward: Callable[[Tensor], Tensor], shape: torch.Size, places: Tensor, h: Tensor) -> Tensor:

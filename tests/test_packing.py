@@ -1,0 +1,90 @@
+"""Products with packed weights are the layers' own products."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from conftest import make_model
+from peft_baft import BaftConfig
+from peft_baft.data.batching import Tokens
+from peft_baft.editing import packing
+from peft_baft.editing.packing import packed_forwards
+from peft_baft.editing.session import CachedSession
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+
+
+def frozen(out: int = 48, wide: int = 32, bias: bool = True, **to: Any) -> nn.Linear:
+    return nn.Linear(wide, out, bias=bias).requires_grad_(False).to(**to)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 3, 5), (0,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_output_and_gradient_are_the_layers_own(shape: tuple[int, ...], bias: bool) -> None:
+    layer, h = frozen(bias=bias), torch.randn(*shape, 32, requires_grad=True)
+    forward, toward = packed_forwards([layer])[layer], torch.randn(*shape, 48)
+    torch.testing.assert_close(forward(h), layer(h))
+    found, wanted = (torch.autograd.grad(out(h), h, toward)[0] for out in (forward, layer))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_weights_changed_in_place_are_packed_anew_and_others_are_not() -> None:
+    layer, h = frozen(), torch.randn(4, 32)
+    packed_forwards([layer])
+    first = packing._kept[layer]
+    packed_forwards([layer])
+    assert packing._kept[layer] is first
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    torch.testing.assert_close(packed_forwards([layer])[layer](h), layer(h))
+    assert packing._kept[layer] is not first
+
+
+def test_only_frozen_float32_weights_of_plain_linear_layers_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(nn.Linear):
+        pass
+
+    moved = frozen()
+    moved.forward = lambda h: h  # as accelerate's hooks leave it
+    assert not packed_forwards(
+        [nn.Linear(4, 4), frozen(dtype=torch.bfloat16), frozen(device="meta"), Other(4, 4), moved]
+    )
+    layer = frozen()
+    assert packed_forwards([layer])
+    monkeypatch.setattr(packing, "LARGEST", layer.weight.numel() - 1)
+    assert not packed_forwards([layer])
+
+
+def test_autocast_computes_as_it_would() -> None:
+    layer, h = frozen(), torch.randn(4, 32)
+    forward = packed_forwards([layer])[layer]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert forward(h).dtype == layer(h).dtype == torch.bfloat16
+
+
+def test_packed_weights_go_with_their_model() -> None:
+    kept = len(packing._kept)
+    layer = frozen()
+    forwards = packed_forwards([layer])
+    assert len(packing._kept) == kept + 1
+    del layer, forwards
+    gc.collect()
+    assert len(packing._kept) == kept
+
+
+def test_an_edit_uses_them_above_the_first_edited_block_alone() -> None:
+    model = get_peft_model(make_model("llama"), BaftConfig(task_type="CAUSAL_LM", r=4, layers_to_transform=[1]))
+    session = CachedSession(model, [Tokens((5, 6, 7, 8, 9, 10), 4)], [0], 0, torch.device("cpu"), positions=3)
+    blocks, head = model.get_base_model().model.layers, model.get_base_model().lm_head
+    linear = [m for block in blocks[2:] for m in block.modules() if type(m) is nn.Linear]
+    assert linear and set(session._products) == {*linear, head}
+    own = [m.forward for m in linear]
+    session.losses().sum().backward()
+    assert [m.forward for m in linear] == own
+    assert not any("forward" in m.__dict__ for m in linear)
