@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow safety check clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+safety: $(VENV)/installed
+	$(BIN)/python benchmarks/safety.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -449,3 +449,48 @@ def test_a_config_in_python_is_checked_as_one_in_a_file() -> None:
         BaftConfig(layers_to_transform=[None])
     with pytest.raises(ValueError, match="names of modules"):
         BaftConfig(modules_to_save=["a b"])
+
+
+@pytest.mark.parametrize("shape", [(32,), (64, 31), (65, 32), (0,)])
+def test_a_module_beside_the_adapter_that_does_not_fit_is_refused_before_the_model_is_touched(tmp_path, shape) -> None:
+    model = get_peft_model(make_model(), config(modules_to_save=["lm_head"])).eval()
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(make_model(), tmp_path)
+    set_tensors(lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(shape)}))(tmp_path)
+    base = make_model()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"lm_head.weight of shape .* does not fit LlamaForCausalLM"):
+            PeftModel.from_pretrained(base, tmp_path)
+        assert is_bare(base) and not hasattr(base, "peft_config")
+    with pytest.raises(ValueError, match="does not fit"):
+        model.load_adapter(tmp_path, "second")
+    assert [*model.peft_config] == ["default"]
+    set_tensors(lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(64, 32)}))(tmp_path)
+    model.load_adapter(tmp_path, "second")  # its control: of the right shape it loads, also beside another
+
+
+def test_a_width_that_the_config_leaves_open_is_checked_against_the_model(trial: Trial, tmp_path: Path) -> None:
+    def narrower(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(("basis.weight", "source.weight", "gate.weight"))]:
+            tensors[name] = tensors[name][:, :16].clone()
+
+    assert trial.damaged(set_config(hidden_size=None)) == "loaded"
+    folder = Path(copytree(trial.folder, tmp_path / "narrower"))
+    set_config(hidden_size=None)(folder)
+    set_tensors(narrower)(folder)
+    with pytest.raises(ValueError, match=r"basis.weight of shape \(4, 16\), which does not fit LlamaForCausalLM"):
+        PeftModel.from_pretrained(trial.base, folder)
+    trial.check_untouched(trial.base, trial.bare_logits)
+    assert is_bare(trial.base) and not hasattr(trial.base, "peft_config")
+
+
+@pytest.mark.parametrize("how", ["expression", "exclusion"])
+def test_blocks_chosen_by_an_expression_are_named_in_the_saved_config(tmp_path: Path, how: str) -> None:
+    model = get_peft_model(make_model(), config(**WHOLE[how]))
+    model.save_pretrained(tmp_path)
+    found = json.loads((tmp_path / CONFIG).read_text())
+    assert sorted(found["target_modules"]) == [layer.name for layer in baft_layers(model)]
+    assert found["exclude_modules"] is None
+    set_tensors(lambda t: [t.pop(name) for name in list(t) if "layers.1." in name])(tmp_path)
+    with pytest.raises(ValueError, match=r"layers.1.baft.baft_\S+ is missing"):
+        PeftModel.from_pretrained(make_model(), tmp_path)

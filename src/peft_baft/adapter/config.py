@@ -81,6 +81,7 @@ class BaftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = BAFT
+        self.saved_shapes: dict[str, tuple[int, ...]] = {}  # of what is to be loaded; no field: it is not saved
         for name in ("r", "prompt_positions"):
             _require_positive_integer(name, getattr(self, name))
         _require_one_of("weighting", self.weighting, WEIGHTINGS)
@@ -109,7 +110,7 @@ class BaftConfig(PeftConfig):
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{folder / CONFIG_NAME} cannot be used: {error}") from error
         if isinstance(config, cls):
-            check_folder(folder, config)
+            config.saved_shapes = check_folder(folder, config)
         return config
 
     @property

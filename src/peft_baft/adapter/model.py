@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,7 +45,11 @@ class BaftModel(BaseTuner):
                 f"{type(self.model).__name__} has no {', '.join(absent)}: the adapter was made for another model "
                 f"({peft_config.base_model_name_or_path or 'of unknown name'}), or target_modules is misspelt."
             )
-        _check_width(peft_config, self._widths(peft_config), self.model)
+        widths = self._widths(peft_config)
+        _check_width(peft_config, widths, self.model)
+        _check_saved(peft_config.saved_shapes, widths, self.model)
+        if widths and (isinstance(peft_config.target_modules, str) or peft_config.exclude_modules):
+            peft_config.target_modules, peft_config.exclude_modules = list(widths), None
         return peft_config
 
     def _widths(self, config: BaftConfig) -> dict[str, int]:
@@ -199,6 +203,20 @@ def _check_width(config: BaftConfig, widths: dict[str, int], model: nn.Module) -
             )
     if len(set(widths.values())) == 1:
         config.hidden_size = next(iter(widths.values()))
+
+
+def _check_saved(shapes: Mapping[str, tuple[int, ...]], widths: Mapping[str, int], model: nn.Module) -> None:
+    """Raise a ValueError unless a model can take tensors of these names and shapes. Before it is touched: PEFT would first
+    attach the adapter."""
+    own = {name.replace(".original_module.", "."): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, shape in shapes.items():
+        block, _, part = name.rpartition(f".{CHILD}.baft_")
+        fits = part != "basis.weight" or shape[1] == widths.get(block) if block else own.get(name) == shape
+        if not fits:
+            raise ValueError(
+                f"The adapter's file holds {name} of shape {shape}, which does not fit {type(model).__name__}. Load it on the "
+                "model that it was made for; if it was, the file is damaged."
+            )
 
 
 def _check_adapter_name(name: str, block_name: str) -> None:

@@ -18,14 +18,16 @@ LARGEST = 1e9  # no training gets there: a number beyond it is a flipped bit, an
 HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks for which PEFT adds names to modules_to_save, present or not
 
 
-def check_folder(folder: Path, config: BaftConfig) -> None:
-    """Raise a ValueError unless a local `folder` holds the adapter of `config` in safetensors, whole and nothing else.
+def check_folder(folder: Path, config: BaftConfig) -> dict[str, tuple[int, ...]]:
+    """Names in the base model, and shapes, of all tensors in a local `folder`; none where it is on the Hub.
+
+    Raises a ValueError unless it holds the adapter of `config` in safetensors, whole and nothing else.
 
     Which blocks are edited is read from the file where the config leaves it to a default or a regular expression, so that
     no expression out of a file is run on a model.
     """
     if not folder.is_dir():
-        return  # on the Hub
+        return {}
     file = folder / FILE
     if not file.is_file():
         raise ValueError(f"{file} is missing. Weights are read from that format alone: PEFT's older one is a pickle.")
@@ -44,6 +46,7 @@ def check_folder(folder: Path, config: BaftConfig) -> None:
             f"{file} holds {stray[0]!r:.100}, which is no part of its adapter. Modules that are saved beside an adapter are "
             "named in modules_to_save; embeddings are left out with save_pretrained(..., save_embedding_layers=False)."
         )
+    return {name.removeprefix(BASE): tuple(tensor.shape) for name, tensor in found.items()}
 
 
 def check_tensors(expected: Mapping[str, tuple[int | None, ...]], found: Mapping[str, Tensor], where: str) -> None:
