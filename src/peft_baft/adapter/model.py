@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -208,7 +209,8 @@ def _check_width(config: BaftConfig, widths: dict[str, int], model: nn.Module) -
 def _check_saved(shapes: Mapping[str, tuple[int, ...]], widths: Mapping[str, int], model: nn.Module) -> None:
     """Raise a ValueError unless a model can take tensors of these names and shapes. Before it is touched: PEFT would first
     attach the adapter."""
-    own = {name.replace(".original_module.", "."): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    own = {name.replace(".original_module.", "."): tuple(tensor.shape) for name, tensor in tensors}
     for name, shape in shapes.items():
         block, _, part = name.rpartition(f".{CHILD}.baft_")
         fits = part != "basis.weight" or shape[1] == widths.get(block) if block else own.get(name) == shape
