@@ -494,3 +494,30 @@ def test_blocks_chosen_by_an_expression_are_named_in_the_saved_config(tmp_path: 
     set_tensors(lambda t: [t.pop(name) for name in list(t) if "layers.1." in name])(tmp_path)
     with pytest.raises(ValueError, match=r"layers.1.baft.baft_\S+ is missing"):
         PeftModel.from_pretrained(make_model(), tmp_path)
+
+
+def on_the_hub(cache: Path, folder: Path) -> str:
+    """Put a folder where a download from the Hub would have left it; returns its name there."""
+    repository = cache / "models--someone--edits"
+    copytree(folder, repository / "snapshots" / "1")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1")
+    return "someone/edits"
+
+
+@pytest.mark.parametrize(
+    "damage", [None, set_tensors(lambda t: t.popitem()), lambda folder: (folder / WEIGHTS).unlink()]
+)
+def test_an_adapter_from_the_hub_is_checked_as_one_from_a_folder(trial: Trial, tmp_path: Path, damage: Any) -> None:
+    folder = Path(copytree(trial.folder, tmp_path / "adapter"))
+    if damage is not None:
+        damage(folder)
+    name = on_the_hub(tmp_path / "cache", folder)
+    there = {"cache_dir": str(tmp_path / "cache")}
+    if damage is not None:
+        with pytest.raises(ValueError, match=WEIGHTS):
+            PeftModel.from_pretrained(trial.base, name, **there)
+        assert is_bare(trial.base) and not hasattr(trial.base, "peft_config")
+        return
+    loaded = PeftModel.from_pretrained(make_model(), name, **there).eval()
+    assert torch.equal(logits(loaded, IDS), trial.expected)

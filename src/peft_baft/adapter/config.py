@@ -9,10 +9,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from huggingface_hub import hf_hub_download
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from peft_baft.adapter.registration import BAFT
+from peft_baft.adapter.weights import FILE as WEIGHTS
 from peft_baft.adapter.weights import check_folder
 
 WEIGHTINGS = ("basis", "subspace", "product", "none")
@@ -102,7 +104,7 @@ class BaftConfig(PeftConfig):
         """PEFT's, and a look at the weights beside the config, so that damage is found before a model is touched.
 
         Raises:
-            ValueError: the config, or the weights in a local folder, are damaged.
+            ValueError: the config or the weights are damaged, or cannot be had.
         """
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
         try:
@@ -110,8 +112,17 @@ class BaftConfig(PeftConfig):
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{folder / CONFIG_NAME} cannot be used: {error}") from error
         if isinstance(config, cls):
-            config.saved_shapes = check_folder(folder, config)
+            here = folder if folder.is_dir() else cls._downloaded(pretrained_model_name_or_path, subfolder, kwargs)
+            config.saved_shapes = check_folder(here, config)
         return config
+
+    @classmethod
+    def _downloaded(cls, name: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path:
+        """Where the weights of an adapter on the Hub lie once they are here; PEFT takes them from there."""
+        try:
+            return Path(hf_hub_download(name, WEIGHTS, subfolder=subfolder, **cls._split_kwargs(kwargs)[0])).parent
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{WEIGHTS} of {name}, the one format that is read, cannot be had: {error}") from error
 
     @property
     def gate_count(self) -> int:

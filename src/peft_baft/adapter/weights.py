@@ -19,15 +19,13 @@ HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks for which PEFT adds na
 
 
 def check_folder(folder: Path, config: BaftConfig) -> dict[str, tuple[int, ...]]:
-    """Names in the base model, and shapes, of all tensors in a local `folder`; none where it is on the Hub.
+    """Names in the base model, and shapes, of all tensors in a folder.
 
     Raises a ValueError unless it holds the adapter of `config` in safetensors, whole and nothing else.
 
     Which blocks are edited is read from the file where the config leaves it to a default or a regular expression, so that
     no expression out of a file is run on a model.
     """
-    if not folder.is_dir():
-        return {}
     file = folder / FILE
     if not file.is_file():
         raise ValueError(f"{file} is missing. Weights are read from that format alone: PEFT's older one is a pickle.")
