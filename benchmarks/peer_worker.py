@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 POSITIONS, RANK, MAX_STEPS, STOP = 3, 12, 40, 0.01
+FEW_AND_MORE = 2, 8  # one step costs a sixth of what lies between so many: nothing that is done once an edit
 PEERS_DECAY = 0.0  # their orthogonal parametrisation keeps signs in parameters: any weight decay makes it zero
 
 
@@ -109,7 +111,7 @@ def with_adapters(model, blocks: list[int]):
     )
 
 
-def by_loop(setting, edits: list[dict], rate: float) -> dict:
+def by_loop(setting, edits: list[dict], rate: float, max_steps: int, stop: float) -> dict:
     """Each edit with a fresh adapter, in the plainest loop: forward, stop test, backward, AdamW."""
     fresh, loss_of, parameters_of, take_off = setting
     found = {"steps": [], "seconds": [], "learned": []}
@@ -119,21 +121,21 @@ def by_loop(setting, edits: list[dict], rate: float) -> dict:
         parameters = parameters_of(edited)
         begin = time.process_time()
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=PEERS_DECAY)
-        for step in range(MAX_STEPS + 1):
+        for step in range(max_steps + 1):
             loss = loss_of(edited, edit)
-            if loss.item() < STOP or step == MAX_STEPS:
+            if loss.item() < stop or step == max_steps:
                 break
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         found["seconds"].append(time.process_time() - begin)
         found["steps"].append(step)
-        found["learned"].append(loss.item() < STOP)
+        found["learned"].append(loss.item() < stop)
         take_off(edited)
     return found
 
 
-def by_this_package(model, edits: list[dict], blocks: list[int], rate: float, method: str) -> dict:
+def by_this_package(model, blocks, method, edits: list[dict], rate: float, max_steps: int, stop: float) -> dict:
     """The same with this package's editors, given tokens instead of text."""
     from peft import LoraConfig, get_peft_model
 
@@ -141,7 +143,7 @@ def by_this_package(model, edits: list[dict], blocks: list[int], rate: float, me
     from peft_baft.data.batching import Tokens
 
     found = {"steps": [], "seconds": [], "learned": []}
-    settings = peft_baft.DescentConfig(lr=rate, max_steps=MAX_STEPS, stop_loss=STOP)
+    settings = peft_baft.DescentConfig(lr=rate, max_steps=max_steps, stop_loss=stop)
     reft = peft_baft.BaftConfig(task_type="CAUSAL_LM", r=RANK, weighting="none", layers_to_transform=blocks)
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16)
     kind = {"peft_baft": peft_baft.BaftEditor, "peft_lora": peft_baft.AdapterEditor}[method]
@@ -179,12 +181,15 @@ def main() -> None:
     task = json.loads((folder / "task.json").read_text())
     model, edits, blocks = base_model(task["shape"], folder), task["edits"][rows], task["blocks"]
     if peer in ("peft_baft", "peft_lora"):
-        run = lambda edits: by_this_package(model, edits, blocks, rate, peer)  # noqa: E731
+        run = partial(by_this_package, model, blocks, peer)
     else:
         setting = {"pyreft": with_pyreft, "adapters": with_adapters}[peer](model, blocks)
-        run = lambda edits: by_loop(setting, edits, rate)  # noqa: E731
-    run(edits[:1])  # warm
-    print(json.dumps(run(edits) | {"versions": versions(peer)}))
+        run = partial(by_loop, setting)
+    run(edits[:1], rate, MAX_STEPS, STOP)  # warm
+    found = run(edits, rate, MAX_STEPS, STOP)
+    spent = [sum(run(edits[:3], rate, steps, 0.0)["seconds"]) for steps in FEW_AND_MORE]
+    found["step"] = (spent[1] - spent[0]) / (FEW_AND_MORE[1] - FEW_AND_MORE[0]) / len(edits[:3])
+    print(json.dumps(found | {"versions": versions(peer)}))
 
 
 if __name__ == "__main__":

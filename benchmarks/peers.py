@@ -90,10 +90,7 @@ def report(found: dict[str, list[dict]], best: dict[str, float]) -> None:
         "\n| | versions | lr | learned | steps an edit | s a step | × | s an edit | × |\n|---|---|---|---|---|---|---|---|---|"
     )
     per_edit = {name: [sum(run["seconds"]) / len(run["seconds"]) for run in runs] for name, runs in found.items()}
-    per_step = {
-        name: [sum(run["seconds"]) / (sum(run["steps"]) + len(run["steps"])) for run in runs]
-        for name, runs in found.items()
-    }
+    per_step = {name: [run["step"] for run in runs] for name, runs in found.items()}
     for name, runs in found.items():
         ratios = [
             statistics.median(a / b for a, b in zip(values[name], values["peft_baft"], strict=True))

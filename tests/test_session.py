@@ -193,3 +193,18 @@ def test_a_model_whose_cache_says_something_else_is_edited_without_it(
     assert isinstance(open_session(model, rows, [0], 0, 3), CachedSession)
     assert type(open_session(model, [Tokens((4, 5, 6, 7), 3)], [0], 0, 3)) is Session  # nothing lies before the last 3
     assert type(open_session(model, rows, [0], 0, None)) is Session
+
+
+@pytest.mark.parametrize(("window", "wanted"), [(None, [4, 5, 9, 17, 33]), (11, [4, 5, 9, 12, 17, 33])])
+def test_the_cache_is_checked_again_for_much_longer_texts_and_beyond_the_window(
+    window: int | None, wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model("mistral")
+    base.config.sliding_window = window
+    model = get_peft_model(base, BaftConfig(task_type="CAUSAL_LM", r=4))
+    real, checks = Session.losses, []
+    monkeypatch.setattr(Session, "losses", lambda self: checks.append(len(self.rows[0].ids)) or real(self))
+    for length in range(4, 60):
+        row = Tokens(tuple(range(3, 3 + length)), 4 if length > 4 else 3)
+        open_session(model, [row], [0], 0, positions=2)
+    assert checks == wanted

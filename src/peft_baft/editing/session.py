@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter import find_context
+from peft_baft.adapter.blocks import text_config
 from peft_baft.data.batching import Tokens, collate
 from peft_baft.editing.packing import packed_forwards
 from peft_baft.editing.sparing import (
@@ -173,7 +174,7 @@ def open_session(
 ) -> Session:
     """The cached session where it gives what the plain one gives, else the plain one.
 
-    That is checked when a model is first edited, and again when a text is longer than all before.
+    That is checked when a model is first edited, and again for texts that are much longer or reach over its attention window.
 
     Args:
         learned: numbers of the rows whose answers are learned.
@@ -197,5 +198,12 @@ def open_session(
     if not abs(losses[0] - losses[1]) <= TOLERANCE * (1 + losses[0]):
         logger.info("Editing without a cache: the first loss is %g with and %g without it.", losses[1], losses[0])
         return plain
-    _checked[model.get_base_model()] = longest
+    _checked[model.get_base_model()] = _reach(model, longest)
     return cached
+
+
+def _reach(model: Any, checked: int) -> int:
+    """Up to how many tokens a model may be taken to do what it did with so many: the next power of two, or its window."""
+    window = getattr(text_config(model.get_base_model()), "sliding_window", None)
+    reach = 1 << (checked - 1).bit_length()
+    return min(reach, window) if window and window >= checked else reach
