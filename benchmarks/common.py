@@ -151,7 +151,10 @@ def bound(products: Sequence[tuple[nn.Linear, int]], device: str, packing: bool)
     """
     inputs = [torch.randn(n, layer.in_features, device=device, dtype=layer.weight.dtype) for layer, n in products]
     grads = [torch.randn(n, layer.out_features, device=device, dtype=layer.weight.dtype) for layer, n in products]
-    weights = [packed(layer) if packing else (layer.weight, layer.weight.t()) for layer, _ in products]
+    weights = [
+        (packed(layer).weight, packed(layer).transposed) if packing else (layer.weight, layer.weight.t())
+        for layer, _ in products
+    ]
     multiplied = product if packing else nn.functional.linear
 
     def multiply() -> None:

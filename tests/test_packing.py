@@ -14,7 +14,7 @@ from conftest import make_model
 from peft_baft import BaftConfig
 from peft_baft.data.batching import Tokens
 from peft_baft.editing import packing
-from peft_baft.editing.packing import packed_forwards
+from peft_baft.editing.packing import packed, packed_forwards
 from peft_baft.editing.session import CachedSession
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -78,13 +78,15 @@ def test_packed_weights_go_with_their_model() -> None:
     assert len(packing._kept) == kept
 
 
-def test_an_edit_uses_them_above_the_first_edited_block_alone() -> None:
+def test_an_edit_uses_them_and_transposes_above_the_first_edited_block_alone() -> None:
     model = get_peft_model(make_model("llama"), BaftConfig(task_type="CAUSAL_LM", r=4, layers_to_transform=[1]))
     session = CachedSession(model, [Tokens((5, 6, 7, 8, 9, 10), 4)], [0], 0, torch.device("cpu"), positions=3)
-    blocks, head = model.get_base_model().model.layers, model.get_base_model().lm_head
-    linear = [m for block in blocks[2:] for m in block.modules() if type(m) is nn.Linear]
-    assert linear and set(session._products) == {*linear, head}
+    base = model.get_base_model()
+    linear = {m for m in base.modules() if type(m) is nn.Linear and not m.weight.requires_grad}
+    above = {m for block in base.model.layers[2:] for m in block.modules() if type(m) is nn.Linear} | {base.lm_head}
+    assert above < linear == set(session._products)
     own = [m.forward for m in linear]
     session.losses().sum().backward()
     assert [m.forward for m in linear] == own
     assert not any("forward" in m.__dict__ for m in linear)
+    assert {m for m in linear if "transposed" in vars(packed(m))} == above

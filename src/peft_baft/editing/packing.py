@@ -7,7 +7,7 @@ fetching the weights, and it fetches them about twice as fast from blocks laid o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +16,25 @@ from torch import Tensor, nn
 
 LARGEST = 500_000_000  # weights of a model that are packed; each then takes 12 bytes instead of 4
 TOKENS = 8  # what blocks are laid out for; they serve any other number
-_kept: WeakKeyDictionary[nn.Module, tuple[tuple, Tensor, Tensor]] = WeakKeyDictionary()
+
+
+class Packed:
+    """A weight (out, in) laid out for products with it, and, once a backward needs that, its transpose.
+
+    Attributes:
+        state: which values these are.
+    """
+
+    def __init__(self, weight: Tensor, state: tuple) -> None:
+        self._weight, self.state = weight, state
+        self.weight = _pack(weight)
+
+    @cached_property
+    def transposed(self) -> Tensor:
+        return _pack(self._weight.t().contiguous())
+
+
+_kept: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
 
 
 def packed_forwards(modules: Iterable[nn.Module]) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
@@ -28,7 +46,7 @@ def packed_forwards(modules: Iterable[nn.Module]) -> dict[nn.Module, Callable[[T
     layers: list[Any] = [module for module in modules if _can_pack(module)]
     if not torch.backends.mkldnn.is_available() or sum(layer.weight.numel() for layer in layers) > LARGEST:
         return {}
-    return {layer: partial(_linear, layer, *packed(layer)) for layer in layers}
+    return {layer: partial(_linear, layer, packed(layer)) for layer in layers}
 
 
 def _can_pack(module: nn.Module) -> bool:
@@ -39,31 +57,34 @@ def _can_pack(module: nn.Module) -> bool:
     return frozen and plain and module.weight.device.type == "cpu"
 
 
-def packed(layer: Any) -> tuple[Tensor, Tensor]:
-    """The weight (out, in) packed for the forward, and its transpose packed for the backward."""
+def packed(layer: Any) -> Packed:
+    """The layer's weight as it is now; kept as long as the layer."""
     weight = layer.weight.detach()
     state = (weight.data_ptr(), weight._version, weight.shape)
-    if layer not in _kept or _kept[layer][0] != state:
-        pack = torch.ops.mkldnn._reorder_linear_weight
-        _kept[layer] = (state, pack(weight, TOKENS), pack(weight.t().contiguous(), TOKENS))
-    return _kept[layer][1:]
+    if layer not in _kept or _kept[layer].state != state:
+        _kept[layer] = Packed(weight, state)
+    return _kept[layer]
 
 
-def _linear(layer: Any, weight: Tensor, transposed: Tensor, h: Tensor) -> Tensor:
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, TOKENS)
+
+
+def _linear(layer: Any, own: Packed, h: Tensor) -> Tensor:
     if h.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not h.numel():
         return nn.functional.linear(h, layer.weight, layer.bias)
-    return _PackedProduct.apply(h, weight, transposed, layer.bias)
+    return _PackedProduct.apply(h, own, layer.bias)
 
 
 class _PackedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, transposed: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.transposed = transposed
-        return product(h, weight, bias)
+    def forward(ctx: Any, h: Tensor, own: Packed, bias: Tensor | None) -> Tensor:
+        ctx.own = own
+        return product(h, own.weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return product(grad, ctx.transposed, None), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return product(grad, ctx.own.transposed, None), None, None
 
 
 def product(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

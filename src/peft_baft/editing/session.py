@@ -26,7 +26,6 @@ from peft_baft.editing.sparing import (
     give,
     on,
     only_at,
-    outside,
     remembering,
     standing_in,
     without_padding,
@@ -131,7 +130,7 @@ class CachedSession(Session):
         self._asked = enough_rows(self._places)
         none = (self._places[0][:0], self._places[1][:0])
         self._below = blocks_below(model)
-        self._products = packed_forwards(outside(self._base, self._below))
+        self._products = packed_forwards(self._base.modules())
         forwards = standing_in(without_padding(self._base, masks[0].bool(), self._products))
         with torch.no_grad(), self._stating_lengths(), only_at(self._head, none), forwards:
             self._cache = model(**first, use_cache=True).past_key_values

@@ -45,12 +45,6 @@ def blocks_below(model: Any) -> list[nn.Module]:
     return list(stack)[: min(int(number) for _, _, number in places) + 1]
 
 
-def outside(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
-    """The modules of a model that are not part of these blocks."""
-    inside = {id(module) for block in blocks for module in block.modules()}
-    return [module for module in model.modules() if id(module) not in inside]
-
-
 @contextmanager
 def only_at(head: nn.Module, places: tuple[Tensor, ...]) -> Iterator[None]:
     """Let the model's head compute logits at some places (rows, columns) alone: (n, vocabulary)."""
