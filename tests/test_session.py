@@ -64,6 +64,18 @@ def test_loss_gradient_and_gates_are_those_of_the_full_computation(model: PeftMo
     assert plain[1].norm() > 1e-3
 
 
+def test_a_prompt_of_no_more_than_the_edited_tokens_is_computed_beside_longer_ones(model: PeftModel) -> None:
+    short = [Tokens((5, 6, 7, 8), 3), Tokens((9, 10, 11), 1)]
+    rows = [ROWS[0], short[0], ROWS[1], short[1]]
+    plain = outcome(model, Session(model, rows, LEARNED, 0, CPU))
+    session = open_session(model, rows, LEARNED, 0, 3)
+    assert type(session) is CachedSession and type(open_session(model, short, [0], 0, 3)) is Session
+    loss, gradient, gates = outcome(model, session)
+    assert loss == pytest.approx(plain[0], rel=1e-5)
+    assert (gradient - plain[1]).norm() < 1e-5 * plain[1].norm()
+    torch.testing.assert_close(gates, plain[2], atol=1e-5, rtol=0)
+
+
 def test_some_of_the_rows_give_what_they_give_among_all(model: PeftModel) -> None:
     for session in (
         Session(model, ROWS, LEARNED, 0, CPU),

@@ -101,7 +101,7 @@ class CachedSession(Session):
     what comes out of the blocks up to the first edited one. Logits are computed where an answer token is to be learned.
 
     Args:
-        positions: P, how many of the last prompt tokens are edited. Every row's prompt must be longer.
+        positions: P, how many of the last prompt tokens are edited. At least one prompt must be longer.
     """
 
     def __init__(
@@ -114,9 +114,10 @@ class CachedSession(Session):
         positions: int,
     ) -> None:
         self.model, self.rows, self.padding, self.device = model, list(rows), padding, device
-        cuts = [row.prompt_length - positions for row in rows]
+        cuts = [max(0, row.prompt_length - positions) for row in rows]
         before = collate([Tokens(row.ids[:cut], cut) for row, cut in zip(rows, cuts, strict=True)], padding, "left")
-        after = collate([Tokens(row.ids[cut:], positions) for row, cut in zip(rows, cuts, strict=True)], padding)
+        ends = [Tokens(row.ids[cut:], row.prompt_length - cut) for row, cut in zip(rows, cuts, strict=True)]
+        after = collate(ends, padding)
         masks = [part["attention_mask"].to(device) for part in (before, after)]
         place = (torch.cat(masks, 1).cumsum(1) - 1).clamp(min=0)
         width = masks[0].shape[1]
@@ -181,7 +182,7 @@ def open_session(
     """
     device = input_device(model)
     plain = Session(model, rows, learned, padding, device)
-    if positions is None or min(row.prompt_length for row in rows) <= positions:
+    if positions is None or max(row.prompt_length for row in rows) <= positions:
         return plain
     longest = max(len(row.ids) for row in rows)
     try:
