@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -102,6 +103,13 @@ def trained() -> FactModel:
 def fact_model() -> FactModel:
     """A tiny llama that knows `CAPITALS` and `MEALS`."""
     return trained()
+
+
+def saved(toy: FactModel, folder: Path) -> Path:
+    """A folder with the toy model in `model`, as the commands take it."""
+    toy.base.save_pretrained(folder / "model")
+    toy.tokenizer.save_pretrained(folder / "model")
+    return folder
 
 
 def adapted(base: tr.PreTrainedModel, seed: int = 0, **config: Any) -> PeftModel:

@@ -20,9 +20,7 @@ TRAINING = ["--lr", "0.02", "--max-steps", "40", "--unrelated", "none"]
 @pytest.fixture(scope="module")
 def folder(fact_model: FactModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy model, four of its facts to change, and something to ask that is spared."""
-    folder = tmp_path_factory.mktemp("toy")
-    fact_model.base.save_pretrained(folder / "model")
-    fact_model.tokenizer.save_pretrained(folder / "model")
+    folder = facts.saved(fact_model, tmp_path_factory.mktemp("toy"))
     with open(folder / "facts.jsonl", "w", encoding="utf-8") as out:
         for n in range(4):
             old, food = CAPITALS[n], MEALS[n]

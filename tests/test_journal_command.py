@@ -19,9 +19,7 @@ TRAINING = ["--lr", "0.02", "--unrelated", "none"]
 @pytest.fixture(scope="module")
 def folder(fact_model: FactModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy model, four of its facts to change, and some that should stay."""
-    folder = tmp_path_factory.mktemp("toy")
-    fact_model.base.save_pretrained(folder / "model")
-    fact_model.tokenizer.save_pretrained(folder / "model")
+    folder = facts.saved(fact_model, tmp_path_factory.mktemp("toy"))
     records = [{"prompt": CAPITALS[n].prompt, "target": CAPITALS[n + 8].answer} for n in range(4)]
     (folder / "facts.jsonl").write_text("\n".join(map(json.dumps, records)))
     stay = [{"prompt": fact.prompt, "answer": fact.answer} for fact in (*MEALS[:8], *CAPITALS[20:])]
