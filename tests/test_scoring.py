@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
+from transformers import LlamaForCausalLM
 
 import facts
 from facts import CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals, questions
@@ -141,6 +142,27 @@ def test_free_answers_depend_neither_on_the_batch_nor_on_their_neighbours(edited
     for size in (2, 7, 100):
         assert free_answers(edited, fact_model.tokenizer, prompts, lengths, size) == alone
     assert len({len(answer.split()) for answer in alone}) > 1
+
+
+def test_few_long_texts_do_not_hold_up_the_short_ones(fact_model: FactModel, monkeypatch) -> None:
+    shapes: list[tuple[int, int]] = []
+    forward = LlamaForCausalLM.forward
+
+    def watched(self: LlamaForCausalLM, input_ids: torch.Tensor, **more: object) -> object:
+        shapes.append(tuple(input_ids.shape))
+        return forward(self, input_ids=input_ids, **more)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", watched)
+    prompts = ["the", " ".join(["the"] * 9), "the", "the"]
+    predicted_tokens(*fact_model, [(prompt, "Port") for prompt in prompts], 2)
+    assert shapes == [(2, 2), (2, 10)]  # not (2, 10), (2, 2): the two longest are asked together
+    shapes.clear()
+    fact_model.base.generation_config.eos_token_id, eos = None, fact_model.base.generation_config.eos_token_id
+    try:
+        free_answers(*fact_model, prompts, [2, 7, 6, 2])
+    finally:
+        fact_model.base.generation_config.eos_token_id = eos
+    assert [rows for rows, _ in shapes] == [3] * 6 + [1] * 7  # within three times the shortest, and beyond it
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

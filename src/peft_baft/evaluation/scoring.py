@@ -16,6 +16,7 @@ from peft_baft.data.batching import Tokens, collate, context_window, encode_fitt
 
 BATCH_SIZE = 16
 EXTRA_TOKENS = 4  # a free answer may be so much longer than the wanted one: enough to see whether it stops there
+LONGER = 3  # one batch generates at most so many times the tokens that its shortest answer needs
 ARTICLES = {"a", "an", "the"}
 Batched = Callable[[Sequence[int]], AbstractContextManager[Any]]
 
@@ -51,16 +52,17 @@ def predicted_tokens(
     """
     device = model.get_input_embeddings().weight.device
     rows = [encode_fitting(model, tokenizer, prompt, answer, chat=chat) for prompt, answer in pairs]
-    found: list[tuple[Tensor, Tensor]] = []
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # for little padding
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        batch = {name: t.to(device) for name, t in collate(part, padding_id(tokenizer)).items()}
-        with batched(range(start, start + len(part))):
+        part = order[start : start + batch_size]
+        batch = {name: t.to(device) for name, t in collate([rows[i] for i in part], padding_id(tokenizer)).items()}
+        with batched(part):
             said = model(**batch, use_cache=False).logits.argmax(-1).cpu()
-        for row, predicted in zip(part, said, strict=True):
-            answer = slice(row.prompt_length, len(row.ids))
-            found.append((predicted[answer.start - 1 : answer.stop - 1], torch.tensor(row.ids[answer])))
-    return found
+        for i, predicted in zip(part, said, strict=True):
+            answer = slice(rows[i].prompt_length, len(rows[i].ids))
+            found[i] = predicted[answer.start - 1 : answer.stop - 1], torch.tensor(rows[i].ids[answer])
+    return [found[i] for i in range(len(rows))]
 
 
 def token_match(
@@ -123,11 +125,15 @@ def free_length(tokenizer: Any, answer: str) -> int:
 def batches_in_window(
     order: list[int], rows: list[Tokens], limits: list[int], window: int, size: int
 ) -> Iterator[list[int]]:
-    """Batches of the rows that may say anything, such that none is driven beyond the context window by the others."""
+    """Batches of the rows that may say anything, such that none is driven beyond the context window by the others.
+
+    order: by rising limits. Nor do many wait long for few: where limits rise beyond `LONGER` times a batch's smallest, a
+    new batch begins.
+    """
     batch: list[int] = []
     for i in (i for i in order if limits[i] > 0):
         longest = max(len(rows[j].ids) for j in [*batch, i])
-        if batch and (len(batch) == size or longest + limits[i] > window):
+        if batch and (len(batch) == size or limits[i] > min(window - longest, LONGER * limits[batch[0]])):
             yield batch
             batch = []
         batch.append(i)
