@@ -26,8 +26,12 @@ def test_an_answer_loss_is_the_surprise_at_its_token() -> None:
     torch.testing.assert_close(answer_losses(logits, tokens), torch.stack(surprises))
 
 
-def test_answer_losses_are_computed_in_float32() -> None:
-    assert answer_losses(draw(2, 7).bfloat16(), torch.tensor([2, 3])).dtype == torch.float32
+@pytest.mark.parametrize(
+    ("given", "computed"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_answer_losses_are_computed_in_float32_at_least(given: torch.dtype, computed: torch.dtype) -> None:
+    assert answer_losses(draw(2, 7).to(given), torch.tensor([2, 3])).dtype == computed
 
 
 # --- load balance -----------------------------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ def answer_losses(logits: Tensor, tokens: Tensor) -> Tensor:
         logits: (n, vocabulary) what is predicted in the place of each token; any floating dtype. tokens: (n,).
 
     Returns:
-        (n,) float32.
+        (n,) float32 (float64 for float64 logits).
     """
-    return F.cross_entropy(logits.float(), tokens, reduction="none")
+    precise = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(precise, tokens, reduction="none")
 
 
 def load_balance(w: Tensor, past_sum: Tensor, past_count: Tensor) -> Tensor:
