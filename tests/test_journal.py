@@ -171,6 +171,26 @@ def test_a_disk_that_takes_nothing_stops_the_run_and_spoils_nothing(fact_model, 
     tally("a disk that is full or read-only during a run, then --resume", stopped=1)
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads from /proc what is written through to the disk")
+def test_a_new_name_is_on_the_disk_before_the_journal_goes_on(fact_model, tmp_path: Path, monkeypatch) -> None:
+    said: list[str] = []
+    real_sync, real_replace = os.fsync, os.replace
+
+    def sync(opened: int) -> None:
+        said.append(f"sync {os.readlink(f'/proc/self/fd/{opened}').rpartition('/')[2]}")
+        real_sync(opened)
+
+    def replace(old: Path, new: Path) -> None:
+        said.append(f"name {new.name}")
+        real_replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    run(fact_model, tmp_path, facts=FACTS[:1])
+    kept = [[f"sync {n}.safetensors.new", f"name {n}.safetensors", f"sync {SNAPSHOTS}"] for n in ("000000", "000001")]
+    assert said == [*kept[0], f"sync {LINES}", f"sync {tmp_path.name}", f"sync {LINES}", *kept[1]]
+
+
 # guard rails
 
 

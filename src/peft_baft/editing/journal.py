@@ -91,12 +91,15 @@ class Journal:
 
     def add(self, line: Line) -> None:
         """Write one line, through to the disk."""
-        file = self.folder / LINES
-        cut_short = file.exists() and file.stat().st_size and not file.read_bytes().endswith(b"\n")
-        with open(file, "ab") as out:
-            out.write(b"\n" * bool(cut_short) + json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        with open(self.folder / LINES, "a+b") as out:
+            new = out.seek(0, os.SEEK_END) == 0
+            out.seek(0 if new else -1, os.SEEK_END)
+            cut_short = out.read(1) not in (b"", b"\n")
+            out.write(b"\n" * cut_short + json.dumps(line, ensure_ascii=False).encode() + b"\n")
             out.flush()
             os.fsync(out.fileno())
+        if new:
+            _sync_names(self.folder)
 
     def snapshots(self) -> list[int]:
         """After which edits the adapter was kept; 0 is before the first."""
@@ -183,6 +186,17 @@ def replace_file(file: Path, data: bytes) -> None:
         out.flush()
         os.fsync(out.fileno())
     os.replace(new, file)
+    _sync_names(file.parent)
+
+
+def _sync_names(folder: Path) -> None:
+    """Bring which files are in a folder, and under which names, to the disk; Windows has no call for it."""
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def _record(line: bytes) -> Line:
