@@ -125,7 +125,7 @@ def test_three_processes_share_five_facts_two_facts_and_one(toy: FactModel, fold
 
 def test_independent_work_stops_soon_after_another_process_has_failed(of_two) -> None:
     for found in of_two("stopped"):
-        assert found["errors"] == ["KeyError: 'a share is broken'"] * 2 and found["seconds"] < 10
+        assert found == {"errors": ["KeyError: 'a share is broken'"] * 2, "ended": []}
 
 
 def test_a_benchmark_by_two_processes_has_the_lines_of_one(toy: FactModel, tmp_path: Path, folder, of_two) -> None:
