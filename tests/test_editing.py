@@ -377,6 +377,16 @@ def test_a_disabled_adapter_is_not_edited(request, method: str) -> None:
     assert same(before, state(model))
 
 
+def test_an_adapter_that_zero3_has_taken_apart_is_not_edited(baft) -> None:
+    model, editor = baft
+    next(p for p in model.parameters() if p.requires_grad).ds_id = 0  # by this mark DeepSpeed knows its own
+    before = state(model)
+    for attempt in (editor.edit, editor.edit_each):
+        with pytest.raises(ValueError, match="Shard the base model first"):
+            attempt(edits(0))
+    assert same(before, state(model))
+
+
 def test_an_adapter_that_is_merged_into_the_weights_is_not_edited(lora) -> None:
     model, editor = lora
     model.merge_adapter()

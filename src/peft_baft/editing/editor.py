@@ -118,6 +118,8 @@ class AdapterEditor:
             if layer.disable_adapters or layer.merged:
                 state = "disabled" if layer.disable_adapters else "merged into the weights"
                 raise ValueError(f"The adapter {self.adapter_name!r} cannot be edited while it is {state}.")
+        if any(hasattr(tensor, "ds_id") for tensor in adapter_tensors(self.model)):
+            raise ValueError(TAKEN_APART)
 
     def _train(self, rows: list[Tokens], parameters: list[nn.Parameter], descent: DescentConfig) -> Outcome:
         own = self.processes.share(rows)
@@ -149,6 +151,12 @@ def checked_edits(edits: Iterable[Edit]) -> list[Edit]:
     if not facts:
         raise ValueError("There is nothing to edit: the list of edits is empty.")
     return facts
+
+
+TAKEN_APART = (
+    "DeepSpeed ZeRO-3 has taken the adapter's weights apart, and an editor has an optimiser of its own. Shard the base model "
+    "first, with accelerator.prepare(base) or deepspeed.initialize(model=base, ...), and call get_peft_model afterwards."
+)
 
 
 def adapter_tensors(model: nn.Module) -> list[Tensor]:
