@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tr
+from accelerate import FullyShardedDataParallelPlugin
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -245,6 +246,8 @@ def run_sharded(how: str, device: str, fact_model: FactModel, folder: Path, tmp_
     """Two processes edit one sharded model; the adapter that they save holds the edit on a whole one."""
     if how == "zero3" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed")
+    if how == "fsdp2" and not hasattr(FullyShardedDataParallelPlugin, "fsdp_version"):
+        pytest.skip("this accelerate has no FSDP2")
     fact_model.tokenizer.save_pretrained(tmp_path / "tokenizer")
     launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     worker = tmp_path / "worker.py"
