@@ -7,7 +7,10 @@ little. CPU time is the process's own; on a GPU, time between CUDA events.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +50,20 @@ def arguments(description: str, **more: Any) -> argparse.Namespace:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     return options
+
+
+def launch(target: Sequence[str], options: Mapping[str, Any], processes: int, **more: Any) -> None:
+    """Run a module or script with its words and `--name value` options, in processes of one thread each.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it complained of.
+    """
+    begin = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    given = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    more["env"] = os.environ | {"OMP_NUM_THREADS": "1"} | more.get("env", {})
+    done = subprocess.run([sys.executable, *begin, *target, *given], capture_output=True, text=True, **more)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
 
 
 def load(options: argparse.Namespace) -> tuple[Any, Any]:

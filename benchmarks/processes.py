@@ -8,35 +8,25 @@ the other rows take beyond it is scaled to all of them.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
-from common import alternated, arguments, load, table
+from common import alternated, arguments, launch, load, table
+
+BENCH = ["-m", "peft_baft.cli", "bench", "zsre"]
 
 
 def wall_seconds(options, model: str, processes: int, rows: int) -> float:
     """Seconds of one command, held to as many cores as processes."""
     with tempfile.TemporaryDirectory() as folder:
-        data = ["--model", model, "--data", options.data, "--rows", f"0:{rows}", "--method", options.method]
-        command = ["bench", "zsre", *data, "--output", str(Path(folder) / "r.jsonl"), "--processes", str(processes)]
-        run = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+        given = {"model": model, "data": options.data, "rows": f"0:{rows}", "method": options.method}
+        given |= {"output": Path(folder) / "r.jsonl", "processes": processes}
         cores = set(sorted(os.sched_getaffinity(0))[:processes])
         begin = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, *run, "-m", "peft_baft.cli", *command],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
-            capture_output=True,
-            text=True,
-        )
-        seconds = time.perf_counter() - begin
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return seconds
+        launch(BENCH, given, processes, preexec_fn=lambda: os.sched_setaffinity(0, cores))
+        return time.perf_counter() - begin
 
 
 def saved(options, folder: str) -> str:

@@ -9,16 +9,15 @@ from __future__ import annotations
 import json
 import os
 import runpy
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments
+from common import arguments, launch
 from transformers.models.llama import modeling_llama
 
+BATCH = 10
 WORKER = "WIDE_NORMS"  # set in the environment of a process that runs the command
 
 
@@ -31,38 +30,12 @@ def result(options, processes: int) -> dict[str, Any]:
     """The result line of one command."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "r.jsonl"
-        run = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-        data = [
-            "--model",
-            options.model,
-            "--data",
-            options.data,
-            "--rows",
-            f"0:{options.rows}",
-            "--method",
-            options.method,
-        ]
-        schedule = [
-            "--schedule",
-            "batched",
-            "--batch-size",
-            "10",
-            "--edits",
-            str(options.rows // 10),
-            "--split",
-            "facts",
-        ]
-        given = [*data, *schedule, "--dtype", options.dtype, "--processes", str(processes), "--output", str(output)]
-        if options.unrelated:
-            given += ["--unrelated", options.unrelated]
-        done = subprocess.run(
-            [sys.executable, *run, __file__, "bench", "zsre", *given],
-            env=os.environ | {"OMP_NUM_THREADS": "1", WORKER: str(int(options.dtype == "float64"))},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise RuntimeError(done.stderr[-2000:])
+        given = {"model": options.model, "data": options.data, "rows": f"0:{options.rows}", "method": options.method}
+        given |= {"schedule": "batched", "batch-size": BATCH, "edits": options.rows // BATCH, "split": "facts"}
+        given |= {"dtype": options.dtype, "processes": processes, "output": output}
+        given |= {"unrelated": options.unrelated} if options.unrelated else {}
+        wide = str(int(options.dtype == "float64"))
+        launch([__file__, "bench", "zsre"], given, processes, env={WORKER: wide})
         return json.loads(output.read_text())
 
 
@@ -73,7 +46,7 @@ def main() -> None:
     for name in one["scores"]:
         print(f"| {name} | {one['scores'][name]:.3f} | {two['scores'][name]:.3f} |")
     for name, run in ("one", one), ("two", two):
-        print(f"steps, {name}: {[case['steps'] for case in run['cases']][::10]}")
+        print(f"steps, {name}: {[case['steps'] for case in run['cases']][::BATCH]}")
     pairs = list(zip(one["cases"], two["cases"], strict=True))
     same = sum(a | {"seconds": None} == b | {"seconds": None} for a, b in pairs)
     print(f"{same} of {len(pairs)} rows have the same steps and the same reply to every question")
