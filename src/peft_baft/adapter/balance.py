@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from peft_baft.adapter.context import RecordedGates
 from peft_baft.adapter.layer import BaftLayer
+from peft_baft.adapter.model_call import bind
 from peft_baft.regularisers import load_balance, mean_over_blocks, rescaled
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class LoadBalanceTerm:
 
     def __init__(self, model: nn.Module) -> None:
         self._arguments = tuple(inspect.signature(model.forward).parameters)
-        self._forward: tuple[ExitStack, Mapping[Any, RecordedGates]] | None = None  # of the forward that is running
+        self._running: dict[int, tuple[ExitStack, Mapping[Any, RecordedGates]]] = {}  # forwards, by the thread they run in
         self._warned = False
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -59,34 +61,31 @@ class LoadBalanceTerm:
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before a forward that trains: have the blocks record their gates."""
-        self._forward = None
         if not (model.training and torch.is_grad_enabled() and _balanced(model)):
             return
-        if self._inputs(args, kwargs).get("labels") is None:
+        if bind(self._arguments, args, kwargs).get("labels") is None:
             self._warn(WITHOUT_LABELS)
             return
         if kwargs.get("fused_lm_head"):
             self._warn(LOSS_UNUSED)
         recording = ExitStack()
         recorded = recording.enter_context(_balanced(model)[0][0].context.recording())
-        self._forward = recording, recorded
+        self._running[threading.get_ident()] = recording, recorded
 
     def _end(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the forward, whether it succeeded or not: stop recording, and add the term to the loss."""
-        if self._forward is None:
+        running = self._running.pop(threading.get_ident(), None)
+        if running is None:
             return None
-        (recording, recorded), self._forward = self._forward, None
+        recording, recorded = running
         recording.close()
         loss = _loss_of(output)
         if loss is None:
             return None
-        share = _share_of_step(self._inputs(args, kwargs), loss)
+        share = _share_of_step(bind(self._arguments, args, kwargs), loss)
         for term in _terms(model, recorded, loss / share.clamp(min=torch.finfo(loss.dtype).tiny)):
             loss = loss + share * term.to(loss)
         return _with_loss(output, loss)
-
-    def _inputs(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        return {**dict(zip(self._arguments, args, strict=False)), **kwargs}
 
     def _warn(self, reason: str) -> None:
         if not self._warned and not torch.compiler.is_compiling():
