@@ -187,6 +187,8 @@ class BaftModel(BaseTuner):
         remaining = list(next(layer.active_adapters for layer in baft_layers(self.model)))
         for wrapper in wrappers:
             wrapper.delete_adapter(adapter_name, new_active_adapters=remaining)
+            if not wrapper._get_available_adapters():  # no config names it any more, so it could not be told from others'
+                self._replace(wrapper, wrapper.original_module)
         self.active_adapter = remaining
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -208,19 +210,22 @@ class BaftModel(BaseTuner):
         if merge:
             raise NotImplementedError(CANNOT_MERGE)  # before anything is taken off
         context = find_context(self.model)
-        wrappers = {id(module) for module in self.own_modules() if not isinstance(module, BaftLayer)}
+        wrappers = [module for module in self.own_modules() if not isinstance(module, BaftLayer)]
         for layer in baft_layers(self.model):
             layer.detach()
         if context is not None:
             context.detach()
         detach_balance(self.model)
-        for name, wrapper in list(self.model.named_modules()):
-            if id(wrapper) in wrappers:
-                trained = wrapper.unload_and_optionally_merge_module(False, False, None)
-                parent, _, child = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, trained)
+        for wrapper in wrappers:
+            self._replace(wrapper, wrapper.unload_and_optionally_merge_module(False, False, None))
         self._note(registered_with(getattr(self.model, "peft_config", {}), {}))
         return self._given[0]
+
+    def _replace(self, module: nn.Module, by: nn.Module) -> None:
+        """Put another module in the place of one, or in all its places where it is shared."""
+        places = [name for name, one in self.model.named_modules(remove_duplicate=False) if one is module]
+        for parent, _, child in (name.rpartition(".") for name in places):
+            setattr(self.model.get_submodule(parent), child, by)
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(CANNOT_MERGE)
