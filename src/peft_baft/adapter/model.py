@@ -58,7 +58,16 @@ class BaftModel(BaseTuner):
         """PEFT's passing on of what the base model has, except for the configs that another tuner left on it."""
         if name == "peft_config":
             raise AttributeError("a BaftModel that is being made has no peft_config yet")
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            base = self.__dict__.get("_modules", {}).get("model")
+            if base is None or hasattr(base, name):  # an error inside of what was asked for
+                raise
+            raise AttributeError(
+                f"Neither a BaFT adapter nor its base model {type(base).__name__} has {name!r}. A method of another PEFT "
+                "type may have no counterpart here: BaFT has no merging, weighting, rank allocation or prompt."
+            ) from error
 
     def own_modules(self) -> list[BaftLayer | AuxiliaryTrainingWrapper]:
         """The modules that hold this tuner's adapters, those of `modules_to_save` included."""
