@@ -31,6 +31,10 @@ CONTINUOUS_BATCHING = (
     "Continuous batching with a BaFT adapter needs transformers 5.23 or later, a manager that was made after the "
     "adapter was added, and no stated `prompt_lengths`. Use generate() instead."
 )
+GUIDANCE = (
+    "generate(guidance_scale=...) runs a second, unconditional prompt, and a BaFT adapter is not told where that one ends. "
+    "Leave it out, or generate inside `with model.disable_adapter():`."
+)
 
 
 class UnknownPositionError(RuntimeError):
