@@ -342,6 +342,16 @@ def test_every_causal_model_of_transformers_takes_a_cache_that_is_understood() -
     assert "LlamaForCausalLM" not in unknown
 
 
+def test_a_transformers_newer_than_the_tests_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    assert model_call.newer_than_tested("5.100.0.dev0") and model_call.newer_than_tested("6.0")
+    assert not any(map(model_call.newer_than_tested, (model_call.TESTED_TRANSFORMERS, "5.24.7", "5.9.1")))
+    for _ in range(2):
+        model_call.warn_if_untested("99.0")
+    model_call.warn_if_untested(model_call.TESTED_TRANSFORMERS)  # the control
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "99.0" in record.message and "baft check" in record.message
+
+
 def test_no_other_file_names_what_transformers_may_rename() -> None:
     files = [path for path in (SEAM.parents[1]).rglob("*.py") if path != SEAM]
     assert NAMES_OF_TRANSFORMERS.search(SEAM.read_text())  # the control

@@ -94,6 +94,7 @@ class EditContext:
     _located = _OfThread()  # whether a forward has run in this thread
 
     def __init__(self, model: nn.Module, stack: nn.Module) -> None:
+        model_call.warn_if_untested()
         self._thread = threading.local()
         self._with_gradients: Located | None = None
         self._training_threads: set[int] = set()
