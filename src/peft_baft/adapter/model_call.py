@@ -22,12 +22,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 logger = logging.getLogger(__name__)
-TESTED_TRANSFORMERS = (
-    "5.24.0"  # the newest version that the tests have passed with; requirements/tested.txt says the same
-)
-MEMORY_NAMES = re.compile(
-    r"(^|_)(past|cache|mems|state)(_|$)"
-)  # `cache_params`, `past_buckets_states`, `state`, `mems`
+TESTED_TRANSFORMERS = "5.24.0"  # the newest that the tests have passed with, as requirements/tested.txt has it
+MEMORY_NAMES = re.compile(r"(^|_)(past|cache|mems|state)(_|$)")  # as in `past_buckets_states`, `cache_params`
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # in the order in which a signature is searched
 PAGED = "PagedAttentionCache"  # the cache of continuous batching, which is no `Cache`
 CONTINUOUS_BATCHING = (
@@ -39,8 +35,8 @@ GUIDANCE = (
     "Leave it out, or generate inside `with model.disable_adapter():`."
 )
 UNTESTED = (
-    "peft_baft is tested with transformers up to %s, and this is %s. `baft check --model ...`, or peft_baft.check(model, tokenizer), "
-    "shows in about a minute whether edits still reach the right tokens."
+    "peft_baft is tested with transformers up to %s, and this is %s. `baft check --model ...`, or "
+    "peft_baft.check(model, tokenizer), shows in about a minute whether edits still reach the right tokens."
 )
 
 
