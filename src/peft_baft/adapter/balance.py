@@ -30,8 +30,7 @@ WITHOUT_LABELS = "the model is called without labels, as with label smoothing or
 LOSS_UNUSED = "the model is called with fused_lm_head, as TRL does, which computes its loss from log-probabilities"
 WITHOUT_GRADIENT = (
     "The gates were computed without gradients, so the regularisers would not act: the model runs its blocks under "
-    "no_grad, as reentrant gradient checkpointing does. Use gradient_checkpointing_enable("
-    'gradient_checkpointing_kwargs={"use_reentrant": False}), or none.'
+    "no_grad, as reentrant checkpointing of activations does. Enable it with use_reentrant=False, or not at all."
 )
 
 
