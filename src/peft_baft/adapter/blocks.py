@@ -23,35 +23,73 @@ def default_blocks(depth: int) -> list[int]:
 def find_stack(model: nn.Module, pattern: list[str] | str | None = None) -> str:
     """Name of the `ModuleList` that holds the decoder blocks of `model`.
 
-    It is the longest list of modules of one class, or the one as long as the model's config says; of several, the
-    outermost one. `pattern` names the list where that finds none or the wrong one.
+    It is the list as long as the model's config says, within the language part of the model; where there is no such
+    list, the only list of blocks that there is, or the longest one of a model without a config. The blocks may be of
+    several classes, as attention and recurrent ones are in a hybrid model. `pattern` names the list where that finds
+    none or the wrong one.
 
     Raises:
-        ValueError: there is no such list.
+        ValueError: there is no such list, or several may be meant.
+    """
+    lists = _lists_of_blocks(model, pattern)
+    depth = configured_depth(model)
+    candidates = [name for name, blocks in lists.items() if len(blocks) == depth] or list(lists)
+    if not candidates:
+        names = [pattern] if isinstance(pattern, str) else pattern
+        wanted = "ModuleList of blocks" if names is None else f"ModuleList named {' or '.join(names)}"
+        raise ValueError(
+            f"{type(model).__name__} has no {wanted}. Name the modules whose output (batch, tokens, d) is to be edited "
+            "with target_modules."
+        )
+    if not hasattr(model, "config"):
+        return min(candidates, key=lambda name: (-len(lists[name]), name.count(".")))
+    least_nested = min(name.count(".") for name in candidates)
+    outermost = [name for name in candidates if name.count(".") == least_nested]
+    as_long_as_configured = len(lists[outermost[0]]) == depth
+    if len(candidates) == 1 or (as_long_as_configured and len(outermost) == 1):
+        return outermost[0]
+    raise ValueError(
+        f"{type(model).__name__} has several lists that may hold its decoder blocks: {', '.join(candidates)}. Name the "
+        "one whose modules each token passes once, in turn, with layers_pattern (the last part of its name), or the "
+        "modules with target_modules."
+    )
+
+
+def _lists_of_blocks(model: nn.Module, pattern: list[str] | str | None) -> dict[str, nn.ModuleList]:
+    """The outermost `ModuleList`s of the language part of a model, by their names in the whole model.
+
+    Left out are lists inside blocks (experts, adapters), and lists of single layers (embeddings, norms, heads): a block
+    has parts.
     """
     names = [pattern] if isinstance(pattern, str) else pattern
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and (names is None or name.rpartition(".")[2] in names)
-        and len({type(block) for block in module}) == 1
-    }
-    depth = configured_depth(model)
-    candidates = [name for name, module in lists.items() if len(module) == depth] or list(lists)
-    if not candidates:
-        wanted = "a ModuleList of blocks" if names is None else f"a ModuleList named {' or '.join(names)}"
-        raise ValueError(
-            f"{type(model).__name__} has no {wanted}. Name the blocks' list with layers_pattern, or the modules whose "
-            "output is to be edited with target_modules."
-        )
-    return min(candidates, key=lambda name: (-len(lists[name]), name.count(".")))
+    language_part = _language_part(model)
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        if not isinstance(module, nn.ModuleList) or not len(module) or inside:
+            continue
+        if names is None and not any(True for block in module for _ in block.children()):
+            continue
+        if names is None or name.rpartition(".")[2] in names:
+            lists[name] = module
+    within = {name: module for name, module in lists.items() if name.startswith(language_part)}
+    return within or lists
+
+
+def _language_part(model: nn.Module) -> str:
+    """How the names of the modules of a model's decoder begin: "" where the model does not tell its decoder apart."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    return f"{name}." if name else ""
 
 
 def configured_depth(model: nn.Module) -> int | None:
-    """Number of decoder blocks by the model's config, if it has one."""
-    return getattr(text_config(model), "num_hidden_layers", None)
+    """Number of decoder blocks by the model's config, if it has one.
+
+    A model with an encoder counts the two apart; its `num_hidden_layers` may then mean the encoder's.
+    """
+    config = text_config(model)
+    return getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
 
 
 def text_config(model: nn.Module) -> Any:
