@@ -14,7 +14,7 @@ from peft import PeftModel, PeftType, get_peft_model
 from adapters import config, edited_model, is_bare, logits
 from conftest import ARCHITECTURES, make_model, randomise
 from peft_baft import BaftConfig
-from peft_baft.adapter import baft_layers, find_context
+from peft_baft.adapter import baft_layers
 from peft_baft.adapter.blocks import block_names, default_blocks
 from peft_baft.adapter.registration import BAFT, register
 from peft_baft.intervention import orthonormal_rows
@@ -120,9 +120,8 @@ def test_updates_of_several_active_adapters_come_from_the_same_vector_and_add_up
     randomise(model, seed=5)
     model.base_model.set_adapter(["default", "second"])
     (layer,) = baft_layers(model)
-    context = find_context(model)
     h = torch.randn(2, 7, 32)
-    context.steps = torch.zeros(2, 7, dtype=torch.long)  # every token an answer token
+    model(tokens, prompt_lengths=[0])  # tells the blocks that every token is an answer token
     expected = h.clone()
     for name in ("default", "second"):
         R, source, w = (

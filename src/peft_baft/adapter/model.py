@@ -160,6 +160,9 @@ def find_context(model: nn.Module) -> EditContext | None:
 def prompt_lengths(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterator[None]:
     """State where prompts end, for callers that pass no labels: scoring, DPO, GRPO, lm-evaluation-harness.
 
+    This holds for forwards and `generate` calls of the thread that enters it. To state the lengths of a call that runs in
+    another thread, pass them to that call: `model.generate(..., prompt_lengths=lengths)`.
+
     Args:
         model: a PeftModel, BaftModel or base model that carries a BaFT adapter.
         lengths: (sequences,) prompt tokens of each row, padding not counted. Answer tokens are those after them. 0 edits
@@ -167,15 +170,12 @@ def prompt_lengths(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterato
 
     Raises:
         ValueError: the model carries no BaFT adapter.
-        TypeError: the lengths are not integers.
+        TypeError: the lengths are not integers. ValueError: one is negative.
     """
     context = find_context(model)
     if context is None:
         raise ValueError("prompt_lengths() needs a model with a BaFT adapter; this one has none.")
-    stated = torch.as_tensor(lengths).reshape(-1)
-    if stated.is_floating_point() or stated.dtype == torch.bool:
-        raise TypeError(f"prompt_lengths() takes integers, not {stated.dtype}.")
-    with context.stating(stated):
+    with context.stating(lengths):
         yield
 
 
