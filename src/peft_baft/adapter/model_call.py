@@ -320,6 +320,13 @@ def _contradiction(call: StackCall, counted: int | None, masked: int | None) -> 
 # ------------------------------------------------------------------------------------------------ how we call a model
 
 
+def input_device(model: Any) -> torch.device:
+    """Find where a model takes its tokens, also if its weights are brought there only when they are needed."""
+    embedding = model.get_input_embeddings()
+    device = embedding.weight.device
+    return torch.device(embedding._hf_hook.execution_device) if device.type == "meta" else device
+
+
 def full_logits(model: Any, **inputs: Any) -> Tensor:
     """Compute the logits (rows, tokens, vocabulary) of whole texts, with no cache."""
     return model(**inputs, use_cache=False).logits
