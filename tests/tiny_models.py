@@ -45,7 +45,8 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "hc_lowrank", "adapter_rank"), 16),
     "qk_head_dim": 16, "index_n_heads": 2, "index_topk": 32, "o_groups": 2, "mem_len": 64,
     **dict.fromkeys(("sliding_window", "sliding_window_size", "local_attention", "attention_window_size"), 8),
-    **dict.fromkeys(("attention_chunk_size", "window_size", "keep_window_size"), 8),
+    **dict.fromkeys(("attention_chunk_size", "window_size"), 8),
+    "keep_window_size": 64,  # fewer would let Doge choose later tokens
     # experts
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "num_experts_per_token"), 2),
@@ -92,6 +93,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "ministral": {"head_dim": 8},
+    "moshi": {"sliding_window": 64},  # fewer, and the unedited model's cache is not its full forward
     "nemotron": {"num_key_value_heads": 2},
     "prophetnet": {"num_encoder_layers": DEPTH},
     "qwen4_exp": {"text_config": _INDEXER},

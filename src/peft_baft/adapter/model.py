@@ -16,6 +16,7 @@ from peft_baft.adapter.blocks import block_names, configured_width, missing_targ
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.layer import CANNOT_MERGE, CHILD, BaftLayer
+from peft_baft.adapter.supported import require_decoder, require_editable
 from peft_baft.adapter.weights import check_tensors
 
 
@@ -36,6 +37,7 @@ class BaftModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: BaftConfig, model_config: dict) -> BaftConfig:
         """Spell out which modules are edited, so that the saved config does not depend on a default."""
+        require_decoder(self.model)
         if peft_config.target_modules is None:
             peft_config.target_modules = block_names(
                 self.model, peft_config.layers_to_transform, peft_config.layers_pattern
@@ -47,6 +49,7 @@ class BaftModel(BaseTuner):
                 f"({peft_config.base_model_name_or_path or 'of unknown name'}), or target_modules is misspelt."
             )
         widths = self._widths(peft_config)
+        require_editable(self.model, list(widths))
         _check_width(peft_config, widths, self.model)
         _check_saved(peft_config.saved_shapes, widths, self.model)
         if widths and (isinstance(peft_config.target_modules, str) or peft_config.exclude_modules):

@@ -337,6 +337,11 @@ def takes_position_ids(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
+def takes_tokens(module: nn.Module) -> bool:
+    """Whether a module is called with token ids or their embeddings."""
+    return not {"input_ids", "inputs_embeds"}.isdisjoint(inspect.signature(module.forward).parameters)
+
+
 def cache_parameter(model: nn.Module) -> str:
     """Find the name under which a causal language model takes its cache.
 

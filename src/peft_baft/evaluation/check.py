@@ -6,6 +6,7 @@ it has as well is its own, as of a recurrent model that takes padding into its s
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 import warnings
@@ -27,6 +28,7 @@ from peft_baft.editing.baft import BaftEditor
 from peft_baft.editing.descent import DescentConfig
 from peft_baft.editing.editor import evaluating, rolled_back, trainable, without_adapters
 from peft_baft.editing.session import CachedSession, Session, open_session
+from peft_baft.editing.session import logger as session_logger
 from peft_baft.evaluation.check_report import CheckReport, Finding, installed_versions
 from peft_baft.evaluation.made_up_text import FACT, PROMPTS, NumberTokenizer, drawn_texts
 
@@ -213,23 +215,24 @@ class _Trial:
         return Finding(CONTROL, False, smallest, detail=CANNOT_TELL.format("one edited token more or less", advice))
 
     def _edited_places(self) -> Finding:
-        """Which tokens each edited block changes while a left-padded batch is generated, step by step."""
-        seen: dict[str, list[Tensor]] = {layer.name: [] for layer in self.layers}
-        batch = self._tensors(self.prompts, "left")
-        with _watching(self.layers, seen):
-            self._generate(batch)
-        width = batch["input_ids"].shape[1]
-        starts = torch.tensor([width - min(self.positions, len(prompt)) for prompt in self.prompts])
+        """Which tokens each edited block changes while an answer is generated, step by step.
+
+        One row at a time: some models' own caches fail with several.
+        """
         wrong = []
-        for name, masks in seen.items():
-            runs = len(masks) / NEW_TOKENS  # of the block in one forward
-            if runs != int(runs) or not runs:
-                return Finding(PLACES, None, detail=f"{name} ran {len(masks)} times for {NEW_TOKENS} tokens.")
-            for number, mask in enumerate(masks):
-                end = width + int(number / runs)
-                columns = torch.arange(end - mask.shape[1], end)
-                if not torch.equal(mask, columns >= starts[:, None]):
-                    wrong.append(f"{name}, new token {int(number / runs) + 1}")
+        for prompt in self.prompts:
+            seen: dict[str, list[Tensor]] = {layer.name: [] for layer in self.layers}
+            with _watching(self.layers, seen):
+                self._generate(self._tensors([prompt], "left"))
+            for name, masks in seen.items():
+                runs = len(masks) / NEW_TOKENS  # of the block in one forward
+                if runs != int(runs) or not runs:
+                    return Finding(PLACES, None, detail=f"{name} ran {len(masks)} times for {NEW_TOKENS} tokens.")
+                for number, mask in enumerate(masks):
+                    end = len(prompt) + int(number / runs)
+                    expected = torch.arange(end - mask.shape[1], end) >= len(prompt) - self.positions
+                    if not torch.equal(mask[0], expected):
+                        wrong.append(f"{name}, new token {int(number / runs) + 1}")
         return Finding(PLACES, not wrong, detail=f"Other tokens at {'; '.join(wrong[:3])}." if wrong else "")
 
     def _later_tokens(self) -> list[tuple[Tensor, Tensor]]:
@@ -295,23 +298,22 @@ class _Trial:
 
     def _fast(self) -> Finding:
         given = (self.model, self._rows(), [0], self.pad)
-        with trainable(self.model):
+        with trainable(self.model), _reasons_of_session() as reasons:
             plain = self._loss_and_gradients(Session(*given, self.device))
             chosen = open_session(*given, self.positions)
             try:
                 cached = CachedSession(*given, self.device, self.positions)
                 difference = max(_step_difference(plain, self._loss_and_gradients(cached)) for _ in range(2))
-                why = "loss or gradient would differ"
+                why = "loss or gradient would differ."
             except Exception as error:
                 difference, why = math.inf, _in_words(error)
-        if difference <= self.tolerance and isinstance(chosen, CachedSession):
-            return Finding(FAST, True, difference, self.tolerance)
         shown = None if math.isinf(difference) else difference
+        if not isinstance(chosen, CachedSession):
+            detail = f"Edits take the plain path, which is slower: {' '.join(reasons) or why}"
+            return Finding(FAST, None, shown, self.tolerance, detail)
         if difference <= self.tolerance:
-            return Finding(FAST, None, shown, self.tolerance, "Edits take the plain path all the same.")
-        if isinstance(chosen, CachedSession):
-            return Finding(FAST, False, shown, self.tolerance, f"Edits would take the fast path, but {why}.")
-        return Finding(FAST, None, shown, self.tolerance, f"Edits take the plain path, which is slower: {why}")
+            return Finding(FAST, True, shown, self.tolerance)
+        return Finding(FAST, False, shown, self.tolerance, f"Edits take the fast path, but {why}")
 
     def _learns(self) -> Finding:
         with rolled_back(self.model):
@@ -379,6 +381,26 @@ def _watching(layers: Sequence[BaftLayer], seen: dict[str, list[Tensor]]) -> Ite
 
             hooks.enter_context(layer.register_forward_hook(note))
         yield
+
+
+@contextmanager
+def _reasons_of_session() -> Iterator[list[str]]:
+    """Collect why a session does without a cache, instead of letting it be logged."""
+    reasons: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        error = record.args[-1] if isinstance(record.args, tuple) and record.args else record.msg
+        reasons.append(_in_words(error) if isinstance(error, Exception) else str(error))
+        return False
+
+    session_logger.addFilter(keep)
+    level = session_logger.level
+    session_logger.setLevel(logging.INFO)
+    try:
+        yield reasons
+    finally:
+        session_logger.setLevel(level)
+        session_logger.removeFilter(keep)
 
 
 @contextmanager
