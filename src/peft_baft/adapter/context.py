@@ -23,10 +23,6 @@ WITHOUT_PROMPT_LENGTHS = (
     "smoothing. The whole input then counts as prompt, and only its last prompt_positions tokens are edited. State "
     "where prompts end, with model(..., prompt_lengths=...) or `with peft_baft.prompt_lengths(model, lengths):`."
 )
-GUIDANCE = (
-    "generate(guidance_scale=...) runs a second, unconditional prompt, and a BaFT adapter is not told where that one ends. "
-    "Leave it out, or generate inside `with model.disable_adapter():`."
-)
 GENERATION = ("generate", "init_continuous_batching")  # methods of the base model that the context stands in for
 
 
@@ -98,6 +94,7 @@ class EditContext:
     _located = _OfThread()  # whether a forward has run in this thread
 
     def __init__(self, model: nn.Module, stack: nn.Module) -> None:
+        model_call.warn_if_untested()
         self._thread = threading.local()
         self._with_gradients: Located | None = None
         self._training_threads: set[int] = set()
@@ -224,7 +221,7 @@ class EditContext:
         if call.prompt is None:
             return None
         if call.guided:
-            raise NotImplementedError(GUIDANCE)
+            raise NotImplementedError(model_call.GUIDANCE)
         cached = model_call.cached_columns(call.memory)
         if cached is None:
             raise UnknownPositionError(

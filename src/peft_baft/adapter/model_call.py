@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,18 +21,39 @@ import transformers
 from torch import Tensor, nn
 from transformers import Cache
 
-TESTED_TRANSFORMERS = (
-    "5.24.0"  # the newest version that the tests have passed with; requirements/tested.txt says the same
-)
-MEMORY_NAMES = re.compile(
-    r"(^|_)(past|cache|mems|state)(_|$)"
-)  # `cache_params`, `past_buckets_states`, `state`, `mems`
+logger = logging.getLogger(__name__)
+TESTED_TRANSFORMERS = "5.24.0"  # the newest that the tests have passed with, as requirements/tested.txt has it
+MEMORY_NAMES = re.compile(r"(^|_)(past|cache|mems|state)(_|$)")  # as in `past_buckets_states`, `cache_params`
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # in the order in which a signature is searched
 PAGED = "PagedAttentionCache"  # the cache of continuous batching, which is no `Cache`
 CONTINUOUS_BATCHING = (
     "Continuous batching with a BaFT adapter needs transformers 5.23 or later, a manager that was made after the "
     "adapter was added, and no stated `prompt_lengths`. Use generate() instead."
 )
+GUIDANCE = (
+    "generate(guidance_scale=...) runs a second, unconditional prompt, and a BaFT adapter is not told where that one ends. "
+    "Leave it out, or generate inside `with model.disable_adapter():`."
+)
+UNTESTED = (
+    "peft_baft is tested with transformers up to %s, and this is %s. `baft check --model ...`, or "
+    "peft_baft.check(model, tokenizer), shows in about a minute whether edits still reach the right tokens."
+)
+
+
+def newer_than_tested(version: str) -> bool:
+    """Whether a version of transformers is newer, in its first two numbers, than what the tests have passed with."""
+
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+
+    return numbers(version) > numbers(TESTED_TRANSFORMERS)
+
+
+@cache
+def warn_if_untested(version: str = transformers.__version__) -> None:
+    """Warn, once a process, where transformers is newer than the newest tested one."""
+    if newer_than_tested(version):
+        logger.warning(UNTESTED, TESTED_TRANSFORMERS, version)
 
 
 class UnknownPositionError(RuntimeError):

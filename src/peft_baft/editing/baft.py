@@ -216,8 +216,7 @@ class BaftEditor(AdapterEditor):
 
 WITHOUT_GRADIENT = (
     "The gates were computed without gradients, so the regularisers would not act: the model runs its blocks under "
-    "no_grad, as reentrant gradient checkpointing does. Use gradient_checkpointing_enable("
-    'gradient_checkpointing_kwargs={"use_reentrant": False}), or none.'
+    "no_grad, as reentrant checkpointing of activations does. Enable it with use_reentrant=False, or not at all."
 )
 
 

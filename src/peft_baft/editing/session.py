@@ -225,17 +225,16 @@ def _require_equal(model: Any, plain: Session, cached: Session, gradient: bool) 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not (gradient and parameters and torch.is_grad_enabled()):
         with torch.no_grad():
-            losses = [session.losses().mean().item() for session in (plain, cached)]
-        _require_close("loss", *losses, size=1 + abs(losses[0]), model=model)
+            wanted, found = (session.losses().mean().item() for session in (plain, cached))
+        _require_small("loss", abs(found - wanted), 1 + abs(wanted), model)
         return
-    expected, expected_gradient = _loss_and_gradient(plain, parameters)
+    wanted, wanted_gradient = _loss_and_gradient(plain, parameters)
+    size = torch.linalg.vector_norm(wanted_gradient).item()
     for _ in range(2):
-        loss, found = _loss_and_gradient(cached, parameters)
-        _require_close("loss", expected, loss, size=1 + abs(expected), model=model)
-        difference = torch.linalg.vector_norm(found - expected_gradient).item()
-        _require_close(
-            "gradient", 0.0, difference, size=torch.linalg.vector_norm(expected_gradient).item(), model=model
-        )
+        loss, gradient_found = _loss_and_gradient(cached, parameters)
+        _require_small("loss", abs(loss - wanted), 1 + abs(wanted), model)
+        difference = torch.linalg.vector_norm(gradient_found - wanted_gradient).item()
+        _require_small("gradient", difference, size, model)
 
 
 def _loss_and_gradient(session: Session, parameters: Sequence[nn.Parameter]) -> tuple[float, Tensor]:
@@ -251,11 +250,14 @@ def _loss_and_gradient(session: Session, parameters: Sequence[nn.Parameter]) -> 
     return loss.item(), torch.cat([part.detach().flatten().float().cpu() for part in parts])
 
 
-def _require_close(what: str, plain: float, cached: float, size: float, model: Any) -> None:
+def _require_small(what: str, difference: float, size: float, model: Any) -> None:
+    """Raise CacheDiffers if a difference is more than rounding explains in something of that size."""
     dtype = next((p.dtype for p in model.get_base_model().parameters() if p.is_floating_point()), torch.float32)
     tolerance = max(TOLERANCE, ROUNDINGS * torch.finfo(dtype).eps)
-    if not abs(plain - cached) <= tolerance * size:
-        raise CacheDiffers(f"the {what} of its first step is off by {abs(plain - cached) / size:.2g} of its size")
+    if not difference <= tolerance * size:
+        raise CacheDiffers(
+            f"the {what} of its first step is off by {difference:.2g}, where the {what}'s size is {size:.2g}"
+        )
 
 
 def _reach(model: Any, checked: int) -> int:
