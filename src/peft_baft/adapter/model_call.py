@@ -343,6 +343,13 @@ def _contradiction(call: StackCall, counted: int | None, masked: int | None) -> 
 # ------------------------------------------------------------------------------------------------ how we call a model
 
 
+def input_device(model: Any) -> torch.device:
+    """Find where a model takes its tokens, also if its weights are brought there only when they are needed."""
+    embedding = model.get_input_embeddings()
+    device = embedding.weight.device
+    return torch.device(embedding._hf_hook.execution_device) if device.type == "meta" else device
+
+
 def full_logits(model: Any, **inputs: Any) -> Tensor:
     """Compute the logits (rows, tokens, vocabulary) of whole texts, with no cache."""
     return model(**inputs, use_cache=False).logits
@@ -351,6 +358,11 @@ def full_logits(model: Any, **inputs: Any) -> Tensor:
 def takes_position_ids(model: nn.Module) -> bool:
     """Whether the model can be told each token's position."""
     return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def takes_tokens(module: nn.Module) -> bool:
+    """Whether a module is called with token ids or their embeddings."""
+    return not {"input_ids", "inputs_embeds"}.isdisjoint(inspect.signature(module.forward).parameters)
 
 
 def cache_parameter(model: nn.Module) -> str:
