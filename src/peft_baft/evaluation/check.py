@@ -105,7 +105,9 @@ def check(model: Any, tokenizer: Any = None, adapter: str | None = None) -> Chec
 
 def _require_one_baft_adapter(model: Any, adapter: str | None) -> None:
     if not isinstance(model, PeftModel):
-        raise ValueError("The model carries a BaFT adapter, but is no PeftModel; pass it as PeftModel.from_pretrained gave it.")
+        raise ValueError(
+            "The model carries a BaFT adapter, but is no PeftModel; pass it as PeftModel.from_pretrained gave it."
+        )
     if adapter is not None:
         raise ValueError("Pass either a PeftModel, or a base model and `adapter`, not both.")
     active = list(model.active_adapters)
@@ -160,7 +162,9 @@ class _Trial:
         if not runs.holds:
             return [runs]
         found = [runs, self._tried(CONTROL, self._control), self._tried(PLACES, self._edited_places)]
-        found += [self._tried(name, lambda pair=pair, name=name: self._equal(name, pair)) for name, pair in compared.items()]
+        found += [
+            self._tried(name, lambda pair=pair, name=name: self._equal(name, pair)) for name, pair in compared.items()
+        ]
         others = {REACHED: self._reached, FAST: self._fast, LEARNS: self._learns, RELOADS: self._reloads}
         return found + [self._tried(name, trial) for name, trial in others.items()]
 
@@ -247,9 +251,7 @@ class _Trial:
         settings = GenerationConfig(
             max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1, pad_token_id=self.pad
         )
-        out = self.model.generate(
-            **batch, generation_config=settings, return_dict_in_generate=True, output_logits=True
-        )
+        out = self.model.generate(**batch, generation_config=settings, return_dict_in_generate=True, output_logits=True)
         return out.sequences[:, batch["input_ids"].shape[1] :].tolist(), torch.stack(out.logits, 1).float()
 
     def _generation(self, prompts: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
@@ -327,9 +329,7 @@ class _Trial:
     def _reloads(self) -> Finding:
         expected = self._full(self.prompts[0], self.answer)
         with tempfile.TemporaryDirectory() as folder, _flags_kept(self.model):
-            self.model.save_pretrained(
-                folder, selected_adapters=[self.adapter_name], save_embedding_layers=False
-            )
+            self.model.save_pretrained(folder, selected_adapters=[self.adapter_name], save_embedding_layers=False)
             where = folder if self.adapter_name == "default" else f"{folder}/{self.adapter_name}"
             try:
                 self.model.load_adapter(where, adapter_name=RELOADED)
@@ -360,9 +360,7 @@ def _step_difference(plain: tuple[float, dict[str, Tensor]], cached: tuple[float
     missing = gradients.keys() ^ others.keys()
     squares = [(others[name] - gradient).square().sum() for name, gradient in gradients.items() if name not in missing]
     length = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
-    difference = max(
-        abs(other_loss - loss) / (1 + abs(loss)), (torch.stack(squares).sum().sqrt() / length).item()
-    )
+    difference = max(abs(other_loss - loss) / (1 + abs(loss)), (torch.stack(squares).sum().sqrt() / length).item())
     return math.inf if missing or math.isnan(difference) else difference
 
 
@@ -434,7 +432,10 @@ def _contents(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         found[f"hooks of {name or 'the model'}"] = (
-            type(module), len(module._forward_hooks), len(module._forward_pre_hooks), tuple(module._modules)
+            type(module),
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            tuple(module._modules),
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         found[name] = (tuple(tensor.shape), tensor.dtype, _sum_of_bits(tensor))
