@@ -74,9 +74,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "blenderbot": {"encoder_layers": DEPTH},
     "blt": {"encoder_hash_byte_group_vocab": VOCABULARY},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "rope_parameters": _ROPE_BY_KIND},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": _ROPE_BY_KIND,
+    },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "dory": {"sliding_window": 64},  # fewer, and the unedited model cannot go on from its cache
     "dots1": {"moe_intermediate_size": 24, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note": {
         "text_config": {"num_key_value_heads": HEADS},
@@ -101,8 +105,27 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": HEADS, "layers_block_type": _KINDS},
-    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": HEADS, "layers_block_type": _KINDS},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_key_value_heads": HEADS,
+        "layers_block_type": _KINDS,
+    },
+    "zamba2": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_key_value_heads": HEADS,
+        "layers_block_type": _KINDS,
+    },
+}
+
+
+# Classes that are no language models of their own: a tiny one can be built, but not asked.
+NOT_ALONE = {
+    "gemma4_assistant": "a draft model, which reads the keys and values of the model that it drafts for",
+    "gemma4_unified_assistant": "a draft model, which reads the keys and values of the model that it drafts for",
+    "musicgen": "it reads codes of sound, several rows for each text, and no text",
+    "musicgen_melody": "it reads codes of sound, several rows for each text, and no text",
 }
 
 

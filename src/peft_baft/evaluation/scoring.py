@@ -145,9 +145,7 @@ def batches_in_window(
 def greedy_tokens(model: Any, tokenizer: Any, rows: list[Tokens], tokens: int) -> Tensor:
     """Greedy continuations, (rows, up to `tokens`)."""
     batch = collate(rows, padding_id(tokenizer), side="left")
-    inputs = {
-        name: batch[name].to(input_device(model)) for name in ("input_ids", "attention_mask")
-    }
+    inputs = {name: batch[name].to(input_device(model)) for name in ("input_ids", "attention_mask")}
     settings = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "pad_token_id": padding_id(tokenizer)}
     return model.generate(**inputs, max_new_tokens=tokens, **settings)[:, batch["input_ids"].shape[1] :]
 
