@@ -21,17 +21,28 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests"))  # for tiny_models
 
 import torch
 import transformers
-from tiny_models import model_types, tiny_model
 
 import peft_baft
-from peft_baft.evaluation.check import ATTACHED, CACHED, CAUSAL, FAST, LEFT, PLACES, RIGHT
+from peft_baft.evaluation.check import ATTACHED
+from peft_baft.evaluation.check_trials import CACHED, CAUSAL, FAST, LEFT, PLACES, RIGHT
+from tiny_models import NOT_ALONE, model_types, tiny_model
 
 DECODER = " (is_decoder=True)"  # a second row for classes that are bidirectional by default
 WHOLE, REFUSED, NOT_BUILT, FAILS = "whole", "refused", "not tried", "FAILS"
+WHOLE_MEANS = """
+**Whole** means: the last prompt tokens and the answer are edited and nothing else, cached generation gives what one full
+forward gives, so does a padded batch, gradient reaches every edited block, an edit's loss falls, the adapter is the same after
+saving and loading, and taking it off leaves the model as it was. Where a note says that the unedited model differs, the
+architecture itself gives a text other logits in a padded batch, say because it takes padding into its state.
+""".strip()
+FAST_MEANS = """
+**Fast edits**: tokens before the edited ones are computed once an edit instead of once a step. Where an architecture cannot do
+that, edits fall back to the plain path: slower, with the same result.
+""".strip()
 NOTED = {  # findings that may not apply, and what the table says then
     LEFT: "left-padded batches",
     RIGHT: "right-padded batches",
@@ -48,6 +59,8 @@ def survey(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     architecture = name.removesuffix(DECODER)
     line: dict[str, Any] = {"architecture": name, "class": model_types()[architecture]}
+    if architecture in NOT_ALONE:
+        return line | {"result": NOT_BUILT, "reason": NOT_ALONE[architecture]}
     try:
         model = tiny_model(architecture, **({"is_decoder": True} if name.endswith(DECODER) else {}))
         ids = torch.full((1, 9), 7)
@@ -117,14 +130,9 @@ def table(lines: list[dict[str, Any]]) -> str:
             f"{counts[WHOLE]} are whole, {counts[REFUSED]} are refused when an adapter is attached, {counts[NOT_BUILT]} could "
             f"not be built here, {counts[FAILS]} fail.",
             "",
-            "**Whole** means: the last prompt tokens and the answer are edited and nothing else, cached generation gives what one "
-            "full forward gives, so does a padded batch, gradient reaches every edited block, an edit's loss falls, the adapter "
-            "is the same after saving and loading, and taking it off leaves the model as it was. Where a note says that the "
-            "unedited model differs, the architecture itself gives a text other logits in a padded batch, say because it takes "
-            "padding into its state.",
+            WHOLE_MEANS,
             "",
-            "**Fast edits**: tokens before the edited ones are computed once an edit instead of once a step. Where an "
-            "architecture cannot do that, edits fall back to the plain path: slower, with the same result.",
+            FAST_MEANS,
             "",
             "| architecture | class | result | fast edits | note |",
             "|---|---|---|---|---|",
@@ -153,7 +161,9 @@ def _fast(finding: dict[str, Any] | None) -> str:
         return ""
     if finding["holds"]:
         return "yes"
-    return "falls back: " + _clipped(finding["detail"].removeprefix("Edits take the plain path, which is slower: "), 110)
+    return "falls back: " + _clipped(
+        finding["detail"].removeprefix("Edits take the plain path, which is slower: "), 110
+    )
 
 
 def _lower_first(text: str) -> str:

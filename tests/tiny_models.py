@@ -80,6 +80,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "dory": {"sliding_window": 64},  # fewer, and the unedited model cannot go on from its cache
     "dots1": {"moe_intermediate_size": 24, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note": {
         "text_config": {"num_key_value_heads": HEADS},
@@ -116,6 +117,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": HEADS,
         "layers_block_type": _KINDS,
     },
+}
+
+
+# Classes that are no language models of their own: a tiny one can be built, but not asked.
+NOT_ALONE = {
+    "gemma4_assistant": "a draft model, which reads the keys and values of the model that it drafts for",
+    "gemma4_unified_assistant": "a draft model, which reads the keys and values of the model that it drafts for",
+    "musicgen": "it reads codes of sound, several rows for each text, and no text",
+    "musicgen_melody": "it reads codes of sound, several rows for each text, and no text",
 }
 
 
