@@ -198,3 +198,19 @@ def test_what_baft_cannot_do_is_said_and_not_asked_of_the_base_model(tokens) -> 
             getattr(model, name)
     assert not hasattr(model, "update_and_allocate") and hasattr(model, "get_input_embeddings")
     assert torch.equal(before, logits(model, tokens))
+
+
+def test_a_model_that_embeds_no_tokens_takes_integers_for_numbers() -> None:
+    class Numbers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = torch.nn.Linear(10, 20), torch.nn.Linear(20, 2)
+
+        def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+            return self.narrow(self.wide(numbers.float()))
+
+    numbers = torch.arange(30).view(3, 10)
+    model = get_peft_model(Numbers(), BaftConfig(r=2, target_modules=["wide"]))
+    before = model(numbers)
+    randomise(model)
+    assert before.shape == (3, 2) and (model(numbers) != before).any(1).all()  # every vector is edited

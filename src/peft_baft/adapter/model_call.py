@@ -74,16 +74,19 @@ class StackSignature:
 
     Attributes:
         names: its parameters, in order. memories: those that may hold a memory of earlier tokens, by their names.
+        has_embedding: whether integers can be ids of tokens; to a model without an embedding they are numbers.
     """
 
     names: tuple[str, ...]
     memories: frozenset[str]
+    has_embedding: bool = True
 
     @classmethod
     def of(cls, module: nn.Module) -> StackSignature:
         """Read the signature of the module's forward."""
         names = tuple(inspect.signature(module.forward).parameters)
-        return cls(names, frozenset(name for name in names if MEMORY_NAMES.search(name)))
+        has_embedding = any(isinstance(part, nn.Embedding) for part in module.modules())
+        return cls(names, frozenset(name for name in names if MEMORY_NAMES.search(name)), has_embedding)
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def read_stack_call(signature: StackSignature, args: tuple, kwargs: Mapping[str,
     tokens = given.get("input_ids")
     if tokens is None:
         tokens = given.get("inputs_embeds")
-    if tokens is None and signature.names:
+    if tokens is None and signature.names and signature.has_embedding:
         first = given.get(signature.names[0])
         tokens = first if isinstance(first, Tensor) and not first.is_floating_point() else None
     if not isinstance(tokens, Tensor) or tokens.ndim < 2:
