@@ -42,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return BAD_INPUT
     try:
-        args = parser.parse_args(words)
+        args, unknown = parser.parse_known_args(words)
+        if unknown:  # argparse itself would not say which command does not know them
+            raise UsageError(f"baft {args.command}: unknown: {' '.join(unknown)}. See baft {args.command} --help.")
     except UsageError as error:
         print(error, file=sys.stderr)
         return BAD_INPUT

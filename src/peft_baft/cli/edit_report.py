@@ -64,7 +64,7 @@ def print_report(found: Mapping[str, Any]) -> None:
         print(line)
     print("\nShare of answer tokens that the model now predicts:")
     for name, what in MEASURES:
-        value = "  – " if found[name] is None else f"{found[name]:.2f}"
+        value = "   –" if found[name] is None else f"{found[name]:.2f}"
         print(f"  {value}  {what} ({name if found[name] is not None else 'not asked: no record has such a prompt'})")
     size, seconds = found["bytes"] / 1000, found["seconds"]
     print(
@@ -78,8 +78,10 @@ def print_report(found: Mapping[str, Any]) -> None:
 
 def _outcome(found: Mapping[str, Any]) -> str:
     """Like `8 of 8 facts learned when made, 4 still known at the end.`"""
-    still = "all" if found["known"] == found["facts"] else str(found["known"])
-    text = f"{found['learned']} of {found['facts']} facts learned when made, {still} known at the end"
+    known = "all known" if found["known"] == found["facts"] else f"{found['known']} known"
+    if found["known"] < found["learned"]:
+        known = f"{found['known']} still known"
+    text = f"{found['learned']} of {found['facts']} facts learned when made, {known} at the end"
     if found["taken_back"]:
         text += f", {found['taken_back']} taken back"
     return f"{text}."
