@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on several threads
@@ -13,6 +14,8 @@ import pytest
 import torch
 import transformers as tr
 from torch import nn
+
+from peft_baft.adapter.model_call import cache_parameter
 
 VOCABULARY, WIDTH, DEPTH = 64, 32, 4
 _SHAPE = {
@@ -72,6 +75,17 @@ def make_model(architecture: str = "llama", seed: int = 0) -> tr.PreTrainedModel
                 parameter.mul_(4.0)
     model.generation_config.eos_token_id = None  # tests compare fixed numbers of tokens
     return model
+
+
+def cache_of(outputs: Mapping[str, Any]) -> tr.Cache:
+    """The cache in what a model or `generate` gives, whatever this version of transformers calls it."""
+    return next(value for value in outputs.values() if isinstance(value, tr.Cache))
+
+
+def with_cache(model: nn.Module, cache: tr.Cache | None) -> dict[str, Any]:
+    """The cache as a keyword argument of this version of transformers."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {cache_parameter(base): cache}
 
 
 def randomise(model: nn.Module, scale: float = 1.0, seed: int = 1) -> None:

@@ -14,7 +14,7 @@ from peft import PeftModel, PeftType, get_peft_model
 from adapters import config, edited_model, is_bare, logits
 from conftest import ARCHITECTURES, make_model, randomise
 from peft_baft import BaftConfig
-from peft_baft.adapter import baft_layers, find_context
+from peft_baft.adapter import baft_layers
 from peft_baft.adapter.blocks import block_names, default_blocks
 from peft_baft.adapter.registration import BAFT, register
 from peft_baft.intervention import orthonormal_rows
@@ -120,9 +120,8 @@ def test_updates_of_several_active_adapters_come_from_the_same_vector_and_add_up
     randomise(model, seed=5)
     model.base_model.set_adapter(["default", "second"])
     (layer,) = baft_layers(model)
-    context = find_context(model)
     h = torch.randn(2, 7, 32)
-    context.steps = torch.zeros(2, 7, dtype=torch.long)  # every token an answer token
+    model(tokens, prompt_lengths=[0])  # tells the blocks that every token is an answer token
     expected = h.clone()
     for name in ("default", "second"):
         R, source, w = (
@@ -183,3 +182,17 @@ def test_deleting_and_switching_leave_the_other_adapter_as_it_was(tokens) -> Non
 def test_an_adapter_name_that_peft_would_mix_up_is_refused(name) -> None:
     with pytest.raises(ValueError, match="choose another"):
         get_peft_model(make_model(), config(), adapter_name=name)
+
+
+def test_what_baft_cannot_do_is_said_and_not_asked_of_the_base_model(tokens) -> None:
+    model = edited_model()
+    before = logits(model, tokens)
+    with pytest.raises(NotImplementedError, match="cannot be combined into one by weights.*make them active at once"):
+        model.add_weighted_adapter(["default"], [0.5], "mean")
+    with pytest.raises(NotImplementedError, match="cannot be merged"):
+        model.unmerge_adapter()
+    for name in ("update_and_allocate", "subtract_mutated_init"):  # of AdaLoRA and of LoRA
+        with pytest.raises(AttributeError, match=f"Neither a BaFT adapter nor its base model LlamaForCausalLM has '{name}'"):
+            getattr(model, name)
+    assert not hasattr(model, "update_and_allocate") and hasattr(model, "get_input_embeddings")
+    assert torch.equal(before, logits(model, tokens))

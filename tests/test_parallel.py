@@ -76,9 +76,9 @@ def test_lanes_share_forwards(fact_model: FactModel, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(session_module.CachedSession, "losses", counted)
     steps = [outcome.steps for _, outcome in editor.edit_each(FACTS, parallel=5)]
-    assert rows[:2] == [2, 10]  # a check, then all of them
-    assert len(rows) == 1 + max(steps) + 1  # as many as the longest takes alone
-    assert sum(rows[1:]) == 2 * sum(taken + 1 for taken in steps)  # and no row of an edit that is done
+    assert rows[:3] == [2, 2, 10]  # a check, then all of them
+    assert len(rows) == 2 + max(steps) + 1  # as many as the longest takes alone
+    assert sum(rows[2:]) == 2 * sum(taken + 1 for taken in steps)  # and no row of an edit that is done
 
 
 def test_a_lane_that_breaks_leaves_no_adapter_behind(fact_model: FactModel) -> None:

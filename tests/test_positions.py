@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import peft_baft
-from conftest import ARCHITECTURES, VOCABULARY, make_model, randomise
+from conftest import ARCHITECTURES, VOCABULARY, cache_of, make_model, randomise, with_cache
 from peft_baft import BaftConfig
 from peft_baft.adapter import baft_layers, find_context
 from peft_baft.adapter.context import EditContext
@@ -176,7 +176,7 @@ def test_in_a_continued_chat_all_is_edited_after_the_first_prompt(architecture: 
     model, prompt, settings = adapted(architecture), draw(5), {"do_sample": False, "return_dict_in_generate": True}
     first = model.generate(torch.tensor([prompt]), max_new_tokens=3, **settings)
     both = first.sequences[0].tolist() + draw(6, 9)
-    batch = {**padded([both]), "past_key_values": first.past_key_values}
+    batch = {**padded([both]), **with_cache(model, cache_of(first))}
     second = model.generate(**batch, max_new_tokens=3, output_logits=True, **settings)
     seen, ids = torch.cat(second.logits), second.sequences[0].tolist()
     torch.testing.assert_close(seen, truth(model, architecture, ids, len(prompt))[len(both) - 1 : -1], **CLOSE)
@@ -189,10 +189,10 @@ def test_a_decode_loop_written_by_hand_equals_generate() -> None:
     cache, answers = None, []
     for _ in range(ANSWER):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        state = {"attention_mask": mask, "past_key_values": cache, "position_ids": positions}
+        state = {"attention_mask": mask, "position_ids": positions, **with_cache(model, cache)}
         with torch.no_grad():
             out = model(input_ids=ids, **state, use_cache=True)
-        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        cache, ids = cache_of(out), out.logits[:, -1:].argmax(-1)
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
         answers.append(ids)
     assert torch.cat(answers, 1).tolist() == assert_generates_the_truth(model, "llama", prompts)
@@ -239,9 +239,10 @@ def test_a_packed_row_has_the_steps_of_its_sequences() -> None:
 def test_padding_in_a_cache_is_not_counted() -> None:
     model, batch = adapted(), padded([draw(2), draw(5)])
     with torch.no_grad():
-        cache = model(**batch, use_cache=True).past_key_values
+        cache = cache_of(model(**batch, use_cache=True))
     mask = torch.cat([batch["attention_mask"], torch.ones(2, 2)], 1)
-    new = {"input_ids": torch.ones(2, 2, dtype=torch.long), "attention_mask": mask, "past_key_values": cache}
+    new = {"input_ids": torch.ones(2, 2, dtype=torch.long), "attention_mask": mask}
+    new |= with_cache(model, cache)
     assert steps_after(model, **new, prompt_lengths=[3, 7]) == [[-1, 0], [-2, -1]]
 
 
@@ -266,7 +267,7 @@ def test_what_is_not_a_sequence_of_tokens_is_edited_everywhere() -> None:
     net = Net(4, 4)
     context = EditContext(net, net)
     net(torch.zeros(2, 4))
-    assert context.steps is None and context.mask(torch.zeros(2, 4), P) is None
+    assert context.steps is None and context.mask(context.steps, torch.zeros(2, 4), P) is None
 
 
 def test_training_without_labels_or_lengths_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -307,9 +308,9 @@ def test_continuous_batching_generates_what_generate_does(schedule: dict[str, An
 
 def test_a_continuous_batch_that_cannot_be_told_apart_is_refused() -> None:
     model, ids = adapted(), torch.tensor([draw(4)])
-    paged = {"cu_seq_lens_q": torch.tensor([0, 4]), "cache": object(), "position_ids": torch.arange(4)[None]}
+    cache = type("PagedAttentionCache", (), {})()  # continuous batching is known by the class of its cache
     with pytest.raises(NotImplementedError, match=r"generate\(\)"):
-        model(input_ids=ids, **paged)
+        model(input_ids=ids, cache=cache, position_ids=torch.arange(4)[None])
     with pytest.raises(NotImplementedError), peft_baft.prompt_lengths(model, [2]):
         model.init_continuous_batching()
     base = make_model()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tr
 from peft import PeftModel, get_peft_model
 
 import facts
@@ -188,32 +189,85 @@ def test_what_is_learned_is_the_same(fact_model: FactModel, monkeypatch: pytest.
     torch.testing.assert_close(cached[1], plain[1], atol=2e-3, rtol=0)
 
 
-def test_a_model_whose_cache_says_something_else_is_edited_without_it(
-    fact_model: FactModel, monkeypatch, caplog
+ROW = Tokens((4, 5, 6, 7, 8, 9), 5)
+
+
+def wrong_loss(self: CachedSession) -> torch.Tensor:
+    return CACHED_LOSSES(self) + 1
+
+
+def wrong_gradient(self: CachedSession) -> torch.Tensor:
+    losses = CACHED_LOSSES(self)
+    return losses.detach() + 0.5 * (losses - losses.detach())
+
+
+def right_once(self: CachedSession) -> torch.Tensor:
+    """As a model whose recurrent state keeps the first backward's graph."""
+    if vars(self).setdefault("used", False):
+        raise RuntimeError("Trying to backward through the graph a second time")
+    self.used = True
+    return CACHED_LOSSES(self)
+
+
+CACHED_LOSSES = CachedSession.losses
+FAULTS = {"loss": wrong_loss, "gradient": wrong_gradient, "graph a second time": right_once}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_model_that_cannot_go_on_from_a_cache_is_edited_without_it_and_that_is_told_once(
+    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = adapted(fact_model.base)
-    rows = [Tokens((4, 5, 6, 7, 8, 9), 5)]
-    caplog.set_level("INFO", logger=session_module.__name__)
-    with monkeypatch.context() as patch:
-        patch.setattr(CachedSession, "losses", lambda self: torch.tensor([100.0]))
-        assert type(open_session(model, rows, [0], 0, 3)) is Session
-    assert "without a cache" in caplog.text
-    with monkeypatch.context() as patch:
-        patch.setattr(model.get_base_model(), "forward", lambda input_ids, **_: 1 / 0)
-        patch.setattr(CachedSession, "__init__", lambda *_: (_ for _ in ()).throw(TypeError("no cache here")))
-        assert type(open_session(model, rows, [0], 0, 3)) is Session
-    assert isinstance(open_session(model, rows, [0], 0, 3), CachedSession)
+    model = get_peft_model(make_model(), BaftConfig(task_type="CAUSAL_LM", r=4, gate_offset=0.0)).eval()
+    monkeypatch.setattr(CachedSession, "losses", FAULTS[fault])
+    for _ in range(2):
+        assert type(open_session(model, [ROW], [0], 0, 3)) is Session
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and fault in record.message and "LlamaForCausalLM" in record.message
+    assert all(parameter.grad is None for parameter in model.parameters())
+    other = get_peft_model(make_model(), BaftConfig(task_type="CAUSAL_LM", r=4)).eval()
+    monkeypatch.undo()
+    assert type(open_session(other, [ROW], [0], 0, 3)) is CachedSession  # the control
+
+
+def test_a_model_without_a_cache_is_edited_without_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = get_peft_model(make_model(), BaftConfig(task_type="CAUSAL_LM", r=4)).eval()
+
+    def no_cache(*_: Any) -> None:
+        raise NotImplementedError("no cache here")
+
+    monkeypatch.setattr(session_module, "call_with_cache", no_cache)
+    assert type(open_session(model, [ROW], [0], 0, 3)) is Session
+    assert not caplog.records
+
+
+def test_an_error_of_a_model_whose_cache_was_right_before_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(make_model(), BaftConfig(task_type="CAUSAL_LM", r=4)).eval()
+    assert type(open_session(model, [ROW], [0], 0, 3)) is CachedSession
+
+    def broken(*_: Any) -> None:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(session_module, "call_with_cache", broken)
+    with pytest.raises(TypeError, match="a bug"):
+        open_session(model, [ROW], [0], 0, 3)
+
+
+def test_what_lies_before_the_edited_tokens_decides_whether_there_is_a_cache() -> None:
+    model = get_peft_model(make_model(), BaftConfig(task_type="CAUSAL_LM", r=4)).eval()
     assert type(open_session(model, [Tokens((4, 5, 6, 7), 3)], [0], 0, 3)) is Session  # nothing lies before the last 3
-    assert type(open_session(model, rows, [0], 0, None)) is Session
+    assert type(open_session(model, [ROW], [0], 0, None)) is Session
+    assert type(open_session(model, [ROW], [0], 0, 3)) is CachedSession
 
 
 @pytest.mark.parametrize(("window", "wanted"), [(None, [4, 5, 9, 17, 33]), (11, [4, 5, 9, 12, 17, 33])])
 def test_the_cache_is_checked_again_for_much_longer_texts_and_beyond_the_window(
     window: int | None, wanted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = make_model("mistral")
-    base.config.sliding_window = window
-    model = get_peft_model(base, BaftConfig(task_type="CAUSAL_LM", r=4))
+    settings = make_model("mistral").config
+    settings.sliding_window = window
+    model = get_peft_model(tr.MistralForCausalLM(settings).eval(), BaftConfig(r=4, prompt_positions=2))
     real, checks = Session.losses, []
     monkeypatch.setattr(Session, "losses", lambda self: checks.append(len(self.rows[0].ids)) or real(self))
     for length in range(4, 60):

@@ -7,6 +7,7 @@ prompt tokens and every answer token edits the tokens with step >= -P.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,22 @@ IGNORED_LABEL = -100
 def edited(steps: Tensor, prompt_positions: int) -> Tensor:
     """Mask (batch, tokens) of what an adapter edits: the last `prompt_positions` prompt tokens and the answer."""
     return steps >= -prompt_positions
+
+
+def integer_lengths(lengths: Sequence[int] | Tensor) -> Tensor:
+    """Take prompt lengths as a caller states them: (sequences,) long.
+
+    Raises:
+        TypeError: they are not integers. ValueError: one is negative.
+    """
+    stated = torch.as_tensor(lengths).reshape(-1)
+    if stated.is_floating_point() or stated.is_complex() or stated.dtype == torch.bool:
+        raise TypeError(f"prompt_lengths must be integers, one per sequence, not {lengths!r:.80}.")
+    if (
+        not isinstance(lengths, Tensor) and (stated < 0).any()
+    ):  # a tensor may lie on a GPU, which would have to be waited for
+        raise ValueError(f"prompt_lengths must be 0 or more, not {lengths!r:.80}.")
+    return stated.long()
 
 
 def steps_of_input(
@@ -119,7 +136,15 @@ class GenerationSpan:
             cached: columns already in the cache: an earlier turn, whose prompt was the prompt. Everything after it is
                 edited, as in one forward over all turns with the first turn's prompt length.
             prompt_lengths: (batch,) where the caller states it.
+
+        Raises:
+            ValueError: `prompt_lengths` are not one per row.
         """
+        if prompt_lengths is not None and len(prompt_lengths) != len(real):
+            raise ValueError(
+                f"prompt_lengths needs one integer per sequence, but generate() got {len(real)} rows and {len(prompt_lengths)} "
+                "of them."
+            )
         width = torch.tensor(real.shape[1], device=real.device)
         columns = torch.arange(real.shape[1], device=real.device)
         start = torch.where(real, columns, width).amin(1)

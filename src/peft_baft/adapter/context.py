@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_baft.span import GenerationSpan, edited, steps_of_input
+from peft_baft.adapter import model_call
+from peft_baft.adapter.model_call import StackCall, StackSignature, UnknownPositionError
+from peft_baft.span import GenerationSpan, edited, integer_lengths, steps_of_input
 
 logger = logging.getLogger(__name__)
 WITHOUT_PROMPT_LENGTHS = (
     "A BaFT adapter was trained on a forward without labels and without prompt lengths, as by DPO, GRPO or label "
     "smoothing. The whole input then counts as prompt, and only its last prompt_positions tokens are edited. State "
     "where prompts end, with model(..., prompt_lengths=...) or `with peft_baft.prompt_lengths(model, lengths):`."
-)
-CONTINUOUS_BATCHING = (
-    "Continuous batching with a BaFT adapter needs transformers 5.23 or later, a manager that was made after the "
-    "adapter was added, and no stated `prompt_lengths`. Use generate() instead."
 )
 GENERATION = ("generate", "init_continuous_batching")  # methods of the base model that the context stands in for
 
@@ -35,11 +34,49 @@ class RecordedGates:
     mask: Tensor
 
 
+@dataclass
+class Generation:
+    """One running `generate`. span: where its prompt lies; seen: how many columns its forwards have passed so far."""
+
+    span: GenerationSpan
+    seen: int
+
+
+@dataclass(frozen=True)
+class Located:
+    """What one forward knows of its tokens; gradient checkpointing comes back for it.
+
+    Attributes:
+        steps: (batch, tokens); None edits every token, for what is not a model of token sequences.
+        row_adapters: `adapter_names` of a mixed batch. recorded: where the gates go.
+    """
+
+    steps: Tensor | None
+    row_adapters: list[str] | None
+    recorded: dict[Any, RecordedGates] | None
+
+
+class _OfThread:
+    """An attribute with a value of its own in each thread, None until it is set: several threads may serve one model.
+
+    The values lie in a plain `threading.local`. torch.compile traces that, but neither a subclass of it nor a `ContextVar`.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, context: Any, owner: type) -> Any:
+        return getattr(context._thread, self._name, None)
+
+    def __set__(self, context: Any, value: Any) -> None:
+        setattr(context._thread, self._name, value)
+
+
 class EditContext:
     """Watches every forward and `generate` of one base model and tells its edited blocks which tokens to edit.
 
     It hangs on the base model and not on the tuner, because transformers' own adapter loading throws the tuner away and
-    calls the base model directly. It stays as it was after a forward, since gradient checkpointing comes back for it.
+    calls the base model directly. What it knows of a call belongs to the thread of that call.
 
     Args:
         model: the base model: callers' keyword arguments (labels, prompt_lengths) and `generate` arrive here.
@@ -47,19 +84,25 @@ class EditContext:
             pass by the model's head.
     """
 
+    steps = _OfThread()  # of the last forward, (batch, tokens); None edits every token: not a model of token sequences
+    row_adapters = _OfThread()  # `adapter_names` of a mixed batch
+    recorded = _OfThread()  # gates by block, while `recording()`
+    stated_lengths = _OfThread()  # set by `prompt_lengths()`
+    _generation = _OfThread()  # of `generate`, while it runs
+    _labels = _OfThread()
+    _passed_lengths = _OfThread()
+    _located = _OfThread()  # whether a forward has run in this thread
+
     def __init__(self, model: nn.Module, stack: nn.Module) -> None:
-        self.steps: Tensor | None = None  # (batch, tokens); None edits every token: not a model of token sequences
-        self.row_adapters: list[str] | None = None  # `adapter_names` of a mixed batch
-        self.recorded: dict[Any, RecordedGates] | None = None
-        self.stated_lengths: Tensor | None = None  # set by `prompt_lengths()`
-        self._span: GenerationSpan | None = None
-        self._labels: Tensor | None = None
-        self._passed_lengths: Tensor | None = None
-        self._manager: Any = None  # of transformers' continuous batching: knows which request each token belongs to
+        model_call.warn_if_untested()
+        self._thread = threading.local()
+        self._with_gradients: Located | None = None
+        self._training_threads: set[int] = set()
+        self._manager: Any = None  # of transformers' continuous batching, which runs in a thread of its own
         self._warned = False
         self._model: Any = model
-        self._model_arguments = tuple(inspect.signature(model.forward).parameters)
-        self._stack_arguments = tuple(inspect.signature(stack.forward).parameters)
+        self._model_arguments = tuple(signature(model.forward).parameters)
+        self._stack = StackSignature.of(stack)
         self._handles = [
             model.register_forward_pre_hook(self._remember, with_kwargs=True),
             stack.register_forward_pre_hook(self._locate, with_kwargs=True),
@@ -76,19 +119,48 @@ class EditContext:
             self._model.__dict__.pop(method, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_manager": None}  # threads and queues: neither pickled nor copied
+        """Leave out what belongs to running calls, threads and queues: it is neither pickled nor copied."""
+        kept = {name: value for name, value in self.__dict__.items() if name != "_thread"}
+        return {**kept, "_manager": None, "_with_gradients": None, "_training_threads": set()}
 
-    def mask(self, hidden: Tensor, prompt_positions: int) -> Tensor | None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._thread = threading.local()
+
+    def located(self) -> Located:
+        """Find what the blocks should know of the forward that they are part of.
+
+        That is the last forward of this thread. A thread that has run none is one of autograd's own, in which gradient
+        checkpointing runs blocks again on a GPU: it gets the last forward that needed gradients.
+
+        Raises:
+            ValueError: no forward of the model has run, but one of its blocks.
+            RuntimeError: several threads train the model, so that it cannot be known whose forward is run again.
+        """
+        if self._located:
+            return Located(self.steps, self.row_adapters, self.recorded)
+        if self._with_gradients is None:
+            raise ValueError(
+                f"A block with a BaFT adapter was called, but not its model, {type(self._model).__name__}, which alone is told "
+                "where prompts end. Call the model."
+            )
+        if len(self._training_threads) > 1:
+            raise RuntimeError(
+                "Several threads train one BaFT model with gradient checkpointing; train it in one thread."
+            )
+        return self._with_gradients
+
+    def mask(self, steps: Tensor | None, hidden: Tensor, prompt_positions: int) -> Tensor | None:
         """Which vectors of `hidden` (batch, tokens, d) an adapter edits: (batch, tokens) bool, or None for all."""
-        if self.steps is None:
+        if steps is None:
             return None
-        if hidden.shape[:-1] != self.steps.shape:
+        if hidden.shape[:-1] != steps.shape:
             raise ValueError(
                 f"A block gave hidden vectors of shape {tuple(hidden.shape)}, but the model was called with "
-                f"(rows, tokens) = {tuple(self.steps.shape)}. Call the model, not a block of it, and keep one row per "
+                f"(rows, tokens) = {tuple(steps.shape)}. Call the model, not a block of it, and keep one row per "
                 "sequence."
             )
-        return edited(self.steps, prompt_positions).to(hidden.device)
+        return edited(steps, prompt_positions).to(hidden.device)
 
     @contextmanager
     def recording(self) -> Iterator[dict[Any, RecordedGates]]:
@@ -112,9 +184,9 @@ class EditContext:
             self.row_adapters = outer
 
     @contextmanager
-    def stating(self, lengths: Tensor) -> Iterator[None]:
-        """Take `lengths` (sequences,) as the prompt lengths of the forwards and `generate` calls inside."""
-        outer, self.stated_lengths = self.stated_lengths, lengths
+    def stating(self, lengths: Sequence[int] | Tensor) -> Iterator[None]:
+        """Take `lengths` (sequences,) as the prompt lengths of this thread's forwards and `generate` calls inside."""
+        outer, self.stated_lengths = self.stated_lengths, integer_lengths(lengths)
         try:
             yield
         finally:
@@ -123,49 +195,50 @@ class EditContext:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the base model, with the prompt's place kept in mind until it returns."""
         lengths = kwargs.pop("prompt_lengths", None)
-        outer, self._span = self._span, self._span_of(args, kwargs, lengths)
+        outer, self._generation = self._generation, self._begin_generation(args, kwargs, lengths)
         try:
             return type(self._model).generate(self._model, *args, **kwargs)
         finally:
-            self._span = outer
+            self._generation = outer
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """That of the base model (`generate_batch`, `transformers serve`), with the requests' prompts kept in mind.
-
-        What a prompt's tokens become depends on where the prompt ends, so requests cannot share the blocks of a common
-        prefix; and CUDA graphs or compiled graphs would replay the positions of the batch that they were made from.
 
         Raises:
             NotImplementedError: this version of transformers does not tell which token belongs to which request.
         """
         manager = type(self._model).init_continuous_batching(self._model, *args, **kwargs)
-        settings = getattr(manager, "continuous_batching_config", None)
-        fresh = getattr(manager, "batch_processor", "unknown") is None or manager is self._manager
-        if settings is None or not fresh or self.stated_lengths is not None:
-            raise NotImplementedError(CONTINUOUS_BATCHING)
-        settings.use_cuda_graph = settings.use_async_batching = settings.allow_block_sharing = False
-        settings.varlen_compile_config = settings.decode_compile_config = None
+        if self.stated_lengths is not None:
+            raise NotImplementedError(model_call.CONTINUOUS_BATCHING)
+        model_call.prepare_manager(manager, self._manager)
         self._manager = manager
         return manager
 
-    def _span_of(self, args: tuple, kwargs: Mapping[str, Any], lengths: Any) -> GenerationSpan | None:
-        prompt = next((kwargs[k] for k in ("inputs_embeds", "input_ids", "inputs") if kwargs.get(k) is not None), None)
-        prompt = args[0] if prompt is None and args else prompt
-        if not isinstance(prompt, Tensor):
+    def _begin_generation(self, args: tuple, kwargs: dict[str, Any], lengths: Any) -> Generation | None:
+        """Note where the prompt of a call of `generate` lies; None where it gets no tokens."""
+        call = model_call.read_generate_call(args, kwargs)
+        if call.prompt is None:
             return None
-        mask = kwargs.get("attention_mask")
-        readable = isinstance(mask, Tensor) and mask.ndim == 2
-        real: Any = mask if readable else torch.ones(prompt.shape[:2], device=prompt.device)
-        cached = _cached_tokens(kwargs.get("past_key_values"))
-        return GenerationSpan.of_prompt(real.bool(), int(cached), self._lengths(lengths))
+        if call.guided:
+            raise NotImplementedError(model_call.GUIDANCE)
+        cached = model_call.cached_columns(call.memory)
+        if cached is None:
+            raise UnknownPositionError(
+                self._model,
+                f"generate() was given a {type(call.memory).__name__} that does not tell how many tokens it holds",
+                "Pass the whole chat as the prompt, without it.",
+            )
+        real = call.attention_mask
+        if real is None:
+            real = torch.ones(call.prompt.shape[:2], device=call.prompt.device)
+        return Generation(GenerationSpan.of_prompt(real.bool(), int(cached), self._lengths(lengths)), int(cached))
 
     def _lengths(self, passed: Any) -> Tensor | None:
-        lengths = self.stated_lengths if passed is None else passed
-        return None if lengths is None else torch.as_tensor(lengths).reshape(-1)
+        return self.stated_lengths if passed is None else integer_lengths(passed)
 
     def _remember(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the base model's forward: keep what its inner modules will not be told."""
-        self._labels = _bound(self._model_arguments, args, kwargs).get("labels")
+        self._labels = model_call.read_labels(self._model_arguments, args, kwargs)
         self._passed_lengths = kwargs.get("prompt_lengths")
         return args, {k: v for k, v in kwargs.items() if k != "prompt_lengths"}
 
@@ -173,29 +246,50 @@ class EditContext:
         """Before the stack of blocks runs: find the step of every token."""
         labels, self._labels = self._labels, None
         lengths, self._passed_lengths = self._lengths(self._passed_lengths), None
-        inputs = _bound(self._stack_arguments, args, kwargs)
-        tokens = inputs.get("input_ids")
-        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
-        if not isinstance(tokens, Tensor) or tokens.ndim < 2:
+        call = model_call.read_stack_call(self._stack, args, kwargs)
+        if call is None:
             self.steps = None
-            return
-        if "cu_seq_lens_q" in kwargs and "cache" in kwargs:
-            self.steps = _steps_of_requests(self._manager, inputs["position_ids"])
-            return
-        rows, width = tokens.shape[:2]
-        past = _cached_tokens(inputs.get("past_key_values"))
-        if self._span is not None:
-            self.steps = self._span.steps(past, rows, width)
-            return
-        if labels is None and lengths is None and module.training and torch.is_grad_enabled():
-            self._warn()
-        real, past = _real_tokens(inputs.get("attention_mask"), rows, width, past, tokens.device)
-        positions = inputs.get("position_ids")
-        fits = positions is not None and positions.shape == (rows, width) and isinstance(past, int) and past == 0
-        self.steps = steps_of_input(
+        elif call.is_continuous_batch:
+            self.steps = self._steps_of_requests(call)
+        elif self._generation is not None:
+            self.steps = self._steps_in_generate(call, self._generation)
+        else:
+            if labels is None and lengths is None and module.training and torch.is_grad_enabled():
+                self._warn()
+            self.steps = self._steps_of_forward(call, labels, lengths)
+        self._located = True
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._training_threads.add(threading.get_ident())
+            self._with_gradients = Located(self.steps, self.row_adapters, self.recorded)
+
+    def _steps_of_requests(self, call: StackCall) -> Tensor:
+        """Steps of one continuous batch, (1, tokens)."""
+        positions = call.position_ids
+        if positions is None:
+            raise NotImplementedError(model_call.CONTINUOUS_BATCHING)
+        lengths = model_call.prompt_lengths_of_requests(self._manager, positions.shape[1], positions.device)
+        return positions - lengths
+
+    def _steps_in_generate(self, call: StackCall, generation: Generation) -> Tensor:
+        """Steps of a forward inside `generate`."""
+        rows, width = call.tokens.shape[:2]
+        past = model_call.columns_before_in_generate(self._model, call, generation.seen)
+        if isinstance(past, int):
+            generation.seen = past + width
+        return generation.span.steps(past, rows, width)
+
+    def _steps_of_forward(self, call: StackCall, labels: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """Steps of a forward outside `generate`."""
+        rows, width = call.tokens.shape[:2]
+        known = labels is not None or lengths is not None
+        past = model_call.columns_before(self._model, call, position_matters=known)
+        real, past = _real_tokens(call.attention_mask, rows, width, past, call.tokens.device)
+        positions = call.position_ids
+        packed = positions is not None and positions.shape == (rows, width) and isinstance(past, int) and past == 0
+        return steps_of_input(
             real,
             past,
-            positions=positions if fits else None,
+            positions=positions if packed else None,
             labels=labels if labels is not None and labels.shape == (rows, width) else None,
             prompt_lengths=lengths,
         )
@@ -206,37 +300,15 @@ class EditContext:
             logger.warning(WITHOUT_PROMPT_LENGTHS)
 
 
-def _steps_of_requests(manager: Any, positions: Tensor) -> Tensor:
-    """Steps of one continuous batch, (1, tokens): pieces of several requests in a row, prompts or single new tokens."""
-    processor = getattr(manager, "batch_processor", None)
-    requests: Sequence[Any] = getattr(getattr(processor, "inputs_and_outputs", None), "requests_in_batch", ())
-    pieces = torch.tensor([request.query_length for request in requests], device=positions.device)
-    if pieces.sum() != positions.shape[1]:
-        raise NotImplementedError(CONTINUOUS_BATCHING)
-    states = [request.state for request in requests]  # one put out of the cache takes its answer for more of its prompt
-    prompts = torch.tensor([s._true_initial_tokens or len(s.initial_tokens) for s in states], device=positions.device)
-    return positions - prompts.repeat_interleave(pieces)
-
-
-def _bound(names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by name; cheaper than `inspect` at every call, and traceable."""
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _cached_tokens(cache: Any) -> int | Tensor:
-    """Columns that a key-value cache holds: an integer, or a 0-d tensor for a static cache."""
-    return cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-
-
 def _real_tokens(
-    mask: Any, rows: int, width: int, past: int | Tensor, device: torch.device
+    mask: Tensor | None, rows: int, width: int, past: int | Tensor, device: torch.device
 ) -> tuple[Tensor, int | Tensor]:
-    """The real ones of the new tokens, (rows, width) bool, and how many real tokens precede them.
+    """Find the real ones of the new tokens, (rows, width) bool, and count the real tokens that precede them.
 
-    `mask` is the caller's attention mask: over the new tokens, or over the cached ones as well. Masks of other forms
-    (4-D, per layer type) say nothing about padding that can be read here; all tokens then count as real.
+    `mask` is the caller's attention mask: over the new tokens, or over the cached ones as well. Without one that can be read,
+    all tokens count as real.
     """
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < width:
+    if mask is None or mask.shape[1] < width:
         return torch.ones(rows, width, dtype=torch.bool, device=device), past
     if mask.shape[1] == width:
         return mask.bool(), past

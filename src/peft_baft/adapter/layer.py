@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peft_baft.adapter.config import BaftConfig
-from peft_baft.adapter.context import EditContext, RecordedGates
+from peft_baft.adapter.context import EditContext, Located, RecordedGates
 from peft_baft.adapter.parameters import Gate, OrthonormalBasis, stacked_bases, stacked_parameters
 from peft_baft.intervention import update
 
@@ -102,16 +102,19 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         Args:
             hidden: (batch, tokens, d), any floating dtype; updates are computed in the adapter's dtype.
         """
-        if self.context.row_adapters is not None:
-            return self._edit_rows(hidden, self.context.row_adapters)
+        call = self.context.located()
+        if call.row_adapters is not None:
+            return self._edit_rows(hidden, call, call.row_adapters)
         total = None
-        for adapter_name in (name for name in self.active_adapters if name in self.configs):
-            mask = self.context.mask(hidden, self.configs[adapter_name].prompt_positions)
-            part = self._update(adapter_name, self.name, hidden, mask)
+        chosen = [name for name in self.active_adapters if name in self.configs]
+        for adapter_name in chosen:
+            mask = self.context.mask(call.steps, hidden, self.configs[adapter_name].prompt_positions)
+            place = self.name if len(chosen) == 1 else (self.name, adapter_name)
+            part = self._update(adapter_name, place, hidden, mask, call.recorded)
             total = part if total is None else total + part
         return hidden if total is None else (hidden + total).to(hidden.dtype)
 
-    def _edit_rows(self, hidden: Tensor, names: list[str]) -> Tensor:
+    def _edit_rows(self, hidden: Tensor, call: Located, names: list[str]) -> Tensor:
         """`forward` where row i is edited by adapter `names[i]` alone: each adapter computes its own rows."""
         if len(names) != hidden.shape[0]:
             raise ValueError(
@@ -122,12 +125,14 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         for group in self._alike(name for name in dict.fromkeys(names) if name in self.configs):
             own = {name: [i for i, chosen in enumerate(names) if chosen == name] for name in group}
             rows = torch.tensor([i for of_one in own.values() for i in of_one], device=hidden.device)
-            mask = self.context.mask(hidden, self.configs[group[0]].prompt_positions)
+            mask = self.context.mask(call.steps, hidden, self.configs[group[0]].prompt_positions)
             mask, chosen = None if mask is None else mask[rows], hidden[rows]
             if len(group) == 1:
-                part = self._update(group[0], (self.name, group[0]), chosen, mask)
+                part = self._update(group[0], (self.name, group[0]), chosen, mask, call.recorded)
             else:
-                part = self._update_side_by_side([(name, len(own[name])) for name in group], chosen, mask)
+                part = self._update_side_by_side(
+                    [(name, len(own[name])) for name in group], chosen, mask, call.recorded
+                )
             places.append(rows)
             parts.append(chosen + part)
         return hidden.index_copy(0, torch.cat(places), torch.cat(parts).to(hidden.dtype)) if places else hidden
@@ -141,7 +146,14 @@ class BaftLayer(nn.Module, BaseTunerLayer):
             groups.setdefault((config.r, config.prompt_positions, gate, weight.dtype, weight.device), []).append(name)
         return list(groups.values())
 
-    def _update(self, adapter_name: str, place: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    def _update(
+        self,
+        adapter_name: str,
+        place: Any,
+        hidden: Tensor,
+        mask: Tensor | None,
+        recorded: dict[Any, RecordedGates] | None,
+    ) -> Tensor:
         """Φ(h) - h of one adapter at every token, (rows, tokens, d), 0 where it does not edit.
 
         place: what the gates are recorded under.
@@ -150,13 +162,19 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         with torch.autocast(hidden.device.type, enabled=False):
             h = hidden.to(source.weight.dtype)
             w = self.baft_gate[adapter_name](h) if adapter_name in self.baft_gate else None
-            if w is not None and mask is not None and self.context.recorded is not None:
-                self.context.recorded[place] = RecordedGates(w, mask)
+            if w is not None and mask is not None and recorded is not None:
+                recorded[place] = RecordedGates(w, mask)
             R: Tensor = self.baft_basis[adapter_name]().to(h.dtype)
             part = update(source(h), R, w)
         return part if mask is None else torch.where(mask[..., None], part, 0)
 
-    def _update_side_by_side(self, owners: list[tuple[str, int]], hidden: Tensor, mask: Tensor | None) -> Tensor:
+    def _update_side_by_side(
+        self,
+        owners: list[tuple[str, int]],
+        hidden: Tensor,
+        mask: Tensor | None,
+        recorded: dict[Any, RecordedGates] | None,
+    ) -> Tensor:
         """`_update` of several alike adapters at once, their parameters stacked.
 
         owners: each adapter, and how many of the next rows are its own.
@@ -172,9 +190,9 @@ class BaftLayer(nn.Module, BaseTunerLayer):
             h, w = hidden.to(source["weight"].dtype), None
             if gates:
                 w = torch.vmap(partial(functional_call, gates[0]))(stacked_parameters(gates, index), h)
-                if mask is not None and self.context.recorded is not None:
+                if mask is not None and recorded is not None:
                     for (name, _), own, edited in zip(owners, w.split(counts), mask.split(counts), strict=True):
-                        self.context.recorded[self.name, name] = RecordedGates(own, edited)
+                        recorded[self.name, name] = RecordedGates(own, edited)
             shift = torch.baddbmm(source["bias"][:, None], h, source["weight"].mT)
             part = update(shift, stacked_bases(bases)[index].to(h.dtype), w)
         return part if mask is None else torch.where(mask[..., None], part, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,12 +15,12 @@ from torch import Tensor, nn
 
 from peft_baft.adapter import find_context
 from peft_baft.adapter.blocks import text_config
+from peft_baft.adapter.model_call import call_with_cache, fork, full_logits, select_rows, takes_position_ids
 from peft_baft.data.batching import Tokens, collate
 from peft_baft.editing.packing import packed_forwards
 from peft_baft.editing.sparing import (
     blocks_below,
     changed,
-    copied,
     enough_rows,
     give,
     on,
@@ -33,10 +32,10 @@ from peft_baft.editing.sparing import (
 from peft_baft.losses import answer_losses
 
 logger = logging.getLogger(__name__)
-TOLERANCE = 1e-3  # of the first loss, relative; cached and plain differ by float noise, a model that cannot by far more
-_checked: WeakKeyDictionary[Any, int] = (
-    WeakKeyDictionary()
-)  # base models whose caches were found right, up to so many tokens
+TOLERANCE = 1e-3  # of the first loss and of its gradient, relative: cached and plain ones differ by rounding
+ROUNDINGS = 8  # or so many times the spacing of the model's numbers, where that is coarser: bfloat16
+_checked: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # base models whose caches were right, up to so many tokens
+_failed: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # base models whose caches were not, from so many tokens on
 
 
 class Session:
@@ -73,7 +72,7 @@ class Session:
     def losses(self) -> Tensor:
         """(n,) the cross entropy of each answer token to learn, at the adapter's present parameters."""
         with self._stating_lengths():
-            logits = self.model(**self._inputs, use_cache=False).logits
+            logits = full_logits(self.model, **self._inputs)
         return answer_losses(logits[on(logits.device, self._places)], self._tokens.to(logits.device))
 
     def _stating_lengths(self) -> AbstractContextManager[Any]:
@@ -123,7 +122,7 @@ class CachedSession(Session):
         width = masks[0].shape[1]
         self._inputs = {"input_ids": after["input_ids"].to(device), "attention_mask": torch.cat(masks, 1)}
         first = {"input_ids": before["input_ids"].to(device), "attention_mask": masks[0]}
-        if "position_ids" in inspect.signature(model.get_base_model().forward).parameters:
+        if takes_position_ids(model.get_base_model()):
             first["position_ids"], self._inputs["position_ids"] = place[:, :width], place[:, width:]
         self._aim(learned, cuts)
         self._base = model.get_base_model()
@@ -134,17 +133,17 @@ class CachedSession(Session):
         self._products = packed_forwards(self._base.modules())
         forwards = standing_in(without_padding(self._base, masks[0].bool(), self._products))
         with torch.no_grad(), self._stating_lengths(), only_at(self._head, none), forwards:
-            self._cache = model(**first, use_cache=True).past_key_values
+            _, self._cache = call_with_cache(model, self._base, first)
         self.given: dict[nn.Module, Any] = {}
         self._width = width
         self._forwards = without_padding(self._base, self._inputs["attention_mask"][:, width:].bool(), self._products)
 
     def losses(self) -> Tensor:
-        cache = copied(self._cache)  # a forward adds to this one, not to the kept one
+        cache = fork(self._cache)  # a forward adds to this one, not to the kept one
         known = remembering(self._below, self.given) if not self.given else nullcontext()
         given = {block: partial(give, output) for block, output in self.given.items()}
         with self._stating_lengths(), only_at(self._head, self._asked), known, standing_in(self._forwards | given):
-            logits = self.model(**self._inputs, past_key_values=cache, use_cache=True).logits
+            logits, _ = call_with_cache(self.model, self._base, self._inputs, cache)
         logits = logits if len(logits) == len(self._tokens) else logits[: len(self._tokens)]
         return answer_losses(logits, self._tokens.to(logits.device))
 
@@ -154,8 +153,7 @@ class CachedSession(Session):
         taken._aim([n for n, i in enumerate(rows) if i in self._learned], [self._cuts[i] for i in rows])
         taken._asked = enough_rows(taken._places)
         taken._inputs = {name: tensor[index] for name, tensor in self._inputs.items()}
-        taken._cache = copied(self._cache)
-        taken._cache.batch_select_indices(index)
+        taken._cache = select_rows(self._cache, index)
         real = taken._inputs["attention_mask"][:, self._width :].bool()
         taken._forwards = without_padding(taken._base, real, taken._products)
         taken.given = {block: changed(given, lambda h: h[index]) for block, given in self.given.items()}
@@ -172,34 +170,94 @@ def input_device(model: Any) -> torch.device:
 def open_session(
     model: Any, rows: Sequence[Tokens], learned: Sequence[int], padding: int, positions: int | None
 ) -> Session:
-    """The cached session where it gives what the plain one gives, else the plain one.
+    """Open the cached session where it gives what the plain one gives, else the plain one, with a warning.
 
-    That is checked when a model is first edited, and again for texts that are much longer or reach over its attention window.
+    That is checked when a model is first edited, loss and gradient, and the loss again for texts that are much longer or reach
+    over the model's attention window.
 
     Args:
         learned: numbers of the rows whose answers are learned.
         positions: P of the adapter; None where tokens before them may change as well.
     """
     device = input_device(model)
+    base = model.get_base_model()
     plain = Session(model, rows, learned, padding, device)
-    if positions is None or max(row.prompt_length for row in rows) <= positions:
-        return plain
     longest = max(len(row.ids) for row in rows)
+    if (
+        positions is None
+        or max(row.prompt_length for row in rows) <= positions
+        or longest >= _failed.get(base, longest + 1)
+    ):
+        return plain
+    some = sorted({learned[0], max(range(len(rows)), key=lambda i: len(rows[i].ids))})
+    # A model that was never edited before may fail in any way when it goes on from a cache: its error is told, not raised.
+    unknown = (Exception,) if base not in _checked else ()
     try:
         cached = CachedSession(model, rows, learned, padding, device, positions)
-        if longest <= _checked.get(model.get_base_model(), 0):
-            return cached
-        some = sorted({learned[0], max(range(len(rows)), key=lambda i: len(rows[i].ids))})
+        if longest > _checked.get(base, 0):
+            _require_equal(model, plain.taking(some), cached.taking(some), gradient=base not in _checked)
+            _checked[base] = _reach(model, longest)
+        return cached
+    except NotImplementedError as error:  # a model that keeps no cache: nothing is wrong with it
+        _failed[base] = 0
+        logger.info("%s is edited without a cache: %s", type(base).__name__, error)
+    except (CacheDiffers, *unknown) as error:
+        _failed[base] = _checked.get(base, -1) + 1
+        logger.warning(SLOWER, type(base).__name__, type(error).__name__, error)
+    return plain
+
+
+SLOWER = (
+    "%s is edited without a cache, which is slower but right: going on from a cache fails with it (%s: %s). "
+    "`baft check --model ...` shows what works with this model."
+)
+
+
+class CacheDiffers(ArithmeticError):
+    """Say that an edit with a cache is not the edit without it."""
+
+
+def _require_equal(model: Any, plain: Session, cached: Session, gradient: bool) -> None:
+    """Raise CacheDiffers unless two sessions of the same rows give the same loss, and the same gradient if asked.
+
+    The cached one is run twice: what its first run leaves behind must not reach the second one.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not (gradient and parameters and torch.is_grad_enabled()):
         with torch.no_grad():
-            losses = [session.taking(some).losses().mean().item() for session in (plain, cached)]
-    except (AttributeError, IndexError, TypeError, ValueError, NotImplementedError) as error:
-        logger.info("Editing without a cache: %s", error)
-        return plain
-    if not abs(losses[0] - losses[1]) <= TOLERANCE * (1 + losses[0]):
-        logger.info("Editing without a cache: the first loss is %g with and %g without it.", losses[1], losses[0])
-        return plain
-    _checked[model.get_base_model()] = _reach(model, longest)
-    return cached
+            wanted, found = (session.losses().mean().item() for session in (plain, cached))
+        _require_small("loss", abs(found - wanted), 1 + abs(wanted), model)
+        return
+    wanted, wanted_gradient = _loss_and_gradient(plain, parameters)
+    size = torch.linalg.vector_norm(wanted_gradient).item()
+    for _ in range(2):
+        loss, gradient_found = _loss_and_gradient(cached, parameters)
+        _require_small("loss", abs(loss - wanted), 1 + abs(wanted), model)
+        difference = torch.linalg.vector_norm(gradient_found - wanted_gradient).item()
+        _require_small("gradient", difference, size, model)
+
+
+def _loss_and_gradient(session: Session, parameters: Sequence[nn.Parameter]) -> tuple[float, Tensor]:
+    """The mean loss of a session, and its gradient as one vector; gradients that the parameters have stay as they are."""
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    loss = session.losses().mean()
+    loss.backward()
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    for parameter, gradient in zip(parameters, before, strict=True):
+        parameter.grad = gradient
+    return loss.item(), torch.cat([part.detach().flatten().float().cpu() for part in parts])
+
+
+def _require_small(what: str, difference: float, size: float, model: Any) -> None:
+    """Raise CacheDiffers if a difference is more than rounding explains in something of that size."""
+    dtype = next((p.dtype for p in model.get_base_model().parameters() if p.is_floating_point()), torch.float32)
+    tolerance = max(TOLERANCE, ROUNDINGS * torch.finfo(dtype).eps)
+    if not difference <= tolerance * size:
+        raise CacheDiffers(
+            f"the {what} of its first step is off by {difference:.2g}, where the {what}'s size is {size:.2g}"
+        )
 
 
 def _reach(model: Any, checked: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -26,13 +25,6 @@ def enough_rows(places: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The first place again and again where there are but two or three: BLAS multiplies four rows in half the time of three."""
     missing = 4 - len(places[0])
     return tuple(torch.cat([i, i[:1].expand(missing)]) for i in places) if 0 < missing < 3 else places
-
-
-def copied(cache: Any) -> Any:
-    """The same keys and values in another cache."""
-    cache = copy.copy(cache)
-    cache.layers = [copy.copy(layer) for layer in cache.layers]
-    return cache
 
 
 def blocks_below(model: Any) -> list[nn.Module]:

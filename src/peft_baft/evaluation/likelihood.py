@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_baft.adapter.model_call import full_logits
 from peft_baft.data.batching import Tokens, collate, encode_fitting, padding_id
 from peft_baft.evaluation.scoring import BATCH_SIZE
 
@@ -37,7 +38,7 @@ def log_probabilities(
     for start in range(0, len(rows), batch_size):
         part = order[start : start + batch_size]
         batch = {name: t.to(device) for name, t in collate([rows[i] for i in part], padding_id(tokenizer)).items()}
-        for i, logits in zip(part, model(**batch, use_cache=False).logits, strict=True):
+        for i, logits in zip(part, full_logits(model, **batch), strict=True):
             found[i] = _of_answer(logits, rows[i])
     return found
 

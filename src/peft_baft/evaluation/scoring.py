@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_baft.adapter.model_call import full_logits
 from peft_baft.data.batching import Tokens, collate, context_window, encode_fitting, encode_prompt, padding_id
 
 BATCH_SIZE = 16
@@ -58,7 +59,7 @@ def predicted_tokens(
         part = order[start : start + batch_size]
         batch = {name: t.to(device) for name, t in collate([rows[i] for i in part], padding_id(tokenizer)).items()}
         with batched(part):
-            said = model(**batch, use_cache=False).logits.argmax(-1).cpu()
+            said = full_logits(model, **batch).argmax(-1).cpu()
         for i, predicted in zip(part, said, strict=True):
             answer = slice(rows[i].prompt_length, len(rows[i].ids))
             found[i] = predicted[answer.start - 1 : answer.stop - 1], torch.tensor(rows[i].ids[answer])

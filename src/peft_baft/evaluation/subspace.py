@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter import BaftLayer, baft_layers
+from peft_baft.adapter.model_call import full_logits
 from peft_baft.data.batching import collate, encode_fitting, padding_id
 from peft_baft.data.cases import Case
 from peft_baft.evaluation.scoring import BATCH_SIZE, token_match
@@ -101,7 +102,7 @@ def _at_edited_tokens(
     for start in range(0, len(rows), BATCH_SIZE):
         batch = collate(rows[start : start + BATCH_SIZE], padding_id(tokenizer))
         with _watching(blocks) as seen:
-            model(**{name: t.to(device) for name, t in batch.items()}, use_cache=False)
+            full_logits(model, **{name: t.to(device) for name, t in batch.items()})
         for values, block in zip(found, blocks, strict=True):
             values.append(_selected(*block, seen))
     return [(torch.cat(shifts), torch.cat(gates)) for shifts, gates in (zip(*values, strict=True) for values in found)]

@@ -1,0 +1,463 @@
+"""How transformers calls a decoder, and how this package calls one: the only file that names arguments and attributes of it.
+
+These names change: transformers 5.24 renamed the argument `past_key_values` to `cache`, and a hook that looks for a name that
+is gone sees nothing at all. A call is therefore read by meaning (the cache is the argument that *is* a cache), and whatever
+cannot be read raises `UnknownPositionError`. A wrong guess here would train and apply edits at wrong tokens without a sign.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import Cache
+
+logger = logging.getLogger(__name__)
+TESTED_TRANSFORMERS = "5.24.0"  # the newest that the tests have passed with, as requirements/tested.txt has it
+MEMORY_NAMES = re.compile(r"(^|_)(past|cache|mems|state)(_|$)")  # as in `past_buckets_states`, `cache_params`
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # in the order in which a signature is searched
+PAGED = "PagedAttentionCache"  # the cache of continuous batching, which is no `Cache`
+CONTINUOUS_BATCHING = (
+    "Continuous batching with a BaFT adapter needs transformers 5.23 or later, a manager that was made after the "
+    "adapter was added, and no stated `prompt_lengths`. Use generate() instead."
+)
+GUIDANCE = (
+    "generate(guidance_scale=...) runs a second, unconditional prompt, and a BaFT adapter is not told where that one ends. "
+    "Leave it out, or generate inside `with model.disable_adapter():`."
+)
+UNTESTED = (
+    "peft_baft is tested with transformers up to %s, and this is %s. `baft check --model ...`, or "
+    "peft_baft.check(model, tokenizer), shows in about a minute whether edits still reach the right tokens."
+)
+
+
+def newer_than_tested(version: str) -> bool:
+    """Whether a version of transformers is newer, in its first two numbers, than what the tests have passed with."""
+
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+
+    return numbers(version) > numbers(TESTED_TRANSFORMERS)
+
+
+@cache
+def warn_if_untested(version: str = transformers.__version__) -> None:
+    """Warn, once a process, where transformers is newer than the newest tested one."""
+    if newer_than_tested(version):
+        logger.warning(UNTESTED, TESTED_TRANSFORMERS, version)
+
+
+class UnknownPositionError(RuntimeError):
+    """Say that a token's place relative to its prompt cannot be known, so that no other place is edited instead."""
+
+    def __init__(self, model: nn.Module, what: str, instead: str) -> None:
+        super().__init__(
+            f"{type(model).__name__} (transformers {transformers.__version__}) was called in a way that does not tell which "
+            f"tokens a BaFT adapter edits: {what}. {instead} `baft check --model ...` shows what works with this model."
+        )
+
+
+@dataclass(frozen=True)
+class StackSignature:
+    """What the stack of decoder blocks can be called with.
+
+    Attributes:
+        names: its parameters, in order. memories: those that may hold a memory of earlier tokens, by their names.
+    """
+
+    names: tuple[str, ...]
+    memories: frozenset[str]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> StackSignature:
+        """Read the signature of the module's forward."""
+        names = tuple(inspect.signature(module.forward).parameters)
+        return cls(names, frozenset(name for name in names if MEMORY_NAMES.search(name)))
+
+
+@dataclass(frozen=True)
+class StackCall:
+    """One call of the stack of decoder blocks.
+
+    Attributes:
+        tokens: (rows, width) ids, or (rows, width, d) embeddings.
+        attention_mask: (rows, columns) over the new tokens, or over the cached ones as well; None where there is none, or one
+            of another form (4-D, or one per layer type), which says nothing about padding that can be read here.
+        position_ids: (rows, width), or None.
+        memory: what holds the tokens before these: a `Cache`, a recurrent state; None where there is none.
+        memories: how many different ones were passed.
+    """
+
+    tokens: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    memory: Any
+    memories: int
+
+    @property
+    def is_continuous_batch(self) -> bool:
+        """Whether this is continuous batching: pieces of several requests in one row."""
+        return _is_paged(self.memory)
+
+
+@dataclass(frozen=True)
+class GenerateCall:
+    """One call of `generate`. prompt: (rows, width) ids or (rows, width, d) embeddings; attention_mask: (rows, columns)."""
+
+    prompt: Tensor | None
+    attention_mask: Tensor | None
+    memory: Any
+    guided: bool  # by a second, unconditional prompt (classifier-free guidance)
+
+
+def read_stack_call(signature: StackSignature, args: tuple, kwargs: Mapping[str, Any]) -> StackCall | None:
+    """Read a call of the stack of decoder blocks; None where it gets no sequence of tokens.
+
+    Tokens are `input_ids` or `inputs_embeds`, else the first argument if it holds integers. The memory is the argument that is
+    a cache, whatever it is called, or one whose name says that it remembers.
+    """
+    given = bind(signature.names, args, kwargs)
+    tokens = given.get("input_ids")
+    if tokens is None:
+        tokens = given.get("inputs_embeds")
+    if tokens is None and signature.names:
+        first = given.get(signature.names[0])
+        tokens = first if isinstance(first, Tensor) and not first.is_floating_point() else None
+    if not isinstance(tokens, Tensor) or tokens.ndim < 2:
+        return None
+    memories = _memories(signature.memories, given)
+    return StackCall(
+        tokens=tokens,
+        attention_mask=_two_dimensional(given, "attention_mask", "mask"),
+        position_ids=_two_dimensional(given, "position_ids", "position"),
+        memory=memories[0] if memories else None,
+        memories=len(memories),
+    )
+
+
+def read_labels(names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Find the labels in a call of the causal language model, whose parameters are `names`."""
+    return bind(names, args, kwargs).get("labels")
+
+
+def read_generate_call(args: tuple, kwargs: Mapping[str, Any]) -> GenerateCall:
+    """Read a call of `generate`."""
+    prompt = None
+    for name in ("inputs_embeds", "input_ids", "inputs"):
+        if prompt is None:
+            prompt = kwargs.get(name)
+    if prompt is None and args:
+        prompt = args[0]
+    settings = kwargs.get("generation_config")
+    scale = kwargs.get("guidance_scale", getattr(settings, "guidance_scale", None))
+    memories = _memories(frozenset(name for name in kwargs if MEMORY_NAMES.search(name)), kwargs)
+    return GenerateCall(
+        prompt=prompt if isinstance(prompt, Tensor) else None,
+        attention_mask=_two_dimensional(kwargs, "attention_mask", "mask"),
+        memory=memories[0] if memories else None,
+        guided=scale not in (None, 1, 1.0),
+    )
+
+
+def bind(names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Give positional arguments their names; cheaper than `inspect` at every call, and torch.compile can trace it."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _memories(named: frozenset[str], given: Mapping[str, Any]) -> list[Any]:
+    """Find the arguments that hold earlier tokens, each once."""
+    found: list[Any] = []
+    for name, value in given.items():
+        if value is None or isinstance(value, (Tensor, bool, int, float, str)):
+            continue
+        remembers = isinstance(value, Cache) or _is_paged(value) or name in named
+        if remembers and not any(value is other for other in found):
+            found.append(value)
+    return found
+
+
+def _is_paged(value: Any) -> bool:
+    return any(cls.__name__ == PAGED for cls in type(value).__mro__)
+
+
+def _two_dimensional(given: Mapping[str, Any], name: str, part: str) -> Tensor | None:
+    """Find the (rows, columns) tensor called `name`, or, under a name we do not know, the only one with `part` in it."""
+    if name in given:
+        value = given[name]
+        return value if isinstance(value, Tensor) and value.ndim == 2 else None
+    others = []
+    for other, value in given.items():
+        if part in other and isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():
+            others.append(value)
+    return others[0] if len(others) == 1 else None
+
+
+# ---------------------------------------------------------------------------------------------- how much is cached
+
+
+def cached_columns(memory: Any) -> int | Tensor | None:
+    """Count the columns of tokens that a memory holds.
+
+    Returns:
+        An integer, a 0-d tensor for a static cache, or None for a filled memory that does not count: recurrent states.
+    """
+    if memory is None:
+        return 0
+    if not hasattr(memory, "get_seq_length"):
+        return None
+    try:
+        columns = memory.get_seq_length()
+    except (ValueError, NotImplementedError):  # a `Cache` of recurrent layers alone
+        columns = 0
+    if isinstance(columns, int) and columns == 0:
+        return _columns_of_layers(memory)
+    return columns
+
+
+def _columns_of_layers(cache: Any) -> int | None:
+    """Count the columns of a cache whose first layer is empty: 0 for a fresh one.
+
+    Some models leave the first layer empty for good: MiniMax, whose first block has linear attention.
+    """
+    recurrent = False
+    for layer in getattr(cache, "layers", ()):
+        columns = layer.get_seq_length() if hasattr(layer, "get_seq_length") else 0
+        if isinstance(columns, int) and columns > 0:
+            return columns
+        recurrent = recurrent or _is_filled(getattr(layer, "has_previous_state", False))
+    return None if recurrent else 0
+
+
+def _is_filled(state: Any) -> bool:
+    """Whether a recurrent layer has seen tokens; newer versions keep one flag a state."""
+    return any(state.values()) if isinstance(state, dict) else state is True
+
+
+def columns_before(model: nn.Module, call: StackCall, *, position_matters: bool) -> int | Tensor:
+    """Count the columns before the new tokens of a forward outside `generate`.
+
+    Args:
+        position_matters: whether prompt lengths or labels are known. Without them every new token after a filled memory is
+            edited, however much it holds.
+
+    Raises:
+        UnknownPositionError: there is a memory that cannot be counted, or a mask that covers tokens which are nowhere.
+    """
+    _require_one_memory(model, call)
+    counted, masked = cached_columns(call.memory), _masked_columns(call)
+    if call.memory is None:
+        if masked:
+            raise UnknownPositionError(model, _hidden(call, masked), STATE_THE_CACHE)
+        return 0
+    if counted is None:
+        if masked or not position_matters:
+            return masked or 1
+        raise UnknownPositionError(
+            model, f"its {type(call.memory).__name__} does not tell how much it holds", USE_GENERATE
+        )
+    if isinstance(counted, int) and masked and masked != counted and not _is_static(call.memory):
+        raise UnknownPositionError(model, _contradiction(call, counted, masked), STATE_THE_CACHE)
+    return counted
+
+
+def columns_before_in_generate(model: nn.Module, call: StackCall, seen: int) -> int | Tensor:
+    """Count the columns before the new tokens of a forward inside `generate`.
+
+    Args:
+        seen: columns that this `generate` has passed so far, counted by the forwards before this one.
+
+    Raises:
+        UnknownPositionError: the cache, the mask and the forwards so far contradict each other.
+    """
+    _require_one_memory(model, call)
+    counted, masked, width = cached_columns(call.memory), _masked_columns(call), call.tokens.shape[1]
+    if call.memory is None:
+        if masked:
+            raise UnknownPositionError(model, _hidden(call, masked), STATE_THE_CACHE)
+        if seen and width <= seen:
+            what = f"inside generate() it got {width} new tokens after {seen} others, and no cache that holds those"
+            raise UnknownPositionError(model, what, "Pass use_cache=False, which computes every token at each step.")
+        return 0
+    if isinstance(counted, Tensor):  # a static cache: comparing would wait for the device, and break a compiled graph
+        return counted
+    if counted is not None and masked in (None, counted):
+        return counted
+    if counted is not None and _is_static(call.memory):
+        return counted
+    # The memory does not count, or counts otherwise than the mask: what was passed so far decides.
+    if masked in (None, seen):
+        return seen
+    raise UnknownPositionError(
+        model, _contradiction(call, counted, masked), "Pass use_cache=False, which computes every token at each step."
+    )
+
+
+def _require_one_memory(model: nn.Module, call: StackCall) -> None:
+    if call.memories > 1:
+        raise UnknownPositionError(model, f"{call.memories} caches were passed at once", "Pass one of them.")
+    if isinstance(call.memory, (tuple, list)) and call.memory and isinstance(call.memory[0], (tuple, list)):
+        raise UnknownPositionError(
+            model,
+            "the cache is a tuple of tensors, a form that transformers gave up",
+            "Pass a transformers `DynamicCache`.",
+        )
+
+
+def _masked_columns(call: StackCall) -> int | None:
+    """Columns before the new tokens by the width of the mask; None where the mask does not tell."""
+    if call.attention_mask is None:
+        return None
+    return max(call.attention_mask.shape[1] - call.tokens.shape[1], 0)
+
+
+def _is_static(memory: Any) -> bool:
+    """Whether a cache has room for more tokens than it holds, so that a mask may be as wide as the room."""
+    return bool(getattr(memory, "is_compileable", False))
+
+
+STATE_THE_CACHE = "Pass the cache that holds the earlier tokens as an argument, and a mask over them and the new ones."
+USE_GENERATE = (
+    "Use generate(), or pass a 2-D attention_mask that covers the earlier tokens as well, or use_cache=False."
+)
+
+
+def _hidden(call: StackCall, masked: int) -> str:
+    width = call.tokens.shape[1]
+    return f"its mask covers {masked} tokens before the {width} new ones, but no cache that holds them was found"
+
+
+def _contradiction(call: StackCall, counted: int | None, masked: int | None) -> str:
+    found = "holds an unknown number of tokens" if counted is None else f"holds {counted} tokens"
+    return f"its {type(call.memory).__name__} {found}, but its mask covers {masked} before the {call.tokens.shape[1]} new ones"
+
+
+# ------------------------------------------------------------------------------------------------ how we call a model
+
+
+def full_logits(model: Any, **inputs: Any) -> Tensor:
+    """Compute the logits (rows, tokens, vocabulary) of whole texts, with no cache."""
+    return model(**inputs, use_cache=False).logits
+
+
+def takes_position_ids(model: nn.Module) -> bool:
+    """Whether the model can be told each token's position."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def cache_parameter(model: nn.Module) -> str:
+    """Find the name under which a causal language model takes its cache.
+
+    Raises:
+        NotImplementedError: its signature has no such parameter.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    for name in CACHE_NAMES:
+        if name in parameters:
+            return name
+    for name, parameter in parameters.items():
+        if re.search(r"\bCache\b", str(parameter.annotation)):
+            return name
+    raise NotImplementedError(f"{type(model).__name__}.forward has no parameter that takes a cache.")
+
+
+def call_with_cache(model: Any, base: nn.Module, inputs: Mapping[str, Any], cache: Any = None) -> tuple[Tensor, Any]:
+    """Call a model so that it reads its cache, or makes one, and adds the new tokens to it.
+
+    Args:
+        model: what is called: a PeftModel, or the base model itself. base: the base model, whose signature counts.
+        cache: the cache to read and to add to, or None for a new one.
+
+    Returns:
+        The logits, and the cache with the new tokens.
+
+    Raises:
+        NotImplementedError: the model takes no cache, or gives none back.
+    """
+    given = {} if cache is None else {cache_parameter(base): cache}
+    outputs = model(**inputs, **given, use_cache=True)
+    for value in outputs.values():
+        if isinstance(value, Cache):
+            return outputs.logits, value
+    raise NotImplementedError(
+        f"{type(base).__name__} gives no transformers `Cache` back, so tokens are not kept between calls."
+    )
+
+
+def fork(cache: Any) -> Any:
+    """Make a cache with the same content; what a forward adds to one is not in the other.
+
+    Attention layers put new tensors in the place of old ones, so the tensors themselves are shared. Recurrent layers write
+    into theirs, so those are copied.
+    """
+    forked = copy.copy(cache)
+    forked.layers = [_fork_layer(layer) for layer in cache.layers]
+    return forked
+
+
+def _fork_layer(layer: Any) -> Any:
+    forked = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):  # of a recurrent layer: one entry a state
+            setattr(forked, name, {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()})
+        elif isinstance(value, list):
+            setattr(forked, name, list(value))
+    return forked
+
+
+def select_rows(cache: Any, rows: Tensor) -> Any:
+    """Make a cache of some rows of another one. rows: (n,) their numbers."""
+    selected = fork(cache)
+    selected.batch_select_indices(rows)
+    return selected
+
+
+# --------------------------------------------------------------------------------------------- continuous batching
+
+
+def prepare_manager(manager: Any, known: Any) -> None:
+    """Turn off what continuous batching shares between requests, before it has begun.
+
+    What a prompt's tokens become depends on where the prompt ends, so requests cannot share the blocks of a common
+    prefix; and CUDA graphs or compiled graphs would replay the positions of the batch that they were made from.
+
+    Args:
+        manager: of `init_continuous_batching`. known: a manager that was prepared before, or None.
+
+    Raises:
+        NotImplementedError: this version of transformers has no such settings, or the manager was made before the adapter.
+    """
+    settings = getattr(manager, "continuous_batching_config", None)
+    fresh = getattr(manager, "batch_processor", "unknown") is None or manager is known
+    if settings is None or not fresh:
+        raise NotImplementedError(CONTINUOUS_BATCHING)
+    settings.use_cuda_graph = settings.use_async_batching = settings.allow_block_sharing = False
+    settings.varlen_compile_config = settings.decode_compile_config = None
+
+
+def prompt_lengths_of_requests(manager: Any, width: int, device: torch.device) -> Tensor:
+    """Find the prompt length of each token's request in one continuous batch: (width,) long.
+
+    The batch is one row: pieces of several requests one after another, prompts or single new tokens.
+
+    Raises:
+        NotImplementedError: the manager does not tell which token belongs to which request.
+    """
+    processor = getattr(manager, "batch_processor", None)
+    requests: Sequence[Any] = getattr(getattr(processor, "inputs_and_outputs", None), "requests_in_batch", ())
+    pieces = torch.tensor([request.query_length for request in requests], dtype=torch.long, device=device)
+    if pieces.sum() != width:
+        raise NotImplementedError(CONTINUOUS_BATCHING)
+    prompts = []
+    for request in requests:
+        state = request.state  # one that was put out of the cache takes its answer for more of its prompt
+        prompts.append(state._true_initial_tokens or len(state.initial_tokens))
+    return torch.tensor(prompts, device=device).repeat_interleave(pieces)
