@@ -260,6 +260,16 @@ def test_a_terminal_gets_a_table_of_its_width_and_a_status_that_is_wiped_out(mon
     assert "\rthinking …" in f"\r{shown}" and "\r" + " " * len("thinking …") + "\r" in shown
 
 
+def test_answers_are_cut_before_questions(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    rows = [("which question is " + "x" * 20, "y" * 80)]
+    screen.print_table(("prompt", "answer"), rows, cut_first=("answer",))
+    assert rows[0][0] in capsys.readouterr().out
+    screen.print_table(("prompt", "answer"), rows)
+    assert rows[0][0] not in capsys.readouterr().out
+
+
 def on_a_terminal(command: list[str]) -> str:
     """What a command writes to a terminal of its own."""
     ours, its = pty.openpty()
@@ -331,16 +341,16 @@ def test_facts_that_later_edits_overwrote_are_told_apart_from_those_that_were_ne
     lost = told(batches, [False, False, True, True])
     print_report(lost)
     shown = capsys.readouterr().out
-    assert "4 of 4 facts learned when made, 2 still known at the end." in shown and "overwrite each other" in shown
+    assert "4 of 4 learned when made, 2 still known at the end." in shown and "overwrite each other" in shown
     assert (lost["learned"], lost["known"], shown.count("NO")) == (4, 2, 2)
     print_report(told(batches, [True] * 4))
     shown = capsys.readouterr().out
-    assert "4 of 4 facts learned when made, all known at the end." in shown and "overwrite" not in shown
-    assert "–  of the new answers, asked for in other words (not asked" in shown
+    assert "4 of 4 learned when made, all known at the end." in shown and "overwrite" not in shown
+    assert "put in other words (generality): not asked" in shown
     failed = [Made(facts_of("a"), outcome(False), "not learned after 10 steps", False)]
     print_report(told(failed, [False]))
     shown = capsys.readouterr().out
-    assert "0 of 1 facts learned when made, 0 known at the end, 1 taken back." in shown
+    assert "0 of 1 learned when made, 0 known at the end, 1 taken back." in shown
     assert "the a -> new a: not learned after 10 steps (taken back)" in shown
 
 

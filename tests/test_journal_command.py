@@ -69,7 +69,7 @@ def test_an_interrupted_command_says_how_to_go_on_and_is_not_lost_without(
     assert edit(folder, tmp_path / "cut") == 2
     assert "--resume" in capsys.readouterr().err
     assert cli.main(again) == 0
-    assert "4 of 4 facts learned when made" in capsys.readouterr().out
+    assert "4 of 4 learned when made" in capsys.readouterr().out
     assert tensors(tmp_path / "cut") == tensors(tmp_path / "whole")
 
 
@@ -147,7 +147,7 @@ def test_a_fact_that_did_not_take_is_an_error_only_where_that_is_asked_for(
     folder: Path, tmp_path: Path, capsys
 ) -> None:
     assert edit(folder, tmp_path / "easy", "--max-steps", "1") == 0
-    assert "0 of 4 facts learned when made, 0 known at the end." in capsys.readouterr().out
+    assert "0 of 4 learned when made, 0 known at the end." in capsys.readouterr().out
     assert edit(folder, tmp_path / "strict", "--max-steps", "1", "--strict") == 3
     assert (tmp_path / "strict" / "adapter_model.safetensors").exists()
     assert edit(folder, tmp_path / "good", "--batch-size", "4", "--strict") == 0

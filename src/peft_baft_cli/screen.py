@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 GAP = "  "
 NARROWEST = 8  # columns of a terminal below which a cell is not cut any further
+CUT_FIRST_TO = 16  # columns that are left to a cell that gives way first, before others do
 NAMED_ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 BIDI_CONTROLS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -56,12 +57,17 @@ def shortened(text: str, width: int) -> str:
     return taken + "…"
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a plain table. On a terminal its longest cells are cut to fit; in a pipe or a file nothing is."""
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], cut_first: Sequence[str] = ()) -> None:
+    """Print a plain table. On a terminal its longest cells are cut to fit; in a pipe or a file nothing is.
+
+    Args:
+        cut_first: headers of columns that give way before the others, such as long answers beside short questions.
+    """
     cells = [[shown(cell) for cell in row] for row in (header, *rows)]
     widths = [max(display_width(row[i]) for row in cells) for i in range(len(header))]
     if sys.stdout.isatty():
-        widths = _fitting(widths, shutil.get_terminal_size((120, 24)).columns or 120)
+        room = shutil.get_terminal_size((120, 24)).columns or 120
+        widths = _fitting(widths, room, [i for i, name in enumerate(header) if name in cut_first])
         cells = [[shortened(cell, width) for cell, width in zip(row, widths, strict=True)] for row in cells]
     lines = [_line(row, widths) for row in cells]
     rule = GAP.join("-" * width for width in widths)
@@ -73,12 +79,13 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
     return GAP.join(padded).rstrip()
 
 
-def _fitting(widths: Sequence[int], room: int) -> list[int]:
-    """Column widths that fit into `room` columns, taken from the widest column each time."""
+def _fitting(widths: Sequence[int], room: int, first: Sequence[int]) -> list[int]:
+    """Column widths that fit into `room` columns, each taken from the widest: of the columns `first`, then of all."""
     fitted = list(widths)
     available = room - len(GAP) * (len(widths) - 1)
-    while sum(fitted) > available and max(fitted) > NARROWEST:
-        fitted[fitted.index(max(fitted))] -= 1
+    for columns, least in ((first, CUT_FIRST_TO), (range(len(fitted)), NARROWEST)):
+        while sum(fitted) > available and any(fitted[i] > least for i in columns):
+            fitted[max(columns, key=fitted.__getitem__)] -= 1
     return fitted
 
 

@@ -13,10 +13,11 @@ from peft_baft_cli.screen import print_table, shortened, shown
 
 NOTHING = "(nothing)"
 MEASURES = (
-    ("reliability", "of the new answers"),
-    ("generality", "of the new answers, asked for in other words"),
-    ("locality", "of other answers, which should be as they were"),
+    ("reliability", "of the new answers are predicted"),
+    ("generality", "of the new answers are predicted where the question is put in other words"),
+    ("locality", "of what the model predicted for other questions is unchanged"),
 )
+MOVED = 0.9  # a locality below which the report says what can be done
 
 
 def summary(report: Report, made: Sequence[Made]) -> dict[str, Any]:
@@ -52,20 +53,27 @@ def summary(report: Report, made: Sequence[Made]) -> dict[str, Any]:
 
 def print_report(found: Mapping[str, Any]) -> None:
     """Print what `summary` and the command have found."""
+    count = found["facts"]
+    print(f"{count} {'fact' if count == 1 else 'facts'} taught to {shown(found['model'])}:")
     print_table(
         ("prompt", "before", "after", "wanted", "known"),
         [
             (a["prompt"], a["before"] or NOTHING, a["after"] or NOTHING, a["wanted"], "yes" if a["known"] else "NO")
             for a in found["answers"]
         ],
+        cut_first=("before", "after"),
     )
     print(_outcome(found))
     for line in (*_problems(found["answers"]), *_lost(found)):
         print(line)
-    print("\nShare of answer tokens that the model now predicts:")
+    print("\nMeasured on the tokens of answers, as shares:")
     for name, what in MEASURES:
-        value = "   –" if found[name] is None else f"{found[name]:.2f}"
-        print(f"  {value}  {what} ({name if found[name] is not None else 'not asked: no record has such a prompt'})")
+        if found[name] is None:
+            print(f"     –  {what} ({name}): not asked, since no record has such a prompt")
+        else:
+            print(f"  {found[name]:.2f}  {what} ({name})")
+    if found["locality"] < MOVED:
+        print("Answers close to an edited fact move with it. --unrelated FILE trains beside answers that should stay.")
     size, seconds = found["bytes"] / 1000, found["seconds"]
     print(
         f"\nSaved in {shown(found['adapter'])}: an adapter of {size:.0f} kB, {found['steps']} steps, {seconds:.1f} s."
@@ -77,11 +85,11 @@ def print_report(found: Mapping[str, Any]) -> None:
 
 
 def _outcome(found: Mapping[str, Any]) -> str:
-    """Like `8 of 8 facts learned when made, 4 still known at the end.`"""
+    """Like `8 of 8 learned when made, 4 still known at the end.`"""
     known = "all known" if found["known"] == found["facts"] else f"{found['known']} known"
     if found["known"] < found["learned"]:
         known = f"{found['known']} still known"
-    text = f"{found['learned']} of {found['facts']} facts learned when made, {known} at the end"
+    text = f"{found['learned']} of {found['facts']} learned when made, {known} at the end"
     if found["taken_back"]:
         text += f", {found['taken_back']} taken back"
     return f"{text}."
