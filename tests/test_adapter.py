@@ -192,9 +192,7 @@ def test_what_baft_cannot_do_is_said_and_not_asked_of_the_base_model(tokens) -> 
     with pytest.raises(NotImplementedError, match="cannot be merged"):
         model.unmerge_adapter()
     for name in ("update_and_allocate", "subtract_mutated_init"):  # of AdaLoRA and of LoRA
-        with pytest.raises(
-            AttributeError, match=f"Neither a BaFT adapter nor its base model LlamaForCausalLM has '{name}'"
-        ):
+        with pytest.raises(AttributeError, match=f"Neither a BaFT adapter nor its base model LlamaForCausalLM has '{name}'"):
             getattr(model, name)
     assert not hasattr(model, "update_and_allocate") and hasattr(model, "get_input_embeddings")
     assert torch.equal(before, logits(model, tokens))
