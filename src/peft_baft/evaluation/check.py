@@ -96,7 +96,8 @@ def _require_one_baft_adapter(model: Any, adapter: str | None) -> None:
 def _attach(base: Any, adapter: str | None, revision: str | None) -> PeftModel:
     """The base model with the adapter of a folder, or with one that visibly changes every edited token."""
     if adapter is not None:
-        return PeftModel.from_pretrained(base, adapter, **({} if revision is None else {"revision": revision}))
+        chosen: dict[str, Any] = {} if revision is None else {"revision": revision}
+        return PeftModel.from_pretrained(base, adapter, **chosen)
     width = getattr(text_config(base), "hidden_size", RANK)
     config = BaftConfig(r=min(RANK, width), gate_offset=0.0, task_type="CAUSAL_LM")
     model = get_peft_model(base, config).eval()
