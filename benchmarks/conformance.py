@@ -148,7 +148,9 @@ def run_common(common: Any, models: dict[str, str]) -> list[Row]:
     rows = []
     for name in sorted(set(methods) - set(HELPERS)):
         for arguments in ARGUMENTS.get(name, [{}]):
-            told = ", ".join(f"{key}={value}".replace("torch.", "") for key, value in arguments.items() if key != "test_name")
+            told = ", ".join(
+                f"{key}={value}".replace("torch.", "") for key, value in arguments.items() if key != "test_name"
+            )
             for model, folder in models.items():
                 kind, why = outcome(common, Tester(), name, arguments, folder)
                 rows.append(Row(f"{name}({told})" if told else name, kind, why, model))
@@ -227,7 +229,18 @@ def run_files(folder: Path, models: dict[str, str], cache: Path) -> list[Row]:
     for name in FILES:
         replace_lists(importlib.import_module(f"tests.{name}"), models, adapter)
     collector = Collector()
-    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(folder), "-c", "/dev/null", "--tb=short", "-W", "ignore"]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(folder),
+        "-c",
+        "/dev/null",
+        "--tb=short",
+        "-W",
+        "ignore",
+    ]
     pytest.main([*(str(folder / "tests" / f"{name}.py") for name in FILES), *options], plugins=[collector])
     return collector.rows
 
@@ -279,9 +292,9 @@ def heading() -> str:
 
 INTRODUCTION = """# PEFT's own tests, fed with `BaftConfig`
 
-Written by `make conformance` (benchmarks/conformance.py), which downloads the tests of the installed PEFT. "not applicable" are tests of
-what a method need not have (merging, biases, prompts), skipped by PEFT or refused by BaFT. The tests of mixed batches
-(`adapter_names`) are kept for LoRA and RoAD by name; here BaFT is let in.
+Written by `make conformance` (benchmarks/conformance.py), which downloads the tests of the installed PEFT.
+"not applicable" are tests of what a method need not have (merging, biases, prompts), skipped by PEFT or refused by BaFT. The
+tests of mixed batches (`adapter_names`) are kept for LoRA and RoAD by name; here BaFT is let in.
 """
 
 

@@ -187,12 +187,14 @@ def test_an_adapter_name_that_peft_would_mix_up_is_refused(name) -> None:
 def test_what_baft_cannot_do_is_said_and_not_asked_of_the_base_model(tokens) -> None:
     model = edited_model()
     before = logits(model, tokens)
-    with pytest.raises(NotImplementedError, match="cannot be combined into one by weights.*make them active at once"):
+    with pytest.raises(NotImplementedError, match=r"cannot be combined into one by weights.*make them active at once"):
         model.add_weighted_adapter(["default"], [0.5], "mean")
     with pytest.raises(NotImplementedError, match="cannot be merged"):
         model.unmerge_adapter()
     for name in ("update_and_allocate", "subtract_mutated_init"):  # of AdaLoRA and of LoRA
-        with pytest.raises(AttributeError, match=f"Neither a BaFT adapter nor its base model LlamaForCausalLM has '{name}'"):
+        with pytest.raises(
+            AttributeError, match=f"Neither a BaFT adapter nor its base model LlamaForCausalLM has '{name}'"
+        ):
             getattr(model, name)
     assert not hasattr(model, "update_and_allocate") and hasattr(model, "get_input_embeddings")
     assert torch.equal(before, logits(model, tokens))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from peft import AdaLoraModel, PeftConfig, PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -32,12 +33,14 @@ def bare_model(model: nn.Module) -> nn.Module:
         ValueError: one of them acts in its own forward, which an adapter on the model below would pass by.
     """
     while isinstance(model, PeftModel | PeftMixedModel):
-        tuner = model.base_model
+        tuner: Any = model.base_model
         # AdaLoRA's forward only adds the regulariser of its own training to the loss.
         passable = (BaseTuner.forward, AdaLoraModel.forward)
         is_baft = any(isinstance(config, BaftConfig) for config in model.peft_config.values())
         if not is_baft and not (isinstance(tuner, BaseTuner) and type(tuner).forward in passable):
-            names = ", ".join(sorted({str(config.peft_type.value) for config in model.peft_config.values()}))
+            names = ", ".join(
+                sorted({str(getattr(config.peft_type, "value", "")) for config in model.peft_config.values()})
+            )
             raise ValueError(
                 f"A BaFT adapter cannot stand beside an adapter of type {names}, which acts in its own forward and not in "
                 "the model's layers. Merge it into the model, or unload it, and call get_peft_model on the result."
@@ -57,7 +60,7 @@ def own_modules(model: nn.Module, configs: Iterable[PeftConfig]) -> list[BaftLay
     ]
 
 
-def adapter_contents(module: nn.Module) -> Iterator[Tensor]:
+def adapter_contents(module: Any) -> Iterator[Tensor]:
     """Parameters and buffers of all adapters in one tuner layer or wrapper, without those of the module that it adapts."""
     for name in (*module.adapter_layer_names, *module.other_param_names):
         container = getattr(module, name, None)

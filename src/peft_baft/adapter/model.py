@@ -179,9 +179,10 @@ class BaftModel(BaseTuner):
             if isinstance(module, BaftLayer):
                 module.set_adapter(adapter_name, inference_mode=inference_mode)
             else:
-                chosen = module.check_set_adapter(adapter_name)  # None where no chosen adapter saves this module
-                present = chosen is not None and chosen in module._get_available_adapters()
-                module.set_adapter(chosen if present else [], inference_mode=inference_mode)
+                chosen: Any = module.check_set_adapter(adapter_name)  # None where no chosen adapter saves this module
+                if chosen is None or chosen not in module._get_available_adapters():
+                    chosen = []
+                module.set_adapter(chosen, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -196,7 +197,9 @@ class BaftModel(BaseTuner):
         remaining = list(next(layer.active_adapters for layer in baft_layers(self.model)))
         for wrapper in wrappers:
             wrapper.delete_adapter(adapter_name, new_active_adapters=remaining)
-            if not wrapper._get_available_adapters():  # no config names it any more, so it could not be told from others'
+            if (
+                not wrapper._get_available_adapters()
+            ):  # no config names it any more, so it could not be told from others'
                 self._replace(wrapper, wrapper.original_module)
         self.active_adapter = remaining
 

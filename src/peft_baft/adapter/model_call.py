@@ -83,7 +83,8 @@ class StackSignature:
     def of(cls, module: nn.Module) -> StackSignature:
         """Read the signature of the module's forward."""
         names = tuple(inspect.signature(module.forward).parameters)
-        has_embedding = any(isinstance(part, nn.Embedding) for part in module.modules())
+        is_class = isinstance(module, type)  # which has no parts to look at
+        has_embedding = is_class or any(isinstance(part, nn.Embedding) for part in module.modules())
         return cls(names, frozenset(name for name in names if MEMORY_NAMES.search(name)), has_embedding)
 
 
