@@ -40,7 +40,8 @@ class BaftConfig(PeftConfig):
             an edit does not open stays closed. 0 starts half open.
         layers_to_transform: Which decoder blocks are edited at their output, counted from 0. By default the paper's
             9;18;24;28 of 32 (which count from 1) scaled to the depth of the model.
-        layers_pattern: Name of the `ModuleList` that holds the blocks (`layers`, `h`), where it cannot be found alone.
+        layers_pattern: Name of the `ModuleList` that holds the blocks (`layers`, `decoder.layers`), where it cannot be
+            found alone.
         target_modules: Instead of the two above: names (suffixes), or one regular expression, of the modules whose
             output is edited, as elsewhere in PEFT. Filled with the blocks' full names once the adapter is attached.
         exclude_modules: Names, or one regular expression, of modules that `target_modules` should pass over.

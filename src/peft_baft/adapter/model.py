@@ -20,6 +20,7 @@ from peft_baft.adapter.coexistence import bare_model, others_stay, own_modules, 
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.layer import CANNOT_MERGE, CHILD, BaftLayer
+from peft_baft.adapter.supported import require_decoder, require_editable
 from peft_baft.adapter.weights import check_tensors
 
 
@@ -89,6 +90,7 @@ class BaftModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: BaftConfig, model_config: dict) -> BaftConfig:
         """Spell out which modules are edited, so that the saved config does not depend on a default."""
+        require_decoder(self.model)
         if peft_config.target_modules is None:
             peft_config.target_modules = block_names(
                 self.model, peft_config.layers_to_transform, peft_config.layers_pattern
@@ -102,6 +104,7 @@ class BaftModel(BaseTuner):
         widths = self._widths(peft_config)
         earlier = own_modules(self.model, (c for c in self.peft_config.values() if c is not peft_config))
         require_free(self.model, widths, peft_config, earlier)
+        require_editable(self.model, list(widths))
         _check_width(peft_config, widths, self.model)
         _check_saved(peft_config.saved_shapes, widths, self.model)
         if widths and (isinstance(peft_config.target_modules, str) or peft_config.exclude_modules):
@@ -180,9 +183,8 @@ class BaftModel(BaseTuner):
                 module.set_adapter(adapter_name, inference_mode=inference_mode)
             else:
                 chosen: Any = module.check_set_adapter(adapter_name)  # None where no chosen adapter saves this module
-                if chosen is None or chosen not in module._get_available_adapters():
-                    chosen = []
-                module.set_adapter(chosen, inference_mode=inference_mode)
+                present = chosen is not None and chosen in module._get_available_adapters()
+                module.set_adapter(chosen if present else [], inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
