@@ -34,3 +34,7 @@ check: $(VENV)/installed
 
 clean:
 	rm -rf $(VENV) edits build dist
+
+.PHONY: conformance
+conformance: $(VENV)/installed
+	$(BIN)/python benchmarks/conformance.py

@@ -38,9 +38,11 @@ def bare_model(model: nn.Module) -> nn.Module:
         passable = (BaseTuner.forward, AdaLoraModel.forward)
         is_baft = any(isinstance(config, BaftConfig) for config in model.peft_config.values())
         if not is_baft and not (isinstance(tuner, BaseTuner) and type(tuner).forward in passable):
-            types = {getattr(config.peft_type, "value", "unknown") for config in model.peft_config.values()}
+            names = ", ".join(
+                sorted({str(getattr(config.peft_type, "value", "")) for config in model.peft_config.values()})
+            )
             raise ValueError(
-                f"A BaFT adapter cannot stand beside an adapter of type {', '.join(sorted(types))}, which acts in its own forward and not in "
+                f"A BaFT adapter cannot stand beside an adapter of type {names}, which acts in its own forward and not in "
                 "the model's layers. Merge it into the model, or unload it, and call get_peft_model on the result."
             )
         model = tuner.model
