@@ -34,3 +34,7 @@ check: $(VENV)/installed
 
 clean:
 	rm -rf $(VENV) edits build dist
+
+.PHONY: architectures
+architectures: $(VENV)/installed
+	$(BIN)/python benchmarks/architectures.py --again
