@@ -46,7 +46,9 @@ class LoadBalanceTerm:
 
     def __init__(self, model: nn.Module) -> None:
         self._arguments = tuple(inspect.signature(model.forward).parameters)
-        self._running: dict[int, tuple[ExitStack, Mapping[Any, RecordedGates]]] = {}  # forwards, by the thread they run in
+        self._running: dict[
+            int, tuple[ExitStack, Mapping[Any, RecordedGates]]
+        ] = {}  # forwards, by the thread they run in
         self._warned = False
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),

@@ -199,7 +199,9 @@ class BaftModel(BaseTuner):
         remaining = list(next(layer.active_adapters for layer in baft_layers(self.model)))
         for wrapper in wrappers:
             wrapper.delete_adapter(adapter_name, new_active_adapters=remaining)
-            if not wrapper._get_available_adapters():  # no config names it any more, so it could not be told from others'
+            if (
+                not wrapper._get_available_adapters()
+            ):  # no config names it any more, so it could not be told from others'
                 self._replace(wrapper, wrapper.original_module)
         self.active_adapter = remaining
 
