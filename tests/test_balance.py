@@ -127,7 +127,9 @@ def test_forwards_leave_the_statistics_alone(tokens, labels) -> None:
     for layer in baft_layers(model):
         layer.baft_load["default"].copy_(torch.tensor([0.0, 9.0, 0.0, 0.0, 20.0]))
     other = balanced_model()
-    assert model(tokens, labels=labels).loss != other(tokens, labels=labels).loss  # but they are what it is balanced with
+    assert (
+        model(tokens, labels=labels).loss != other(tokens, labels=labels).loss
+    )  # but they are what it is balanced with
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -190,7 +192,9 @@ def test_an_adapter_that_no_tuner_keeps_is_balanced_too(tokens, labels) -> None:
 # transformers' Trainer
 
 
-def gradient_of_first_step(folder: Path, rows: list[dict[str, Tensor]], batch: int, weight: float, **given: Any) -> dict:
+def gradient_of_first_step(
+    folder: Path, rows: list[dict[str, Tensor]], batch: int, weight: float, **given: Any
+) -> dict:
     """What Trainer's first optimiser step is given, over all `rows`."""
     model = balanced_model(weight)
     for layer in baft_layers(model):

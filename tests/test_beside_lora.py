@@ -71,7 +71,9 @@ LORAS: dict[str, Callable[[Any, str], Any]] = {
 def lora_state(model: torch.nn.Module) -> dict[str, Any]:
     """All of a LoRA that a BaFT adapter must leave alone: values, flags, which is active, whether it is on."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    tensors = [(n, p.detach().clone(), p.requires_grad) for m in layers for n, p in m.named_parameters() if "lora_" in n]
+    tensors = [
+        (n, p.detach().clone(), p.requires_grad) for m in layers for n, p in m.named_parameters() if "lora_" in n
+    ]
     return {"tensors": tensors, "layers": [(m.active_adapters, m.disable_adapters, m.merged) for m in layers]}
 
 

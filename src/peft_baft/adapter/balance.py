@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peft_baft.adapter.context import RecordedGates
 from peft_baft.adapter.layer import BaftLayer
-from peft_baft.adapter.model_call import bind
+from peft_baft.adapter.model_call import TrainingCall, loss_of, read_training_call, with_loss
 from peft_baft.regularisers import load_balance, mean_over_blocks, rescaled
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ NOT_APPLIED = (
     "that a forward with labels returns, and nowhere else; see docs/training.md."
 )
 WITHOUT_LABELS = "the model is called without labels, as with label smoothing or a loss function of your own"
-LOSS_UNUSED = "the model is called with fused_lm_head, as TRL does, which computes its loss from log-probabilities"
+LOSS_UNUSED = "the caller computes its own loss from log-probabilities, as TRL does"
 WITHOUT_GRADIENT = (
     "The gates were computed without gradients, so the regularisers would not act: the model runs its blocks under "
     "no_grad, as reentrant checkpointing of activations does. Enable it with use_reentrant=False, or not at all."
@@ -64,10 +64,11 @@ class LoadBalanceTerm:
         """Before a forward that trains: have the blocks record their gates."""
         if not (model.training and torch.is_grad_enabled() and _balanced(model)):
             return
-        if bind(self._arguments, args, kwargs).get("labels") is None:
+        call = read_training_call(self._arguments, args, kwargs)
+        if call.labels is None:
             self._warn(WITHOUT_LABELS)
             return
-        if kwargs.get("fused_lm_head"):
+        if call.loss_unused:
             self._warn(LOSS_UNUSED)
         recording = ExitStack()
         recorded = recording.enter_context(_balanced(model)[0][0].context.recording())
@@ -80,13 +81,13 @@ class LoadBalanceTerm:
             return None
         recording, recorded = running
         recording.close()
-        loss = _loss_of(output)
+        loss = loss_of(output)
         if loss is None:
             return None
-        share = _share_of_step(bind(self._arguments, args, kwargs), loss)
+        share = _share_of_step(read_training_call(self._arguments, args, kwargs), loss)
         for term in _terms(model, recorded, loss / share.clamp(min=torch.finfo(loss.dtype).tiny)):
             loss = loss + share * term.to(loss)
-        return _with_loss(output, loss)
+        return with_loss(output, loss)
 
     def _warn(self, reason: str) -> None:
         if not self._warned and not torch.compiler.is_compiling():
@@ -145,34 +146,12 @@ def _terms(model: nn.Module, recorded: Mapping[Any, RecordedGates], loss: Tensor
     return [weights[name] * rescaled(mean_over_blocks(own), loss, CEILING) for name, own in spreads.items()]
 
 
-def _share_of_step(inputs: Mapping[str, Any], loss: Tensor) -> Tensor:
+def _share_of_step(call: TrainingCall, loss: Tensor) -> Tensor:
     """() how much of an optimiser step's loss this forward is: 1 where the model returns the mean over its own tokens.
 
-    Trainer passes `num_items_in_batch`, the answer tokens of all forwards of a step, and adds the losses up; a term that is
-    not scaled alike would count once for every forward.
+    Trainer passes how many tokens all forwards of a step predict, and adds the losses up; a term that is not scaled alike
+    would count once for every forward.
     """
-    of_step = inputs.get("num_items_in_batch")
-    if of_step is None:
+    if call.predicted_in_step is None or call.predicted is None:
         return torch.ones_like(loss)
-    shifted = inputs.get("shift_labels")
-    predicted = inputs["labels"][..., 1:] if shifted is None else shifted
-    return ((predicted != -100).sum().to(loss) / torch.as_tensor(of_step).to(loss)).detach()
-
-
-def _loss_of(output: Any) -> Tensor | None:
-    """The scalar loss in what a model returns: a dictionary, an object with fields, or a tuple that begins with it."""
-    if isinstance(output, dict):
-        loss = output.get("loss")
-    else:
-        loss = output[0] if isinstance(output, tuple) and output else getattr(output, "loss", None)
-    return loss if isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad else None
-
-
-def _with_loss(output: Any, loss: Tensor) -> Any:
-    if isinstance(output, tuple):
-        return (loss, *output[1:])
-    if isinstance(output, dict):
-        output["loss"] = loss
-    else:
-        output.loss = loss
-    return output
+    return (call.predicted.to(loss) / torch.as_tensor(call.predicted_in_step).to(loss)).detach()
