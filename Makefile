@@ -38,3 +38,7 @@ clean:
 .PHONY: conformance
 conformance: $(VENV)/installed
 	$(BIN)/python benchmarks/conformance.py
+
+.PHONY: architectures
+architectures: $(VENV)/installed
+	$(BIN)/python benchmarks/architectures.py --again
