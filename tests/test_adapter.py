@@ -182,3 +182,35 @@ def test_deleting_and_switching_leave_the_other_adapter_as_it_was(tokens) -> Non
 def test_an_adapter_name_that_peft_would_mix_up_is_refused(name) -> None:
     with pytest.raises(ValueError, match="choose another"):
         get_peft_model(make_model(), config(), adapter_name=name)
+
+
+def test_what_baft_cannot_do_is_said_and_not_asked_of_the_base_model(tokens) -> None:
+    model = edited_model()
+    before = logits(model, tokens)
+    with pytest.raises(NotImplementedError, match=r"cannot be combined into one by weights.*make them active at once"):
+        model.add_weighted_adapter(["default"], [0.5], "mean")
+    with pytest.raises(NotImplementedError, match="cannot be merged"):
+        model.unmerge_adapter()
+    for name in ("update_and_allocate", "subtract_mutated_init"):  # of AdaLoRA and of LoRA
+        with pytest.raises(
+            AttributeError, match=f"Neither a BaFT adapter nor its base model LlamaForCausalLM has '{name}'"
+        ):
+            getattr(model, name)
+    assert not hasattr(model, "update_and_allocate") and hasattr(model, "get_input_embeddings")
+    assert torch.equal(before, logits(model, tokens))
+
+
+def test_a_model_that_embeds_no_tokens_takes_integers_for_numbers() -> None:
+    class Numbers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = torch.nn.Linear(10, 20), torch.nn.Linear(20, 2)
+
+        def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+            return self.narrow(self.wide(numbers.float()))
+
+    numbers = torch.arange(30).view(3, 10)
+    model = get_peft_model(Numbers(), BaftConfig(r=2, target_modules=["wide"]))
+    before = model(numbers)
+    randomise(model)
+    assert before.shape == (3, 2) and (model(numbers) != before).any(1).all()  # every vector is edited

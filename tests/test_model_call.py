@@ -28,7 +28,8 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 SEAM = Path(model_call.__file__)
 NAMES_OF_TRANSFORMERS = re.compile(
     r"past_key_values|cache_params|layer_past|cu_seq_lens|use_cache|get_seq_length|batch_select_indices|"
-    r"continuous_batching_config|PagedAttentionCache|requests_in_batch|guidance_scale"
+    r"continuous_batching_config|PagedAttentionCache|requests_in_batch|guidance_scale|"
+    r"num_items_in_batch|shift_labels|fused_lm_head"
 )
 SIZES = {
     "vocab_size": 64,

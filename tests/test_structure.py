@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "peft_baft"
 # each may import those on lower levels, and its own
 LEVELS = [
-    {"intervention", "span", "processes"},
+    {"intervention", "regularisers", "span", "processes"},
     {"losses", "adapter", "data"},
     {"editing"},
     {"presets", "models", "evaluation"},

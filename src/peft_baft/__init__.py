@@ -12,6 +12,8 @@ from peft_baft.editing.continual import Made, edit_continually
 from peft_baft.editing.descent import DescentConfig, Outcome
 from peft_baft.editing.editor import AdapterEditor, rolled_back
 from peft_baft.editing.journal import Journal
+from peft_baft.evaluation.check import check
+from peft_baft.evaluation.check_report import CheckReport, Finding
 from peft_baft.evaluation.guard import canary_check
 from peft_baft.models import load_model
 from peft_baft.presets import PRESETS, Preset
@@ -26,8 +28,10 @@ __all__ = [
     "BaftEditor",
     "BaftModel",
     "Case",
+    "CheckReport",
     "DescentConfig",
     "Edit",
+    "Finding",
     "Journal",
     "Made",
     "Objective",
@@ -36,6 +40,7 @@ __all__ = [
     "Probe",
     "Unrelated",
     "canary_check",
+    "check",
     "edit_continually",
     "load_model",
     "prompt_lengths",

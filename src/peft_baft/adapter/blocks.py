@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import nn
 
 from peft_baft.adapter.config import BaftConfig
+from peft_baft.adapter.model_call import takes_tokens
 
 PAPER_BLOCKS, PAPER_DEPTH = (9, 18, 24, 28), 32  # counted from 1: Sec. 3.1, for a model of 32 blocks
 
@@ -23,35 +24,77 @@ def default_blocks(depth: int) -> list[int]:
 def find_stack(model: nn.Module, pattern: list[str] | str | None = None) -> str:
     """Name of the `ModuleList` that holds the decoder blocks of `model`.
 
-    It is the longest list of modules of one class, or the one as long as the model's config says; of several, the
-    outermost one. `pattern` names the list where that finds none or the wrong one.
+    It is the list as long as the model's config says, within the language part of the model; where there is no such
+    list, the only list of blocks that there is, or the longest one of a model without a config. The blocks may be of
+    several classes, as attention and recurrent ones are in a hybrid model. `pattern` names the list, in full or by the
+    last parts of its name, where that finds none or the wrong one.
 
     Raises:
-        ValueError: there is no such list.
+        ValueError: there is no such list, or several may be meant.
+    """
+    lists = _lists_of_blocks(model, pattern)
+    depth = configured_depth(model)
+    candidates = [name for name, blocks in lists.items() if len(blocks) == depth] or list(lists)
+    if not candidates:
+        names = [pattern] if isinstance(pattern, str) else pattern
+        wanted = "ModuleList of blocks" if names is None else f"ModuleList named {' or '.join(names)}"
+        raise ValueError(
+            f"{type(model).__name__} has no {wanted}. Name the modules whose output (batch, tokens, d) is to be edited "
+            "with target_modules."
+        )
+    if not hasattr(model, "config"):
+        return min(candidates, key=lambda name: (-len(lists[name]), name.count(".")))
+    least_nested = min(name.count(".") for name in candidates)
+    outermost = [name for name in candidates if name.count(".") == least_nested]
+    as_long_as_configured = len(lists[outermost[0]]) == depth
+    if len(candidates) == 1 or (as_long_as_configured and len(outermost) == 1):
+        return outermost[0]
+    raise ValueError(
+        f"{type(model).__name__} has several lists that may hold its decoder blocks: {', '.join(candidates)}. Name the "
+        "one whose modules each token passes once, in turn, with layers_pattern, or the modules with target_modules."
+    )
+
+
+def _lists_of_blocks(model: nn.Module, pattern: list[str] | str | None) -> dict[str, nn.ModuleList]:
+    """The outermost `ModuleList`s of the language part of a model, by their names in the whole model.
+
+    Left out are lists inside blocks (experts, adapters), and lists of single layers (embeddings, norms, heads): a block
+    has parts.
     """
     names = [pattern] if isinstance(pattern, str) else pattern
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and (names is None or name.rpartition(".")[2] in names)
-        and len({type(block) for block in module}) == 1
-    }
-    depth = configured_depth(model)
-    candidates = [name for name, module in lists.items() if len(module) == depth] or list(lists)
-    if not candidates:
-        wanted = "a ModuleList of blocks" if names is None else f"a ModuleList named {' or '.join(names)}"
-        raise ValueError(
-            f"{type(model).__name__} has no {wanted}. Name the blocks' list with layers_pattern, or the modules whose "
-            "output is to be edited with target_modules."
-        )
-    return min(candidates, key=lambda name: (-len(lists[name]), name.count(".")))
+    language_part = _language_part(model)
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        if not isinstance(module, nn.ModuleList) or not len(module) or inside:
+            continue
+        if names is None and not any(True for block in module for _ in block.children()):
+            continue
+        if names is None or any(f".{name}".endswith(f".{wanted}") for wanted in names):
+            lists[name] = module
+    within = {name: module for name, module in lists.items() if name.startswith(language_part)}
+    return within or lists
+
+
+def _language_part(model: nn.Module) -> str:
+    """How the names of the modules of a model's decoder begin: "" where the model does not tell its decoder apart."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    return f"{name}." if name else ""
 
 
 def configured_depth(model: nn.Module) -> int | None:
-    """Number of decoder blocks by the model's config, if it has one."""
-    return getattr(text_config(model), "num_hidden_layers", None)
+    """Number of decoder blocks by the model's config, if it has one.
+
+    A model with an encoder counts the two apart; its `num_hidden_layers` may then mean the encoder's.
+    """
+    config = text_config(model)
+    return getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
+
+
+def blocks_left_out(model: nn.Module) -> frozenset[int]:
+    """Indices of the blocks that do not run on text alone."""
+    return frozenset(getattr(text_config(model), "cross_attention_layers", None) or ())
 
 
 def text_config(model: nn.Module) -> Any:
@@ -85,7 +128,11 @@ def block_names(model: nn.Module, indices: Any, pattern: list[str] | str | None)
     """
     stack = find_stack(model, pattern)
     depth = len(cast(nn.ModuleList, model.get_submodule(stack)))
-    indices = default_blocks(depth) if indices is None else [indices] if isinstance(indices, int) else indices
+    if indices is None:
+        left_out = blocks_left_out(model)
+        indices = sorted({_first_not_in(left_out, index) for index in default_blocks(depth)})
+    elif isinstance(indices, int):
+        indices = [indices]
     if not indices or any(isinstance(i, bool) or not isinstance(i, int) for i in indices):
         raise TypeError(f"layers_to_transform must hold block indices (integers from 0), not {indices!r}.")
     outside = [i for i in indices if not 0 <= i < depth]
@@ -99,6 +146,15 @@ def block_names(model: nn.Module, indices: Any, pattern: list[str] | str | None)
     return [f"{stack}.{i}" for i in sorted(indices)]
 
 
+def _first_not_in(left_out: frozenset[int], index: int) -> int:
+    """The block at `index`, or the next one before it that runs; the next one after it where there is none."""
+    while index in left_out and index > 0:
+        index -= 1
+    while index in left_out:
+        index += 1
+    return index
+
+
 def missing_targets(model: nn.Module, config: BaftConfig) -> list[str]:
     """Those of the config's full block names that `model` lacks, say because it is not as deep."""
     targets = config.target_modules
@@ -109,9 +165,14 @@ def missing_targets(model: nn.Module, config: BaftConfig) -> list[str]:
 
 
 def stack_owner(model: nn.Module, block_name: str) -> nn.Module:
-    """The module that runs the list in which `block_name` stands; the model itself where it stands in none."""
+    """The module that runs the list in which `block_name` stands, and is called with tokens.
+
+    In BERT and its kin the list's owner gets hidden vectors alone; mask and cache are then read at the next module around it
+    that gets token ids. Where none gets any, it is the list's owner; the model itself where the block stands in no list.
+    """
     parts = block_name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         if isinstance(model.get_submodule(".".join(parts[:cut])), nn.ModuleList):
-            return model.get_submodule(".".join(parts[: cut - 1]))
+            around = [model.get_submodule(".".join(parts[:end])) for end in range(cut - 1, -1, -1)]
+            return next((module for module in around if takes_tokens(module)), around[0])
     return model

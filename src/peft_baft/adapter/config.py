@@ -40,11 +40,15 @@ class BaftConfig(PeftConfig):
             an edit does not open stays closed. 0 starts half open.
         layers_to_transform: Which decoder blocks are edited at their output, counted from 0. By default the paper's
             9;18;24;28 of 32 (which count from 1) scaled to the depth of the model.
-        layers_pattern: Name of the `ModuleList` that holds the blocks (`layers`, `h`), where it cannot be found alone.
+        layers_pattern: Name of the `ModuleList` that holds the blocks (`layers`, `decoder.layers`), where it cannot be
+            found alone.
         target_modules: Instead of the two above: names (suffixes), or one regular expression, of the modules whose
             output is edited, as elsewhere in PEFT. Filled with the blocks' full names once the adapter is attached.
         exclude_modules: Names, or one regular expression, of modules that `target_modules` should pass over.
         modules_to_save: Modules besides the adapter that are trained and saved.
+        balance_weight: Weight of the gates' load balance in the loss that the model returns when it is called in training
+            mode with labels, as by Trainer or a loop of your own; at most the loss times this is added. 0 adds nothing. A
+            `BaftEditor` has an objective of its own and does not look at this. See docs/training.md.
         init_weights: True starts at Φ(h) = h exactly. False draws a random update, which is for tests alone.
         hidden_size: Width of the edited vectors, filled once the adapter is attached and checked when it is loaded;
             None where targets differ in width.
@@ -76,6 +80,9 @@ class BaftConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules besides the adapter that are trained and saved."}
     )
+    balance_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the gates' load balance in the loss that the model returns."}
+    )
     init_weights: bool = field(default=True, metadata={"help": "True starts at the identity; False is for tests."})
     hidden_size: int | None = field(default=None, metadata={"help": "Width of the edited vectors, filled in."})
     requires: str = field(default="peft_baft", metadata={"help": "The package to import before loading."})
@@ -93,6 +100,13 @@ class BaftConfig(PeftConfig):
                 raise TypeError(f"{name} must hold {_in_words(kind)}, not {getattr(self, name)!r:.60}.")
         if not -LARGEST_OFFSET <= self.gate_offset <= LARGEST_OFFSET:
             raise ValueError(f"gate_offset must be between ±{LARGEST_OFFSET:g}, not {self.gate_offset}.")
+        if not 0 <= self.balance_weight < float("inf"):
+            raise ValueError(f"balance_weight must be a finite number of at least 0, not {self.balance_weight}.")
+        if self.balance_weight and self.gate_count < 2:
+            raise ValueError(
+                f"balance_weight={self.balance_weight} balances several gates, but weighting={self.weighting!r} has "
+                f"{self.gate_count}; use weighting='basis' or 'product' with r >= 2, or balance_weight=0."
+            )
         for name in ("target_modules", "exclude_modules"):
             _require_expression(name, getattr(self, name))
         for module in self.modules_to_save or ():

@@ -157,8 +157,9 @@ class EditContext:
         if hidden.shape[:-1] != steps.shape:
             raise ValueError(
                 f"A block gave hidden vectors of shape {tuple(hidden.shape)}, but the model was called with "
-                f"(rows, tokens) = {tuple(steps.shape)}. Call the model, not a block of it, and keep one row per "
-                "sequence."
+                f"(rows, tokens) = {tuple(steps.shape)}, and a BaFT adapter edits one vector of each token. Call the model, "
+                "not a block of it, with one row per sequence. If it was called so, its blocks give something else: name "
+                "modules that give (rows, tokens, d) with target_modules."
             )
         return edited(steps, prompt_positions).to(hidden.device)
 

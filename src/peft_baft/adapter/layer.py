@@ -106,9 +106,11 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         if call.row_adapters is not None:
             return self._edit_rows(hidden, call, call.row_adapters)
         total = None
-        for adapter_name in (name for name in self.active_adapters if name in self.configs):
+        chosen = [name for name in self.active_adapters if name in self.configs]
+        for adapter_name in chosen:
             mask = self.context.mask(call.steps, hidden, self.configs[adapter_name].prompt_positions)
-            part = self._update(adapter_name, self.name, hidden, mask, call.recorded)
+            place = self.name if len(chosen) == 1 else (self.name, adapter_name)
+            part = self._update(adapter_name, place, hidden, mask, call.recorded)
             total = part if total is None else total + part
         return hidden if total is None else (hidden + total).to(hidden.dtype)
 

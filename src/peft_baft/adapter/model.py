@@ -9,13 +9,18 @@ from itertools import chain
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, cast_adapter_dtype
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from peft_baft.adapter.balance import attach_balance, detach_balance
 from peft_baft.adapter.blocks import block_names, configured_width, missing_targets, stack_owner
+from peft_baft.adapter.coexistence import bare_model, others_stay, own_modules, registered_with, require_free
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.layer import CANNOT_MERGE, CHILD, BaftLayer
+from peft_baft.adapter.supported import require_decoder, require_editable
 from peft_baft.adapter.weights import check_tensors
 
 
@@ -24,11 +29,60 @@ class BaftModel(BaseTuner):
 
     Made by `peft.get_peft_model(model, BaftConfig(...))`. Nothing of the base model is wrapped, renamed or written to:
     each edited block gets a child module and a forward hook, and `unload()` takes both away.
+
+    Adapters of other PEFT methods may stand on the same base model, such as an unmerged LoRA: what this tuner sets, trains,
+    saves, disables, deletes and unloads is its own adapters alone, whatever the names of the others. Of a PeftModel that is
+    given as base model, the model inside is edited.
     """
 
     prefix: str = "baft_"
     tuner_layer_cls = BaftLayer
     target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(
+        self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], adapter_name: str, **kwargs: Any
+    ) -> None:
+        inner = bare_model(model)
+        registered: dict[str, PeftConfig] = getattr(inner, "peft_config", {})
+        other = registered.get(adapter_name)
+        if isinstance(peft_config, PeftConfig) and other is not None and not isinstance(other, BaftConfig):
+            raise ValueError(  # without a tuner that is kept, adapters are told apart by their names alone
+                f"The model has an adapter {adapter_name!r} of type {other.peft_type} already; choose another adapter_name."
+            )
+        super().__init__(inner, peft_config, adapter_name, **kwargs)
+        earlier = {name: config for name, config in registered.items() if isinstance(config, BaftConfig)}
+        self.peft_config: dict[str, PeftConfig] = {**earlier, **self.peft_config}
+        self._given = [model]  # in a list, so as not to become a child
+        self._register(registered)
+
+    def __getattr__(self, name: str) -> Any:
+        """PEFT's passing on of what the base model has, except for the configs that another tuner left on it."""
+        if name == "peft_config":
+            raise AttributeError("a BaftModel that is being made has no peft_config yet")
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            base = self.__dict__.get("_modules", {}).get("model")
+            if base is None or hasattr(base, name):  # an error inside of what was asked for
+                raise
+            raise AttributeError(
+                f"Neither a BaFT adapter nor its base model {type(base).__name__} has {name!r}. A method of another PEFT "
+                "type may have no counterpart here: BaFT has no merging, weighting, rank allocation or prompt."
+            ) from error
+
+    def own_modules(self) -> list[BaftLayer | AuxiliaryTrainingWrapper]:
+        """The modules that hold this tuner's adapters, those of `modules_to_save` included."""
+        return own_modules(self.model, self.peft_config.values())
+
+    def _register(self, noted: Mapping[str, PeftConfig]) -> None:
+        """Note on the base model which adapters it carries, where `noted` were those of all methods so far."""
+        self._note(registered_with(noted, self.peft_config))
+
+    def _note(self, configs: dict[str, PeftConfig]) -> None:
+        if configs:
+            self.model.peft_config = configs
+        elif hasattr(self.model, "peft_config"):
+            del self.model.peft_config
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward; called as a module, since older PEFT would pass by the hooks on it."""
@@ -36,6 +90,7 @@ class BaftModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: BaftConfig, model_config: dict) -> BaftConfig:
         """Spell out which modules are edited, so that the saved config does not depend on a default."""
+        require_decoder(self.model)
         if peft_config.target_modules is None:
             peft_config.target_modules = block_names(
                 self.model, peft_config.layers_to_transform, peft_config.layers_pattern
@@ -47,6 +102,9 @@ class BaftModel(BaseTuner):
                 f"({peft_config.base_model_name_or_path or 'of unknown name'}), or target_modules is misspelt."
             )
         widths = self._widths(peft_config)
+        earlier = own_modules(self.model, (c for c in self.peft_config.values() if c is not peft_config))
+        require_free(self.model, widths, peft_config, earlier)
+        require_editable(self.model, list(widths))
         _check_width(peft_config, widths, self.model)
         _check_saved(peft_config.saved_shapes, widths, self.model)
         if widths and (isinstance(peft_config.target_modules, str) or peft_config.exclude_modules):
@@ -83,6 +141,8 @@ class BaftModel(BaseTuner):
             target.add_module(CHILD, layer)
             layer._active_adapter = list(self.active_adapters)
         layer.attach(adapter_name, peft_config, width)
+        if peft_config.balance_weight:
+            attach_balance(self.model)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, requires_grad=False)
 
@@ -107,28 +167,91 @@ class BaftModel(BaseTuner):
         with context.rows([name for name in names for _ in range(beams)]):
             yield
 
+    # PEFT's versions of the following methods change the adapters of every method on the model.
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        for module in self.own_modules():
+            module.enable_adapters(enabled)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for module in self.own_modules():
+            module.set_requires_grad(adapter_names, requires_grad)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        for module in self.own_modules():
+            if isinstance(module, BaftLayer):
+                module.set_adapter(adapter_name, inference_mode=inference_mode)
+            else:
+                chosen = module.check_set_adapter(adapter_name)  # None where no chosen adapter saves this module
+                present = chosen is not None and chosen in module._get_available_adapters()
+                module.set_adapter(chosen if present else [], inference_mode=inference_mode)
+        self.active_adapter = adapter_name
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        own = self.own_modules()
+        wrappers = [module for module in own if not isinstance(module, BaftLayer)]
+        del self.peft_config[adapter_name]
+        self._register(getattr(self.model, "peft_config", {}))
+        for layer in baft_layers(self.model):
+            layer.delete_adapter(adapter_name)
+        remaining = list(next(layer.active_adapters for layer in baft_layers(self.model)))
+        for wrapper in wrappers:
+            wrapper.delete_adapter(adapter_name, new_active_adapters=remaining)
+            if (
+                not wrapper._get_available_adapters()
+            ):  # no config names it any more, so it could not be told from others'
+                self._replace(wrapper, wrapper.original_module)
+        self.active_adapter = remaining
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        for layer in baft_layers(self.model):
+            cast_adapter_dtype(layer, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's injection; adapters of other methods keep their `requires_grad` flags."""
+        if kwargs.get("state_dict"):  # PEFT takes what stands before the prefix for the target: that is our child
+            kwargs["state_dict"] = {
+                k.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): v for k, v in kwargs["state_dict"].items()
+            }
+        earlier = own_modules(model, (c for name, c in self.peft_config.items() if name != adapter_name))
+        with others_stay(model, earlier, warn=not self.peft_config[adapter_name].inference_mode):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._register(getattr(model, "peft_config", {}))
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            raise NotImplementedError(CANNOT_MERGE)  # before anything is taken off
+        context = find_context(self.model)
+        wrappers = [module for module in self.own_modules() if not isinstance(module, BaftLayer)]
+        for layer in baft_layers(self.model):
+            layer.detach()
+        if context is not None:
+            context.detach()
+        detach_balance(self.model)
+        for wrapper in wrappers:
+            self._replace(wrapper, wrapper.unload_and_optionally_merge_module(False, False, None))
+        self._note(registered_with(getattr(self.model, "peft_config", {}), {}))
+        return self._given[0]
+
+    def _replace(self, module: nn.Module, by: nn.Module) -> None:
+        """Put another module in the place of one, or in all its places where it is shared."""
+        places = [name for name, one in self.model.named_modules(remove_duplicate=False) if one is module]
+        for parent, _, child in (name.rpartition(".") for name in places):
+            setattr(self.model.get_submodule(parent), child, by)
+
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(CANNOT_MERGE)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         raise NotImplementedError(CANNOT_MERGE)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        if merge:
-            raise NotImplementedError(CANNOT_MERGE)  # before anything is taken off
-        context = find_context(self.model)
-        for layer in baft_layers(self.model):
-            layer.detach()
-        if context is not None:
-            context.detach()
-        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+    def unmerge_adapter(self) -> None:
+        raise NotImplementedError(CANNOT_MERGE)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("state_dict"):  # PEFT takes what stands before the prefix for the target: that is our child
-            kwargs["state_dict"] = {
-                k.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): v for k, v in kwargs["state_dict"].items()
-            }
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError(CANNOT_WEIGHT)
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -144,6 +267,13 @@ class BaftModel(BaseTuner):
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_tensors(_expected_shapes(model, adapter_name), renamed, "the adapter's file")
         return renamed
+
+
+CANNOT_WEIGHT = (
+    "BaFT adapters cannot be combined into one by weights: each edits in a subspace of its own, through gates of its own, and "
+    "the mean of two bases is a basis of neither. To use several together, make them active at once: "
+    "model.base_model.set_adapter([name, other]) adds their updates up."
+)
 
 
 def baft_layers(model: nn.Module) -> list[BaftLayer]:

@@ -21,6 +21,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import Cache
 
+from peft_baft.span import IGNORED_LABEL
+
 logger = logging.getLogger(__name__)
 TESTED_TRANSFORMERS = "5.24.0"  # the newest that the tests have passed with, as requirements/tested.txt has it
 MEMORY_NAMES = re.compile(r"(^|_)(past|cache|mems|state)(_|$)")  # as in `past_buckets_states`, `cache_params`
@@ -72,16 +74,19 @@ class StackSignature:
 
     Attributes:
         names: its parameters, in order. memories: those that may hold a memory of earlier tokens, by their names.
+        has_embedding: whether integers can be ids of tokens; to a model without an embedding they are numbers.
     """
 
     names: tuple[str, ...]
     memories: frozenset[str]
+    has_embedding: bool = True
 
     @classmethod
     def of(cls, module: nn.Module) -> StackSignature:
         """Read the signature of the module's forward."""
         names = tuple(inspect.signature(module.forward).parameters)
-        return cls(names, frozenset(name for name in names if MEMORY_NAMES.search(name)))
+        has_embedding = any(isinstance(part, nn.Embedding) for part in module.modules())
+        return cls(names, frozenset(name for name in names if MEMORY_NAMES.search(name)), has_embedding)
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ def read_stack_call(signature: StackSignature, args: tuple, kwargs: Mapping[str,
     tokens = given.get("input_ids")
     if tokens is None:
         tokens = given.get("inputs_embeds")
-    if tokens is None and signature.names:
+    if tokens is None and signature.names and signature.has_embedding:
         first = given.get(signature.names[0])
         tokens = first if isinstance(first, Tensor) and not first.is_floating_point() else None
     if not isinstance(tokens, Tensor) or tokens.ndim < 2:
@@ -147,6 +152,56 @@ def read_stack_call(signature: StackSignature, args: tuple, kwargs: Mapping[str,
 def read_labels(names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
     """Find the labels in a call of the causal language model, whose parameters are `names`."""
     return bind(names, args, kwargs).get("labels")
+
+
+@dataclass(frozen=True)
+class TrainingCall:
+    """A call of the causal language model that returns a loss.
+
+    Attributes:
+        labels: as passed; None where there are none, and then no loss.
+        predicted: () how many tokens this forward predicts; None without labels.
+        predicted_in_step: how many all forwards of the optimiser step predict, which transformers' Trainer passes; None where
+            the loss is the mean over this forward's own.
+        loss_unused: the caller computes its own loss from log-probabilities, as TRL does.
+    """
+
+    labels: Tensor | None
+    predicted: Tensor | None
+    predicted_in_step: Any
+    loss_unused: bool
+
+
+def read_training_call(names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]) -> TrainingCall:
+    """Read what concerns the loss in a call of the causal language model, whose parameters are `names`."""
+    given = bind(names, args, kwargs)
+    labels, shifted = given.get("labels"), given.get("shift_labels")
+    predicted = None
+    if labels is not None:
+        predicted = ((labels[..., 1:] if shifted is None else shifted) != IGNORED_LABEL).sum()
+    return TrainingCall(labels, predicted, given.get("num_items_in_batch"), bool(given.get("fused_lm_head")))
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """Find the loss, () with a gradient, in what a model returns: a dictionary, an object with fields, or a tuple."""
+    if isinstance(output, dict):
+        loss = output.get("loss")
+    elif isinstance(output, tuple):
+        loss = output[0] if output else None
+    else:
+        loss = getattr(output, "loss", None)
+    return loss if isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad else None
+
+
+def with_loss(output: Any, loss: Tensor) -> Any:
+    """Put another loss into what a model returns."""
+    if isinstance(output, tuple):
+        return (loss, *output[1:])
+    if isinstance(output, dict):
+        output["loss"] = loss
+    else:
+        output.loss = loss
+    return output
 
 
 def read_generate_call(args: tuple, kwargs: Mapping[str, Any]) -> GenerateCall:
@@ -343,6 +398,13 @@ def _contradiction(call: StackCall, counted: int | None, masked: int | None) -> 
 # ------------------------------------------------------------------------------------------------ how we call a model
 
 
+def input_device(model: Any) -> torch.device:
+    """Find where a model takes its tokens, also if its weights are brought there only when they are needed."""
+    embedding = model.get_input_embeddings()
+    device = embedding.weight.device
+    return torch.device(embedding._hf_hook.execution_device) if device.type == "meta" else device
+
+
 def full_logits(model: Any, **inputs: Any) -> Tensor:
     """Compute the logits (rows, tokens, vocabulary) of whole texts, with no cache."""
     return model(**inputs, use_cache=False).logits
@@ -351,6 +413,11 @@ def full_logits(model: Any, **inputs: Any) -> Tensor:
 def takes_position_ids(model: nn.Module) -> bool:
     """Whether the model can be told each token's position."""
     return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def takes_tokens(module: nn.Module) -> bool:
+    """Whether a module is called with token ids or their embeddings."""
+    return not {"input_ids", "inputs_embeds"}.isdisjoint(inspect.signature(module.forward).parameters)
 
 
 def cache_parameter(model: nn.Module) -> str:

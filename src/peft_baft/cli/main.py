@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from transformers.utils import logging as transformers_logging
 
-from peft_baft.cli import bench, edit, journal, show
+from peft_baft.cli import bench, check, edit, journal, show
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +32,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="baft", description="Change what a language model knows, and keep the change as a PEFT adapter."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (edit, journal, bench, show):
+    for module in (check, edit, journal, bench, show):
         module.add_commands(commands)
     return parser

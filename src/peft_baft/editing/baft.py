@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_baft.adapter import BaftLayer, EditContext, RecordedGates, baft_layers, find_context
+from peft_baft.adapter.balance import WITHOUT_GRADIENT
 from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit, Unrelated
 from peft_baft.editing.descent import Descent, DescentConfig, Outcome, Terms, descend
@@ -212,12 +213,6 @@ class BaftEditor(AdapterEditor):
         for name, load in self._loads(adapter_name).items():
             w = gates[name][0].detach()
             load += torch.cat([w.sum(0), w.new_tensor([w.shape[0]])]).to(load)
-
-
-WITHOUT_GRADIENT = (
-    "The gates were computed without gradients, so the regularisers would not act: the model runs its blocks under "
-    "no_grad, as reentrant checkpointing of activations does. Enable it with use_reentrant=False, or not at all."
-)
 
 
 def _at(gates: RecordedGates, places: Tensor) -> Tensor:

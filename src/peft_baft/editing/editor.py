@@ -12,6 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from peft_baft.adapter import BaftLayer, BaftModel
+from peft_baft.adapter.coexistence import adapter_contents, other_adapters
 from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit
 from peft_baft.editing.descent import DescentConfig, Outcome, Terms, descend
@@ -114,7 +116,7 @@ class AdapterEditor:
             raise ValueError(
                 f"This editor edits {self.adapter_name!r}, but active is {active}; use set_adapter, or a new editor."
             )
-        for layer in (module for module in self.model.modules() if isinstance(module, BaseTunerLayer)):
+        for layer in (module for module in own_modules(self.model) if isinstance(module, BaseTunerLayer)):
             if layer.disable_adapters or layer.merged:
                 state = "disabled" if layer.disable_adapters else "merged into the weights"
                 raise ValueError(f"The adapter {self.adapter_name!r} cannot be edited while it is {state}.")
@@ -159,16 +161,28 @@ TAKEN_APART = (
 )
 
 
+def own_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold the adapters of a PeftModel's own method.
+
+    A BaFT adapter may stand beside one of another method, say an unmerged LoRA: an editor of either leaves the other alone.
+    """
+    tuner = getattr(model, "base_model", None)
+    if isinstance(tuner, BaftModel):
+        return list(tuner.own_modules())
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not isinstance(module, BaftLayer)
+    ]
+
+
 def adapter_tensors(model: nn.Module) -> list[Tensor]:
     """Everything an edit may change: the adapters' parameters and buffers, and whatever else is trainable."""
-    tensors: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    for layer in (
-        module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-    ):
-        for name in (*layer.adapter_layer_names, *layer.other_param_names):
-            container = getattr(layer, name, None)
-            if isinstance(container, nn.Module):
-                tensors += [*container.parameters(), *container.buffers()]
+    own = own_modules(model)
+    others = {id(tensor) for tensor in other_adapters(model, own)}
+    tensors: list[Tensor] = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
+    for module in own:
+        tensors += adapter_contents(module)
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
@@ -209,13 +223,16 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
 def trainable(model: PeftModel) -> Iterator[list[nn.Parameter]]:
     """The active adapter's parameters, needing gradients inside; flags and gradients are put back as they were.
 
-    A reloaded adapter is frozen; this lets it go on learning without a flag to remember.
+    A reloaded adapter is frozen; this lets it go on learning without a flag to remember. Adapters of other methods are
+    frozen inside, also those that were trainable.
     """
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     for parameter, _, _ in before:
         parameter.grad = None
     try:
         model.base_model.set_requires_grad(model.active_adapters, True)
+        for tensor in other_adapters(model, own_modules(model)):
+            tensor.requires_grad_(False)
         yield [parameter for parameter in model.parameters() if parameter.requires_grad]
     finally:
         for parameter, needed, gradient in before:

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from peft_baft.adapter import find_context
 from peft_baft.adapter.blocks import text_config
-from peft_baft.adapter.model_call import call_with_cache, fork, full_logits, select_rows, takes_position_ids
+from peft_baft.adapter.model_call import (
+    call_with_cache,
+    fork,
+    full_logits,
+    input_device,
+    select_rows,
+    takes_position_ids,
+)
 from peft_baft.data.batching import Tokens, collate
 from peft_baft.editing.packing import packed_forwards
 from peft_baft.editing.sparing import (
@@ -158,13 +165,6 @@ class CachedSession(Session):
         taken._forwards = without_padding(taken._base, real, taken._products)
         taken.given = {block: changed(given, lambda h: h[index]) for block, given in self.given.items()}
         return taken
-
-
-def input_device(model: Any) -> torch.device:
-    """Where a model takes its tokens, also if its weights are brought there only when they are needed."""
-    embedding = model.get_input_embeddings()
-    device = embedding.weight.device
-    return torch.device(embedding._hf_hook.execution_device) if device.type == "meta" else device
 
 
 def open_session(

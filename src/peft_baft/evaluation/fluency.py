@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from peft_baft.adapter.model_call import input_device
 from peft_baft.data.batching import collate, context_window, encode_prompt, padding_id
 from peft_baft.evaluation.scoring import BATCH_SIZE, batches_in_window
 
@@ -76,7 +77,7 @@ def sampled_texts(
 
 def _generate(model: Any, batch: dict[str, Tensor], tokens: int, draw: LogitsProcessor, padding: int) -> Tensor:
     """(rows, `tokens`) new tokens."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
     settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "eos_token_id": None}
     settings |= {"pad_token_id": padding, "logits_processor": LogitsProcessorList([draw])}

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_baft.adapter import BaftLayer, baft_layers, prompt_lengths
-from peft_baft.adapter.model_call import full_logits
+from peft_baft.adapter.model_call import full_logits, input_device
 from peft_baft.data.batching import Tokens, context_window, encode_prompt
 from peft_baft.editing.editor import evaluating, without_adapters
 from peft_baft.evaluation.scoring import first_line, greedy_answers, greedy_tokens
@@ -183,7 +183,7 @@ def _answer(model: Any, tokenizer: Any, row: Tokens, limit: int) -> tuple[str, l
 
 def _logits(model: Any, ids: Sequence[int]) -> Tensor:
     """(tokens, vocabulary) of one forward over `ids`."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     logits = full_logits(model, input_ids=torch.tensor([ids], device=device))[0]
     if logits.isnan().any():
         raise FloatingPointError("The model's output on this prompt is not a number; try --dtype float32.")

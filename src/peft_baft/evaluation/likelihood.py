@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_baft.adapter.model_call import full_logits
+from peft_baft.adapter.model_call import full_logits, input_device
 from peft_baft.data.batching import Tokens, collate, encode_fitting, padding_id
 from peft_baft.evaluation.scoring import BATCH_SIZE
 
@@ -31,7 +31,7 @@ def log_probabilities(
     Raises:
         ValueError: a text is longer than the model can read.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     rows = [encode_fitting(model, tokenizer, prompt, answer, chat=chat) for prompt, answer in pairs]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # for little padding
     found = [torch.empty(0)] * len(rows)

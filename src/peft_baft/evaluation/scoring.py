@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_baft.adapter.model_call import full_logits
+from peft_baft.adapter.model_call import full_logits, input_device
 from peft_baft.data.batching import Tokens, collate, context_window, encode_fitting, encode_prompt, padding_id
 
 BATCH_SIZE = 16
@@ -51,7 +51,7 @@ def predicted_tokens(
     Raises:
         ValueError: a text is longer than the model can read.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     rows = [encode_fitting(model, tokenizer, prompt, answer, chat=chat) for prompt, answer in pairs]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # for little padding
     found: dict[int, tuple[Tensor, Tensor]] = {}
@@ -145,9 +145,7 @@ def batches_in_window(
 def greedy_tokens(model: Any, tokenizer: Any, rows: list[Tokens], tokens: int) -> Tensor:
     """Greedy continuations, (rows, up to `tokens`)."""
     batch = collate(rows, padding_id(tokenizer), side="left")
-    inputs = {
-        name: batch[name].to(model.get_input_embeddings().weight.device) for name in ("input_ids", "attention_mask")
-    }
+    inputs = {name: batch[name].to(input_device(model)) for name in ("input_ids", "attention_mask")}
     settings = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "pad_token_id": padding_id(tokenizer)}
     return model.generate(**inputs, max_new_tokens=tokens, **settings)[:, batch["input_ids"].shape[1] :]
 

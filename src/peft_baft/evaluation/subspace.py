@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter import BaftLayer, baft_layers
-from peft_baft.adapter.model_call import full_logits
+from peft_baft.adapter.model_call import full_logits, input_device
 from peft_baft.data.batching import collate, encode_fitting, padding_id
 from peft_baft.data.cases import Case
 from peft_baft.evaluation.scoring import BATCH_SIZE, token_match
@@ -96,7 +96,7 @@ def _at_edited_tokens(
     model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], blocks: Sequence[Subspace]
 ) -> list[tuple[Tensor, Tensor]]:
     """For each block, at all n edited tokens of all pairs: A h + b - R h (n, r), and the gates (n, r), or (n, 1) if shared."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     rows = [encode_fitting(model, tokenizer, prompt, answer) for prompt, answer in pairs]
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in blocks]
     for start in range(0, len(rows), BATCH_SIZE):

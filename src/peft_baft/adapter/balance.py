@@ -1,0 +1,157 @@
+"""The load balance of the gates in training by others (transformers' Trainer, a loop over `model(...).loss`).
+
+`BaftEditor` has an objective of its own and does not use this.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_baft.adapter.context import RecordedGates
+from peft_baft.adapter.layer import BaftLayer
+from peft_baft.adapter.model_call import TrainingCall, loss_of, read_training_call, with_loss
+from peft_baft.regularisers import load_balance, mean_over_blocks, rescaled
+
+logger = logging.getLogger(__name__)
+CEILING = 1.0  # of the rescaling to the loss, as in the editor's objective
+NOT_APPLIED = (
+    "A BaFT adapter has balance_weight > 0, but the load balance cannot act on this training: {}. It is added to the loss "
+    "that a forward with labels returns, and nowhere else; see docs/training.md."
+)
+WITHOUT_LABELS = "the model is called without labels, as with label smoothing or a loss function of your own"
+LOSS_UNUSED = "the caller computes its own loss from log-probabilities, as TRL does"
+WITHOUT_GRADIENT = (
+    "The gates were computed without gradients, so the regularisers would not act: the model runs its blocks under "
+    "no_grad, as reentrant checkpointing of activations does. Enable it with use_reentrant=False, or not at all."
+)
+
+
+class LoadBalanceTerm:
+    """Adds the load balance of the active adapters that ask for it to the loss that the base model returns.
+
+    Two hooks on the base model, and not the tuner's forward: PeftModel passes the tuner by where the config has no task
+    type, and transformers' own adapter loading keeps no tuner.
+
+    Args:
+        model: the base model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._arguments = tuple(inspect.signature(model.forward).parameters)
+        self._running: dict[
+            int, tuple[ExitStack, Mapping[Any, RecordedGates]]
+        ] = {}  # forwards, by the thread they run in
+        self._warned = False
+        self._handles = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        """Take the hooks off the base model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before a forward that trains: have the blocks record their gates."""
+        if not (model.training and torch.is_grad_enabled() and _balanced(model)):
+            return
+        call = read_training_call(self._arguments, args, kwargs)
+        if call.labels is None:
+            self._warn(WITHOUT_LABELS)
+            return
+        if call.loss_unused:
+            self._warn(LOSS_UNUSED)
+        recording = ExitStack()
+        recorded = recording.enter_context(_balanced(model)[0][0].context.recording())
+        self._running[threading.get_ident()] = recording, recorded
+
+    def _end(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """After the forward, whether it succeeded or not: stop recording, and add the term to the loss."""
+        running = self._running.pop(threading.get_ident(), None)
+        if running is None:
+            return None
+        recording, recorded = running
+        recording.close()
+        loss = loss_of(output)
+        if loss is None:
+            return None
+        share = _share_of_step(read_training_call(self._arguments, args, kwargs), loss)
+        for term in _terms(model, recorded, loss / share.clamp(min=torch.finfo(loss.dtype).tiny)):
+            loss = loss + share * term.to(loss)
+        return with_loss(output, loss)
+
+    def _warn(self, reason: str) -> None:
+        if not self._warned and not torch.compiler.is_compiling():
+            self._warned = True
+            logger.warning(NOT_APPLIED.format(reason))
+
+
+def attach_balance(model: nn.Module) -> None:
+    """Let a base model's loss have the load balance of those adapters whose config asks for it; once is enough."""
+    if not _attached(model):
+        LoadBalanceTerm(model)
+
+
+def detach_balance(model: nn.Module) -> None:
+    """Undo `attach_balance`, if it was done."""
+    for term in _attached(model):
+        term.detach()
+
+
+def _attached(model: nn.Module) -> list[LoadBalanceTerm]:
+    """The term is owned by its own hook, so that copies of a model have their own, and a pickled one keeps it."""
+    owners = [getattr(hook, "__self__", None) for hook in model._forward_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, LoadBalanceTerm)]
+
+
+def _balanced(model: nn.Module) -> list[tuple[BaftLayer, str]]:
+    """The blocks, each with the name of an adapter that is active, trained, and asks for the load balance."""
+    return [
+        (layer, name)
+        for layer in (module for module in model.modules() if isinstance(module, BaftLayer))
+        for name in (() if layer.disable_adapters else layer.active_adapters)
+        if name in layer.configs
+        and layer.configs[name].balance_weight > 0
+        and any(parameter.requires_grad for parameter in layer.baft_gate[name].parameters())
+    ]
+
+
+def _terms(model: nn.Module, recorded: Mapping[Any, RecordedGates], loss: Tensor) -> list[Tensor]:
+    """Weighted load balance of each adapter, () each, rescaled to the mean loss of an answer token.
+
+    Past use is what the editor has counted (`baft_load`); a forward does not add to it, since it cannot know whether a step
+    follows.
+    """
+    spreads: dict[str, list[Tensor]] = {}
+    weights: dict[str, float] = {}
+    for layer, name in _balanced(model):
+        gates = recorded.get(layer.name, recorded.get((layer.name, name)))
+        if gates is None:
+            continue
+        if not gates.w.requires_grad:
+            raise ValueError(WITHOUT_GRADIENT)
+        w, past = gates.w[gates.mask], layer.baft_load[name]
+        if len(w):
+            spreads.setdefault(name, []).append(load_balance(w, past[:-1].to(w.device), past[-1].to(w.device)))
+            weights[name] = layer.configs[name].balance_weight
+    return [weights[name] * rescaled(mean_over_blocks(own), loss, CEILING) for name, own in spreads.items()]
+
+
+def _share_of_step(call: TrainingCall, loss: Tensor) -> Tensor:
+    """() how much of an optimiser step's loss this forward is: 1 where the model returns the mean over its own tokens.
+
+    Trainer passes how many tokens all forwards of a step predict, and adds the losses up; a term that is not scaled alike
+    would count once for every forward.
+    """
+    if call.predicted_in_step is None or call.predicted is None:
+        return torch.ones_like(loss)
+    return (call.predicted.to(loss) / torch.as_tensor(call.predicted_in_step).to(loss)).detach()

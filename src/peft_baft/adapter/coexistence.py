@@ -1,0 +1,123 @@
+"""Which parts of a base model are BaFT's, where adapters of other PEFT methods (say an unmerged LoRA) stand on it too.
+
+PEFT's own tuner methods walk over every tuner layer that they find, whosever it is. BaFT's walk over what is listed here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from peft import AdaLoraModel, PeftConfig, PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from peft_baft.adapter.config import BaftConfig
+from peft_baft.adapter.layer import BaftLayer
+
+logger = logging.getLogger(__name__)
+STILL_TRAINABLE = (
+    "The base model carries a trainable adapter of another PEFT method. It stays trainable: Trainer or an optimiser over all "
+    "trainable parameters would change it, and saving the BaFT adapter does not save it. A BaftEditor leaves it alone. To "
+    "train the BaFT adapter only, freeze the other one before: its set_requires_grad(adapter_name, False)."
+)
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model below the PeftModels around it, so that a BaFT adapter's names do not depend on them.
+
+    Raises:
+        ValueError: one of them acts in its own forward, which an adapter on the model below would pass by.
+    """
+    while isinstance(model, PeftModel | PeftMixedModel):
+        tuner = model.base_model
+        # AdaLoRA's forward only adds the regulariser of its own training to the loss.
+        passable = (BaseTuner.forward, AdaLoraModel.forward)
+        is_baft = any(isinstance(config, BaftConfig) for config in model.peft_config.values())
+        if not is_baft and not (isinstance(tuner, BaseTuner) and type(tuner).forward in passable):
+            names = ", ".join(sorted({str(config.peft_type.value) for config in model.peft_config.values()}))
+            raise ValueError(
+                f"A BaFT adapter cannot stand beside an adapter of type {names}, which acts in its own forward and not in "
+                "the model's layers. Merge it into the model, or unload it, and call get_peft_model on the result."
+            )
+        model = tuner.model
+    return model
+
+
+def own_modules(model: nn.Module, configs: Iterable[PeftConfig]) -> list[BaftLayer | AuxiliaryTrainingWrapper]:
+    """The BaftLayers of a model, and the wrappers of the modules that BaFT's configs name in `modules_to_save`."""
+    saved = tuple(name for config in configs if isinstance(config, BaftConfig) for name in config.modules_to_save or ())
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, BaftLayer)
+        or (isinstance(module, AuxiliaryTrainingWrapper) and bool(saved) and name.endswith(saved))
+    ]
+
+
+def adapter_contents(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of all adapters in one tuner layer or wrapper, without those of the module that it adapts."""
+    for name in (*module.adapter_layer_names, *module.other_param_names):
+        container = getattr(module, name, None)
+        if isinstance(container, nn.Module):
+            yield from container.parameters()
+            yield from container.buffers()
+
+
+def other_adapters(model: nn.Module, own: Iterable[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers of the adapters on `model` that are not in the modules `own`."""
+    mine = set(own)
+    others = [
+        module
+        for module in model.modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and module not in mine
+    ]
+    return [tensor for module in others for tensor in adapter_contents(module)]
+
+
+@contextmanager
+def others_stay(model: nn.Module, own: Iterable[nn.Module], *, warn: bool) -> Iterator[None]:
+    """Put the `requires_grad` flags of other methods' adapters back after what is inside.
+
+    Args:
+        own: the modules of BaFT's own adapters.
+        warn: whether to warn if one of the others is trainable.
+    """
+    flags = [(tensor, tensor.requires_grad) for tensor in other_adapters(model, own)]
+    try:
+        yield
+    finally:
+        for tensor, needed in flags:
+            tensor.requires_grad_(needed)
+    if warn and any(needed for _, needed in flags):
+        logger.warning(STILL_TRAINABLE)
+
+
+def require_free(model: nn.Module, targets: Iterable[str], config: BaftConfig, own: Iterable[nn.Module]) -> None:
+    """Raise a ValueError if the config names modules that another PEFT method has replaced."""
+    mine = set(own)
+    saved = tuple(config.modules_to_save or ())
+    targets = set(targets)
+    for name, module in model.named_modules():
+        named = name in targets or (bool(saved) and name.endswith(saved))
+        replaced = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and module not in mine
+        if named and replaced:
+            raise ValueError(
+                f"{name} belongs to an adapter of another PEFT method ({type(module).__name__}), so a BaFT adapter can "
+                "neither edit its output nor save it. Name the decoder block around it, or merge that adapter first."
+            )
+
+
+def registered_with(noted: Mapping[str, PeftConfig], own: Mapping[str, PeftConfig]) -> dict[str, PeftConfig]:
+    """The configs to note on a base model, which PEFT and transformers read as its `peft_config`.
+
+    A new dictionary: other tuners and PeftModels hold the one that was there, and would take BaFT's adapters for theirs.
+
+    Args:
+        noted: what is noted so far, by all methods.
+        own: BaFT's adapters. Where another method's adapter has the same name, that one stays noted.
+    """
+    others = {name: config for name, config in noted.items() if not isinstance(config, BaftConfig)}
+    return {**own, **others}

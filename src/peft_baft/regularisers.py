@@ -1,0 +1,45 @@
+"""The load balance of the gates, and how a regulariser is scaled (arXiv 2503.00306, Sec. 2.4 and Eq. 4). Torch only.
+
+Apart from `losses.py`, since an adapter that others train, as transformers' Trainer does, adds the load balance itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def load_balance(w: Tensor, past_sum: Tensor, past_count: Tensor) -> Tensor:
+    """Incremental load balance R_bal: the spread of the gates' mean use over all edits so far, this one included.
+
+    As printed in the paper: Σ_k (w̄_k - w̄)² / ((r - 1) w̄). Only the present edit's share carries a gradient.
+
+    Args:
+        w: (n, r) gates at the edited tokens of the present edit.
+        past_sum: (r,) sum of the gates over the edited tokens of past edits.
+        past_count: () how many tokens those were.
+
+    Returns:
+        () >= 0, and 0 where there is a single gate.
+    """
+    if w.shape[-1] < 2:
+        return w.sum() * 0
+    use = (past_sum.detach() + w.sum(0)) / (past_count.detach() + w.shape[0])
+    mean = use.mean()
+    return (use - mean).square().sum() / ((use.numel() - 1) * mean.clamp(min=1e-6))
+
+
+def mean_over_blocks(terms: Sequence[Tensor]) -> Tensor:
+    """Mean of one scalar per edited block, on the first one's device."""
+    return torch.stack([term.to(terms[0].device) for term in terms]).mean()
+
+
+def rescaled(term: Tensor, reference: Tensor, ceiling: float) -> Tensor:
+    """`term` brought to the magnitude of `reference` (Eq. 4), by a factor that is a constant to the gradient.
+
+    The factor is reference / term, at most `ceiling`: a regulariser that is nearly met is not blown up without bound.
+    """
+    factor = reference.detach().to(term.device) / term.detach().clamp(min=torch.finfo(term.dtype).tiny)
+    return term * factor.clamp(max=ceiling)
