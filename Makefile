@@ -18,7 +18,7 @@ TRANSFORMERS_MAIN ?= git+https://github.com/huggingface/transformers
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 
 # The tests of what other packages' versions can break, which test-newest, test-oldest and test-main run.
-VERSION_TESTS = adapter beside_lora corruption journal model_call positions saving session
+VERSION_TESTS = adapter beside_lora corruption journal model_call native positions saving session
 SELECTION = -m "not slow" $(VERSION_TESTS:%=tests/test_%.py)
 
 .PHONY: demo test test-slow test-newest test-oldest test-main test-across lock safety check clean

