@@ -253,7 +253,7 @@ def test_the_command_prints_the_table_or_json_and_tells_by_its_exit_code(saved_m
     assert cli.main(["check", "--model", saved_model, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"] is True
     too_many(monkeypatch)
-    assert cli.main(["check", "--model", saved_model]) == 1
+    assert cli.main(["check", "--model", saved_model]) == 3
     assert "NOT WHOLE" in capsys.readouterr().out
     assert cli.main(["check", "--model", saved_model, "--adapter", saved_model]) == 2
 
