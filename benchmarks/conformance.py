@@ -148,7 +148,9 @@ def run_common(common: Any, models: dict[str, str]) -> list[Row]:
     rows = []
     for name in sorted(set(methods) - set(HELPERS)):
         for arguments in ARGUMENTS.get(name, [{}]):
-            told = ", ".join(f"{key}={value}".replace("torch.", "") for key, value in arguments.items() if key != "test_name")
+            told = ", ".join(
+                f"{key}={value}".replace("torch.", "") for key, value in arguments.items() if key != "test_name"
+            )
             for model, folder in models.items():
                 kind, why = outcome(common, Tester(), name, arguments, folder)
                 rows.append(Row(f"{name}({told})" if told else name, kind, why, model))
@@ -227,7 +229,18 @@ def run_files(folder: Path, models: dict[str, str], cache: Path) -> list[Row]:
     for name in FILES:
         replace_lists(importlib.import_module(f"tests.{name}"), models, adapter)
     collector = Collector()
-    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(folder), "-c", "/dev/null", "--tb=short", "-W", "ignore"]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(folder),
+        "-c",
+        "/dev/null",
+        "--tb=short",
+        "-W",
+        "ignore",
+    ]
     pytest.main([*(str(folder / "tests" / f"{name}.py") for name in FILES), *options], plugins=[collector])
     return collector.rows
 

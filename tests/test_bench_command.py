@@ -94,7 +94,7 @@ def test_an_adapter_is_judged_on_the_model_that_it_names(folder: Path, tmp_path:
 def test_bad_arguments_are_named_before_a_model_is_loaded(
     folder, tmp_path, capsys, monkeypatch, more, complaint
 ) -> None:
-    monkeypatch.setattr("peft_baft.cli.bench.load_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("peft_baft.cli.common.load_model", lambda *_, **__: 1 / 0)
     assert bench(folder, tmp_path / "r.jsonl", *more) == 2
     assert complaint in capsys.readouterr().err and not (tmp_path / "r.jsonl").exists()
 

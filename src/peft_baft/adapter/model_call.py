@@ -86,7 +86,12 @@ class StackSignature:
         """Read the signature of the module's forward."""
         names = tuple(inspect.signature(module.forward).parameters)
         has_embedding = any(isinstance(part, nn.Embedding) for part in module.modules())
-        return cls(names, frozenset(name for name in names if MEMORY_NAMES.search(name)), has_embedding)
+        return cls(names, memory_names(names), has_embedding)
+
+
+def memory_names(names: Iterable[str]) -> frozenset[str]:
+    """Find those of a forward's parameters that, by their names, may hold a memory of earlier tokens."""
+    return frozenset(name for name in names if MEMORY_NAMES.search(name))
 
 
 @dataclass(frozen=True)

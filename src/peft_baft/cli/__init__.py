@@ -1,5 +1,9 @@
-"""The command `baft`. Nothing outside this folder prints."""
+"""The work of the command `baft`. Of this package, nothing outside this folder prints.
 
-from peft_baft.cli.main import main
+How the command line is read is in `peft_baft_cli`, beside this package, which imports nothing heavy. Each command is a
+function here that takes plain values.
+"""
+
+from peft_baft_cli import main
 
 __all__ = ["main"]

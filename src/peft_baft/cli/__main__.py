@@ -1,5 +1,5 @@
 import sys
 
-from peft_baft.cli.main import main
+from peft_baft_cli import main
 
 sys.exit(main())

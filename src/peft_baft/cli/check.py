@@ -1,27 +1,37 @@
-"""`baft check`: whether edits of a model are trained, kept and applied at the right tokens."""
+"""`baft check`."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from typing import Any
+from json import dumps
+
+from peft_baft.cli.common import adapter_config, chosen_model, default_device, load_base, require_device
+from peft_baft.evaluation.check import check as check_model
+from peft_baft_cli.errors import DONE, NOT_SO
+from peft_baft_cli.screen import doing
 
 
-def check(args: argparse.Namespace) -> int:
-    """Prove on your own model that edits reach the right tokens and that nothing else changes; takes about a minute."""
-    from peft_baft.evaluation.check import check as check_model
-    from peft_baft.models import load_model
+def check(
+    *,
+    model: str | None,
+    adapter: str | None = None,
+    adapter_revision: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    json: bool = False,
+) -> int:
+    """Print what holds for a model, and for an adapter on it; the exit code.
 
-    model, tokenizer = load_model(args.model, args.dtype, device_map=args.device)
-    report = check_model(model, tokenizer, adapter=args.adapter)
-    print(json.dumps(report.to_dict(), indent=1) if args.json else report)
-    return 0 if report.ok else 1
-
-
-def add_commands(commands: Any) -> None:
-    """Put `check` among the commands."""
-    from peft_baft.cli.common import command
-
-    parser = command(commands, "check", check)
-    parser.add_argument("--adapter", help="a BaFT adapter to check with: folder or Hub id; by default a random one")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    Args:
+        adapter: a folder or a Hub id; by default a random adapter is tried. json: print JSON.
+    """
+    device = default_device(device)
+    require_device(device)
+    config = None if adapter is None else adapter_config(adapter, adapter_revision)
+    name, revision = chosen_model(model, revision, config)
+    with doing(f"loading {name}"):
+        base, tokenizer = load_base(name, revision, dtype, device)
+    with doing("checking, which takes about a minute"):
+        report = check_model(base, tokenizer, adapter=adapter, adapter_revision=adapter_revision)
+    print(dumps(report.to_dict(), indent=2) if json else report)
+    return DONE if report.ok else NOT_SO

@@ -1,97 +1,146 @@
-"""What the commands share: arguments and tables."""
+"""What the commands share: which model and adapter are meant, on which device, with which settings."""
 
 from __future__ import annotations
 
-import argparse
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
 
 from peft_baft import Unrelated
 from peft_baft.data.datasets import read_unrelated
 from peft_baft.data.unrelated import GENERAL
+from peft_baft.models import load_model, looks_like_path
 from peft_baft.presets import PRESETS, Preset
 from peft_baft.processes import Processes
 
-
-def command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], model_required: bool = True
-) -> argparse.ArgumentParser:
-    """One command that works on a model, with the arguments that all of these share."""
-    parser = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-    parser.set_defaults(run=run)
-    hint = "" if model_required else "; by default the one that --adapter was made for"
-    parser.add_argument("--model", required=model_required, help=f"Hub id, local folder, GGUF file, or smollm2{hint}")
-    parser.add_argument("--dtype", default="auto", help="of the base model: float32, bfloat16, float16 or auto")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a device, or auto")
-    return parser
+AUTO = "auto"  # a device map over all devices
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """How an edit is trained."""
-    parser.add_argument(
-        "--unrelated", default="general", help="text to leave alone: a file, `general` (default) or `none`"
-    )
-    parser.add_argument("--preset", choices=PRESETS, default="default", help="settings by name")
-    parser.add_argument("--r", type=int, help="rank of a new adapter")
-    parser.add_argument("--lr", type=float, help="learning rate")
-    parser.add_argument("--max-steps", type=int, help="at most so many steps an edit")
+@contextmanager
+def type_errors_as_bad_input() -> Iterator[None]:
+    """Turn a TypeError into a ValueError, around calls that raise it on purpose for what a user gave.
+
+    A TypeError from anywhere else is a bug, and the command shows its traceback.
+    """
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
-def add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    """How many processes share the work."""
-    parser.add_argument(
-        "--processes",
-        type=int,
-        metavar="N",
-        help="fail unless N processes run; start them with torchrun --nproc_per_node N -m peft_baft.cli ...",
-    )
-
-
-def described(processes: Processes, device: str, split: str) -> str:
-    """Which of the ways to use several processes or devices is taken."""
+def described(processes: Processes, device: str, split: str) -> str | None:
+    """Which of the ways to use several processes or devices is taken; None for one process on one device."""
     if processes.count == 1:
-        return "1 process" + (": one model over all devices" if device == "auto" else "")
-    if device == "auto":
+        return "1 process: one model over all devices" if device == AUTO else None
+    if device == AUTO:
         raise ValueError("--device auto spreads one model over all devices, which several processes cannot share.")
     return f"{processes.count} processes: {split} split over them"
 
 
-def model_name(args: argparse.Namespace) -> str:
-    """The model of the command line, or the one that the adapter was made for."""
-    if args.model:
-        return args.model
-    name = PeftConfig.from_pretrained(args.adapter).base_model_name_or_path if args.adapter else None
-    if not name:
+def default_device(device: str | None) -> str:
+    """The device of the command line; where there is none, CUDA if it is there, else the CPU."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def require_device(device: str) -> None:
+    """Raise a ValueError unless tensors can be put on `device`, or it is `auto`."""
+    if device == AUTO:
+        return
+    try:
+        if torch.device(device).type == "meta":
+            raise ValueError("it holds no values")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")[:160]
+        raise ValueError(
+            f"--device {device} cannot be used here ({reason}). Take cpu, cuda or cuda:N where there is a GPU, or auto."
+        ) from None
+
+
+def adapter_config(adapter: str, revision: str | None = None) -> PeftConfig:
+    """The config of a saved adapter, looked at before a model is loaded.
+
+    Args:
+        adapter: a folder or a Hub id. revision: a branch, tag or commit, for a Hub id alone.
+
+    Raises:
+        ValueError: there is no such adapter, or its config is damaged.
+    """
+    folder = Path(adapter)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"--adapter-revision belongs to an adapter on the Hub, but {adapter} is a folder here.")
+        if not (folder / CONFIG_NAME).is_file():
+            raise ValueError(f"{adapter} holds no adapter: the file {CONFIG_NAME} is missing.")
+    elif looks_like_path(adapter):
+        raise ValueError(
+            f"There is no adapter folder {adapter}. Name one that `baft edit --output` has made, or a Hub id."
+        )
+    try:
+        return PeftConfig.from_pretrained(adapter, **_revision(revision))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0].rstrip(".")
+        if folder.is_dir():
+            raise ValueError(f"{folder / CONFIG_NAME} cannot be used ({reason}).") from None
+        raise ValueError(
+            f"There is no folder {adapter}, and no adapter of that name could be had from the Hugging Face Hub ({reason}). "
+            "Check the name, and the network if it is on the Hub."
+        ) from None
+
+
+def attach_adapter(base: Any, adapter: str, revision: str | None = None, trainable: bool = False) -> PeftModel:
+    """`base` with a saved adapter on it, in evaluation mode."""
+    return PeftModel.from_pretrained(base, adapter, is_trainable=trainable, **_revision(revision)).eval()
+
+
+def _revision(revision: str | None) -> dict[str, Any]:
+    return {} if revision is None else {"revision": revision}
+
+
+def chosen_model(model: str | None, revision: str | None, config: PeftConfig | None) -> tuple[str, str | None]:
+    """Name and revision of the base model: those of the command line, or those that the adapter was made for."""
+    if model:
+        return model, revision
+    if config is None or not config.base_model_name_or_path:
         raise ValueError("Say which model with --model: a Hub id, a local folder, a GGUF file, or smollm2.")
-    return name
+    return config.base_model_name_or_path, revision or config.revision
 
 
-def chosen_preset(args: argparse.Namespace) -> Preset:
-    """The chosen preset with what the command line overrides."""
-    preset = PRESETS[args.preset]
-    chosen = {name: getattr(args, name) for name in ("lr", "max_steps") if getattr(args, name) is not None}
+def load_base(name: str, revision: str | None, dtype: str, device: str) -> tuple[Any, Any]:
+    """The base model and its tokenizer, on a device or, with `auto`, over all of them."""
+    return load_model(name, dtype, revision=revision, device_map=device)
+
+
+def chosen_preset(name: str, r: int | None, lr: float | None, max_steps: int | None) -> Preset:
+    """The preset of a name with what the command line overrides."""
+    preset = PRESETS[name]
+    chosen: dict[str, Any] = {"lr": lr, "max_steps": max_steps}
+    chosen = {setting: value for setting, value in chosen.items() if value is not None}
     return replace(
         preset,
-        config=preset.config | ({} if args.r is None else {"r": args.r}),
+        config=preset.config | ({} if r is None else {"r": r}),
         descent=replace(preset.descent, **chosen),
         batch_descent=replace(preset.batch_descent, **chosen),
     )
 
 
 def chosen_unrelated(choice: str) -> Sequence[Unrelated]:
-    """The text that edits should leave alone: the package's own, none, or a file's."""
-    return {"general": GENERAL, "none": ()}[choice] if choice in ("general", "none") else read_unrelated(choice)
+    """The text that edits should leave alone: the package's own (`general`), none, or a file's."""
+    if choice == "general":
+        return GENERAL
+    if choice == "none":
+        return ()
+    return read_unrelated(require_file(choice, "--unrelated", "a .jsonl or .json file, `general` or `none`"))
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A plain table as wide as the terminal; longer cells are cut."""
-    room = max(12, (shutil.get_terminal_size((120, 24)).columns - 3 * len(header)) // len(header) + 8)
-    cells = [[cell if len(cell) <= room else cell[: room - 1] + "…" for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    print("\n" + "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]]) + "\n")
+def require_file(path: str | Path, option: str, wanted: str) -> Path:
+    """The path, where a file is there; a ValueError that says what the option takes otherwise."""
+    if not Path(path).is_file():
+        raise ValueError(f"{option}: there is no file {path}. It takes {wanted}.")
+    return Path(path)

@@ -1,41 +1,52 @@
-"""`baft edit` and `baft ask`."""
+"""`baft edit`."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from huggingface_hub import hf_hub_download
+from peft import PeftConfig, PeftModel, get_peft_model
 from tqdm import tqdm
 
-from peft_baft import BaftConfig, BaftEditor, Outcome
+from peft_baft import BaftConfig, BaftEditor
+from peft_baft.adapter.registration import BAFT
 from peft_baft.adapter.weights import FILE as WEIGHTS
 from peft_baft.cli.common import (
-    add_process_arguments,
-    add_training_arguments,
+    adapter_config,
+    attach_adapter,
     chosen_preset,
     chosen_unrelated,
-    command,
+    default_device,
     described,
-    print_table,
+    load_base,
+    require_device,
+    require_file,
+    type_errors_as_bad_input,
 )
+from peft_baft.cli.edit_report import print_report, summary
+from peft_baft.data.cases import Case
 from peft_baft.data.datasets import read_cases, read_unrelated
 from peft_baft.data.unrelated import CANARIES
 from peft_baft.editing.continual import Made, edit_continually
-from peft_baft.editing.journal import LINES, Journal
+from peft_baft.editing.journal import LINES, Journal, give_umask_mode
 from peft_baft.evaluation.guard import canary_check
 from peft_baft.evaluation.report import Report, watch
-from peft_baft.evaluation.scoring import greedy_answers
-from peft_baft.models import load_model
+from peft_baft.models import locate_model
 from peft_baft.presets import Preset
 from peft_baft.processes import Processes
+from peft_baft_cli.errors import DONE, NOT_SO, Interrupted
+from peft_baft_cli.screen import doing, progress_shown
 
 REPORT = "report.json"
+EDIT_FILE = "a .jsonl, .json or .csv file of facts, each with prompt and target"
+CANARY_FILE = "a .jsonl or .json file of questions, each with prompt and answer"
 HOW_TO_LOAD = """
 ## How to load this adapter
 
@@ -44,99 +55,180 @@ HOW_TO_LOAD = """
 """
 
 
-def edit(args: argparse.Namespace) -> int:
-    """Teach the facts of a file to a model and save the adapter."""
-    with Processes.started(args.processes) as processes:
-        if processes.first:
-            print(described(processes, args.device, "the facts of each batch"), flush=True)
-        args.device = processes.device(args.device)
-        return _edit(args, processes)
+@dataclass(frozen=True)
+class EditOptions:
+    """What `baft edit` is asked for; `baft edit --help` explains each.
+
+    Args:
+        adapter: folder or Hub id of an adapter to continue; None makes a fresh one. device: None takes CUDA if it is there.
+        unrelated: a file, `general` or `none`; None is `general`. r, lr, max_steps: None leaves them to the preset.
+    """
+
+    edits: Path
+    output: Path
+    model: str
+    revision: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    batch_size: int = 1
+    seed: int = 0
+    overwrite: bool = False
+    resume: bool = False
+    snapshot_every: int = 1
+    min_agreement: float | None = None
+    canaries: Path | None = None
+    keep_only_good: bool = False
+    strict: bool = False
+    json: bool = False
+    unrelated: str | None = None
+    preset: str = "default"
+    r: int | None = None
+    lr: float | None = None
+    max_steps: int | None = None
+    processes: int | None = None
 
 
-def _edit(args: argparse.Namespace, processes: Processes) -> int:
-    """`edit` by several processes, of which the first reports and writes."""
+def edit(options: EditOptions) -> int:
+    """Teach the facts of a file to a model, save the adapter and tell what became of it; the exit code."""
+    with Processes.started(options.processes) as processes:
+        device = default_device(options.device)
+        split = described(processes, device, "the facts of each batch")
+        if processes.first and split:
+            print(split, flush=True, file=sys.stderr if options.json else sys.stdout)
+        device = processes.device(device)
+        require_device(device)
+        found = _edit(options, device, processes)
+        if processes.first and options.json:
+            print(json.dumps(found, indent=2))
+        elif processes.first:
+            print_report(found)
+    return NOT_SO if options.strict and found["known"] < found["facts"] else DONE
+
+
+def _edit(options: EditOptions, device: str, processes: Processes) -> dict[str, Any]:
+    """Make the edits by several processes, of which the first writes; what became of the model, in each of them."""
+    cases = read_cases(require_file(options.edits, "--edits", EDIT_FILE))
+    unrelated = chosen_unrelated(options.unrelated or "general")
+    canaries = _canaries(options.canaries)
+    preset = chosen_preset(options.preset, options.r, options.lr, options.max_steps)
+    continued = None if options.adapter is None else adapter_config(options.adapter, options.adapter_revision)
+    if continued is not None and continued.peft_type != BAFT:
+        raise ValueError(f"baft edit continues BaFT adapters, but {options.adapter} is of type {continued.peft_type}.")
+    locate_model(options.model, options.revision)  # complains of what is not there
     with processes.together():
         if processes.first:
-            _prepare_output(args.output, args.adapter, args.overwrite, args.resume)
-    cases = read_cases(args.edits)
-    unrelated = chosen_unrelated(args.unrelated)
-    preset = chosen_preset(args)
-    model, tokenizer = _edited_model(args, preset)
+            _prepare_output(options)
+    with _status(f"loading {options.model}", processes):
+        model, tokenizer = _edited_model(options, device, preset, continued)
     editor = BaftEditor(model, tokenizer, unrelated, preset.objective, preset.descent, preset.batch_descent)
-    editor.processes, editor.unrelated_used = processes, _unrelated_used(args.adapter)
-    report = watch(model, tokenizer, cases)
-    check = None
-    if args.min_agreement is not None:
-        canaries: Sequence[Any] = CANARIES if args.canaries is None else read_unrelated(args.canaries)
-        check = canary_check(model, tokenizer, args.min_agreement, canaries)
-    if args.overwrite and not args.resume and processes.first:
-        Journal(args.output).begin_anew()
+    editor.processes, editor.unrelated_used = processes, _unrelated_used(options.adapter, options.adapter_revision)
+    with _status("asking the model before it is edited", processes):
+        report = watch(model, tokenizer, cases)
+        check = None
+        if options.min_agreement is not None:
+            check = canary_check(model, tokenizer, options.min_agreement, canaries)
+    made = _made(options, editor, cases, check)
+    with _status("asking the model after its edits", processes):
+        return processes.of_first(lambda: _saved(options, editor, report(), made))
+
+
+def _made(options: EditOptions, editor: BaftEditor, cases: Sequence[Case], check: Any) -> list[Made]:
+    """Make the edits, or go on with a run of them.
+
+    Raises:
+        Interrupted: the user stopped it once its journal had begun.
+    """
+    processes, journal = editor.processes, Journal(options.output, options.snapshot_every)
+    if options.overwrite and not options.resume and processes.first:
+        journal.begin_anew()
+    runs_before = _runs(journal)
     batches = edit_continually(
         editor,
         [case.edit for case in cases],
-        args.batch_size,
-        journal=Journal(args.output, args.snapshot_every),
-        resume=args.resume,
+        options.batch_size,
+        journal=journal,
+        resume=options.resume,
         check=check,
-        keep_only_good=args.keep_only_good,
+        keep_only_good=options.keep_only_good,
     )
-    made = _with_progress(batches, -(-len(cases) // args.batch_size), processes.first)
-    return processes.of_first(lambda: _report(args, editor, report(), made))
+    shown = processes.first and progress_shown()
+    try:
+        return _with_progress(batches, -(-len(cases) // options.batch_size), options.batch_size, shown)
+    except KeyboardInterrupt:
+        if _runs(journal) > runs_before or (options.resume and runs_before):
+            raise Interrupted from None
+        raise
 
 
-def _report(args: argparse.Namespace, editor: BaftEditor, result: Report, made: Sequence[Made]) -> int:
-    """Save the adapter, tell what became of the model; 0 if all is learned."""
-    model, output = editor.model, args.output
-    outcomes = [batch.outcome for batch in made if batch.outcome is not None]
-    model.save_pretrained(str(output), save_embedding_layers=False)
-    summary = asdict(result) | {"unrelated_used": editor.unrelated_used}
-    (output / REPORT).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _runs(journal: Journal) -> int:
+    return sum("run" in line for line in journal.lines())
+
+
+def _saved(options: EditOptions, editor: BaftEditor, result: Report, made: Sequence[Made]) -> dict[str, Any]:
+    """Save the adapter with its report, which is what `--json` prints."""
+    output = options.output
+    editor.model.save_pretrained(str(output), save_embedding_layers=False)
+    give_umask_mode(output / WEIGHTS)  # safetensors makes its files readable by their owner alone
+    found = {
+        "model": options.model,
+        "adapter": str(output),
+        "bytes": (output / WEIGHTS).stat().st_size,
+        **summary(result, made),
+        "unrelated_used": editor.unrelated_used,
+    }
+    (output / REPORT).write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _append(output / "README.md", HOW_TO_LOAD)
-    _print_report(result, outcomes, args.model, output)
-    _print_problems(made)
-    return 0 if all(answer.learned for answer in result.answers) else 1
+    return found
 
 
-def ask(args: argparse.Namespace) -> int:
-    """Answer prompts without and with the edits, side by side."""
-    model, tokenizer = load_model(args.model, args.dtype, device_map=args.device)
-    without = greedy_answers(model, tokenizer, args.prompts, args.max_new_tokens)
-    edited = PeftModel.from_pretrained(model, args.adapter)
-    answers = greedy_answers(edited, tokenizer, args.prompts, args.max_new_tokens)
-    print_table(
-        ("prompt", "without the edits", "with the edits"), list(zip(args.prompts, without, answers, strict=True))
-    )
-    return 0
+def _canaries(file: Path | None) -> Sequence[Any]:
+    return CANARIES if file is None else read_unrelated(require_file(file, "--canaries", CANARY_FILE))
 
 
-def _edited_model(args: argparse.Namespace, preset: Preset) -> tuple[PeftModel, Any]:
+def _edited_model(
+    options: EditOptions, device: str, preset: Preset, continued: PeftConfig | None
+) -> tuple[PeftModel, Any]:
     """The base model with a fresh adapter, or with the one to continue."""
-    base, tokenizer = load_model(args.model, args.dtype, device_map=args.device)
-    torch.manual_seed(args.seed)
-    if args.adapter is None:
-        return get_peft_model(base, BaftConfig(task_type="CAUSAL_LM", **preset.config)).eval(), tokenizer
-    return PeftModel.from_pretrained(base, args.adapter, is_trainable=True).eval(), tokenizer
+    revision = options.revision
+    base, tokenizer = load_base(options.model, revision, options.dtype, device)
+    if continued is not None and options.adapter is not None:
+        return attach_adapter(base, options.adapter, options.adapter_revision, trainable=True), tokenizer
+    torch.manual_seed(options.seed)
+    with type_errors_as_bad_input():
+        config = BaftConfig(task_type="CAUSAL_LM", **preset.config)
+    return get_peft_model(base, config, revision=revision).eval(), tokenizer
 
 
-def _unrelated_used(adapter: Path | None) -> int:
+def _unrelated_used(adapter: str | None, revision: str | None) -> int:
     """How many unrelated texts an adapter to continue has been trained beside: it goes on with the next one."""
     if adapter is None:
         return 0
     journal = Journal(adapter)
     if journal.snapshots():
         return int(journal.kept(journal.snapshots()[-1])[1].get("unrelated_used", 0))
-    report = adapter / REPORT
+    report = Path(adapter) / REPORT
+    if not Path(adapter).is_dir():
+        try:
+            report = Path(hf_hub_download(adapter, REPORT, revision=revision))
+        except (OSError, ValueError):  # it has been made, or uploaded, without one
+            return 0
     return int(json.loads(report.read_text("utf-8"))["unrelated_used"]) if report.exists() else 0
 
 
-def _prepare_output(output: Path, continued: Path | None, overwrite: bool, resume: bool) -> None:
+def _prepare_output(options: EditOptions) -> None:
     """Make the output folder; a ValueError if an adapter or an unfinished run in it would be lost."""
-    same = continued is not None and continued.resolve() == output.resolve()
-    if (output / WEIGHTS).exists() and not (overwrite or resume or same):
+    output, adapter = options.output, options.adapter
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; it takes a folder for the adapter.")
+    continues_it = adapter is not None and Path(adapter).resolve() == output.resolve()
+    allowed = options.overwrite or options.resume or continues_it
+    if (output / WEIGHTS).exists() and not allowed:
         raise ValueError(
             f"{output} holds an adapter: continue it with --adapter {output}, or replace it with --overwrite."
         )
-    if (output / LINES).exists() and not (overwrite or resume or same):
+    if (output / LINES).exists() and not allowed:
         raise ValueError(f"{output} holds an unfinished run: go on with --resume, or begin anew with --overwrite.")
     output.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is found out before the work, not after
 
@@ -148,83 +240,17 @@ def _append(file: Path, text: str) -> None:
         file.write_text(before + text, encoding="utf-8")
 
 
-def _with_progress(batches: Iterable[Made], count: int, shown: bool) -> list[Made]:
+def _status(what: str, processes: Processes) -> Any:
+    return doing(what) if processes.first else nullcontext()
+
+
+def _with_progress(batches: Iterable[Made], count: int, batch_size: int, shown: bool) -> list[Made]:
+    unit = "edit" if batch_size == 1 else "batch"
     made = []
-    with tqdm(total=count, desc="editing", unit="edit" if count else "", disable=not shown) as bar:
+    with tqdm(total=count, desc="editing", unit=unit, disable=not shown, leave=False) as bar:
         for batch in batches:
             made.append(batch)
             if batch.outcome is not None:
                 bar.set_postfix(steps=batch.outcome.steps, loss=f"{batch.outcome.losses['teacher_forcing']:.3f}")
             bar.update()
     return made
-
-
-def _print_problems(made: Sequence[Made]) -> None:
-    """How many edits are in the adapter and good, in it and bad, and left out; and which are not good."""
-    bad = [batch for batch in made if batch.problem is not None]
-    failed, skipped = (sum(len(batch.edits) for batch in bad if batch.kept is kept) for kept in (True, False))
-    learned = sum(len(batch.edits) for batch in made) - failed - skipped
-    print(f"\nlearned {learned}, failed {failed}, skipped {skipped}")
-    for batch in bad:
-        state = "kept" if batch.kept else "taken back"
-        for edit in batch.edits:
-            print(f"  {edit.prompt!r:.60} -> {edit.target!r:.40}: {batch.problem} ({state})")
-
-
-def _print_report(report: Report, outcomes: list[Outcome], model: str, output: Path) -> None:
-    print_table(
-        ("prompt", "before", "after", "wanted", "learned?"),
-        [(a.prompt, a.before, a.after, a.wanted, "yes" if a.learned else "NO") for a in report.answers],
-    )
-    for name, value in (
-        ("reliability", report.reliability),
-        ("generality", report.generality),
-        ("locality", report.locality),
-    ):
-        print(f"{name:<12}{'not asked: no record has such a prompt' if value is None else f'{value:.3f}'}")
-    steps = sum(outcome.steps for outcome in outcomes)
-    size = (output / WEIGHTS).stat().st_size / 1000
-    print(
-        f"\n{steps} steps, {sum(outcome.seconds for outcome in outcomes):.1f} s. Adapter: {output} ({size:.0f} kB). To use it:\n"
-    )
-    print(f'    baft ask --model {model} --adapter {output} "{report.answers[0].prompt}"\n')
-    print("    import peft_baft                              # makes PEFT know the type BAFT")
-    print("    from peft import PeftModel")
-    print(f'    model = PeftModel.from_pretrained(base_model, "{output}")')
-
-
-def add_commands(commands: Any) -> None:
-    """Put `edit` and `ask` among the commands."""
-    edits = command(commands, "edit", edit)
-    edits.add_argument(
-        "--edits",
-        required=True,
-        type=Path,
-        help="facts: .jsonl, .json or .csv with prompt, target and optionally rephrase, unrelated",
-    )
-    edits.add_argument("--output", required=True, type=Path, help="folder for the adapter")
-    edits.add_argument("--adapter", type=Path, help="an adapter to continue")
-    edits.add_argument(
-        "--batch-size", type=int, default=1, help="facts learned at once; 1, the default, is one after another"
-    )
-    edits.add_argument("--seed", type=int, default=0, help="of a new adapter's first weights")
-    edits.add_argument("--overwrite", action="store_true", help="replace an adapter in the output folder")
-    edits.add_argument("--resume", action="store_true", help="go on with the output folder's interrupted run")
-    edits.add_argument(
-        "--snapshot-every", type=int, default=1, metavar="K", help="keep the adapter after every K edits"
-    )
-    edits.add_argument(
-        "--min-agreement", type=float, metavar="A", help="an edit does harm if canaries agree less than this, 0 to 1"
-    )
-    edits.add_argument(
-        "--canaries", type=Path, help="what should stay, as for --unrelated; by default the package's own"
-    )
-    edits.add_argument(
-        "--keep-only-good", action="store_true", help="take edits back that were not learned or did harm"
-    )
-    add_training_arguments(edits)
-    add_process_arguments(edits)
-    asking = command(commands, "ask", ask)
-    asking.add_argument("--adapter", required=True, type=Path, help="folder of the adapter")
-    asking.add_argument("--max-new-tokens", type=int, default=16, help="length of an answer")
-    asking.add_argument("prompts", nargs="+", metavar="PROMPT")

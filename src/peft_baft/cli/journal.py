@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
-import argparse
+from json import dumps
 from pathlib import Path
 from typing import Any
 
-from peft_baft.cli.common import print_table
 from peft_baft.editing.journal import LINES, Journal
+from peft_baft_cli.screen import print_table
 
 
-def log(args: argparse.Namespace) -> int:
-    """List the edits of an adapter."""
-    journal = _journal(args.adapter)
-    kept = set(journal.snapshots())
-    print_table(
-        ("edit", "facts", "steps", "learned?", "state", "snapshot"),
-        [
-            (
-                str(line["edit"]),
-                "; ".join(f"{prompt} -> {target}" for prompt, target in line["facts"]),
-                str(line["steps"]),
-                "yes" if line["learned"] else "NO",
-                ("kept" if line["kept"] else "taken back") + (f": {line['problem']}" if line["problem"] else ""),
-                "yes" if line["edit"] in kept else "",
-            )
-            for line in journal.edits()
-        ],
-    )
+def log(adapter: Path, json: bool = False) -> int:
+    """Print the edits of the adapter in a folder, as a table or as JSON; the exit code."""
+    journal = _journal(adapter)
+    snapshots = set(journal.snapshots())
+    edits = [_described(line, snapshots) for line in journal.edits()]
+    if json:
+        print(dumps({"adapter": str(adapter), "edits": edits}, indent=2))
+    else:
+        print_table(
+            ("edit", "facts", "steps", "learned when made", "state", "snapshot"), [_row(edit) for edit in edits]
+        )
     return 0
 
 
-def rollback(args: argparse.Namespace) -> int:
-    """Bring an adapter back to what it was after one of its edits; 0 is before the first."""
-    _journal(args.adapter).roll_back(args.to)
-    print(f"{args.adapter} is as it was after edit {args.to}.")
+def _described(line: dict[str, Any], snapshots: set[int]) -> dict[str, Any]:
+    """A line of the journal as `baft log --json` gives it."""
+    facts = [{"prompt": prompt, "target": target} for prompt, target in line["facts"]]
+    measured = {name: line[name] for name in ("steps", "loss", "seconds", "learned", "problem", "kept")}
+    return {"edit": line["edit"], "facts": facts, **measured, "snapshot": line["edit"] in snapshots}
+
+
+def _row(edit: dict[str, Any]) -> tuple[str, ...]:
+    state = "in the adapter" if edit["kept"] else "taken back"
+    return (
+        str(edit["edit"]),
+        "; ".join(f"{fact['prompt']} -> {fact['target']}" for fact in edit["facts"]),
+        "–" if edit["steps"] is None else str(edit["steps"]),
+        "yes" if edit["learned"] else "NO",
+        f"{state}: {edit['problem']}" if edit["problem"] else state,
+        "yes" if edit["snapshot"] else "",
+    )
+
+
+def rollback(adapter: Path, to: int) -> int:
+    """Bring the adapter in a folder back to what it was after edit `to`; the exit code."""
+    _journal(adapter).roll_back(to)
+    print(f"{adapter} is as it was after edit {to}." if to else f"{adapter} is as it was before its first edit.")
     return 0
 
 
@@ -42,14 +54,3 @@ def _journal(adapter: Path) -> Journal:
     if not (adapter / LINES).exists():
         raise ValueError(f"{adapter} holds no journal ({LINES}): its edits were not made by `baft edit`.")
     return Journal(adapter)
-
-
-def add_commands(commands: Any) -> None:
-    """Put `log` and `rollback` among the commands."""
-    logging = commands.add_parser("log", help=log.__doc__, description=log.__doc__)
-    logging.set_defaults(run=log)
-    back = commands.add_parser("rollback", help=rollback.__doc__, description=rollback.__doc__)
-    back.set_defaults(run=rollback)
-    back.add_argument("--to", required=True, type=int, metavar="N", help="number of the last edit to keep")
-    for parser in (logging, back):
-        parser.add_argument("adapter", type=Path, help="folder of the adapter")

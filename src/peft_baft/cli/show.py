@@ -2,43 +2,64 @@
 
 from __future__ import annotations
 
-import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from peft import PeftModel
-
+from peft_baft.adapter.registration import BAFT
 from peft_baft.bench.results import read_results
-from peft_baft.cli.common import command, model_name
+from peft_baft.cli.common import adapter_config, attach_adapter, chosen_model, default_device, load_base, require_device
 from peft_baft.evaluation.inspection import inspect as inspected
-from peft_baft.models import load_model
 from peft_baft.show import inspect_figure, inspect_page, plots
 from peft_baft.show.tables import tables
+from peft_baft_cli.screen import doing
 
 
-def plot(args: argparse.Namespace) -> int:
-    """Turn result lines into tables (markdown, csv) and figures."""
-    made = tables(read_results(args.results))
-    args.output.mkdir(parents=True, exist_ok=True)
+def plot(results: Sequence[Path], output: Path, no_figures: bool = False) -> int:
+    """Turn files of result lines into tables and figures in the folder `output`; the exit code."""
+    lines = read_results(results)
+    made = tables(lines)
+    output.mkdir(parents=True, exist_ok=True)
     for number, table in enumerate(made, start=1):
         print(f"\n{table.markdown()}")
-        (args.output / f"table{number}.csv").write_text(table.csv(), encoding="utf-8")
-    (args.output / "tables.md").write_text("\n\n".join(table.markdown() for table in made) + "\n", encoding="utf-8")
-    figures = [] if args.no_figures else plots.draw_all(read_results(args.results), args.output)
-    print(f"\nIn {args.output}: tables.md, {len(made)} csv" + "".join(f", {figure.name}" for figure in figures))
+        (output / f"table{number}.csv").write_text(table.csv(), encoding="utf-8")
+    (output / "tables.md").write_text("\n\n".join(table.markdown() for table in made) + "\n", encoding="utf-8")
+    figures = [] if no_figures else plots.draw_all(lines, output)
+    print(f"\nIn {output}: tables.md, {len(made)} csv" + "".join(f", {figure.name}" for figure in figures))
     return 0
 
 
-def inspect(args: argparse.Namespace) -> int:
-    """Draw what an adapter does to a prompt: gates and updates by token and block, and the changed next tokens."""
-    base, tokenizer = load_model(model_name(args), args.dtype, device_map=args.device)
-    model = PeftModel.from_pretrained(base, args.adapter).eval()
-    found = inspected(model, tokenizer, args.prompt, args.max_new_tokens)
-    page = (
-        args.output
-        or Path("inspect") / f"{re.sub(r'[^a-z0-9]+', '-', args.prompt.lower()).strip('-')[:60] or 'prompt'}.html"
-    )
+def inspect(
+    prompt: str,
+    adapter: str,
+    *,
+    adapter_revision: str | None = None,
+    model: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    max_new_tokens: int = 12,
+    output: Path | None = None,
+) -> int:
+    """Write a page, and a PNG where matplotlib is installed, of what an adapter does to a prompt; the exit code.
+
+    Args:
+        adapter: a BaFT adapter, as a folder or a Hub id. output: the page; by default it is named after the prompt.
+    """
+    device = default_device(device)
+    require_device(device)
+    config = adapter_config(adapter, adapter_revision)
+    if config.peft_type != BAFT:
+        raise ValueError(
+            f"baft inspect shows the gates of a BaFT adapter, but {adapter} is of type {config.peft_type}."
+        )
+    name, revision = chosen_model(model, revision, config)
+    with doing(f"loading {name}"):
+        base, tokenizer = load_base(name, revision, dtype, device)
+        edited = attach_adapter(base, adapter, adapter_revision)
+    with doing("looking"):
+        found = inspected(edited, tokenizer, prompt, max_new_tokens)
+    page = output or _default_page(prompt)
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(inspect_page.page(found), encoding="utf-8")
     print(f"{page}: open it in a browser")
@@ -50,17 +71,6 @@ def inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_commands(commands: Any) -> None:
-    """Put `plot` and `inspect` among the commands."""
-    parser = commands.add_parser("plot", help=plot.__doc__, description=plot.__doc__)
-    parser.set_defaults(run=plot)
-    parser.add_argument("results", nargs="+", type=Path, help="files of result lines, from `baft bench`")
-    parser.add_argument("--output", type=Path, default=Path("figures"), help="a folder; by default figures/")
-    parser.add_argument("--no-figures", action="store_true", help="tables alone, which need no matplotlib")
-    parser = command(commands, "inspect", inspect, model_required=False)
-    parser.add_argument("--adapter", required=True, help="a BaFT adapter: folder or Hub id")
-    parser.add_argument("prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=12)
-    parser.add_argument(
-        "--output", type=Path, help="the HTML page; the PNG goes beside it. By default inspect/PROMPT.html"
-    )
+def _default_page(prompt: str) -> Path:
+    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+    return Path("inspect") / f"{name or 'prompt'}.html"

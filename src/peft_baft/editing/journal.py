@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -187,6 +188,19 @@ def replace_file(file: Path, data: bytes) -> None:
         os.fsync(out.fileno())
     os.replace(new, file)
     _sync_names(file.parent)
+
+
+def give_umask_mode(file: Path) -> None:
+    """Give a file the mode that any new file in its folder gets.
+
+    Libraries that write through a temporary file, as safetensors does, leave it readable by its owner alone. The mode is
+    read off a new file, since the umask itself can only be read by changing it, for all threads.
+    """
+    probe = file.with_name(file.name + ".mode")
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    file.chmod(mode)
 
 
 def _sync_names(folder: Path) -> None:

@@ -24,7 +24,9 @@ ATTACHED = "an adapter can be attached"
 UNLOADS = "taken off, it leaves the model as it was"
 
 
-def check(model: Any, tokenizer: Any = None, adapter: str | None = None) -> CheckReport:
+def check(
+    model: Any, tokenizer: Any = None, adapter: str | None = None, adapter_revision: str | None = None
+) -> CheckReport:
     """Try on a model everything that an edit needs, in about a minute; the model is left as it was.
 
     Args:
@@ -32,6 +34,7 @@ def check(model: Any, tokenizer: Any = None, adapter: str | None = None) -> Chec
             active adapter is a BaFT adapter, which is used as it is.
         tokenizer: the model's own, a fast one; without one, token ids are drawn from the vocabulary.
         adapter: a BaFT adapter's folder or Hub id, to try that one on `model` instead of a random one.
+        adapter_revision: branch, tag or commit of an adapter on the Hub.
 
     Raises:
         ValueError: `model` is a PeftModel without exactly one active BaFT adapter, or carries one and `adapter` names
@@ -52,7 +55,7 @@ def check(model: Any, tokenizer: Any = None, adapter: str | None = None) -> Chec
         else:
             before = _contents(base)
             try:
-                adapted = _attach(base, adapter)
+                adapted = _attach(base, adapter, adapter_revision)
             except Exception as error:  # the reason, whatever it is, is what the user asked for
                 findings.append(Finding(ATTACHED, False, detail=in_words(error)))
             else:
@@ -90,10 +93,11 @@ def _require_one_baft_adapter(model: Any, adapter: str | None) -> None:
         )
 
 
-def _attach(base: Any, adapter: str | None) -> PeftModel:
+def _attach(base: Any, adapter: str | None, revision: str | None) -> PeftModel:
     """The base model with the adapter of a folder, or with one that visibly changes every edited token."""
     if adapter is not None:
-        return PeftModel.from_pretrained(base, adapter)
+        chosen: dict[str, Any] = {} if revision is None else {"revision": revision}
+        return PeftModel.from_pretrained(base, adapter, **chosen)
     width = getattr(text_config(base), "hidden_size", RANK)
     config = BaftConfig(r=min(RANK, width), gate_offset=0.0, task_type="CAUSAL_LM")
     model = get_peft_model(base, config).eval()

@@ -1,0 +1,116 @@
+"""What `baft edit` tells of its edits: as data, and as a screen for somebody who sees it for the first time."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from peft_baft.editing.continual import Made
+from peft_baft.evaluation.report import Report
+from peft_baft_cli.screen import print_table, shortened, shown
+
+NOTHING = "(nothing)"
+MEASURES = (
+    ("reliability", "of the new answers are predicted"),
+    ("generality", "of the new answers are predicted where the question is put in other words"),
+    ("locality", "of what the model predicted for other questions is unchanged"),
+)
+MOVED = 0.9  # a locality below which the report says what can be done
+
+
+def summary(report: Report, made: Sequence[Made]) -> dict[str, Any]:
+    """What became of each fact and of the model, in a form that JSON keeps.
+
+    A fact is `learned` if its loss fell below the stop when it was made, and `known` if the model's own answer begins with
+    it at the end: later edits may have overwritten it. `kept` is False for one that was taken back.
+    """
+    batches = [batch for batch in made for _ in batch.edits]
+    answers = [
+        asdict(answer)
+        | {
+            "learned": batch.outcome is not None and batch.outcome.learned,
+            "known": answer.learned,
+            "kept": batch.kept,
+            "problem": batch.problem,
+        }
+        for answer, batch in zip(report.answers, batches, strict=True)
+    ]
+    outcomes = [batch.outcome for batch in made if batch.outcome is not None]
+    return {
+        "facts": len(answers),
+        "batches": len(made),
+        "learned": sum(answer["learned"] for answer in answers),
+        "known": sum(answer["known"] for answer in answers),
+        "taken_back": sum(not answer["kept"] for answer in answers),
+        **{name: getattr(report, name) for name, _ in MEASURES},
+        "steps": sum(outcome.steps for outcome in outcomes),
+        "seconds": sum(outcome.seconds for outcome in outcomes),
+        "answers": answers,
+    }
+
+
+def print_report(found: Mapping[str, Any]) -> None:
+    """Print what `summary` and the command have found."""
+    count = found["facts"]
+    print(f"{count} {'fact' if count == 1 else 'facts'} taught to {shown(found['model'])}:")
+    print_table(
+        ("prompt", "before", "after", "wanted", "known"),
+        [
+            (a["prompt"], a["before"] or NOTHING, a["after"] or NOTHING, a["wanted"], "yes" if a["known"] else "NO")
+            for a in found["answers"]
+        ],
+        cut_first=("before", "after"),
+    )
+    print(_outcome(found))
+    for line in (*_problems(found["answers"]), *_lost(found)):
+        print(line)
+    print("\nMeasured on the tokens of answers, as shares:")
+    for name, what in MEASURES:
+        if found[name] is None:
+            print(f"     –  {what} ({name}): not asked, since no record has such a prompt")
+        else:
+            print(f"  {found[name]:.2f}  {what} ({name})")
+    if found["locality"] < MOVED:
+        print("Answers close to an edited fact move with it. --unrelated FILE trains beside answers that should stay.")
+    size, seconds = found["bytes"] / 1000, found["seconds"]
+    print(
+        f"\nSaved in {shown(found['adapter'])}: an adapter of {size:.0f} kB, {found['steps']} steps, {seconds:.1f} s."
+    )
+    print("The model's own weights are as they were. Compare for yourself:\n")
+    question = found["answers"][0]["prompt"]
+    words = ["baft", "ask", "--model", found["model"], "--adapter", found["adapter"], question]
+    print(f"    {shown(shlex.join(words))}\n")
+
+
+def _outcome(found: Mapping[str, Any]) -> str:
+    """Like `8 of 8 learned when made, 4 still known at the end.`"""
+    known = "all known" if found["known"] == found["facts"] else f"{found['known']} known"
+    if found["known"] < found["learned"]:
+        known = f"{found['known']} still known"
+    text = f"{found['learned']} of {found['facts']} learned when made, {known} at the end"
+    if found["taken_back"]:
+        text += f", {found['taken_back']} taken back"
+    return f"{text}."
+
+
+def _problems(answers: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for answer in answers:
+        if answer["problem"] is not None:
+            fact = f"{shortened(shown(answer['prompt']), 60)} -> {shortened(shown(answer['wanted']), 40)}"
+            state = "kept" if answer["kept"] else "taken back"
+            lines.append(f"  {fact}: {answer['problem']} ({state})")
+    return lines
+
+
+def _lost(found: Mapping[str, Any]) -> list[str]:
+    """What to do about facts that later edits have overwritten."""
+    lost = sum(answer["learned"] and answer["kept"] and not answer["known"] for answer in found["answers"])
+    if not lost or found["batches"] == 1:
+        return []
+    return [
+        "Edits that follow each other in one adapter overwrite each other. Learn facts that are known together at once "
+        f"(--batch-size {found['facts']}), or give each an adapter of its own."
+    ]

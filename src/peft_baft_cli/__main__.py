@@ -1,0 +1,5 @@
+import sys
+
+from peft_baft_cli import main
+
+sys.exit(main())
