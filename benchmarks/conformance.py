@@ -292,9 +292,9 @@ def heading() -> str:
 
 INTRODUCTION = """# PEFT's own tests, fed with `BaftConfig`
 
-Written by `make conformance` (benchmarks/conformance.py), which downloads the tests of the installed PEFT. "not applicable" are tests of
-what a method need not have (merging, biases, prompts), skipped by PEFT or refused by BaFT. The tests of mixed batches
-(`adapter_names`) are kept for LoRA and RoAD by name; here BaFT is let in.
+Written by `make conformance` (benchmarks/conformance.py), which downloads the tests of the installed PEFT.
+"not applicable" are tests of what a method need not have (merging, biases, prompts), skipped by PEFT or refused by BaFT. The
+tests of mixed batches (`adapter_names`) are kept for LoRA and RoAD by name; here BaFT is let in.
 """
 
 

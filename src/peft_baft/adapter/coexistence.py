@@ -33,12 +33,14 @@ def bare_model(model: nn.Module) -> nn.Module:
         ValueError: one of them acts in its own forward, which an adapter on the model below would pass by.
     """
     while isinstance(model, PeftModel | PeftMixedModel):
-        tuner = model.base_model
+        tuner: Any = model.base_model
         # AdaLoRA's forward only adds the regulariser of its own training to the loss.
         passable = (BaseTuner.forward, AdaLoraModel.forward)
         is_baft = any(isinstance(config, BaftConfig) for config in model.peft_config.values())
         if not is_baft and not (isinstance(tuner, BaseTuner) and type(tuner).forward in passable):
-            names = ", ".join(sorted({str(config.peft_type.value) for config in model.peft_config.values()}))
+            names = ", ".join(
+                sorted({str(getattr(config.peft_type, "value", "")) for config in model.peft_config.values()})
+            )
             raise ValueError(
                 f"A BaFT adapter cannot stand beside an adapter of type {names}, which acts in its own forward and not in "
                 "the model's layers. Merge it into the model, or unload it, and call get_peft_model on the result."

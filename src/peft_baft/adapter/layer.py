@@ -122,7 +122,9 @@ class BaftLayer(nn.Module, BaseTunerLayer):
                 f"{len(names)} and {hidden.shape[0]} respectively."
             )
         places, parts = [], []
-        for group in self._alike(name for name in dict.fromkeys(names) if name in self.configs):
+        present = [name for name in dict.fromkeys(names) if name in self.configs]
+        stackable = hidden.ndim == 3  # not where a row is one vector, in a model that is none of token sequences
+        for group in self._alike(present) if stackable else [[name] for name in present]:
             own = {name: [i for i, chosen in enumerate(names) if chosen == name] for name in group}
             rows = torch.tensor([i for of_one in own.values() for i in of_one], device=hidden.device)
             mask = self.context.mask(call.steps, hidden, self.configs[group[0]].prompt_positions)
