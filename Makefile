@@ -50,7 +50,7 @@ $(VENV)-oldest/ready: pyproject.toml $(FLOORS)
 
 demo: $(VENV)/ready
 	$(DEMO)/baft edit --model smollm2 --edits examples/edits.jsonl --batch-size 5 --output edits/demo --overwrite
-	$(DEMO)/baft ask --model smollm2 --adapter edits/demo "The capital of France is" "The capital of Spain is"
+	$(DEMO)/baft ask --model smollm2 --adapter edits/demo "The capital of France is" "The largest planet of the solar system is"
 
 test: $(VENV)-test/ready
 	$(TEST)/python -m pytest -m "not slow"

@@ -112,9 +112,14 @@ def survey_all(names: list[str], jobs: int, limit: float) -> Any:
             process.kill()
             process.join()
             del running[name]
-            if line["result"] == REFUSED and "is_decoder" in line["reason"] and not name.endswith(DECODER):
-                waiting.append(name + DECODER)
+            waiting += _variants(line)
             yield line | {"seconds": round(time.monotonic() - begun, 1)}
+
+
+def _variants(line: dict[str, Any]) -> list[str]:
+    """The name of an architecture that is refused as it is, but not as a decoder."""
+    refused = line["result"] == REFUSED and "is_decoder" in line["reason"]
+    return [line["architecture"] + DECODER] if refused and not line["architecture"].endswith(DECODER) else []
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -195,8 +200,9 @@ def main() -> int:
         kept.unlink(missing_ok=True)
     lines = [json.loads(text) for text in kept.read_text().splitlines()] if kept.exists() else []
     done = {line["architecture"] for line in lines}
+    names = [*model_types(), *(variant for line in lines for variant in _variants(line))]
     with kept.open("a") as file:
-        for line in survey_all([name for name in model_types() if name not in done], options.jobs, options.limit):
+        for line in survey_all([name for name in names if name not in done], options.jobs, options.limit):
             print(f"{line['architecture']}: {line['result']} {_clipped(line['reason'])}", flush=True)
             lines.append(line)
             file.write(json.dumps(line) + "\n")

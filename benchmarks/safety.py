@@ -1,4 +1,4 @@
-"""What was killed, corrupted and counted: runs those tests, the slow ones too, and writes the table into the README.
+"""What was killed, corrupted and counted: runs those tests, the slow ones too, and writes the table into docs/production.md.
 
     python benchmarks/safety.py            # or: make safety
 
@@ -25,7 +25,7 @@ TESTS = [
     "tests/test_fuzz_files.py",
     "tests/test_processes.py",
 ]
-README = ROOT / "README.md"
+DOCUMENT = ROOT / "docs" / "production.md"
 BEGIN, END = "<!-- safety -->\n", "<!-- end of safety -->\n"
 
 
@@ -37,8 +37,8 @@ def main() -> int:
         if failed:
             return failed
         counts = tallied(found)
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    README.write_text(before + BEGIN + table(counts) + END + rest.partition(END)[2], encoding="utf-8")
+    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + table(counts) + END + rest.partition(END)[2], encoding="utf-8")
     return 0
 
 

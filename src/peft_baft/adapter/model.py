@@ -288,7 +288,7 @@ def find_context(model: nn.Module) -> EditContext | None:
 
 @contextmanager
 def prompt_lengths(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterator[None]:
-    """State where prompts end, for callers that pass no labels: scoring, DPO, GRPO, lm-evaluation-harness.
+    """State where prompts end, for callers that pass no labels: scoring, label smoothing, lm-evaluation-harness.
 
     This holds for forwards and `generate` calls of the thread that enters it. To state the lengths of a call that runs in
     another thread, pass them to that call: `model.generate(..., prompt_lengths=lengths)`.

@@ -486,9 +486,12 @@ def _fork_layer(layer: Any) -> Any:
 
 
 def select_rows(cache: Any, rows: Tensor) -> Any:
-    """Make a cache of some rows of another one. rows: (n,) their numbers."""
+    """Make a cache of some rows of another one. rows: (n,) their numbers.
+
+    Reordering for beams does this for every kind of layer, recurrent ones included; `batch_select_indices` does not.
+    """
     selected = fork(cache)
-    selected.batch_select_indices(rows)
+    selected.reorder_cache(rows)
     return selected
 
 

@@ -42,7 +42,7 @@ def check(
     """
     if isinstance(model, PeftModel) or baft_layers(model):
         _require_one_baft_adapter(model, adapter)
-    elif adapter is not None and PeftConfig.from_pretrained(adapter).peft_type != BAFT:
+    elif adapter is not None and PeftConfig.from_pretrained(adapter, revision=adapter_revision).peft_type != BAFT:
         raise ValueError(f"{adapter} is no BaFT adapter.")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     findings: list[Finding] = []
