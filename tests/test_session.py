@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from conftest import ARCHITECTURES, make_model, randomise
 from facts import DESCENT, OBJECTIVE, FactModel, adapted, edits, meals
 from peft_baft import BaftConfig, BaftEditor
 from peft_baft.adapter import find_context
+from peft_baft.adapter.model_call import fork
 from peft_baft.data.batching import Tokens
 from peft_baft.editing import baft as baft_module
 from peft_baft.editing import session as session_module
@@ -274,3 +276,20 @@ def test_the_cache_is_checked_again_for_much_longer_texts_and_beyond_the_window(
         row = Tokens(tuple(range(3, 3 + length)), 4 if length > 4 else 3)
         open_session(model, [row], [0], 0, positions=2)
     assert checks == wanted
+
+
+def test_what_a_forward_writes_into_a_recurrent_state_is_not_seen_by_its_backward_or_the_next_forward() -> None:
+    layer = SimpleNamespace(recurrent_states={0: torch.ones(2)}, keys=torch.ones(2))
+    kept = SimpleNamespace(layers=[layer])
+    weight = torch.full((2,), 3.0, requires_grad=True)
+    for _ in range(2):
+        states = fork(kept).layers[0].recurrent_states
+        after = states[0] * weight  # backward needs the state as it was
+        states[0].copy_(after)
+        (gradient,) = torch.autograd.grad(after.sum(), weight)
+        assert gradient.tolist() == [1.0, 1.0] and layer.recurrent_states[0].tolist() == [1.0, 1.0]
+    plain = {0: torch.ones(2)}  # the control: a plain dictionary
+    after = plain[0] * weight
+    plain[0].copy_(after)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(after.sum(), weight)

@@ -464,11 +464,23 @@ def call_with_cache(model: Any, base: nn.Module, inputs: Mapping[str, Any], cach
     )
 
 
+class _KeptStates(dict):
+    """The states of a recurrent layer, of which each reading gives a copy.
+
+    A forward reads a state, computes with it, and writes its new state into the same tensor; backward would then find another
+    value than the forward had. Here it writes into a copy that nobody reads.
+    """
+
+    def __getitem__(self, number: Any) -> Any:
+        state = super().__getitem__(number)
+        return state.clone() if isinstance(state, Tensor) else state
+
+
 def fork(cache: Any) -> Any:
-    """Make a cache with the same content; what a forward adds to one is not in the other.
+    """Make a cache with the same content, for one forward; what that adds is not in the other, and backward can follow.
 
     Attention layers put new tensors in the place of old ones, so the tensors themselves are shared. Recurrent layers write
-    into theirs, so those are copied.
+    into theirs, so a forward gets copies.
     """
     forked = copy.copy(cache)
     forked.layers = [_fork_layer(layer) for layer in cache.layers]
@@ -479,7 +491,7 @@ def _fork_layer(layer: Any) -> Any:
     forked = copy.copy(layer)
     for name, value in vars(layer).items():
         if isinstance(value, dict):  # of a recurrent layer: one entry a state
-            setattr(forked, name, {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()})
+            setattr(forked, name, _KeptStates(value))
         elif isinstance(value, list):
             setattr(forked, name, list(value))
     return forked
