@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 WITHOUT_PROMPT_LENGTHS = (
     "A BaFT adapter was trained on a forward without labels and without prompt lengths, as with label smoothing, a loss "
     "function of your own, or DPO and GRPO of older TRL (1.12). The whole input then counts as prompt, and only its last "
-    "prompt_positions tokens are edited. State where prompts end, with model(..., prompt_lengths=...) or `with peft_baft.prompt_lengths(model, lengths):`."
+    "prompt_positions tokens are edited. State where prompts end, with model(..., prompt_lengths=...) or "
+    "`with peft_baft.prompt_lengths(model, lengths):`."
 )
 GENERATION = ("generate", "init_continuous_batching")  # methods of the base model that the context stands in for
 
