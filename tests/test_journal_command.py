@@ -88,13 +88,22 @@ def test_ctrl_c_ends_a_command_in_one_line_with_130(folder: Path, tmp_path: Path
     words = ["edit", "--model", str(folder / "model"), "--edits", str(tmp_path / "facts.jsonl")]
     words += ["--output", str(tmp_path / "out"), "--unrelated", "none", "--lr", "1e-9", "--max-steps", "100000"]
     command = [sys.executable, "-m", "peft_baft_cli", *words]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment(), preexec_fn=heed_interrupts, **pipes) as run:
         while not (tmp_path / "out" / LINES).exists() and run.poll() is None:
             time.sleep(0.1)
         run.send_signal(signal.SIGINT)
-        out, err = run.communicate()
+        try:
+            out, err = run.communicate(timeout=300)
+        finally:
+            run.kill()
     assert run.returncode == 130 and not out
     assert len(err.strip().split("\n")) == 1 and err.strip().endswith("--resume")
+
+
+def heed_interrupts() -> None:
+    """Undo what a shell does to a command in the background, whose children inherit that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def environment() -> dict[str, str]:
