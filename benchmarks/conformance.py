@@ -58,8 +58,6 @@ REASONS = {  # of what does not pass: by a piece of its message, or by its name
     "Weights are read from that format alone": "no safetensors beside the configuration (it saves a pickle, or a "
     "configuration alone), and `BaftConfig.from_pretrained` looks at the weights before anything is loaded",
     "cannot be used: The BaftConfig config": "wants a TypeError; BaFT raises a ValueError that names the file",
-    "set_adapter_non_overlapping_modules": "looks for the tuner's layer at the target's own path, where it is a child here",
-    "set_requires_grad": "looks for the tuner's layer at the target's own path, where it is a child here",
 }
 
 

@@ -161,7 +161,7 @@ def read_labels(names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]) ->
 
 @dataclass(frozen=True)
 class TrainingCall:
-    """A call of the causal language model that returns a loss.
+    """What concerns the loss in a call of the causal language model.
 
     Attributes:
         labels: as passed; None where there are none, and then no loss.
