@@ -18,8 +18,9 @@ TRANSFORMERS_MAIN ?= git+https://github.com/huggingface/transformers
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 
 # The tests of what other packages' versions can break, which test-newest, test-oldest and test-main run.
-VERSION_TESTS = adapter beside_lora corruption journal model_call native positions saving session
-SELECTION = -m "not slow" $(VERSION_TESTS:%=tests/test_%.py)
+VERSION_TESTS = $(addprefix adapter/test_,adapter beside_lora corruption model_call native positions saving) \
+	editing/test_journal editing/acceleration/test_prefix_cache
+SELECTION = -m "not slow" $(VERSION_TESTS:%=tests/%.py)
 
 .PHONY: demo test test-slow test-newest test-oldest test-main test-across lock safety conformance architectures check clean
 
@@ -72,21 +73,21 @@ test-main: $(VENV)-main/ready
 
 # One saved adapter under several versions of transformers and PEFT.
 test-across: $(VENV)-test/ready
-	$(TEST)/python benchmarks/versions.py
+	$(TEST)/python scripts/versions.py
 
 lock:
 	$(PYTHON) requirements/lock.py --torch $(TORCH) $(PYTHONS)
 
 safety: $(VENV)-test/ready
-	$(TEST)/python benchmarks/safety.py
+	$(TEST)/python scripts/safety.py
 
 # How PEFT's own tests judge the adapter: docs/conformance.md.
 conformance: $(VENV)-test/ready
-	$(TEST)/python benchmarks/conformance.py
+	$(TEST)/python scripts/conformance.py
 
 # Which architectures of transformers can be edited: docs/architectures.md.
 architectures: $(VENV)-test/ready
-	$(TEST)/python benchmarks/architectures.py --again
+	$(TEST)/python scripts/architectures.py --again
 
 check: $(VENV)-test/ready
 	$(TEST)/ruff format --check .

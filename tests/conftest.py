@@ -99,7 +99,7 @@ def randomise(model: nn.Module, scale: float = 1.0, seed: int = 1) -> None:
 
 @pytest.fixture
 def tally(record_property: Callable[[str, str], None]) -> Callable[..., None]:
-    """Puts counts into the table of what was killed, corrupted and counted: `benchmarks/safety.py` adds them up."""
+    """Puts counts into the table of what was killed, corrupted and counted: `scripts/safety.py` adds them up."""
     return lambda what, **counts: record_property("tally", json.dumps([what, counts]))
 
 

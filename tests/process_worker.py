@@ -20,12 +20,12 @@ from torch.distributed.tensor import DTensor
 
 from facts import ADAPTER, CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals
 from peft_baft import AdapterEditor, BaftEditor, Case, Edit, Journal, Probe, cli, load_model
-from peft_baft.bench import judge
-from peft_baft.bench.methods import Method
-from peft_baft.bench.run import Bench
-from peft_baft.bench.schedule import Schedule
+from peft_baft.benchmark import plan
+from peft_baft.benchmark.methods import Method
+from peft_baft.benchmark.runner import Bench
+from peft_baft.benchmark.schedule import Schedule
 from peft_baft.editing import continual
-from peft_baft.editing.editor import adapter_tensors
+from peft_baft.editing.adapter_editor import adapter_tensors
 from peft_baft.processes import Processes
 
 Found = dict[str, Any]
@@ -165,8 +165,8 @@ SCHEDULES = {
 
 def line(rows: Bench, schedule: Schedule | None, output: Path) -> Found:
     """What the line of one run says but for the seconds; it is kept in a file."""
-    run = judge.planned({}, [METHOD if schedule else None], [schedule or Schedule()], [0])[0]
-    found = judge.perform(rows, run, ("reliability",), output, "")
+    run = plan.planned({}, [METHOD if schedule else None], [schedule or Schedule()], [0])[0]
+    found = plan.perform(rows, run, ("reliability",), output, "")
     parts = {"cases": found["cases"], "blocks": found.get("blocks", []), "scores": [found["scores"]]}
     return {name: [one | {"seconds": 0, "edit_seconds": 0} for one in part] for name, part in parts.items()}
 

@@ -18,8 +18,8 @@ import facts
 import process_worker as worker
 from facts import CAPITALS, MEALS, FactModel, edits
 from peft_baft import cli
-from peft_baft.bench.results import read_results
-from peft_baft.models import load_model
+from peft_baft.benchmark.results import read_results
+from peft_baft.loading import load_model
 from peft_baft.processes import Processes
 
 fact_model = facts.fact_model

@@ -15,7 +15,7 @@ from peft import get_peft_model
 import peft_baft
 from peft_baft import Edit
 from peft_baft.data.batching import encode
-from peft_baft.editing.session import CachedSession, Session
+from peft_baft.editing.acceleration.prefix_cache import CachedSession, Session
 from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_tokens, token_match
 
 pytestmark = [

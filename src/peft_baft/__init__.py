@@ -4,19 +4,19 @@ Importing this package makes PEFT know the adapter type `BAFT`; it has no other 
 """
 
 from peft_baft.adapter import BaftConfig, BaftModel, prompt_lengths
+from peft_baft.checking.check import check
+from peft_baft.checking.report import CheckReport, Finding
 from peft_baft.data.cases import Case, Edit, Probe, Unrelated
 from peft_baft.data.datasets import read_cases, read_unrelated
 from peft_baft.data.unrelated import GENERAL
+from peft_baft.editing.adapter_editor import AdapterEditor, rolled_back
 from peft_baft.editing.baft import BaftEditor, Objective
 from peft_baft.editing.continual import Made, edit_continually
-from peft_baft.editing.descent import DescentConfig, Outcome
-from peft_baft.editing.editor import AdapterEditor, rolled_back
 from peft_baft.editing.journal import Journal
-from peft_baft.evaluation.check import check
-from peft_baft.evaluation.check_report import CheckReport, Finding
+from peft_baft.editing.presets import PRESETS, Preset
+from peft_baft.editing.train import DescentConfig, Outcome
 from peft_baft.evaluation.guard import canary_check
-from peft_baft.models import load_model
-from peft_baft.presets import PRESETS, Preset
+from peft_baft.loading import load_model
 
 __version__ = "0.1.0"
 

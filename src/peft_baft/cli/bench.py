@@ -1,4 +1,4 @@
-"""`baft bench`: the judge."""
+"""`baft bench`: the plan."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import Any
 from peft import PeftConfig
 from tqdm import tqdm
 
-from peft_baft.bench import judge
-from peft_baft.bench.measures import MEASURES, piqa_cases
-from peft_baft.bench.methods import methods
-from peft_baft.bench.results import described_file, described_model, in_order, versions
-from peft_baft.bench.run import Bench
-from peft_baft.bench.schedule import Schedule
-from peft_baft.bench.suite import BENCHMARKS, PIQA
+from peft_baft.benchmark import plan
+from peft_baft.benchmark.methods import methods
+from peft_baft.benchmark.metrics import MEASURES, piqa_cases
+from peft_baft.benchmark.report.tables import tables
+from peft_baft.benchmark.results import described_file, described_model, in_order, versions
+from peft_baft.benchmark.runner import Bench
+from peft_baft.benchmark.schedule import Schedule
+from peft_baft.benchmark.tasks import BENCHMARKS, PIQA
 from peft_baft.cli.common import (
     adapter_config,
     attach_adapter,
@@ -32,10 +33,9 @@ from peft_baft.cli.common import (
     require_device,
     type_errors_as_bad_input,
 )
-from peft_baft.data.benchmarks import locate, read_benchmark, read_piqa
-from peft_baft.models import locate_model
+from peft_baft.data.formats import locate, read_benchmark, read_piqa
+from peft_baft.loading import locate_model
 from peft_baft.processes import Processes
-from peft_baft.show.tables import tables
 from peft_baft_cli.screen import doing, progress_shown
 
 SPLIT = {"blocks": "blocks and questions", "facts": "the facts of each batch, and questions"}
@@ -133,15 +133,15 @@ def _editing(
         also = [MEASURES[name] for name in options.also]
         rows = Bench(base, tokenizer, cases, first, last, texts, options.template, also, bar.update)
         rows = replace(rows, processes=processes, split=options.split)
-        runs = judge.planned(common, chosen, schedules, range(options.seeds))
+        runs = plan.planned(common, chosen, schedules, range(options.seeds))
         if options.adapter:
             model = attach_adapter(base, options.adapter, options.adapter_revision)
-            runs = [judge.adapter_run(common, options.adapter, model)]
-        lines, runs = judge.split(runs, output, processes)
+            runs = [plan.adapter_run(common, options.adapter, model)]
+        lines, runs = plan.split(runs, output, processes)
         bar.reset(total=sum(rows.amount(run.schedule) for run in runs))
         for run in runs:
             bar.set_description(run.title)
-            lines.append(judge.perform(rows, run, suite.averaged, output, _command_line()))
+            lines.append(plan.perform(rows, run, suite.averaged, output, _command_line()))
     return lines
 
 
@@ -153,18 +153,18 @@ def _piqa(
     first, last = _rows(options.rows, len(items))
     model, tokenizer = _loaded(options, subject, processes)
     common = _common(options, subject, model, tokenizer, file, (first, last))
-    run = judge.planned(common, [None], [Schedule()], [0])[0]
+    run = plan.planned(common, [None], [Schedule()], [0])[0]
     if options.adapter:
         model = attach_adapter(model, options.adapter, options.adapter_revision)
-        run = judge.adapter_run(common, options.adapter, model)
-    lines, runs = judge.split([run], output, processes)
+        run = plan.adapter_run(common, options.adapter, model)
+    lines, runs = plan.split([run], output, processes)
     share, bar = processes.share(range(first, last)), partial(tqdm, disable=not _drawn(processes), leave=False)
     for run in runs:
         cases = in_order(processes.gather(lambda: piqa_cases(model, tokenizer, items, share, bar)))
-        lines.append(judge.finished(run.head, cases, (), _command_line()))
+        lines.append(plan.finished(run.head, cases, (), _command_line()))
         with processes.together():
             if processes.first:
-                judge.kept(lines[-1], output)
+                plan.kept(lines[-1], output)
     return lines
 
 
@@ -189,7 +189,7 @@ def _common(
         "benchmark": options.benchmark,
         "model": model if subject.revision is None else model | {"revision": subject.revision},
         "data": described_file(file) | {"rows": list(rows)},
-        "protocol": judge.protocol(options.template, options.also),
+        "protocol": plan.protocol(options.template, options.also),
         "versions": versions(),
     }
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from json import dumps
 
+from peft_baft.checking.check import check as check_model
 from peft_baft.cli.common import adapter_config, chosen_model, default_device, load_base, require_device
-from peft_baft.evaluation.check import check as check_model
 from peft_baft_cli.errors import DONE, NOT_SO
 from peft_baft_cli.screen import doing
 

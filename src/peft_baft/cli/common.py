@@ -15,8 +15,8 @@ from peft.utils import CONFIG_NAME
 from peft_baft import Unrelated
 from peft_baft.data.datasets import read_unrelated
 from peft_baft.data.unrelated import GENERAL
-from peft_baft.models import load_model, looks_like_path
-from peft_baft.presets import PRESETS, Preset
+from peft_baft.editing.presets import PRESETS, Preset
+from peft_baft.loading import load_model, looks_like_path
 from peft_baft.processes import Processes
 
 AUTO = "auto"  # a device map over all devices

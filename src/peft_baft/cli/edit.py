@@ -36,10 +36,10 @@ from peft_baft.data.datasets import read_cases, read_unrelated
 from peft_baft.data.unrelated import CANARIES
 from peft_baft.editing.continual import Made, edit_continually
 from peft_baft.editing.journal import LINES, Journal, give_umask_mode
+from peft_baft.editing.presets import Preset
 from peft_baft.evaluation.guard import canary_check
 from peft_baft.evaluation.report import Report, watch
-from peft_baft.models import locate_model
-from peft_baft.presets import Preset
+from peft_baft.loading import locate_model
 from peft_baft.processes import Processes
 from peft_baft_cli.errors import DONE, NOT_SO, Interrupted
 from peft_baft_cli.screen import doing, progress_shown

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft_baft.adapter.registration import BAFT
-from peft_baft.bench.results import read_results
+from peft_baft.benchmark.report import plots
+from peft_baft.benchmark.report.tables import tables
+from peft_baft.benchmark.results import read_results
 from peft_baft.cli.common import adapter_config, attach_adapter, chosen_model, default_device, load_base, require_device
-from peft_baft.evaluation.inspection import inspect as inspected
-from peft_baft.show import inspect_figure, inspect_page, plots
-from peft_baft.show.tables import tables
+from peft_baft.inspection import figure
+from peft_baft.inspection import page as inspection_page
+from peft_baft.inspection.inspect import inspect as inspected
 from peft_baft_cli.screen import doing
 
 
@@ -61,10 +63,10 @@ def inspect(
         found = inspected(edited, tokenizer, prompt, max_new_tokens)
     page = output or _default_page(prompt)
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(inspect_page.page(found), encoding="utf-8")
+    page.write_text(inspection_page.page(found), encoding="utf-8")
     print(f"{page}: open it in a browser")
     try:
-        inspect_figure.draw(found, page.with_suffix(".png"))
+        figure.draw(found, page.with_suffix(".png"))
         print(page.with_suffix(".png"))
     except ImportError as error:  # the page needs nothing
         print(f"no PNG: {error}")

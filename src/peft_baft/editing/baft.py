@@ -13,11 +13,11 @@ from peft_baft.adapter import BaftLayer, EditContext, RecordedGates, baft_layers
 from peft_baft.adapter.balance import WITHOUT_GRADIENT
 from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit, Unrelated
-from peft_baft.editing.descent import Descent, DescentConfig, Outcome, Terms, descend
-from peft_baft.editing.editor import AdapterEditor, checked_edits, evaluating, trainable
+from peft_baft.editing.acceleration.prefix_cache import Session, open_session
+from peft_baft.editing.adapter_editor import AdapterEditor, checked_edits, evaluating, trainable
+from peft_baft.editing.lanes import Lane, Share, copy_adapter, divide, parameters_of, train_lanes
 from peft_baft.editing.objective import Gates, Objective
-from peft_baft.editing.parallel import Lane, Share, copy_adapter, divide, parameters_of, train_lanes
-from peft_baft.editing.session import Session, open_session
+from peft_baft.editing.train import Descent, DescentConfig, Outcome, Terms, descend
 
 
 class BaftEditor(AdapterEditor):

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from peft_baft.data.cases import Edit
-from peft_baft.editing.descent import Outcome
-from peft_baft.editing.editor import AdapterEditor, adapter_tensors, snapshot
+from peft_baft.editing.adapter_editor import AdapterEditor, adapter_tensors, snapshot
 from peft_baft.editing.journal import Journal, adapter_state, restore_state
+from peft_baft.editing.train import Outcome
 
 Check = Callable[[], str | None]  # what is wrong with the model as it is now; None if nothing is
 

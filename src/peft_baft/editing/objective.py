@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from peft_baft.editing.descent import STOP_TERM, Terms
+from peft_baft.editing.train import STOP_TERM, Terms
 from peft_baft.losses import locality_margin
 from peft_baft.regularisers import load_balance, mean_over_blocks, rescaled
 

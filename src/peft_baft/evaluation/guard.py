@@ -8,7 +8,7 @@ from typing import Any
 
 from peft_baft.data.cases import Probe, Unrelated
 from peft_baft.data.unrelated import CANARIES
-from peft_baft.editing.editor import without_adapters
+from peft_baft.editing.adapter_editor import without_adapters
 from peft_baft.evaluation.scoring import agreement, predicted_tokens
 
 

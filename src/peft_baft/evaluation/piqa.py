@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_baft.data.benchmarks import PiqaItem
+from peft_baft.data.formats import PiqaItem
 from peft_baft.evaluation.likelihood import log_probabilities
 
 QUESTION = "Question: {}\nAnswer:"  # as lm-evaluation-harness asks

@@ -1,0 +1,1 @@
+"""Editing methods to compare with, one file a method."""

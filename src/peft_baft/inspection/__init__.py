@@ -1,0 +1,1 @@
+"""What an edit does inside a model: by token, by block and by dimension, as data, page and picture."""

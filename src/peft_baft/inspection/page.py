@@ -1,0 +1,117 @@
+"""An inspection as one HTML page: no network, no other files. Every text in it is foreign and is treated as such."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from dataclasses import asdict
+from hashlib import sha256
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from peft_baft.inspection.inspect import Inspection, Token
+from peft_baft.inspection.token_text import visible
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+NOTHING = "(nothing: it stops at once)"
+LONG_PROMPT = 140  # characters, from which its heading is set smaller
+GATES = (
+    "A gate is a number between 0 (closed) and 1 (open) that the adapter computes from a token's hidden vector, to say how "
+    "much of one direction of the update is let through. One bar each."
+)
+NO_GATES = "has no gates, as in ReFT: its updates pass whole, which is drawn as gates that are always fully open."
+
+
+def page(inspection: Inspection) -> str:
+    """The page that shows `inspection`: both answers, the edited blocks' gates at each token, and what they changed.
+
+    Raises:
+        ValueError: a number is NaN or infinite: the model's arithmetic broke down on this prompt.
+    """
+    template = TEMPLATE.read_text(encoding="utf-8")
+    script = Template(template.rpartition("<script>")[2].partition("</script>")[0]).substitute()
+    return Template(template).substitute(
+        script_hash=b64encode(sha256(script.encode()).digest()).decode(),  # the one script that a browser may run here
+        prompt=escape(inspection.prompt.strip()),
+        length="long" if len(inspection.prompt) > LONG_PROMPT else "short",
+        before=escape(inspection.before or NOTHING),
+        after=escape(inspection.after or NOTHING),
+        outcome="same" if inspection.before == inspection.after else "another",
+        summary="".join(f"<li>{escape(sentence)}</li>" for sentence in summary(inspection)),
+        gates=escape(_what_gates_are(inspection)),
+        rule=escape(_position_rule(inspection)),
+        data=_json(inspection),
+    )
+
+
+def summary(inspection: Inspection) -> list[str]:
+    """What there is to see, in three sentences."""
+    prompt, answer = inspection.tokens[: inspection.prompt_end + 1], inspection.tokens[inspection.prompt_end + 1 :]
+    acts = f"The edits act in {len(inspection.blocks)} block{'s' * (len(inspection.blocks) > 1)}"
+    acts += f", on {sum(token.edited for token in prompt)} of the prompt's {len(prompt)} tokens"
+    acts += " and on every token of the answer." if answer else "."
+    return [acts, _first_token(prompt[-1]), _strongest(inspection)]
+
+
+def _first_token(last: Token) -> str:
+    """What the edits did to the first token of the answer."""
+    was, now = max(last.changes, key=lambda c: c.before), max(last.changes, key=lambda c: c.after)
+    if was.id == now.id:
+        shares = f"{percent(now.before)} without the edits, {percent(now.after)} with them"
+        return f"The answer's likeliest first token stays {_quoted(now.text)}: {shares}."
+    fell, rose = (f"{_quoted(c.text)} {percent(c.before)} → {percent(c.after)}" for c in (was, now))
+    return f"The answer's first token turns: {fell}, {rose}."
+
+
+def _strongest(inspection: Inspection) -> str:
+    places = [(cell.size, i, block.name) for block in inspection.blocks for i, cell in enumerate(block.cells)]
+    size, i, name = max(places)
+    where = f"{_quoted(inspection.tokens[i].text)} in {block_label(name)}"
+    return f"They are strongest at {where}: the update is {percent(size)} as long as the hidden vector."
+
+
+def _what_gates_are(inspection: Inspection) -> str:
+    free = [adapter.name for adapter in inspection.adapters if adapter.weighting == "none"]
+    if len(free) == len(inspection.adapters):
+        return f"This adapter {NO_GATES}"
+    return f"{GATES} {', '.join(free)} {NO_GATES}" if free else GATES
+
+
+def _position_rule(inspection: Inspection) -> str:
+    spans = sorted({adapter.prompt_positions for adapter in inspection.adapters})
+    last = " or ".join(f"the last {n} prompt tokens" if n > 1 else "the last prompt token" for n in spans)
+    return f"Pale: not edited. An adapter acts on {last} and on every token of the answer."
+
+
+def _quoted(text: str) -> str:
+    return f"“{visible(text.strip() or text)}”"
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1] as a percentage that never rounds a little to nothing or nearly all to all."""
+    if 0 < share < 0.0001:
+        return "<0.01%"
+    if 0.999 < share < 1:
+        return ">99.9%"
+    return f"{100 * share:.{0 if share == 0 else 2 if share < 0.01 else int(share < 0.1 or 0.99 < share < 1)}f}%"
+
+
+def block_label(name: str) -> str:
+    """A short name for a block of the base model: `block 7` for `model.layers.7`."""
+    last = name.rpartition(".")[2]
+    return f"block {last}" if last.isdigit() else name
+
+
+def _json(inspection: Inspection) -> str:
+    """The data for the script, as JSON that cannot end the element it stands in."""
+    data: dict[str, Any] = asdict(inspection)
+    for token in data["tokens"]:
+        for shown in (token, *token["changes"]):
+            shown["label"] = visible(shown.pop("text"))
+    for block in data["blocks"]:
+        block["label"] = block_label(block["name"])
+    chosen = {name: data[name] for name in ("adapters", "tokens", "blocks")}
+    text = json.dumps(chosen, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

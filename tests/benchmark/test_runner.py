@@ -1,0 +1,329 @@
+"""The judge on a toy model that knows facts: any method, any schedule, and no result twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import facts
+from facts import ADAPTER, CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, meals
+from peft_baft import Case, Edit, Probe
+from peft_baft.benchmark import plan
+from peft_baft.benchmark.methods import METHODS, Method, method, methods
+from peft_baft.benchmark.progress import Progress
+from peft_baft.benchmark.results import append_result, described_model, identity, read_results
+from peft_baft.benchmark.runner import Bench
+from peft_baft.benchmark.schedule import Schedule
+from peft_baft.editing.presets import PRESETS
+from peft_baft.evaluation import asking
+from peft_baft.evaluation.asking import Unedited, ask, questions_of
+
+fact_model = facts.fact_model
+AVERAGED = ("reliability", "generality", "locality")
+
+
+def cases(count: int) -> list[Case]:
+    """Countries that move their capital, with a rephrasing and a fact about food."""
+    found = []
+    for n in range(count):
+        old, new, food = CAPITALS[n % 24], CAPITALS[(n + 8) % 24].answer, MEALS[12 + n % 12]
+        near = Probe("generality", old.rephrase, new), Probe("locality", food.prompt, food.answer)
+        found.append(Case(Edit(old.prompt, new), near))
+    return found
+
+
+def toy_method(name: str = "baft", **changes: Any) -> Method:
+    config = ADAPTER | ({"weighting": "none"} if name == "reft" else {})
+    return Method(name, config=config, descent=DESCENT, batch_descent=DESCENT, objective=OBJECTIVE, **changes)
+
+
+@pytest.fixture
+def bench(fact_model: FactModel) -> Bench:
+    return Bench(deepcopy(fact_model.base), fact_model.tokenizer, cases(12), 0, 12, meals(0, 12))
+
+
+def judged(bench: Bench, method: Method | None, schedule: Schedule, progress: Progress | None = None) -> dict[str, Any]:
+    head = {"method": "m"}
+    if method is None:
+        return plan.finished(head, bench.asked(bench.base), AVERAGED, "")
+    return plan.finished(head, bench.edited(method, schedule, 0, progress or Progress(None)), AVERAGED, "")
+
+
+def without_seconds(line: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in case.items() if key != "seconds"} for case in line["cases"]]
+
+
+# what is measured
+
+
+def test_the_unedited_model_knows_the_old_facts_and_keeps_its_locality(bench: Bench) -> None:
+    found = judged(bench, None, Schedule())["scores"]
+    assert found["locality"] == found["locality_text"] == 1
+    assert found["reliability"] < 0.2 and found["reliability_exact"] == 0
+
+
+def test_single_edits_are_learned_and_taken_back(bench: Bench) -> None:
+    before = {name: tensor.clone() for name, tensor in bench.base.state_dict().items()}
+    line = judged(replace(bench, last=4), toy_method(), Schedule())
+    assert line["scores"]["reliability"] == 1 and line["scores"]["locality"] >= 0.75
+    assert line["scores"]["reliability_prefix"] > 0.9
+    assert [case["block"] for case in line["cases"]] == list(range(4)) and "blocks" not in line
+    after = bench.base.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("name", ["baft", "reft"])
+def test_single_edits_that_share_forwards_give_what_each_gives_alone(bench: Bench, name: str) -> None:
+    bench = replace(bench, last=5)
+    alone = judged(replace(bench, parallel=1), toy_method(name), Schedule())
+    assert without_seconds(judged(replace(bench, parallel=3), toy_method(name), Schedule())) == without_seconds(alone)
+
+
+def test_asking_after_all_edits_is_harder_than_right_after_each(bench: Bench) -> None:
+    bench = replace(bench, last=8)
+    after_all = judged(bench, toy_method("reft"), Schedule(4))
+    immediate = judged(bench, toy_method("reft"), Schedule(4, when="immediate"))
+    assert immediate["scores"]["reliability"] > after_all["scores"]["reliability"]
+    assert [block["first"] for block in after_all["blocks"]] == [0, 4]
+    assert [case["steps"] for case in after_all["cases"]] == [case["steps"] for case in immediate["cases"]]
+
+
+def test_blocks_start_anew(bench: Bench) -> None:
+    both = judged(replace(bench, last=4), toy_method(), Schedule(2))
+    alone = judged(replace(bench, first=2, last=4), toy_method(), Schedule(2))
+    assert [case | {"block": 1} for case in without_seconds(alone)] == without_seconds(both)[2:]
+
+
+def test_a_batch_is_one_edit(bench: Bench) -> None:
+    line = judged(replace(bench, last=6), toy_method(), Schedule(1, batch_size=3))
+    assert [case["block"] for case in line["cases"]] == [0, 0, 0, 1, 1, 1]
+    assert [case["steps"] for case in line["cases"]][:3] == [line["cases"][0]["steps"]] * 3
+    assert line["scores"]["reliability"] == 1
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "adalora"])
+def test_every_method_edits(bench: Bench, name: str) -> None:
+    made = method(f"{name}:lr=0.02;stop_loss=0.02;max_steps=60", PRESETS["default"])
+    short = Bench(bench.base, bench.tokenizer, bench.cases, 0, 2, bench.unrelated)
+    assert judged(short, made, Schedule())["scores"]["reliability"] == 1
+
+
+def test_an_edit_that_diverges_is_counted_as_not_learned(bench: Bench, monkeypatch) -> None:
+    def broken(*_: object) -> None:
+        raise FloatingPointError("became nan")
+
+    monkeypatch.setattr("peft_baft.editing.baft.BaftEditor.edit", broken)
+    line = judged(bench, toy_method(), Schedule(2))
+    assert line["scores"]["learned"] == 0 and line["cases"][0]["failed"] == "became nan"
+
+
+def test_someone_elses_adapter_is_judged_against_the_model_without_it(bench: Bench) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(bench.base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    found = plan.finished({}, bench.asked(model, model.disable_adapter), AVERAGED, "")
+    assert found["scores"]["locality"] < 0.9  # random weights do harm, and that is seen
+    model.unload()
+    assert judged(bench, None, Schedule())["scores"]["locality"] == 1
+
+
+def test_the_chat_template_is_for_everything_but_locality(bench: Bench) -> None:
+    tokenizer = deepcopy(bench.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}" + MEALS[0].prompt + "{% endfor %}"
+    questions = questions_of(0, bench.cases[0])
+    raw, chat = (ask(bench.base, tokenizer, questions, template) for template in ("raw", "chat"))
+    assert [a.text == b.text for a, b in zip(raw, chat, strict=True)] == [False, False, True]
+
+
+def test_the_unedited_model_is_asked_once(bench: Bench, monkeypatch) -> None:
+    known, questions = Unedited(bench.tokenizer), questions_of(0, bench.cases[0])
+    known.ask(bench.base, questions)
+    monkeypatch.setattr("peft_baft.evaluation.asking.predicted_tokens", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        known.ask(bench.base, questions_of(1, bench.cases[1]))
+
+
+def test_what_several_rows_ask_alike_is_asked_once(bench: Bench, monkeypatch) -> None:
+    questions = [question for row in (0, 1, 0) for question in questions_of(row, bench.cases[row])]
+    each = [ask(bench.base, bench.tokenizer, [question])[0] for question in questions]
+    asked: list[int] = []
+    real = asking.predicted_tokens
+    monkeypatch.setattr(
+        asking, "predicted_tokens", lambda m, t, pairs, **more: asked.append(len(pairs)) or real(m, t, pairs, **more)
+    )
+    together = ask(bench.base, bench.tokenizer, questions)
+    assert sum(asked) == 6 and [reply.text for reply in together] == [reply.text for reply in each]
+    assert all(torch.equal(a.said, b.said) for a, b in zip(together, each, strict=True))
+
+
+def test_text_that_is_asked_is_not_trained_on(bench: Bench) -> None:
+    with pytest.raises(ValueError, match="which the benchmark asks"):
+        Bench(bench.base, bench.tokenizer, bench.cases, 0, 12, meals(12, 14))
+    with pytest.raises(ValueError, match="must lie in 0:12"):
+        Bench(bench.base, bench.tokenizer, bench.cases, 0, 13)
+
+
+# methods by name
+
+
+def test_settings_find_their_place() -> None:
+    made = method("baft:lr=0.001;r=4;gamma=0.5;gate_norm=none", PRESETS["default"])
+    assert made.descent.lr == made.batch_descent.lr == 0.001
+    assert made.config["r"] == 4 and made.config["gate_norm"] == "none" and made.objective.gamma == 0.5  # type: ignore[union-attr]
+    assert made.described()["config"]["weighting"] == "basis"
+    assert [m and m.name for m in methods("none,table4,baft", PRESETS["default"])] == [
+        None,
+        "reft",
+        "ss-w",
+        "ba-w",
+        "ss-w-lr",
+        "baft",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ("rome", "Unknown method 'rome'"),
+        ("baft:lr", "name=value"),
+        ("baft:rank=3", "unknown setting 'rank'"),
+        ("lora:alpha=1", "unknown"),
+    ],
+)
+def test_an_unknown_method_or_setting_is_named(given: str, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        methods(given, PRESETS["default"])
+
+
+# result lines
+
+
+def heads(fact_model: FactModel) -> dict[str, Any]:
+    return {"benchmark": "facts", "model": described_model("toy", *fact_model), "versions": {}}
+
+
+def test_runs_are_named_before_they_are_made_and_made_once(fact_model: FactModel, tmp_path: Path) -> None:
+    common, ladder = heads(fact_model), [Schedule(1), Schedule(2)]
+    runs = plan.planned(common, [None, toy_method()], ladder, range(3))
+    assert len(runs) == 1 + 2 * 3 and len({run.key for run in runs}) == 7  # the unedited model once
+    line = plan.kept(plan.finished(runs[2].head, [], (), "baft bench"), tmp_path / "r.jsonl")
+    assert identity(line) == runs[2].key
+    lines, left = plan.split(runs, tmp_path / "r.jsonl")
+    assert lines == [line] and [run.key for run in left] == [run.key for run in runs if run is not runs[2]]
+
+
+def test_a_torn_last_line_is_cut_off_and_not_built_upon(tmp_path: Path) -> None:
+    file = tmp_path / "r.jsonl"
+    append_result(file, {"format": 1, "n": 1})
+    file.write_bytes(file.read_bytes() + b'{"format": 1, "n": ')
+    assert plan.split([], file) == ([], [])
+    append_result(file, {"format": 1, "n": 2})
+    assert [line["n"] for line in read_results([file])] == [1, 2]
+    file.write_text('{"some": "json"}\n')
+    with pytest.raises(ValueError, match=r"r.jsonl:1: wanted a result line"):
+        read_results([file])
+
+
+def test_a_model_is_known_by_its_weights_and_not_by_its_name(fact_model: FactModel) -> None:
+    other = deepcopy(fact_model.base)
+    with torch.no_grad():
+        other.model.layers[2].mlp.down_proj.weight.mul_(1.5)
+    mine, changed = (described_model("toy", m, fact_model.tokenizer) for m in (fact_model.base, other))
+    assert mine["fingerprint"] != changed["fingerprint"] and mine["tokenizer"] == changed["tokenizer"]
+    assert mine == described_model("toy", deepcopy(fact_model.base), fact_model.tokenizer)
+
+
+# being killed
+
+
+def killed_at_random(make: Any, file: Path, kills: int) -> Iterator[int]:
+    """Run `make` in a process of its own; kill -9 it after it has written some more; yields the number of edits kept."""
+    for kill in range(kills):
+        child = os.fork()
+        if child == 0:
+            make()
+            os._exit(0)
+        kept, deadline = len(outcomes(file)), time.monotonic() + 60
+        while len(outcomes(file)) < kept + 1 + kill and time.monotonic() < deadline:
+            time.sleep(0.003)
+        time.sleep(0.007 * kill)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        yield len(outcomes(file))
+
+
+def outcomes(file: Path) -> list[dict[str, Any]]:
+    done = Progress.load(file)
+    return done.cases + done.outcomes
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_run_that_is_killed_goes_on_where_it_was_and_repeats_no_edit(bench: Bench, tmp_path: Path) -> None:
+    schedule, file, log = Schedule(4, when="immediate"), tmp_path / "p.safetensors", tmp_path / "log"
+
+    def tick(rows: int) -> None:
+        with log.open("a") as out:
+            print(rows, file=out)
+
+    bench = replace(bench, last=8, tick=tick)
+    whole = judged(bench, toy_method(), schedule)
+    log.unlink()
+    kept = list(killed_at_random(lambda: judged(bench, toy_method(), schedule, Progress.load(file)), file, kills=3))
+    assert all(a < b for a, b in pairwise([0, *kept])) and kept[-1] < 8
+    made = log.read_text().split().count("1") - kept.count(1)  # a process first ticks for all that was done before it
+    resumed = judged(bench, toy_method(), schedule, Progress.load(file))
+    assert without_seconds(resumed) == without_seconds(whole)
+    assert made <= kept[-1]  # an edit that is being made when the process is killed has not taken place
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_thousand_edits_survive_many_kills(bench: Bench, tmp_path: Path, tally) -> None:
+    schedule, file = Schedule(1000), tmp_path / "p.safetensors"
+    quick = replace(toy_method(), descent=replace(DESCENT, max_steps=2))
+    bench = replace(bench, cases=cases(1000), last=1000)
+    whole = judged(bench, quick, schedule)
+    kept = list(killed_at_random(lambda: judged(bench, quick, schedule, Progress.load(file)), file, kills=12))
+    assert all(a < b for a, b in pairwise([0, *kept]))
+    resumed = judged(bench, quick, schedule, Progress.load(file))
+    assert without_seconds(resumed) == without_seconds(whole)
+    rows = [case["row"] for case in resumed["cases"]]
+    counts = {"kills": len(kept), "edits": 1000, "lost": 1000 - len(set(rows)), "doubled": len(rows) - len(set(rows))}
+    tally("SIGKILL during `baft bench`'s loop, then the same command again", **counts)
+
+
+def test_a_run_that_lost_its_adapter_would_not_give_the_same(bench: Bench, tmp_path: Path, monkeypatch) -> None:
+    file, schedule = tmp_path / "p.safetensors", Schedule(4)
+    bench = replace(bench, last=4)
+    whole = judged(bench, toy_method(), schedule)
+
+    def stop(_: int) -> None:
+        if len(outcomes(file)) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judged(replace(bench, tick=stop), toy_method(), schedule, Progress.load(file))
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "restore", lambda *_: None)
+        lost = judged(bench, toy_method(), schedule, replace(Progress.load(file), file=None))
+    good = judged(bench, toy_method(), schedule, Progress.load(file))
+    assert without_seconds(good) == without_seconds(whole) != without_seconds(lost)
+
+
+def test_damaged_progress_says_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "p.safetensors"
+    for damage in (b"", b"nonsense", json.dumps({}).encode()):
+        file.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"is damaged .* Delete it"):
+            Progress.load(file)

@@ -1,0 +1,99 @@
+"""From replies to a table's means, by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from peft_baft.benchmark.plan import mean_of
+from peft_baft.benchmark.schedule import Schedule
+from peft_baft.benchmark.scores import scores
+
+
+def asked(kind: str, match: float, topic: str = "", exact: bool = False, prefix: bool = False) -> dict[str, Any]:
+    free = {"unchanged": exact} if kind == "locality" else {"exact": exact, "prefix": prefix}
+    return {"kind": kind, "topic": topic, "match": match, **free, "said": ""}
+
+
+CASES = [
+    {
+        "row": 0,
+        "steps": 10,
+        "seconds": 2.0,
+        "learned": True,
+        "fluency": 4.0,
+        "probes": [
+            asked("reliability", 0.5, exact=True, prefix=True),
+            asked("portability", 1.0, "A", exact=True, prefix=True),
+            asked("portability", 0.0, "A"),
+            asked("portability", 1.0, "B", prefix=True),
+            asked("locality", 0.5, "X", exact=True),
+        ],
+    },
+    {
+        "row": 1,
+        "steps": 20,
+        "seconds": 4.0,
+        "learned": False,
+        "fluency": 5.0,
+        "probes": [asked("reliability", 1.0), asked("portability", 0.5, "A")],
+    },
+    {"row": 2, "steps": None, "seconds": None, "learned": False, "probes": [asked("reliability", 0.0)]},
+]
+
+
+def test_every_mean_of_a_result_line_on_a_case_worked_by_hand() -> None:
+    found = scores(CASES, ("reliability", "portability", "locality"))
+    assert found == pytest.approx(
+        {
+            "reliability": 0.5,
+            "reliability_exact": 1 / 3,
+            "reliability_prefix": 1 / 3,
+            "portability": (0.75 + 0.5) / 2,  # rows without such probes are passed over
+            "portability_exact": (0.25 + 0.0) / 2,
+            "portability_prefix": (0.75 + 0.0) / 2,
+            "portability_by_topic": ((0.5 + 0.5) / 2 + 1.0) / 2,
+            "locality": 0.5,
+            "locality_text": 1.0,
+            "locality_by_topic": 0.5,
+            "average": (0.5 + 0.625 + 0.5) / 3,
+            "steps": 15.0,
+            "edit_seconds": 3.0,
+            "learned": 1 / 3,
+            "fluency": 4.5,
+        }
+    )
+
+
+def test_the_average_is_over_the_measures_that_were_asked() -> None:
+    assert scores(CASES[1:], ("reliability", "locality"))["average"] == pytest.approx(0.5)
+    assert "generality" not in scores(CASES, ("reliability",))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rows", "blocks", "name"),
+    [
+        (Schedule(), (3, 6), [(3, 4), (4, 5), (5, 6)], "single"),
+        (Schedule(2), (0, 5), [(0, 2), (2, 4)], "continual"),  # an unfinished block is left out
+        (Schedule(2, 3), (1, 13), [(1, 7), (7, 13)], "batched"),  # T counts batches
+    ],
+)
+def test_blocks_are_consecutive_rows(schedule: Schedule, rows, blocks, name: str) -> None:
+    assert schedule.blocks(*rows) == [range(*block) for block in blocks]
+    assert schedule.name == name
+
+
+@pytest.mark.parametrize("given", [(0, 1), (1, 0), (1, 1, "later")])
+def test_a_schedule_that_edits_nothing_is_refused(given: tuple) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Schedule(*given)
+    with pytest.raises(TypeError):
+        Schedule(1.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="need 4 rows, but rows 0:3 are 3"):
+        Schedule(2, 2).blocks(0, 3)
+
+
+def test_means_of_nested_values_are_taken_element_by_element() -> None:
+    values = [{"blocks": ["a"], "edit": [[0.0, 1.0]]}, {"blocks": ["a"], "edit": [[1.0, 0.0]], "locality": [[0.5]]}]
+    assert mean_of(values) == {"blocks": ["a"], "edit": [[0.5, 0.5]], "locality": [[0.5]]}

