@@ -20,7 +20,7 @@ from peft_baft.editing.adapter_editor import AdapterEditor
 from peft_baft.editing.baft import BaftEditor
 from peft_baft.editing.train import Outcome
 from peft_baft.evaluation.asking import Question, Unedited, ask, judged, questions_of
-from peft_baft.evaluation.scoring import one_model
+from peft_baft.evaluation.forward import one_model
 from peft_baft.processes import Processes
 
 ASKED_TOGETHER = 8  # rows of a model that is not edited here: between two signs of life
