@@ -12,6 +12,7 @@ import torch
 
 from peft_baft.adapter import find_context
 from peft_baft.benchmark.methods import Method
+from peft_baft.benchmark.metrics import Metric
 from peft_baft.benchmark.progress import Progress
 from peft_baft.benchmark.results import in_order
 from peft_baft.benchmark.schedule import Schedule
@@ -26,7 +27,6 @@ from peft_baft.processes import Processes
 ASKED_TOGETHER = 8  # rows of a model that is not edited here: between two signs of life
 SPLITS = ("blocks", "facts")
 SEED_STRIDE = 100_003  # seeds of a run's blocks: a block's first row, and this times the run's seed
-Measure = Callable[[Any, Any, Case], dict[str, Any]]  # an edited model, its tokenizer, a case to values by name
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Bench:
     last: int
     unrelated: Sequence[Unrelated] = ()
     template: str = "raw"
-    also: Sequence[Measure] = ()
+    also: Sequence[Metric] = ()
     tick: Callable[[int], None] = lambda rows: None
     parallel: int = 16
     processes: Processes = field(default_factory=Processes)
