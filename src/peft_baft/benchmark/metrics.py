@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from peft_baft.benchmark.runner import Measure
+from peft_baft.benchmark.runner import Metric
 from peft_baft.data.cases import Case
 from peft_baft.data.formats import ConvSentCase, PiqaItem
 from peft_baft.evaluation.fluency import fluency
@@ -38,7 +38,7 @@ def _sentiment(model: Any, tokenizer: Any, case: Case) -> dict[str, Any]:
     return {"sentiment": edit_success(model, tokenizer, case.question, wanted, unwanted)}
 
 
-MEASURES: dict[str, Measure] = {
+MEASURES: dict[str, Metric] = {
     "fluency": _fluency,
     "redundancy": _redundancy,
     "gates": _gates,

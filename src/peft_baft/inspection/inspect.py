@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from peft_baft.adapter import BaftLayer, baft_layers, prompt_lengths
 from peft_baft.adapter.model_call import full_logits, input_device
+from peft_baft.adapter.state import evaluating, without_adapters
 from peft_baft.data.batching import Tokens, context_window, encode_prompt
-from peft_baft.editing.adapter_editor import evaluating, without_adapters
 from peft_baft.evaluation.scoring import first_line, greedy_answers, greedy_tokens
 from peft_baft.inspection.token_text import token_text
 from peft_baft.span import edited
