@@ -18,7 +18,7 @@ from peft_baft.benchmark.methods import methods
 from peft_baft.benchmark.metrics import METRICS
 from peft_baft.benchmark.report.tables import tables
 from peft_baft.benchmark.results import described_file, described_model, in_order, versions
-from peft_baft.benchmark.runner import Bench
+from peft_baft.benchmark.runner import Runner
 from peft_baft.benchmark.schedule import Schedule
 from peft_baft.benchmark.tasks import locate, read_benchmark, task_of
 from peft_baft.cli.common import (
@@ -35,6 +35,7 @@ from peft_baft.cli.common import (
 )
 from peft_baft.loading import locate_model
 from peft_baft.processes import Processes
+from peft_baft.storage import append_line
 from peft_baft_cli.screen import doing, progress_shown
 
 SPLIT = {"blocks": "blocks and questions", "facts": "the facts of each batch, and questions"}
@@ -131,13 +132,13 @@ def _editing(
     common["unrelated"] = described_file(unrelated) if Path(unrelated).is_file() else {"file": unrelated}
     with tqdm(unit="row", smoothing=0.05, disable=not _drawn(processes), leave=False) as bar:
         also = [METRICS[name] for name in options.also]
-        rows = Bench(base, tokenizer, cases, first, last, texts, options.template, also, bar.update)
+        rows = Runner(base, tokenizer, cases, first, last, texts, options.template, also, bar.update)
         rows = replace(rows, processes=processes, split=options.split)
-        runs = plan.planned(common, chosen, schedules, range(options.seeds))
+        runs = plan.plan_runs(common, chosen, schedules, range(options.seeds))
         if options.adapter:
             model = attach_adapter(base, options.adapter, options.adapter_revision)
-            runs = [plan.adapter_run(common, options.adapter, model)]
-        lines, runs = plan.split(runs, output, processes)
+            runs = [plan.plan_adapter(common, options.adapter, model)]
+        lines, runs = plan.split_off_made(runs, output, processes)
         bar.reset(total=sum(rows.amount(run.schedule) for run in runs))
         for run in runs:
             bar.set_description(run.title)
@@ -155,18 +156,18 @@ def _asking(
     first, last = _rows(options.rows, len(items))
     model, tokenizer = _loaded(options, subject, processes)
     common = _common(options, subject, model, tokenizer, file, (first, last))
-    run = plan.planned(common, [None], [Schedule()], [0])[0]
+    run = plan.plan_runs(common, [None], [Schedule()], [0])[0]
     if options.adapter:
         model = attach_adapter(model, options.adapter, options.adapter_revision)
-        run = plan.adapter_run(common, options.adapter, model)
-    lines, runs = plan.split([run], output, processes)
+        run = plan.plan_adapter(common, options.adapter, model)
+    lines, runs = plan.split_off_made([run], output, processes)
     share, bar = processes.share(range(first, last)), partial(tqdm, disable=not _drawn(processes), leave=False)
     for run in runs:
         cases = in_order(processes.gather(lambda: ask(model, tokenizer, items, share, bar)))
-        lines.append(plan.finished(run.head, cases, (), _command_line()))
+        lines.append(plan.result_line(run.head, cases, (), _command_line()))
         with processes.together():
             if processes.first:
-                plan.kept(lines[-1], output)
+                append_line(output, lines[-1])
     return lines
 
 
@@ -191,7 +192,7 @@ def _common(
         "benchmark": options.benchmark,
         "model": model if subject.revision is None else model | {"revision": subject.revision},
         "data": described_file(file) | {"rows": list(rows)},
-        "protocol": plan.protocol(options.template, options.also),
+        "protocol": plan.described_protocol(options.template, options.also),
         "versions": versions(),
     }
 

@@ -12,8 +12,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_baft.adapter import BaftLayer, baft_layers, prompt_lengths
+from peft_baft.adapter.state import evaluating, without_adapters
 from peft_baft.data.batching import Tokens, context_window, encode_prompt
-from peft_baft.editing.adapter_editor import evaluating, without_adapters
 from peft_baft.evaluation.forward import greedy_tokens, logits_of_rows
 from peft_baft.evaluation.scoring import first_line, greedy_answers
 from peft_baft.inspection.token_text import token_text
