@@ -25,7 +25,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
 
     Per adapter: `baft_basis` holds R; `baft_source` holds D = A - R and b, so that a fresh adapter (D = 0, b = 0) is the
     identity exactly, on every device and in every dtype, and weight decay pulls towards no edit; `baft_gate` holds the
-    gates; `baft_load` the gates' summed use over past edits and, last, over how many tokens: (k + 1,).
+    gates; `baft_gate_usage` the gates' summed use over past edits and, last, over how many tokens: (k + 1,).
 
     Args:
         block: the module whose output is edited; it is watched, not owned.
@@ -34,14 +34,14 @@ class BaftLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("baft_basis", "baft_source", "baft_gate")
-    other_param_names = ("baft_load", "configs")
+    other_param_names = ("baft_gate_usage", "configs")
 
     def __init__(self, block: nn.Module, name: str, context: EditContext) -> None:
         super().__init__()
         self.baft_basis = nn.ModuleDict()
         self.baft_source = nn.ModuleDict()
         self.baft_gate = nn.ModuleDict()
-        self.baft_load = BufferDict(persistent=True)
+        self.baft_gate_usage = BufferDict(persistent=True)
         self.configs: dict[str, BaftConfig] = {}
         self.name, self.context = name, context
         self._block = [block]  # in a list, so as not to become a child that has us as a child
@@ -58,7 +58,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         self.baft_source[adapter_name] = source = nn.Linear(width, config.r)
         if config.gate_count:
             self.baft_gate[adapter_name] = Gate(config, width)
-            self.baft_load[adapter_name] = torch.zeros(config.gate_count + 1)
+            self.baft_gate_usage[adapter_name] = torch.zeros(config.gate_count + 1)
         if config.init_weights and source.weight.device.type != "meta":
             nn.init.zeros_(source.weight)
             nn.init.zeros_(source.bias)
@@ -93,8 +93,8 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         for container in (self.baft_basis, self.baft_source, self.baft_gate):
             if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
                 container[adapter_name].to(place, dtype)
-        if adapter_name in self.baft_load:
-            self.baft_load[adapter_name] = self.baft_load[adapter_name].to(place)
+        if adapter_name in self.baft_gate_usage:
+            self.baft_gate_usage[adapter_name] = self.baft_gate_usage[adapter_name].to(place)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Edit the output of the block: every chosen adapter's update is computed from the same `hidden`, and they add up.

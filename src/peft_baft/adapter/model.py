@@ -362,5 +362,5 @@ def _check_adapter_name(name: str, block_name: str) -> None:
 
 
 def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
-    mine = re.compile(rf"\.{CHILD}\.baft_[a-z]+\.{re.escape(adapter_name)}(\.[a-z]+)?$")
+    mine = re.compile(rf"\.{CHILD}\.baft_[a-z_]+\.{re.escape(adapter_name)}(\.[a-z]+)?$")
     return {name: tensor.shape for name, tensor in model.state_dict().items() if mine.search(name)}

@@ -194,7 +194,7 @@ class BaftEditor(AdapterEditor):
 
     def _loads(self, adapter_name: str) -> dict[str, Tensor]:
         """The statistics of an adapter's gates by the name of the block."""
-        return {layer.name: layer.baft_load[adapter_name] for layer in self._gated()}
+        return {layer.name: layer.baft_gate_usage[adapter_name] for layer in self._gated()}
 
     def _gates(self, recorded: Mapping[str, RecordedGates], share: Share) -> Gates:
         """An adapter's gates at its edited tokens and at its unrelated ones, by the name of the block."""

@@ -117,8 +117,8 @@ def copy_adapter(model: PeftModel, layers: Sequence[BaftLayer], source: str, nam
         for container in (layer.baft_basis, layer.baft_source, layer.baft_gate):
             if source in container:
                 container[name].load_state_dict(container[source].state_dict())
-        if source in layer.baft_load:
-            layer.baft_load[name] = layer.baft_load[source].clone()
+        if source in layer.baft_gate_usage:
+            layer.baft_gate_usage[name] = layer.baft_gate_usage[source].clone()
 
 
 def parameters_of(layers: Sequence[BaftLayer], name: str) -> list[nn.Parameter]:
