@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peft_baft.adapter.config import BaftConfig
-from peft_baft.adapter.context import EditContext, Located, RecordedGates
+from peft_baft.adapter.context import CurrentForward, EditContext, RecordedGates
 from peft_baft.adapter.parameters import Gate, OrthonormalBasis, stacked_bases, stacked_parameters
 from peft_baft.intervention import update
 
@@ -102,19 +102,19 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         Args:
             hidden: (batch, tokens, d), any floating dtype; updates are computed in the adapter's dtype.
         """
-        call = self.context.located()
+        call = self.context.current_forward()
         if call.row_adapters is not None:
             return self._edit_rows(hidden, call, call.row_adapters)
         total = None
         chosen = [name for name in self.active_adapters if name in self.configs]
         for adapter_name in chosen:
-            mask = self.context.mask(call.steps, hidden, self.configs[adapter_name].prompt_positions)
+            mask = self.context.mask(call.relative_positions, hidden, self.configs[adapter_name].prompt_positions)
             place = self.name if len(chosen) == 1 else (self.name, adapter_name)
             part = self._update(adapter_name, place, hidden, mask, call.recorded)
             total = part if total is None else total + part
         return hidden if total is None else (hidden + total).to(hidden.dtype)
 
-    def _edit_rows(self, hidden: Tensor, call: Located, names: list[str]) -> Tensor:
+    def _edit_rows(self, hidden: Tensor, call: CurrentForward, names: list[str]) -> Tensor:
         """`forward` where row i is edited by adapter `names[i]` alone: each adapter computes its own rows."""
         if len(names) != hidden.shape[0]:
             raise ValueError(
@@ -127,7 +127,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         for group in self._alike(present) if stackable else [[name] for name in present]:
             own = {name: [i for i, chosen in enumerate(names) if chosen == name] for name in group}
             rows = torch.tensor([i for of_one in own.values() for i in of_one], device=hidden.device)
-            mask = self.context.mask(call.steps, hidden, self.configs[group[0]].prompt_positions)
+            mask = self.context.mask(call.relative_positions, hidden, self.configs[group[0]].prompt_positions)
             mask, chosen = None if mask is None else mask[rows], hidden[rows]
             if len(group) == 1:
                 part = self._update(group[0], (self.name, group[0]), chosen, mask, call.recorded)
