@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -13,12 +14,11 @@ from huggingface_hub import hf_hub_download
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from peft_baft.adapter.parameters import GATE_NORMS, WEIGHTINGS
 from peft_baft.adapter.registration import BAFT
 from peft_baft.adapter.weights import FILE as WEIGHTS
 from peft_baft.adapter.weights import FORMAT, NEWER, UNNUMBERED, check_folder
 
-WEIGHTINGS = ("basis", "subspace", "product", "none")
-GATE_NORMS = ("none", "rms", "scale", "center")
 LARGEST_INTEGER, LARGEST_OFFSET = 2**31 - 1, 1000.0
 
 
@@ -151,7 +151,12 @@ class BaftConfig(PeftConfig):
     @property
     def gate_count(self) -> int:
         """How many gates weigh the update: the width of w(h)."""
-        return {"basis": self.r, "product": self.r, "subspace": 1, "none": 0}[self.weighting]
+        return WEIGHTINGS[self.weighting].gate_count(self.r)
+
+    @property
+    def forward_settings(self) -> tuple:
+        """All settings that a forward depends on: adapters that agree in these can be computed together."""
+        return (self.r, self.prompt_positions, self.weighting, self.gate_norm, self.gate_bias, self.gate_offset)
 
 
 def _readable_format(number: object, comes_from_a_file: bool) -> int:
@@ -212,6 +217,6 @@ def _require_expression(name: str, value: object) -> None:
             raise ValueError(f"{name} is no regular expression ({error}): {value!r:.60}.") from None
 
 
-def _require_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+def _require_one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+    if value not in list(allowed):  # a value out of a file need not be hashable
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")

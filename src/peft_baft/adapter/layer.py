@@ -144,8 +144,8 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         groups: dict[tuple, list[str]] = {}
         for name in names:
             config, weight = self.configs[name], self.baft_source[name].weight
-            gate = (config.weighting, config.gate_norm, config.gate_bias, config.gate_offset)
-            groups.setdefault((config.r, config.prompt_positions, gate, weight.dtype, weight.device), []).append(name)
+            key = (config.forward_settings, weight.dtype, weight.device)
+            groups.setdefault(key, []).append(name)
         return list(groups.values())
 
     def _update(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file
 from torch import Tensor
 
+from peft_baft.adapter.parameters import gate_shapes
+
 if TYPE_CHECKING:
     from peft_baft.adapter.config import BaftConfig
 
@@ -83,10 +85,8 @@ def _expected(found: Mapping[str, Tensor], blocks: set[str], config: BaftConfig)
     r, d, k = config.r, config.hidden_size, config.gate_count
     shapes: dict[str, tuple[int | None, ...]] = {"basis.weight": (r, d), "source.weight": (r, d), "source.bias": (r,)}
     if k:
-        rows = k + (config.weighting == "product")
-        shapes |= {"gate.weight": (rows, d), "gate_usage": (k + 1,)}
-        shapes |= {"gate.bias": (rows,)} if config.gate_bias else {}
-        shapes |= {f"gate.{config.gate_norm}": (d,)} if config.gate_norm in ("scale", "center") else {}
+        shapes |= {f"gate.{name}": shape for name, shape in gate_shapes(config, d).items()}
+        shapes["gate_usage"] = (k + 1,)
     named: set[str] = set()
     for target in config.target_modules or ("a block",):
         named |= {block for block in blocks if f".{block}".endswith(f".{target}")} or {target}
