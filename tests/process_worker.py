@@ -221,10 +221,10 @@ def editing(toy: FactModel, processes: Processes, folder: Path) -> Found:
     continual._write = write
     found["resumed"] = cli.main([*begin, output, "--resume"])
     found["tensors"] = list(load_file(Path(output) / "adapter_model.safetensors").values())
-    found["log"] = [line["kept"] for line in Journal(output).edits()]
+    found["log"] = [line.kept for line in Journal(output).edits()]
     strict = ["--min-agreement", "1", "--canaries", str(folder / "stay.jsonl"), "--keep-only-good", "--overwrite"]
     found["strict"] = cli.main([*begin, output, *strict])
-    found["strict log"] = [line["kept"] for line in Journal(output).edits()]
+    found["strict log"] = [line.kept for line in Journal(output).edits()]
     return found
 
 
