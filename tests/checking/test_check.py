@@ -77,7 +77,7 @@ def test_the_models_own_tokenizer_is_used_where_there_is_one() -> None:
 
 def too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     real = context_module.edited
-    monkeypatch.setattr(context_module, "edited", lambda steps, positions: real(steps, positions + 1))
+    monkeypatch.setattr(context_module, "edited", lambda relative, positions: real(relative, positions + 1))
 
 
 def answers_taken_for_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,13 +88,13 @@ def answers_taken_for_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_length_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = context_module.EditContext._lengths
+    real = context_module.EditContext._passed_or_stated
 
     def first(self: Any, passed: Any) -> Tensor | None:
         lengths = real(self, passed)
         return None if lengths is None else lengths[:1].expand(len(lengths))
 
-    monkeypatch.setattr(context_module.EditContext, "_lengths", first)
+    monkeypatch.setattr(context_module.EditContext, "_passed_or_stated", first)
 
 
 def a_lossy_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,11 +31,11 @@ def state(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
     """Parameters and statistics of one adapter."""
     found = {}
     for layer in baft_layers(model):
-        for kind in ("baft_basis", "baft_source", "baft_gate", "baft_load"):
+        for kind in ("baft_basis", "baft_source", "baft_gate", "baft_gate_usage"):
             container = getattr(layer, kind)
             if name not in container:
                 continue
-            tensors = container[name].state_dict() if kind != "baft_load" else {"sums": container[name]}
+            tensors = container[name].state_dict() if kind != "baft_gate_usage" else {"sums": container[name]}
             found |= {f"{layer.name}.{kind}.{key}": tensor.detach().clone() for key, tensor in tensors.items()}
     return found
 

@@ -110,9 +110,9 @@ def _at_edited_tokens(
 
 def _selected(layer: BaftLayer, name: str, seen: dict[nn.Module, Tensor]) -> tuple[Tensor, Tensor]:
     """Shift and gates of one block at the edited tokens of the last forward; gates of 1 where there are none."""
-    steps = layer.context.steps
-    assert steps is not None, "the model was given tokens"
-    mask = edited(steps, layer.configs[name].prompt_positions).cpu()
+    relative_positions = layer.context.relative_positions
+    assert relative_positions is not None, "the model was given tokens"
+    mask = edited(relative_positions, layer.configs[name].prompt_positions).cpu()
     shift = seen[layer.baft_source[name]][mask]
     return shift, seen[layer.baft_gate[name]][mask] if name in layer.baft_gate else torch.ones(len(shift), 1)
 
