@@ -23,7 +23,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_baft
-from peft_baft.data.formats import read_benchmark
+from peft_baft.benchmark.tasks import read_benchmark
 from peft_baft.editing import baft
 from peft_baft.editing.acceleration.packed_linear import packed_weight, product
 from peft_baft.editing.acceleration.prefix_cache import open_forward

@@ -17,10 +17,9 @@ import pytest
 from peft_baft import cli
 from peft_baft.adapter.weights import FILE as WEIGHTS
 from peft_baft.benchmark.methods import GROUPS, METHODS, UNEDITED
-from peft_baft.benchmark.metrics import MEASURES
+from peft_baft.benchmark.metrics import METRICS
 from peft_baft.benchmark.runner import SPLITS
 from peft_baft.benchmark.schedule import WHEN
-from peft_baft.benchmark.tasks import BENCHMARKS, PIQA
 from peft_baft.cli import bench as bench_command
 from peft_baft.cli import common
 from peft_baft.cli.edit_report import print_report, summary
@@ -129,9 +128,8 @@ def test_the_light_package_imports_the_standard_library_alone() -> None:
 
 def test_names_that_the_command_line_repeats_are_those_of_the_tables() -> None:
     assert list(arguments.PRESETS) == list(PRESETS)
-    assert list(arguments.BENCHMARKS) == [*BENCHMARKS, PIQA]
     assert list(arguments.METHODS) == [UNEDITED, *METHODS, *GROUPS]
-    assert list(arguments.MEASURES) == list(MEASURES)
+    assert list(arguments.METRICS) == list(METRICS)
     assert arguments.TEMPLATES == TEMPLATES and arguments.WHEN == WHEN and arguments.SPLITS == SPLITS
     assert list(arguments.SCHEDULES) == list(bench_command.DEFAULT_EDITS)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft_baft.benchmark.methods import Method
+from peft_baft.benchmark.metrics import Metric
 from peft_baft.benchmark.progress import Progress
 from peft_baft.benchmark.results import in_order
 from peft_baft.benchmark.schedule import Schedule
@@ -15,13 +16,12 @@ from peft_baft.data.cases import Case, Unrelated
 from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.editor import Editor, EditResult, SideBySideEditor
 from peft_baft.evaluation.asking import Question, Unedited, ask, judged, questions_of
-from peft_baft.evaluation.scoring import one_model
+from peft_baft.evaluation.forward import one_model
 from peft_baft.processes import Processes
 
 ASKED_TOGETHER = 8  # rows of a model that is not edited here, between two updates of the progress bar
 SPLITS = ("blocks", "facts")
 SEED_STRIDE = 100_003  # the seed of a block is its first row, plus this times the run's seed
-Metric = Callable[[Any, Any, Case], dict[str, Any]]  # an edited model, its tokenizer, a case to values by name
 
 
 @dataclass(frozen=True)
