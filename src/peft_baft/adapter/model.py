@@ -28,7 +28,7 @@ from peft_baft.adapter.weights import check_tensors
 class BaftModel(BaseTuner):
     """A base model whose chosen blocks' outputs are edited by BaFT adapters (arXiv 2503.00306).
 
-    EditRecord by `peft.get_peft_model(model, BaftConfig(...))`. Nothing of the base model is wrapped, renamed or written to:
+    Made by `peft.get_peft_model(model, BaftConfig(...))`. Nothing of the base model is wrapped, renamed or written to:
     each edited block gets a child module and a forward hook, and `unload()` takes both away.
 
     Adapters of other PEFT methods may stand on the same base model, such as an unmerged LoRA: what this tuner sets, trains,
