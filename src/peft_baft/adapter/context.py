@@ -116,6 +116,7 @@ class EditContext:
         self._last_training_forward: CurrentForward | None = None
         self._training_threads: set[int] = set()
         self._manager: Any = None  # of transformers' continuous batching, which runs in a thread of its own
+        self.prepared: Any = None  # what edits of this model share, such as packed weights; editing/ knows what it is
         self._warned = False
         self._model: Any = model
         self._model_arguments = tuple(signature(model.forward).parameters)
@@ -135,11 +136,18 @@ class EditContext:
             handle.remove()
         for method in GENERATION:
             self._model.__dict__.pop(method, None)
+        self.prepared = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to running calls, threads and queues, which can be neither pickled nor copied."""
         state = {name: value for name, value in self.__dict__.items() if name != "_thread"}
-        return {**state, "_manager": None, "_last_training_forward": None, "_training_threads": set()}
+        return {
+            **state,
+            "_manager": None,
+            "prepared": None,
+            "_last_training_forward": None,
+            "_training_threads": set(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
