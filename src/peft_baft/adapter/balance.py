@@ -35,7 +35,7 @@ WITHOUT_GRADIENT = (
 
 
 class LoadBalanceTerm:
-    """Adds the load balance of the active adapters that ask for it to the loss that the base model returns.
+    """Add the load balance of the active adapters that ask for it to the loss that the base model returns.
 
     Two hooks on the base model, and not the tuner's forward: PeftModel passes the tuner by where the config has no task
     type, and transformers' own adapter loading keeps no tuner.

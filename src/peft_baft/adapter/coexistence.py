@@ -71,11 +71,11 @@ def adapter_contents(module: Any) -> Iterator[Tensor]:
 
 def other_adapters(model: nn.Module, own: Iterable[nn.Module]) -> list[Tensor]:
     """Return the parameters and buffers of the adapters on `model` that are not in the modules `own`."""
-    mine = set(own)
+    left_out = set(own)
     others = [
         module
         for module in model.modules()
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and module not in mine
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and module not in left_out
     ]
     return [tensor for module in others for tensor in adapter_contents(module)]
 
@@ -100,12 +100,12 @@ def others_stay(model: nn.Module, own: Iterable[nn.Module], *, warn: bool) -> It
 
 def require_free(model: nn.Module, targets: Iterable[str], config: BaftConfig, own: Iterable[nn.Module]) -> None:
     """Raise a ValueError if the config names modules that another PEFT method has replaced."""
-    mine = set(own)
+    of_baft = set(own)
     saved = tuple(config.modules_to_save or ())
     targets = set(targets)
     for name, module in model.named_modules():
         named = name in targets or (bool(saved) and name.endswith(saved))
-        replaced = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and module not in mine
+        replaced = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and module not in of_baft
         if named and replaced:
             raise ValueError(
                 f"{name} belongs to an adapter of another PEFT method ({type(module).__name__}), so a BaFT adapter can "
