@@ -18,7 +18,10 @@ LEVELS = [
     {"benchmark", "checking", "inspection"},
     {"cli", "__init__"},
 ]
-FORBIDDEN = {("adapter", "losses"), ("adapter", "data"), ("data", "adapter"), ("losses", "adapter"), ("losses", "data")}
+FORBIDDEN = {
+    *(("adapter", "losses"), ("adapter", "data"), ("data", "adapter"), ("losses", "adapter"), ("losses", "data")),
+    ("evaluation", "editing"),
+}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
