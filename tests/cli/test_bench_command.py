@@ -105,7 +105,7 @@ def test_an_unknown_benchmark_is_refused_with_the_known_ones(tmp_path: Path, cap
     monkeypatch.setattr("peft_baft_cli.work.common.load_model", lambda *_, **__: 1 / 0)
     assert cli.main(["bench", "zrse", "--output", str(tmp_path / "r.jsonl")]) == 2
     complaint = capsys.readouterr().err
-    assert "Unknown benchmark 'zrse'; known are zsre, " in complaint and "piqa" in complaint
+    assert "There is no benchmark 'zrse'; known are zsre, " in complaint and "piqa" in complaint
 
 
 def test_plot_says_what_is_not_a_result(tmp_path: Path, capsys) -> None:

@@ -21,14 +21,14 @@ from typer.models import OptionInfo
 import peft_baft_cli as cli
 from peft_baft.adapter.weights import FILE as WEIGHTS
 from peft_baft.benchmark.methods import GROUPS, METHODS, UNEDITED
-from peft_baft.benchmark.metrics import MEASURES
+from peft_baft.benchmark.metrics import METRICS
 from peft_baft.benchmark.runner import SPLITS
 from peft_baft.benchmark.schedule import WHEN
-from peft_baft.benchmark.tasks import BENCHMARKS, PIQA
+from peft_baft.benchmark.tasks import TASKS
 from peft_baft.data.cases import Edit
-from peft_baft.editing.continual import Made
+from peft_baft.editing.continual import EditRecord
+from peft_baft.editing.editor import EditResult
 from peft_baft.editing.presets import PRESETS
-from peft_baft.editing.train import Outcome
 from peft_baft.evaluation.asking import TEMPLATES
 from peft_baft.evaluation.report import Answered, Report
 from peft_baft_cli import options, screen
@@ -139,7 +139,7 @@ def test_choices_that_the_command_line_repeats_are_those_of_the_package() -> Non
 def test_every_name_of_the_tables_is_listed(capsys) -> None:
     assert cli.main(["list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
-    names = (*BENCHMARKS, PIQA, UNEDITED, *METHODS, *GROUPS, *MEASURES, *PRESETS)
+    names = (*TASKS, UNEDITED, *METHODS, *GROUPS, *METRICS, *PRESETS)
     assert [name for name in listed if name in names] == list(names)
 
 
@@ -354,11 +354,11 @@ def test_other_libraries_are_silent_but_for_errors_and_our_own_warnings_are_show
 # what is told agrees with itself
 
 
-def outcome(learned: bool) -> Outcome:
-    return Outcome(10, {"teacher_forcing": 0.001 if learned else 2.0}, 1.0, learned)
+def outcome(learned: bool) -> EditResult:
+    return EditResult(10, {"teacher_forcing": 0.001 if learned else 2.0}, 1.0, learned)
 
 
-def told(made: list[Made], known: list[bool]) -> dict[str, Any]:
+def told(made: list[EditRecord], known: list[bool]) -> dict[str, Any]:
     edits = [edit for batch in made for edit in batch.edits]
     answers = [
         Answered(e.prompt, "old", e.target if k else "other", e.target) for e, k in zip(edits, known, strict=True)
@@ -372,7 +372,10 @@ def facts_of(*names: str) -> list[Edit]:
 
 
 def test_facts_that_later_edits_overwrote_are_told_apart_from_those_that_were_never_learned(capsys) -> None:
-    batches = [Made(facts_of("a", "b"), outcome(True), None, True), Made(facts_of("c", "d"), outcome(True), None, True)]
+    batches = [
+        EditRecord(facts_of("a", "b"), outcome(True), None, True),
+        EditRecord(facts_of("c", "d"), outcome(True), None, True),
+    ]
     lost = told(batches, [False, False, True, True])
     print_report(lost)
     shown = capsys.readouterr().out
@@ -382,7 +385,7 @@ def test_facts_that_later_edits_overwrote_are_told_apart_from_those_that_were_ne
     shown = capsys.readouterr().out
     assert "4 of 4 learned when made, all known at the end." in shown and "overwrite" not in shown
     assert "put in other words (generality): not asked" in shown
-    failed = [Made(facts_of("a"), outcome(False), "not learned after 10 steps", False)]
+    failed = [EditRecord(facts_of("a"), outcome(False), "not learned after 10 steps", False)]
     print_report(told(failed, [False]))
     shown = capsys.readouterr().out
     assert "0 of 1 learned when made, 0 known at the end, 1 taken back." in shown
@@ -390,6 +393,6 @@ def test_facts_that_later_edits_overwrote_are_told_apart_from_those_that_were_ne
 
 
 def test_a_question_with_quotes_is_shown_as_a_command_that_works(capsys) -> None:
-    made = [Made([Edit('who said "no" & left $HOME?', "x")], outcome(True), None, True)]
+    made = [EditRecord([Edit('who said "no" & left $HOME?', "x")], outcome(True), None, True)]
     print_report(told(made, [True]))
     assert "baft ask --model m --adapter folder 'who said \"no\" & left $HOME?'" in capsys.readouterr().out

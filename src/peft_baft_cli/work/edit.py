@@ -19,13 +19,15 @@ from peft_baft.adapter.weights import FILE as WEIGHTS
 from peft_baft.data.cases import Case
 from peft_baft.data.datasets import read_cases, read_unrelated
 from peft_baft.data.unrelated import CANARIES
-from peft_baft.editing.continual import Made, edit_continually
-from peft_baft.editing.journal import LINES, Journal, give_umask_mode
+from peft_baft.editing.baft import UNRELATED_USED
+from peft_baft.editing.continual import EditRecord, edit_continually
+from peft_baft.editing.journal import LINES, Journal
 from peft_baft.editing.presets import Preset
 from peft_baft.evaluation.guard import canary_check
 from peft_baft.evaluation.report import Report, watch
 from peft_baft.loading import locate_model
 from peft_baft.processes import Processes
+from peft_baft.storage import give_umask_mode
 from peft_baft_cli.errors import DONE, NOT_SO, Interrupted
 from peft_baft_cli.options import EditCommand
 from peft_baft_cli.screen import doing, progress_shown
@@ -86,10 +88,15 @@ def _edit(options: EditCommand, device: str, processes: Processes) -> dict[str, 
             _prepare_output(options)
     with doing(f"loading {options.model}", processes.first):
         model, tokenizer = _edited_model(options, device, preset, continued)
-    editor = BaftEditor(model, tokenizer, unrelated, preset.objective, preset.descent, preset.batch_descent)
-    editor.processes, editor.unrelated_used = (
-        processes,
-        _unrelated_used(options.adapter, options.adapter_revision),
+    editor = BaftEditor(
+        model,
+        tokenizer,
+        unrelated,
+        preset.objective,
+        preset.descent,
+        preset.batch_descent,
+        processes=processes,
+        unrelated_used=_unrelated_used(options.adapter, options.adapter_revision),
     )
     with doing("asking the model before it is edited", processes.first):
         finish_report = watch(model, tokenizer, cases)
@@ -101,7 +108,7 @@ def _edit(options: EditCommand, device: str, processes: Processes) -> dict[str, 
         return processes.of_first(lambda: _saved(options, editor, finish_report(), records))
 
 
-def _make_edits(options: EditCommand, editor: BaftEditor, cases: Sequence[Case], check: Any) -> list[Made]:
+def _make_edits(options: EditCommand, editor: BaftEditor, cases: Sequence[Case], check: Any) -> list[EditRecord]:
     """Make the edits, or go on with a run of them; return a record of each.
 
     Raises:
@@ -130,10 +137,10 @@ def _make_edits(options: EditCommand, editor: BaftEditor, cases: Sequence[Case],
 
 
 def _runs(journal: Journal) -> int:
-    return sum("run" in line for line in journal.lines())
+    return len(journal.runs())
 
 
-def _saved(options: EditCommand, editor: BaftEditor, result: Report, records: Sequence[Made]) -> dict[str, Any]:
+def _saved(options: EditCommand, editor: BaftEditor, result: Report, records: Sequence[EditRecord]) -> dict[str, Any]:
     """Save the adapter with its report; return the report, which is what `--json` prints."""
     output = options.output
     editor.model.save_pretrained(str(output), save_embedding_layers=False)
@@ -174,7 +181,8 @@ def _unrelated_used(adapter: str | None, revision: str | None) -> int:
         return 0
     journal = Journal(adapter)
     if journal.snapshots():
-        return int(journal.kept(journal.snapshots()[-1])[1].get("unrelated_used", 0))
+        state, _ = journal.load_snapshot(journal.snapshots()[-1])
+        return int(state.get(UNRELATED_USED, 0))
     report = Path(adapter) / REPORT
     if not Path(adapter).is_dir():
         try:
@@ -207,13 +215,13 @@ def _append(file: Path, text: str) -> None:
         file.write_text(before + text, encoding="utf-8")
 
 
-def _with_progress(batches: Iterable[Made], count: int, batch_size: int, shown: bool) -> list[Made]:
+def _with_progress(batches: Iterable[EditRecord], count: int, batch_size: int, shown: bool) -> list[EditRecord]:
     unit = "edit" if batch_size == 1 else "batch"
     records = []
     with tqdm(total=count, desc="editing", unit=unit, disable=not shown, leave=False) as bar:
         for batch in batches:
             records.append(batch)
-            if batch.outcome is not None:
-                bar.set_postfix(steps=batch.outcome.steps, loss=f"{batch.outcome.losses['teacher_forcing']:.3f}")
+            if batch.result is not None:
+                bar.set_postfix(steps=batch.result.steps, loss=f"{batch.result.losses['teacher_forcing']:.3f}")
             bar.update()
     return records

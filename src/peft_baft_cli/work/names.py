@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any
 
-from peft_baft.benchmark.methods import GROUPS, METHODS, UNEDITED, Method, methods
-from peft_baft.benchmark.metrics import MEASURES
-from peft_baft.benchmark.tasks import BENCHMARKS, PIQA
+from peft_baft.benchmark.methods import GROUPS, METHODS, UNEDITED
+from peft_baft.benchmark.metrics import METRICS
+from peft_baft.benchmark.tasks import TASKS
 from peft_baft.editing.presets import PRESETS, find_preset
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.screen import print_table
@@ -23,33 +24,34 @@ def print_names() -> int:
 
 
 def _benchmarks() -> Iterator[tuple[str, str]]:
-    for name, benchmark in BENCHMARKS.items():
-        yield (
-            name,
-            f"its average is of {', '.join(benchmark.averaged)}; trained beside text: {benchmark.unrelated}",
-        )
-    yield PIQA, "asks a model, or an adapter, as it is; nothing is edited"
+    for name, task in TASKS.items():
+        yield name, task.description
 
 
 def _methods() -> Iterator[tuple[str, str]]:
     yield UNEDITED, "the unedited model"
-    for name in METHODS:
-        (method,) = methods(name, find_preset("default"))
-        if method is not None:
-            yield name, _described(method)
+    for name, settings_with in METHODS.items():
+        yield name, _summary(settings_with(find_preset("default")))
     for name, members in GROUPS.items():
-        yield name, ", ".join(members)
+        yield name, f"each of {', '.join(members)}"
 
 
-def _described(method: Method) -> str:
-    """Return like `BaftConfig with weighting=basis, beside unrelated text`."""
-    settings = ", ".join(f"{key}={value}" for key, value in method.config.items())
-    beside = ", beside unrelated text" if method.objective is not None and method.unrelated else ""
-    return f"{method.config_class.__name__} with {settings}{beside}"
+def _summary(settings: Any) -> str:
+    """Return the settings of a method in one line, without those of its training; of one that has no others, its docstring's."""
+    parts = []
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, dict):
+            parts += [f"{name}={entry}" for name, entry in value.items()]
+        elif isinstance(value, type):
+            parts.append(value.__name__)
+        elif value is not None and not is_dataclass(value):
+            parts.append(f"{field.name}={value}")
+    return ", ".join(parts) or (settings.__doc__ or "").split("\n")[0]
 
 
 def _metrics() -> Iterator[tuple[str, str]]:
-    for name, metric in MEASURES.items():
+    for name, metric in METRICS.items():
         yield name, (metric.__doc__ or "").split("\n")[0]
 
 
