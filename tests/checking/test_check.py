@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import facts
 import peft_baft
+import peft_baft_cli as cli
 from adapters import config, edited_model
 from conftest import make_model
-from peft_baft import BaftConfig, cli
+from peft_baft import BaftConfig
 from peft_baft.adapter import context as context_module
 from peft_baft.adapter.layer import BaftLayer
 from peft_baft.checking import edit_trials
