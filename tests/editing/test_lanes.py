@@ -29,7 +29,7 @@ def editor(request: pytest.FixtureRequest, fact_model: FactModel) -> Iterator[Ba
 
 def state(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
     """Parameters and statistics of one adapter."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for layer in baft_layers(model):
         for kind in ("baft_basis", "baft_source", "baft_gate", "baft_load"):
             container = getattr(layer, kind)
