@@ -23,10 +23,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_baft
-from peft_baft.data.formats import read_benchmark
+from peft_baft.benchmark.tasks import read_benchmark
 from peft_baft.editing import baft
-from peft_baft.editing.acceleration.packed_linear import packed, product
-from peft_baft.editing.acceleration.prefix_cache import open_session
+from peft_baft.editing.acceleration.packed_linear import packed_weight, product
+from peft_baft.editing.acceleration.prefix_cache import open_forward
 
 BEST_LR = {"baft": 2e-3, "reft": 1e-2, "lora": 5e-3}  # fewest steps on ZsRE rows 900-909, `peers.py --sweep`
 LLAMA_3_8B = {
@@ -95,7 +95,7 @@ def editor(base: Any, tokenizer: Any, method: str, unrelated: Sequence[Any] = ()
 @contextmanager
 def plain_path() -> Iterator[None]:
     """Let edits compute everything again at each step: the readable reference."""
-    with patch.object(baft, "open_session", lambda *given: open_session(*given[:-1], None)):
+    with patch.object(baft, "open_forward", lambda *given: open_forward(*given[:4], None)):
         yield
 
 
@@ -169,7 +169,9 @@ def bound(products: Sequence[tuple[nn.Linear, int]], device: str, packing: bool)
     inputs = [torch.randn(n, layer.in_features, device=device, dtype=layer.weight.dtype) for layer, n in products]
     grads = [torch.randn(n, layer.out_features, device=device, dtype=layer.weight.dtype) for layer, n in products]
     weights = [
-        (packed(layer).weight, packed(layer).transposed) if packing else (layer.weight, layer.weight.t())
+        (packed_weight(layer, {}).weight, packed_weight(layer, {}).transposed)
+        if packing
+        else (layer.weight, layer.weight.t())
         for layer, _ in products
     ]
     multiplied = product if packing else nn.functional.linear

@@ -22,7 +22,7 @@ from common import (
 )
 
 import peft_baft
-from peft_baft.editing.acceleration.prefix_cache import open_session
+from peft_baft.editing.acceleration.prefix_cache import open_forward
 
 STEPS = 10
 
@@ -42,7 +42,7 @@ def limits(base, tokenizer, edits, device, packing) -> float:
     edited, found = editor(base, tokenizer, "reft"), []
     try:
         for edit in edits:
-            session = open_session(edited.model, edited._tokens([edit]), [0], 0, 3)
+            session = open_forward(edited.model, edited._tokens([edit]), [0], 0, 3)
             session.losses()
             found.append(bound(products(edited.model, session.losses), device, packing))
     finally:

@@ -21,12 +21,13 @@ from torch.distributed.tensor import DTensor
 
 from facts import ADAPTER, CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals
 from peft_baft import AdapterEditor, BaftEditor, Case, Edit, Journal, Probe, cli, load_model
+from peft_baft.adapter.state import adapter_tensors
+from peft_baft.baselines.adapters import AdapterMethod
 from peft_baft.benchmark import plan
 from peft_baft.benchmark.methods import Method
-from peft_baft.benchmark.runner import Bench
+from peft_baft.benchmark.runner import Runner
 from peft_baft.benchmark.schedule import Schedule
 from peft_baft.editing import continual
-from peft_baft.editing.adapter_editor import adapter_tensors
 from peft_baft.processes import Processes
 
 Found = dict[str, Any]
@@ -93,11 +94,11 @@ def failing(toy: FactModel, processes: Processes, _: Path) -> Found:
     """A row that breaks the last process alone, at the third look; another that it cannot even send; then a good edit."""
     editor = baft(toy, processes)
     before, looks, found = tensors(editor.model), [0], Found()
-    open_session = editor._open
+    open_forward = editor._open
 
     def breaking(error: Exception) -> Callable[..., Any]:
         def opened(*given: Any) -> Any:
-            session = open_session(*given)
+            session = open_forward(*given)
             losses = session.losses
 
             def broken() -> torch.Tensor:
@@ -114,7 +115,7 @@ def failing(toy: FactModel, processes: Processes, _: Path) -> Found:
     for name, error in {"row": ValueError("row 2 is broken"), "odd": Unsendable(1, 2)}.items():
         looks[0], editor._open = 0, breaking(error)  # type: ignore[method-assign]
         found[name] = told(lambda: editor.edit(edits(0, 3, 7)))
-    editor._open = open_session  # type: ignore[method-assign]
+    editor._open = open_forward  # type: ignore[method-assign]
     found["as it was"] = all(map(torch.equal, before, tensors(editor.model)))
     found["other edits"] = told(lambda: editor.edit(edits(processes.rank)))
     found["learned"] = editor.edit(edits(0, 3, 7)).learned
@@ -144,18 +145,18 @@ def stopped(toy: FactModel, processes: Processes, _: Path) -> Found:
     return {"errors": errors, "ended": ended}
 
 
-def bench(toy: FactModel, processes: Processes, **changes: Any) -> Bench:
+def bench(toy: FactModel, processes: Processes, **changes: Any) -> Runner:
     """Seven rows: an odd number, so that shares are uneven."""
     cases = []
     for n in range(7):
         old, new, food = CAPITALS[n], CAPITALS[(n + 8) % 24].answer, MEALS[12 + n]
         near = Probe("generality", old.rephrase, new), Probe("locality", food.prompt, food.answer)
         cases.append(Case(Edit(old.prompt, new), near))
-    rows = Bench(toy.base, toy.tokenizer, cases, 0, 7, meals(0, 12))
+    rows = Runner(toy.base, toy.tokenizer, cases, 0, 7, meals(0, 12))
     return replace(rows, processes=processes, **changes)
 
 
-METHOD = Method("baft", config=ADAPTER, descent=DESCENT, batch_descent=DESCENT, objective=OBJECTIVE)
+METHOD = Method("baft", AdapterMethod(config=ADAPTER, descent=DESCENT, batch_descent=DESCENT, objective=OBJECTIVE))
 SCHEDULES = {
     "single": Schedule(),
     "continual": Schedule(2),
@@ -164,9 +165,9 @@ SCHEDULES = {
 }
 
 
-def line(rows: Bench, schedule: Schedule | None, output: Path) -> Found:
+def line(rows: Runner, schedule: Schedule | None, output: Path) -> Found:
     """What the line of one run says but for the seconds; it is kept in a file."""
-    run = plan.planned({}, [METHOD if schedule else None], [schedule or Schedule()], [0])[0]
+    run = plan.plan_runs({}, [METHOD if schedule else None], [schedule or Schedule()], [0])[0]
     found = plan.perform(rows, run, ("reliability",), output, "")
     parts = {"cases": found["cases"], "blocks": found.get("blocks", []), "scores": [found["scores"]]}
     return {name: [one | {"seconds": 0, "edit_seconds": 0} for one in part] for name, part in parts.items()}
@@ -221,10 +222,10 @@ def editing(toy: FactModel, processes: Processes, folder: Path) -> Found:
     continual._write = write
     found["resumed"] = cli.main([*begin, output, "--resume"])
     found["tensors"] = list(load_file(Path(output) / "adapter_model.safetensors").values())
-    found["log"] = [line["kept"] for line in Journal(output).edits()]
+    found["log"] = [line.kept for line in Journal(output).edits()]
     strict = ["--min-agreement", "1", "--canaries", str(folder / "stay.jsonl"), "--keep-only-good", "--overwrite"]
     found["strict"] = cli.main([*begin, output, *strict])
-    found["strict log"] = [line["kept"] for line in Journal(output).edits()]
+    found["strict log"] = [line.kept for line in Journal(output).edits()]
     return found
 
 

@@ -16,7 +16,8 @@ from peft import get_peft_model
 import peft_baft
 from peft_baft import Edit
 from peft_baft.data.batching import encode
-from peft_baft.editing.acceleration.prefix_cache import CachedSession, Session
+from peft_baft.editing.acceleration.prefix_cache import CachedPrefix
+from peft_baft.editing.answers import FullForward
 from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_tokens, token_match
 
 pytestmark = [
@@ -110,7 +111,7 @@ def test_the_cached_session_gives_loss_and_gradient_of_the_full_computation(smol
         encode(tokenizer, *pair) for pair in ((f"{PARAGRAPH} {PROMPT}", "Lyon"), ("A doctor works in a", "hospital"))
     ]
     found = []
-    for kind, positions in ((Session, ()), (CachedSession, (3,))):
+    for kind, positions in ((FullForward, ()), (CachedPrefix.build, (3,))):
         session = kind(model, rows, [0, 1], 0, torch.device("cpu"), *positions)
         loss = session.losses().mean()
         loss.backward()

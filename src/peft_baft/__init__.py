@@ -4,17 +4,19 @@ Importing this package makes PEFT know the adapter type `BAFT`; it has no other 
 """
 
 from peft_baft.adapter import BaftConfig, BaftModel, prompt_lengths
+from peft_baft.adapter.state import rolled_back
 from peft_baft.checking.check import check
 from peft_baft.checking.report import CheckReport, Finding
 from peft_baft.data.cases import Case, Edit, Probe, Unrelated
 from peft_baft.data.datasets import read_cases, read_unrelated
 from peft_baft.data.unrelated import GENERAL
-from peft_baft.editing.adapter_editor import AdapterEditor, rolled_back
+from peft_baft.editing.adapter_editor import AdapterEditor
 from peft_baft.editing.baft import BaftEditor, Objective
-from peft_baft.editing.continual import Made, edit_continually
+from peft_baft.editing.continual import EditRecord, edit_continually
+from peft_baft.editing.editor import Editor, EditResult
 from peft_baft.editing.journal import Journal
 from peft_baft.editing.presets import PRESETS, Preset
-from peft_baft.editing.train import DescentConfig, Outcome
+from peft_baft.editing.train import DescentConfig
 from peft_baft.evaluation.guard import canary_check
 from peft_baft.loading import load_model
 
@@ -31,11 +33,12 @@ __all__ = [
     "CheckReport",
     "DescentConfig",
     "Edit",
+    "EditRecord",
+    "EditResult",
+    "Editor",
     "Finding",
     "Journal",
-    "Made",
     "Objective",
-    "Outcome",
     "Preset",
     "Probe",
     "Unrelated",

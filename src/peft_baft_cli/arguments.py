@@ -9,12 +9,8 @@ from typing import Any
 
 # Names that stand in tables of peft_baft, repeated here since importing those takes seconds; a test compares them.
 PRESETS = ("default", "llama-2-7b", "llama-3-8b", "gemma-7b")
-BENCHMARKS = (
-    *("zsre", "counterfact", "facts", "wiki_recent", "wiki_counterfact", "wikibio", "knowedit_zsre", "convsent"),
-    "piqa",
-)
 METHODS = ("none", "reft", "ss-w", "ba-w", "ss-w-lr", "baft", "lora", "adalora", "table4")
-MEASURES = ("fluency", "redundancy", "gates", "sentiment")
+METRICS = ("fluency", "redundancy", "gates", "sentiment")
 TEMPLATES = ("raw", "chat")
 SCHEDULES = ("single", "continual", "batched")
 WHEN = ("after_all", "immediate")
@@ -56,11 +52,11 @@ def share(text: str) -> float:
 
 
 def measures(text: str) -> list[str]:
-    """A type of argument: names of further measures, with commas."""
+    """A type of argument: names of further metrics, with commas."""
     chosen = [name for name in text.split(",") if name]
-    unknown = [name for name in chosen if name not in MEASURES]
+    unknown = [name for name in chosen if name not in METRICS]
     if unknown:
-        raise argparse.ArgumentTypeError(f"unknown measure {unknown[0]!r}; known are {', '.join(MEASURES)}")
+        raise argparse.ArgumentTypeError(f"unknown metric {unknown[0]!r}; known are {', '.join(METRICS)}")
     return chosen
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from peft_baft_cli.arguments import (
-    BENCHMARKS,
     LARGEST_SEED,
-    MEASURES,
     METHODS,
+    METRICS,
     SCHEDULES,
     SPLITS,
     TEMPLATES,
@@ -145,7 +144,9 @@ def _run_rollback(args: argparse.Namespace) -> int:
 def _add_bench(commands: Any) -> None:
     text = "Measure editing methods, or an adapter, on a benchmark or on your own facts."
     parser = _command(commands, "bench", _run_bench, text)
-    parser.add_argument("benchmark", choices=BENCHMARKS, help="what is asked")
+    parser.add_argument(
+        "benchmark", metavar="BENCHMARK", help="what is asked, such as zsre or facts; docs/benchmarking.md lists them"
+    )
     parser.add_argument("--data", help="the benchmark's file, or a file name of the Hub data set zjunlp/KnowEdit")
     known = ", ".join(METHODS)
     parser.add_argument("--method", default="baft", help=f"of {known}, with commas; settings as in baft:lr=0.001;r=4")
@@ -159,7 +160,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--rows", metavar="A:B", help="rows of the data from 0, B excluded; by default all")
     parser.add_argument("--seeds", type=whole_number(1), default=1, metavar="N", help="repeat with so many seeds")
     parser.add_argument("--template", choices=TEMPLATES, default=TEMPLATES[0], help="raw text or the chat template")
-    parser.add_argument("--also", type=measures, default=[], help=f"further measures, of {', '.join(MEASURES)}")
+    parser.add_argument("--also", type=measures, default=[], help=f"further metrics, of {', '.join(METRICS)}")
     parser.add_argument(
         "--split", choices=SPLITS, default=SPLITS[0], help="what processes share: blocks, or the facts of each batch"
     )

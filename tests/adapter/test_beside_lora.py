@@ -28,7 +28,7 @@ from conftest import make_model, randomise
 from facts import ADAPTER, DESCENT, FactModel, edits
 from peft_baft import AdapterEditor, BaftConfig, BaftEditor
 from peft_baft.adapter import baft_layers
-from peft_baft.editing.adapter_editor import adapter_tensors, without_adapters
+from peft_baft.adapter.state import adapter_tensors, without_adapters
 
 fact_model = facts.fact_model
 pytestmark = pytest.mark.filterwarnings(

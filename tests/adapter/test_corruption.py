@@ -242,7 +242,7 @@ def test_floating_point_numbers_of_any_width_load_and_others_do_not(trial: Trial
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38, -1e30, 1e300])
-@pytest.mark.parametrize("part", ["basis.weight", "source.weight", "source.bias", "gate.weight", "load"])
+@pytest.mark.parametrize("part", ["basis.weight", "source.weight", "source.bias", "gate.weight", "gate_usage"])
 def test_one_number_that_no_training_gives_is_refused(trial: Trial, part: str, value: float) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors[NAME + part] = tensors[NAME + part].double()
@@ -299,7 +299,13 @@ SHAPES = st.lists(st.integers(0, 40), max_size=4)
 
 
 def test_a_tensor_of_another_shape_is_refused(trial: Trial) -> None:
-    parts = {"basis.weight": [4, 32], "source.weight": [4, 32], "source.bias": [4], "gate.weight": [4, 32], "load": [5]}
+    parts = {
+        "basis.weight": [4, 32],
+        "source.weight": [4, 32],
+        "source.bias": [4],
+        "gate.weight": [4, 32],
+        "gate_usage": [5],
+    }
 
     @QUICK
     @given(st.sampled_from([*parts]), SHAPES | st.sampled_from([*parts.values()]))
@@ -335,7 +341,7 @@ VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text(max_s
 FIELDS = ["r", "prompt_positions", "weighting", "gate_norm", "gate_bias", "gate_offset", "layers_to_transform"]
 FIELDS += ["layers_pattern", "target_modules", "exclude_modules", "modules_to_save", "init_weights", "hidden_size"]
 FIELDS += ["requires", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "peft_type", "task_type"]
-FIELDS += ["inference_mode", "runtime_config", "unknown", "__class__", "self"]
+FIELDS += ["baft_format", "inference_mode", "runtime_config", "unknown", "__class__", "self"]
 
 
 def fields_are_refused_or_harmless(trial: Trial, budget: settings) -> None:
@@ -370,6 +376,7 @@ REFUSED += [
     ("modules_to_save", value)
     for value in ("norm", ["norm"], ["absent"], ["baft"], ["layers.3"], ["(a+)+"], [""], [None], [["a"]])
 ]
+REFUSED += [("baft_format", value) for value in (None, 0, -1, 2, 10**30, "1", 1.0, True, [1])]
 REFUSED += [("base_model_name_or_path", 3), ("auto_mapping", "os"), ("inference_mode", "yes"), ("task_type", "X")]
 
 

@@ -185,7 +185,9 @@ def test_a_cache_is_found_by_what_it_is_under_an_invented_name() -> None:
         assert not torch.allclose(model.get_base_model().generate(torch.tensor([PROMPT])), logits, **CLOSE)
     base = model.get_base_model()
     base(torch.tensor([[7]]), remembrance=base(torch.tensor([PROMPT]), use_cache=True).remembrance)
-    assert find_context(model).steps.tolist() == [[len(PROMPT)]]  # outside generate: after the cached tokens, so edited
+    assert find_context(model).relative_positions.tolist() == [
+        [len(PROMPT)]
+    ]  # outside generate: after the cached tokens, so edited
 
 
 @torch.no_grad()
@@ -228,7 +230,7 @@ def test_a_recurrent_state_outside_generate_needs_a_mask_where_lengths_are_state
         cache = cache_of(model(ids, use_cache=True))
         assert cached_columns(cache) is None and cached_columns(type(cache)(config=base.config)) == 0
         model(torch.tensor([[7]]), **with_cache(model, fork(cache)))
-        assert find_context(model).steps.min() >= 0  # edited, as every token after a filled cache
+        assert find_context(model).relative_positions.min() >= 0  # edited, as every token after a filled cache
         with pytest.raises(UnknownPositionError, match="does not tell how much it holds"):
             model(torch.tensor([[7]]), **with_cache(model, fork(cache)), prompt_lengths=[4])
 
@@ -279,14 +281,14 @@ def test_a_call_of_one_thread_is_not_seen_by_another() -> None:
     def forward() -> None:
         with torch.no_grad():
             model(ids[:, :4])
-        other.append((context.steps.tolist(), context.recorded, context.stated_lengths))
+        other.append((context.relative_positions.tolist(), context.recorded, context.stated_lengths))
 
     with torch.no_grad(), peft_baft.prompt_lengths(model, [2]), context.recording() as recorded:
         model(ids)
         thread = threading.Thread(target=forward)
         thread.start()
         thread.join()
-        assert context.steps.tolist() == [[-2, -1, 0, 1, 2, 3]] and len(recorded) == 2
+        assert context.relative_positions.tolist() == [[-2, -1, 0, 1, 2, 3]] and len(recorded) == 2
     assert other == [([[-4, -3, -2, -1]], None, None)]
 
 

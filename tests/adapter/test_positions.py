@@ -219,22 +219,27 @@ def test_labels_lengths_and_the_context_manager_say_the_same(architecture: str, 
             torch.testing.assert_close(logits[i][real[i]], truth(model, architecture, row, n), **CLOSE)
 
 
-def steps_after(model: Any, *args: Any, **kwargs: Any) -> list[list[int]]:
+def relative_positions_after(model: Any, *args: Any, **kwargs: Any) -> list[list[int]]:
     context = find_context(model)
     with torch.no_grad():
         model(*args, **kwargs)
-    return context.steps.tolist()
+    return context.relative_positions.tolist()
 
 
-def test_a_packed_row_has_the_steps_of_its_sequences() -> None:
+def test_a_packed_row_has_the_relative_positions_of_its_sequences() -> None:
     model, pairs = adapted(), [(5, 3), (1, 4), (4, 1)]  # (prompt, answer)
-    expected = [[step for p, a in pairs for step in range(-p, a)]]
+    expected = [[position for p, a in pairs for position in range(-p, a)]]
     positions = torch.tensor([[i for p, a in pairs for i in range(p + a)]])
     ids = torch.tensor([draw(positions.shape[1])])
     labels = ids.masked_fill(torch.tensor(expected) < 0, -100)
-    assert steps_after(model, input_ids=ids, position_ids=positions, labels=labels) == expected
-    assert steps_after(model, input_ids=ids, position_ids=positions, prompt_lengths=[p for p, _ in pairs]) == expected
-    assert steps_after(model, input_ids=ids, labels=labels) != expected  # the control: position ids are needed
+    assert relative_positions_after(model, input_ids=ids, position_ids=positions, labels=labels) == expected
+    assert (
+        relative_positions_after(model, input_ids=ids, position_ids=positions, prompt_lengths=[p for p, _ in pairs])
+        == expected
+    )
+    assert (
+        relative_positions_after(model, input_ids=ids, labels=labels) != expected
+    )  # the control: position ids are needed
 
 
 def test_padding_in_a_cache_is_not_counted() -> None:
@@ -244,20 +249,20 @@ def test_padding_in_a_cache_is_not_counted() -> None:
     mask = torch.cat([batch["attention_mask"], torch.ones(2, 2)], 1)
     new = {"input_ids": torch.ones(2, 2, dtype=torch.long), "attention_mask": mask}
     new |= with_cache(model, cache)
-    assert steps_after(model, **new, prompt_lengths=[3, 7]) == [[-1, 0], [-2, -1]]
+    assert relative_positions_after(model, **new, prompt_lengths=[3, 7]) == [[-1, 0], [-2, -1]]
 
 
 def test_nothing_is_left_behind_for_the_next_call() -> None:
     model, ids = adapted(), torch.tensor([draw(4)])
     backbone, context = model.base_model.model.model, find_context(model)
     for kwargs in ({"labels": ids}, {"prompt_lengths": [0]}):
-        assert steps_after(model, input_ids=ids, **kwargs) == [[0, 1, 2, 3]]
+        assert relative_positions_after(model, input_ids=ids, **kwargs) == [[0, 1, 2, 3]]
         backbone(ids)  # passes by the model's head, as DPO and GRPO do
-        assert context.steps.tolist() == [[-4, -3, -2, -1]]
+        assert context.relative_positions.tolist() == [[-4, -3, -2, -1]]
     with pytest.raises(ValueError):
         model.generate(ids[:, :2], max_new_tokens=2, no_such_argument=1)
     model.generate(ids[:, :2], max_new_tokens=2)
-    assert steps_after(model, input_ids=ids) == [[-4, -3, -2, -1]]
+    assert relative_positions_after(model, input_ids=ids) == [[-4, -3, -2, -1]]
 
 
 def test_what_is_not_a_sequence_of_tokens_is_edited_everywhere() -> None:
@@ -268,7 +273,7 @@ def test_what_is_not_a_sequence_of_tokens_is_edited_everywhere() -> None:
     net = Net(4, 4)
     context = EditContext(net, net)
     net(torch.zeros(2, 4))
-    assert context.steps is None and context.mask(context.steps, torch.zeros(2, 4), P) is None
+    assert context.relative_positions is None and context.mask(context.relative_positions, torch.zeros(2, 4), P) is None
 
 
 def test_training_without_labels_or_lengths_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:

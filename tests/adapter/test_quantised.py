@@ -24,9 +24,9 @@ import facts
 import peft_baft
 from conftest import randomise
 from facts import ADAPTER, CAPITALS, DESCENT, OBJECTIVE, FactModel, edits, meals
-from peft_baft import BaftConfig, BaftEditor, Edit, Outcome
+from peft_baft import BaftConfig, BaftEditor, Edit, EditResult
 from peft_baft.data.batching import encode
-from peft_baft.editing.acceleration.prefix_cache import CachedSession
+from peft_baft.editing.acceleration.prefix_cache import CachedPrefix
 from peft_baft.evaluation.scoring import token_match
 
 fact_model = facts.fact_model
@@ -102,7 +102,7 @@ def prove_edit(
     answer: str,
     editor: Callable[[PeftModel, Any], BaftEditor] = small_editor,
     **adapter: Any,
-) -> Outcome:
+) -> EditResult:
     """Edit a model that `make` loads, reload the adapter on another one, take it off again.
 
     answer: what the model says before.
@@ -161,7 +161,7 @@ def early(base: Any) -> PeftModel:
 
 def gradient(model: PeftModel, tokenizer: Any) -> Tensor:
     rows = [encode(tokenizer, fact.prompt, fact.answer) for fact in (CAPITALS[0], CAPITALS[3])]
-    CachedSession(model, rows, [0, 1], 0, torch.device("cpu"), positions=3).losses().mean().backward()
+    CachedPrefix.build(model, rows, [0, 1], 0, torch.device("cpu"), prompt_positions=3).losses().mean().backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 

@@ -54,7 +54,7 @@ def saved(tmp_path: Path, tokens) -> tuple[Path, torch.Tensor]:
     model = get_peft_model(tr.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config()).eval()
     randomise(model)
     for layer in baft_layers(model):
-        layer.baft_load["default"].fill_(7)
+        layer.baft_gate_usage["default"].fill_(7)
     model.save_pretrained(str(tmp_path / "adapter"))
     return tmp_path, logits(model, tokens)
 
@@ -97,7 +97,7 @@ def test_every_way_of_loading_gives_the_same_logits_and_statistics_without_unpic
     model = LOADERS[how](path)
     assert torch.equal(logits(model.eval(), tokens), expected)
     for layer in baft_layers(model):
-        assert [load.tolist() for load in layer.baft_load.values()] == [[7.0] * 5]
+        assert [load.tolist() for load in layer.baft_gate_usage.values()] == [[7.0] * 5]
 
 
 def truncate(file: Path) -> None:

@@ -1,6 +1,6 @@
 """The judge on a toy model that knows facts: any method, any schedule, and no result twice."""
 
-# mypy: disable-error-code="func-returns-value"
+# mypy: disable-error-code="attr-defined, func-returns-value"
 from __future__ import annotations
 
 import json
@@ -21,15 +21,17 @@ from peft import LoraConfig, get_peft_model
 import facts
 from facts import ADAPTER, CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, meals
 from peft_baft import Case, Edit, Probe
+from peft_baft.baselines.adapters import AdapterMethod
 from peft_baft.benchmark import plan
 from peft_baft.benchmark.methods import METHODS, Method, method, methods
 from peft_baft.benchmark.progress import Progress
-from peft_baft.benchmark.results import append_result, described_model, identity, read_results
-from peft_baft.benchmark.runner import Bench
+from peft_baft.benchmark.results import described_model, identity, read_results
+from peft_baft.benchmark.runner import Runner
 from peft_baft.benchmark.schedule import Schedule
 from peft_baft.editing.presets import PRESETS
 from peft_baft.evaluation import asking
 from peft_baft.evaluation.asking import Unedited, ask, questions_of
+from peft_baft.storage import append_line
 
 fact_model = facts.fact_model
 AVERAGED = ("reliability", "generality", "locality")
@@ -47,19 +49,22 @@ def cases(count: int) -> list[Case]:
 
 def toy_method(name: str = "baft", **changes: Any) -> Method:
     config = ADAPTER | ({"weighting": "none"} if name == "reft" else {})
-    return Method(name, config=config, descent=DESCENT, batch_descent=DESCENT, objective=OBJECTIVE, **changes)
+    settings = AdapterMethod(config=config, descent=DESCENT, batch_descent=DESCENT, objective=OBJECTIVE)
+    return Method(name, replace(settings, **changes))
 
 
 @pytest.fixture
-def bench(fact_model: FactModel) -> Bench:
-    return Bench(deepcopy(fact_model.base), fact_model.tokenizer, cases(12), 0, 12, meals(0, 12))
+def bench(fact_model: FactModel) -> Runner:
+    return Runner(deepcopy(fact_model.base), fact_model.tokenizer, cases(12), 0, 12, meals(0, 12))
 
 
-def judged(bench: Bench, method: Method | None, schedule: Schedule, progress: Progress | None = None) -> dict[str, Any]:
+def judged(
+    bench: Runner, method: Method | None, schedule: Schedule, progress: Progress | None = None
+) -> dict[str, Any]:
     head = {"method": "m"}
     if method is None:
-        return plan.finished(head, bench.asked(bench.base), AVERAGED, "")
-    return plan.finished(head, bench.edited(method, schedule, 0, progress or Progress(None)), AVERAGED, "")
+        return plan.result_line(head, bench.asked(bench.base), AVERAGED, "")
+    return plan.result_line(head, bench.edited(method, schedule, 0, progress or Progress(None)), AVERAGED, "")
 
 
 def without_seconds(line: dict[str, Any]) -> list[dict[str, Any]]:
@@ -69,13 +74,13 @@ def without_seconds(line: dict[str, Any]) -> list[dict[str, Any]]:
 # what is measured
 
 
-def test_the_unedited_model_knows_the_old_facts_and_keeps_its_locality(bench: Bench) -> None:
+def test_the_unedited_model_knows_the_old_facts_and_keeps_its_locality(bench: Runner) -> None:
     found = judged(bench, None, Schedule())["scores"]
     assert found["locality"] == found["locality_text"] == 1
     assert found["reliability"] < 0.2 and found["reliability_exact"] == 0
 
 
-def test_single_edits_are_learned_and_taken_back(bench: Bench) -> None:
+def test_single_edits_are_learned_and_taken_back(bench: Runner) -> None:
     before = {name: tensor.clone() for name, tensor in bench.base.state_dict().items()}
     line = judged(replace(bench, last=4), toy_method(), Schedule())
     assert line["scores"]["reliability"] == 1 and line["scores"]["locality"] >= 0.75
@@ -86,13 +91,13 @@ def test_single_edits_are_learned_and_taken_back(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("name", ["baft", "reft"])
-def test_single_edits_that_share_forwards_give_what_each_gives_alone(bench: Bench, name: str) -> None:
+def test_single_edits_that_share_forwards_give_what_each_gives_alone(bench: Runner, name: str) -> None:
     bench = replace(bench, last=5)
     alone = judged(replace(bench, parallel=1), toy_method(name), Schedule())
     assert without_seconds(judged(replace(bench, parallel=3), toy_method(name), Schedule())) == without_seconds(alone)
 
 
-def test_asking_after_all_edits_is_harder_than_right_after_each(bench: Bench) -> None:
+def test_asking_after_all_edits_is_harder_than_right_after_each(bench: Runner) -> None:
     bench = replace(bench, last=8)
     after_all = judged(bench, toy_method("reft"), Schedule(4))
     immediate = judged(bench, toy_method("reft"), Schedule(4, when="immediate"))
@@ -101,13 +106,13 @@ def test_asking_after_all_edits_is_harder_than_right_after_each(bench: Bench) ->
     assert [case["steps"] for case in after_all["cases"]] == [case["steps"] for case in immediate["cases"]]
 
 
-def test_blocks_start_anew(bench: Bench) -> None:
+def test_blocks_start_anew(bench: Runner) -> None:
     both = judged(replace(bench, last=4), toy_method(), Schedule(2))
     alone = judged(replace(bench, first=2, last=4), toy_method(), Schedule(2))
     assert [case | {"block": 1} for case in without_seconds(alone)] == without_seconds(both)[2:]
 
 
-def test_a_batch_is_one_edit(bench: Bench) -> None:
+def test_a_batch_is_one_edit(bench: Runner) -> None:
     line = judged(replace(bench, last=6), toy_method(), Schedule(1, batch_size=3))
     assert [case["block"] for case in line["cases"]] == [0, 0, 0, 1, 1, 1]
     assert [case["steps"] for case in line["cases"]][:3] == [line["cases"][0]["steps"]] * 3
@@ -115,13 +120,13 @@ def test_a_batch_is_one_edit(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "adalora"])
-def test_every_method_edits(bench: Bench, name: str) -> None:
+def test_every_method_edits(bench: Runner, name: str) -> None:
     made = method(f"{name}:lr=0.02;stop_loss=0.02;max_steps=60", PRESETS["default"])
-    short = Bench(bench.base, bench.tokenizer, bench.cases, 0, 2, bench.unrelated)
+    short = Runner(bench.base, bench.tokenizer, bench.cases, 0, 2, bench.unrelated)
     assert judged(short, made, Schedule())["scores"]["reliability"] == 1
 
 
-def test_an_edit_that_diverges_is_counted_as_not_learned(bench: Bench, monkeypatch) -> None:
+def test_an_edit_that_diverges_is_counted_as_not_learned(bench: Runner, monkeypatch) -> None:
     def broken(*_: object) -> None:
         raise FloatingPointError("became nan")
 
@@ -130,16 +135,16 @@ def test_an_edit_that_diverges_is_counted_as_not_learned(bench: Bench, monkeypat
     assert line["scores"]["learned"] == 0 and line["cases"][0]["failed"] == "became nan"
 
 
-def test_someone_elses_adapter_is_judged_against_the_model_without_it(bench: Bench) -> None:
+def test_someone_elses_adapter_is_judged_against_the_model_without_it(bench: Runner) -> None:
     torch.manual_seed(0)
     model = get_peft_model(bench.base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
-    found = plan.finished({}, bench.asked(model, model.disable_adapter), AVERAGED, "")
+    found = plan.result_line({}, bench.asked(model, model.disable_adapter), AVERAGED, "")
     assert found["scores"]["locality"] < 0.9  # random weights do harm, and that is seen
     model.unload()
     assert judged(bench, None, Schedule())["scores"]["locality"] == 1
 
 
-def test_the_chat_template_is_for_everything_but_locality(bench: Bench) -> None:
+def test_the_chat_template_is_for_everything_but_locality(bench: Runner) -> None:
     tokenizer = deepcopy(bench.tokenizer)
     tokenizer.chat_template = "{% for m in messages %}" + MEALS[0].prompt + "{% endfor %}"
     questions = questions_of(0, bench.cases[0])
@@ -147,7 +152,7 @@ def test_the_chat_template_is_for_everything_but_locality(bench: Bench) -> None:
     assert [a.text == b.text for a, b in zip(raw, chat, strict=True)] == [False, False, True]
 
 
-def test_the_unedited_model_is_asked_once(bench: Bench, monkeypatch) -> None:
+def test_the_unedited_model_is_asked_once(bench: Runner, monkeypatch) -> None:
     known, questions = Unedited(bench.tokenizer), questions_of(0, bench.cases[0])
     known.ask(bench.base, questions)
     monkeypatch.setattr("peft_baft.evaluation.asking.predicted_tokens", lambda *_, **__: 1 / 0)
@@ -155,7 +160,7 @@ def test_the_unedited_model_is_asked_once(bench: Bench, monkeypatch) -> None:
         known.ask(bench.base, questions_of(1, bench.cases[1]))
 
 
-def test_what_several_rows_ask_alike_is_asked_once(bench: Bench, monkeypatch) -> None:
+def test_what_several_rows_ask_alike_is_asked_once(bench: Runner, monkeypatch) -> None:
     questions = [question for row in (0, 1, 0) for question in questions_of(row, bench.cases[row])]
     each = [ask(bench.base, bench.tokenizer, [question])[0] for question in questions]
     asked: list[int] = []
@@ -168,18 +173,18 @@ def test_what_several_rows_ask_alike_is_asked_once(bench: Bench, monkeypatch) ->
     assert all(torch.equal(a.said, b.said) for a, b in zip(together, each, strict=True))
 
 
-def test_text_that_is_asked_is_not_trained_on(bench: Bench) -> None:
+def test_text_that_is_asked_is_not_trained_on(bench: Runner) -> None:
     with pytest.raises(ValueError, match="which the benchmark asks"):
-        Bench(bench.base, bench.tokenizer, bench.cases, 0, 12, meals(12, 14))
+        Runner(bench.base, bench.tokenizer, bench.cases, 0, 12, meals(12, 14))
     with pytest.raises(ValueError, match="must lie in 0:12"):
-        Bench(bench.base, bench.tokenizer, bench.cases, 0, 13)
+        Runner(bench.base, bench.tokenizer, bench.cases, 0, 13)
 
 
 # methods by name
 
 
 def test_settings_find_their_place() -> None:
-    made = method("baft:lr=0.001;r=4;gamma=0.5;gate_norm=none", PRESETS["default"])
+    made = method("baft:lr=0.001;r=4;gamma=0.5;gate_norm=none", PRESETS["default"]).settings
     assert made.descent.lr == made.batch_descent.lr == 0.001
     assert made.config["r"] == 4 and made.config["gate_norm"] == "none" and made.objective.gamma == 0.5  # type: ignore[union-attr]
     assert made.described()["config"]["weighting"] == "basis"
@@ -216,20 +221,21 @@ def heads(fact_model: FactModel) -> dict[str, Any]:
 
 def test_runs_are_named_before_they_are_made_and_made_once(fact_model: FactModel, tmp_path: Path) -> None:
     common, ladder = heads(fact_model), [Schedule(1), Schedule(2)]
-    runs = plan.planned(common, [None, toy_method()], ladder, range(3))
+    runs = plan.plan_runs(common, [None, toy_method()], ladder, range(3))
     assert len(runs) == 1 + 2 * 3 and len({run.key for run in runs}) == 7  # the unedited model once
-    line = plan.kept(plan.finished(runs[2].head, [], (), "baft bench"), tmp_path / "r.jsonl")
+    line = plan.result_line(runs[2].head, [], (), "baft bench")
+    append_line(tmp_path / "r.jsonl", line)
     assert identity(line) == runs[2].key
-    lines, left = plan.split(runs, tmp_path / "r.jsonl")
+    lines, left = plan.split_off_made(runs, tmp_path / "r.jsonl")
     assert lines == [line] and [run.key for run in left] == [run.key for run in runs if run is not runs[2]]
 
 
 def test_a_torn_last_line_is_cut_off_and_not_built_upon(tmp_path: Path) -> None:
     file = tmp_path / "r.jsonl"
-    append_result(file, {"format": 1, "n": 1})
+    append_line(file, {"format": 1, "n": 1})
     file.write_bytes(file.read_bytes() + b'{"format": 1, "n": ')
-    assert plan.split([], file) == ([], [])
-    append_result(file, {"format": 1, "n": 2})
+    assert plan.split_off_made([], file) == ([], [])
+    append_line(file, {"format": 1, "n": 2})
     assert [line["n"] for line in read_results([file])] == [1, 2]
     file.write_text('{"some": "json"}\n')
     with pytest.raises(ValueError, match=r"r.jsonl:1: wanted a result line"):
@@ -270,7 +276,7 @@ def outcomes(file: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_run_that_is_killed_goes_on_where_it_was_and_repeats_no_edit(bench: Bench, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_goes_on_where_it_was_and_repeats_no_edit(bench: Runner, tmp_path: Path) -> None:
     schedule, file, log = Schedule(4, when="immediate"), tmp_path / "p.safetensors", tmp_path / "log"
 
     def tick(rows: int) -> None:
@@ -290,9 +296,9 @@ def test_a_run_that_is_killed_goes_on_where_it_was_and_repeats_no_edit(bench: Be
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_thousand_edits_survive_many_kills(bench: Bench, tmp_path: Path, tally) -> None:
+def test_a_thousand_edits_survive_many_kills(bench: Runner, tmp_path: Path, tally) -> None:
     schedule, file = Schedule(1000), tmp_path / "p.safetensors"
-    quick = replace(toy_method(), descent=replace(DESCENT, max_steps=2))
+    quick = toy_method(descent=replace(DESCENT, max_steps=2))
     bench = replace(bench, cases=cases(1000), last=1000)
     whole = judged(bench, quick, schedule)
     kept = list(killed_at_random(lambda: judged(bench, quick, schedule, Progress.load(file)), file, kills=12))
@@ -304,7 +310,7 @@ def test_a_thousand_edits_survive_many_kills(bench: Bench, tmp_path: Path, tally
     tally("SIGKILL during `baft bench`'s loop, then the same command again", **counts)
 
 
-def test_a_run_that_lost_its_adapter_would_not_give_the_same(bench: Bench, tmp_path: Path, monkeypatch) -> None:
+def test_a_run_that_lost_its_adapter_would_not_give_the_same(bench: Runner, tmp_path: Path, monkeypatch) -> None:
     file, schedule = tmp_path / "p.safetensors", Schedule(4)
     bench = replace(bench, last=4)
     whole = judged(bench, toy_method(), schedule)

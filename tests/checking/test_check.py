@@ -35,7 +35,7 @@ from peft_baft.checking.trials import (
     RIGHT,
     RUNS,
 )
-from peft_baft.editing.acceleration.prefix_cache import CachedSession
+from peft_baft.editing.acceleration.prefix_cache import CachedPrefix
 from peft_baft_cli.errors import NOT_SO
 
 
@@ -83,7 +83,7 @@ def test_the_models_own_tokenizer_is_used_where_there_is_one() -> None:
 
 def too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     real = context_module.edited
-    monkeypatch.setattr(context_module, "edited", lambda steps, positions: real(steps, positions + 1))
+    monkeypatch.setattr(context_module, "edited", lambda relative, positions: real(relative, positions + 1))
 
 
 def answers_taken_for_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,13 +94,13 @@ def answers_taken_for_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_length_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = context_module.EditContext._lengths
+    real = context_module.EditContext._passed_or_stated
 
     def first(self: Any, passed: Any) -> Tensor | None:
         lengths = real(self, passed)
         return None if lengths is None else lengths[:1].expand(len(lengths))
 
-    monkeypatch.setattr(context_module.EditContext, "_lengths", first)
+    monkeypatch.setattr(context_module.EditContext, "_passed_or_stated", first)
 
 
 def a_lossy_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,10 +125,10 @@ def a_hook_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_wrong_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = CachedSession.losses
-    monkeypatch.setattr(CachedSession, "losses", lambda self: 2 * real(self))
-    chosen: Callable[..., Any] = lambda *given: CachedSession(*given[:-1], torch.device("cpu"), given[-1])  # noqa: E731
-    monkeypatch.setattr(check_trials, "open_session", chosen)
+    real = CachedPrefix.losses
+    monkeypatch.setattr(CachedPrefix, "losses", lambda self: 2 * real(self))
+    chosen: Callable[..., Any] = lambda *given: CachedPrefix.build(*given[:-1], torch.device("cpu"), given[-1])  # noqa: E731
+    monkeypatch.setattr(check_trials, "open_forward", chosen)
 
 
 def gradient_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,8 +161,8 @@ def test_what_goes_wrong_is_found(sabotage: Any, found: set[str], monkeypatch: p
 
 
 def test_a_fast_path_that_is_not_taken_is_no_failure(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    real = CachedSession.losses
-    monkeypatch.setattr(CachedSession, "losses", lambda self: 2 * real(self))
+    real = CachedPrefix.losses
+    monkeypatch.setattr(CachedPrefix, "losses", lambda self: 2 * real(self))
     finding = peft_baft.check(make_model())[FAST]
     assert finding.holds is None and "plain path" in finding.detail and "CacheDiffers" in finding.detail
     assert not caplog.records

@@ -17,17 +17,16 @@ import pytest
 from peft_baft import cli
 from peft_baft.adapter.weights import FILE as WEIGHTS
 from peft_baft.benchmark.methods import GROUPS, METHODS, UNEDITED
-from peft_baft.benchmark.metrics import MEASURES
+from peft_baft.benchmark.metrics import METRICS
 from peft_baft.benchmark.runner import SPLITS
 from peft_baft.benchmark.schedule import WHEN
-from peft_baft.benchmark.tasks import BENCHMARKS, PIQA
 from peft_baft.cli import bench as bench_command
 from peft_baft.cli import common
 from peft_baft.cli.edit_report import print_report, summary
 from peft_baft.data.cases import Edit
-from peft_baft.editing.continual import Made
+from peft_baft.editing.continual import EditRecord
+from peft_baft.editing.editor import EditResult
 from peft_baft.editing.presets import PRESETS
-from peft_baft.editing.train import Outcome
 from peft_baft.evaluation.asking import TEMPLATES
 from peft_baft.evaluation.report import Answered, Report
 from peft_baft_cli import arguments, screen
@@ -129,9 +128,8 @@ def test_the_light_package_imports_the_standard_library_alone() -> None:
 
 def test_names_that_the_command_line_repeats_are_those_of_the_tables() -> None:
     assert list(arguments.PRESETS) == list(PRESETS)
-    assert list(arguments.BENCHMARKS) == [*BENCHMARKS, PIQA]
     assert list(arguments.METHODS) == [UNEDITED, *METHODS, *GROUPS]
-    assert list(arguments.MEASURES) == list(MEASURES)
+    assert list(arguments.METRICS) == list(METRICS)
     assert arguments.TEMPLATES == TEMPLATES and arguments.WHEN == WHEN and arguments.SPLITS == SPLITS
     assert list(arguments.SCHEDULES) == list(bench_command.DEFAULT_EDITS)
 
@@ -319,11 +317,11 @@ def test_other_libraries_are_silent_but_for_errors_and_our_own_warnings_are_show
 # what is told agrees with itself
 
 
-def outcome(learned: bool) -> Outcome:
-    return Outcome(10, {"teacher_forcing": 0.001 if learned else 2.0}, 1.0, learned)
+def outcome(learned: bool) -> EditResult:
+    return EditResult(10, {"teacher_forcing": 0.001 if learned else 2.0}, 1.0, learned)
 
 
-def told(made: list[Made], known: list[bool]) -> dict[str, Any]:
+def told(made: list[EditRecord], known: list[bool]) -> dict[str, Any]:
     edits = [edit for batch in made for edit in batch.edits]
     answers = [
         Answered(e.prompt, "old", e.target if k else "other", e.target) for e, k in zip(edits, known, strict=True)
@@ -337,7 +335,10 @@ def facts_of(*names: str) -> list[Edit]:
 
 
 def test_facts_that_later_edits_overwrote_are_told_apart_from_those_that_were_never_learned(capsys) -> None:
-    batches = [Made(facts_of("a", "b"), outcome(True), None, True), Made(facts_of("c", "d"), outcome(True), None, True)]
+    batches = [
+        EditRecord(facts_of("a", "b"), outcome(True), None, True),
+        EditRecord(facts_of("c", "d"), outcome(True), None, True),
+    ]
     lost = told(batches, [False, False, True, True])
     print_report(lost)
     shown = capsys.readouterr().out
@@ -347,7 +348,7 @@ def test_facts_that_later_edits_overwrote_are_told_apart_from_those_that_were_ne
     shown = capsys.readouterr().out
     assert "4 of 4 learned when made, all known at the end." in shown and "overwrite" not in shown
     assert "put in other words (generality): not asked" in shown
-    failed = [Made(facts_of("a"), outcome(False), "not learned after 10 steps", False)]
+    failed = [EditRecord(facts_of("a"), outcome(False), "not learned after 10 steps", False)]
     print_report(told(failed, [False]))
     shown = capsys.readouterr().out
     assert "0 of 1 learned when made, 0 known at the end, 1 taken back." in shown
@@ -355,6 +356,6 @@ def test_facts_that_later_edits_overwrote_are_told_apart_from_those_that_were_ne
 
 
 def test_a_question_with_quotes_is_shown_as_a_command_that_works(capsys) -> None:
-    made = [Made([Edit('who said "no" & left $HOME?', "x")], outcome(True), None, True)]
+    made = [EditRecord([Edit('who said "no" & left $HOME?', "x")], outcome(True), None, True)]
     print_report(told(made, [True]))
     assert "baft ask --model m --adapter folder 'who said \"no\" & left $HOME?'" in capsys.readouterr().out

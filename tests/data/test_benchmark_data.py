@@ -14,16 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_baft.benchmark.tasks import BENCHMARKS
+from peft_baft.benchmark.tasks import TASKS, locate, read_benchmark
 from peft_baft.data import Case, Edit, Probe, read_cases
 from peft_baft.data.formats import (
     CONVSENT_QUESTIONS,
-    KNOWEDIT_FILES,
-    READERS,
     ConvSentCase,
     PiqaItem,
-    locate,
-    read_benchmark,
     read_piqa,
 )
 
@@ -82,6 +78,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "counterfact": ROME,
     "facts": {"prompt": "The capital of Arvia is", "target": "Kasgrad"},
 }
+EDITED = [name for name, task in TASKS.items() if task.ask is None]
 
 
 def written(folder: Path, records: Any, name: str = "data.json") -> Path:
@@ -191,7 +188,7 @@ def test_facts_are_the_users_own(tmp_path: Path) -> None:
 # whole files
 
 
-@pytest.mark.parametrize("benchmark", READERS)
+@pytest.mark.parametrize("benchmark", EDITED)
 def test_a_case_has_the_number_of_its_row(tmp_path: Path, benchmark: str) -> None:
     """Rows without probes stay, and so do repeated ones, but for a user's own facts."""
     field = {"zsre": "src", "wikibio": "text", "convsent": "ent"}.get(benchmark, "prompt")
@@ -215,7 +212,7 @@ def test_an_edit_may_stand_in_a_benchmark_twice(tmp_path: Path, benchmark: str) 
 
 
 def test_every_benchmark_of_the_judge_has_a_reader() -> None:
-    assert set(READERS) == set(BENCHMARKS) == set(GOOD)
+    assert set(TASKS) == {*GOOD, "piqa"} and set(EDITED) == set(GOOD)
     with pytest.raises(ValueError, match="no benchmark 'zrse'; known are zsre, "):
         read_benchmark("zrse", "data.json")
 
@@ -289,14 +286,14 @@ def spoilt(record: Any, draw: Callable[[Any], Any]) -> Any:
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_any_record_is_read_or_complained_about_by_name(data: st.DataObject) -> None:
-    benchmark = data.draw(st.sampled_from([*READERS, "piqa"]))
+    benchmark = data.draw(st.sampled_from(list(TASKS)))
     good = {**GOOD, "piqa": PIQA}[benchmark]
     record = data.draw(JSON | st.dictionaries(FIELDS, JSON)) if data.draw(st.booleans()) else spoilt(good, data.draw)
     with TemporaryDirectory() as folder:
         path = written(Path(folder), [good, record])
         Path(folder, "data-labels.lst").write_text("0\n1\n")
         try:
-            found = read_piqa(path) if benchmark == "piqa" else read_benchmark(benchmark, path)
+            found = read_benchmark(benchmark, path)
             assert len(found) == 2
         except (ValueError, TypeError) as error:
             assert str(error).startswith(f"{path}: record 2: ")
@@ -389,7 +386,8 @@ def test_other_names_are_files_of_knowedit_on_the_hub(hub: Hub, data: str | None
 
 
 def test_each_of_knowedits_benchmarks_has_a_file_of_its_own(hub: Hub) -> None:
-    assert len({locate(name) for name in KNOWEDIT_FILES}) == len(KNOWEDIT_FILES) == 5
+    names = [name for name, task in TASKS.items() if task.hub_file]
+    assert len({locate(name) for name in names}) == len(names) == 5
 
 
 @pytest.mark.parametrize("name", ["zsre", "counterfact", "facts", "piqa"])

@@ -17,10 +17,11 @@ import facts
 from facts import CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals, questions
 from peft_baft import AdapterEditor, BaftConfig, BaftEditor, DescentConfig, Edit, Objective, Unrelated, rolled_back
 from peft_baft.adapter import baft_layers, find_context
+from peft_baft.adapter.state import adapter_tensors
 from peft_baft.data.batching import collate, encode
 from peft_baft.editing import baft as baft_module
-from peft_baft.editing.acceleration.prefix_cache import CachedSession, Session
-from peft_baft.editing.adapter_editor import adapter_tensors
+from peft_baft.editing.acceleration.prefix_cache import CachedPrefix
+from peft_baft.editing.answers import FullForward
 from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_tokens, token_match
 
 fact_model = facts.fact_model
@@ -182,7 +183,7 @@ def test_each_term_is_reported_by_its_name(fact_model: FactModel) -> None:
 def test_reft_has_no_gates_and_no_regularisers(fact_model: FactModel) -> None:
     model = adapted(fact_model.base, weighting="none")
     assert set(editor_of(model).edit(edits(0)).losses) == {"teacher_forcing"}
-    assert not any("baft_gate" in name or "baft_load" in name for name in model.state_dict())
+    assert not any("baft_gate" in name or "baft_gate_usage" in name for name in model.state_dict())
 
 
 def test_one_gate_has_no_load_to_balance(fact_model: FactModel) -> None:
@@ -207,9 +208,9 @@ def test_each_fact_is_trained_beside_the_next_unrelated_texts_in_turn(
     editor = editor_of(model, meals(0, 3), unrelated_per_edit=2, descent=DescentConfig(stop_loss=1e9))
     texts = [encode(fact_model.tokenizer, text.prompt, text.answer) for text in meals(0, 3)]
     batches = []
-    real = baft_module.open_session
+    real = baft_module.open_forward
     monkeypatch.setattr(
-        baft_module, "open_session", lambda m, rows, *rest: batches.append(rows[-2:]) or real(m, rows, *rest)
+        baft_module, "open_forward", lambda m, rows, *rest: batches.append(rows[-2:]) or real(m, rows, *rest)
     )
     list(editor.edit_in_turn(edits(0, 1, 2)))
     assert batches == [[texts[0], texts[1]], [texts[2], texts[0]], [texts[1], texts[2]]]
@@ -245,7 +246,7 @@ def test_statistics_sum_the_gates_over_the_edited_tokens_of_all_edits(baft: Sett
         for name, w in gates_at(model, [(edit.prompt, edit.target) for edit in batch]).items():
             sums[name] = sums.get(name, torch.zeros(4)) + w.sum(0)
     for layer in baft_layers(model):
-        load = layer.baft_load["default"]
+        load = layer.baft_gate_usage["default"]
         assert load[-1] == tokens
         torch.testing.assert_close(load[:-1], sums[layer.name], rtol=1e-4, atol=1e-6)
 
@@ -256,17 +257,17 @@ def test_past_use_counts_in_the_balance_of_the_next_edit(baft: Setting) -> None:
     with rolled_back(model):
         fresh = editor.edit(edits(0)).losses["balance"]
     for layer in baft_layers(model):
-        layer.baft_load["default"] += torch.tensor([100.0, 0, 0, 0, 100])
+        layer.baft_gate_usage["default"] += torch.tensor([100.0, 0, 0, 0, 100])
     assert editor.edit(edits(0)).losses["balance"] > 10 * fresh
 
 
 def patch_losses(patch: pytest.MonkeyPatch, change: Callable[[Callable[[], torch.Tensor]], torch.Tensor]) -> None:
     """Let `change` stand in for the forward of each training step; it is given the real one."""
 
-    def patched(real: Callable[[Session], torch.Tensor]) -> Callable[[Session], torch.Tensor]:
+    def patched(real: Callable[[FullForward], torch.Tensor]) -> Callable[[FullForward], torch.Tensor]:
         return lambda self: change(lambda: real(self)) if torch.is_grad_enabled() else real(self)
 
-    for kind in (Session, CachedSession):
+    for kind in (FullForward, CachedPrefix):
         patch.setattr(kind, "losses", patched(kind.losses))
 
 
@@ -506,13 +507,13 @@ def test_an_edit_that_breaks_off_leaves_everything_as_it_was(
 def test_an_interrupt_while_the_statistics_are_written_leaves_them_as_they_were(baft: Setting, monkeypatch) -> None:
     model, editor = baft
     editor.edit(edits(0))
-    remember, before = editor._remember_use, state(model)
+    remember, before = editor._add_gate_usage, state(model)
 
     def interrupted_after(*args: Any) -> None:
         remember(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(editor, "_remember_use", interrupted_after)
+    monkeypatch.setattr(editor, "_add_gate_usage", interrupted_after)
     with pytest.raises(KeyboardInterrupt):
         editor.edit(edits(1))
     assert same(before, state(model))

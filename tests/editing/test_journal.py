@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 import facts
 from facts import DESCENT, OBJECTIVE, FactModel, adapted, edits, meals
 from peft_baft import BaftEditor, DescentConfig, Edit
-from peft_baft.editing.continual import Made, edit_continually
-from peft_baft.editing.journal import LINES, SNAPSHOTS, Journal, adapter_state
+from peft_baft.adapter.state import adapter_state_dict
+from peft_baft.editing.continual import EditRecord, edit_continually
+from peft_baft.editing.journal import LINES, SNAPSHOTS, Journal
 from peft_baft.evaluation.guard import canary_check
 
 fact_model = facts.fact_model
@@ -32,14 +33,16 @@ def editor_of(fact_model: FactModel, **config: Any) -> BaftEditor:
 
 
 def state(editor: BaftEditor) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in adapter_state(editor.model, "default").items()}
+    return {name: tensor.clone() for name, tensor in adapter_state_dict(editor.model, "default").items()}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def run(fact_model: FactModel, folder: Path, many: int | None = None, **settings: Any) -> tuple[BaftEditor, list[Made]]:
+def run(
+    fact_model: FactModel, folder: Path, many: int | None = None, **settings: Any
+) -> tuple[BaftEditor, list[EditRecord]]:
     """A fresh editor that makes the facts, or stops for good after `many`."""
     editor, made = editor_of(fact_model), []
     every = settings.pop("every", 1)
@@ -60,10 +63,10 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(fact_mod
         torch.rand(3)  # whatever else the next process does
         resumed, again = run(fact_model, tmp_path / f"{stop}", resume=True, every=every)
         assert same(state(resumed), state(whole)) and resumed.unrelated_used == whole.unrelated_used
-        assert [m.outcome.steps for m in again] == [m.outcome.steps for m in made]
+        assert [m.result.steps for m in again] == [m.result.steps for m in made]
         lines = Journal(tmp_path / f"{stop}").edits()
-        assert [line["edit"] for line in lines] == [1, 2, 3, 4, 5]
-        assert [line["facts"] for line in lines] == [[[fact.prompt, fact.target]] for fact in FACTS]
+        assert [line.edit for line in lines] == [1, 2, 3, 4, 5]
+        assert [line.facts for line in lines] == [[[fact.prompt, fact.target]] for fact in FACTS]
 
 
 def test_what_was_made_is_not_made_again(fact_model: FactModel, tmp_path: Path, monkeypatch) -> None:
@@ -97,7 +100,7 @@ def test_a_return_to_an_edit_gives_the_adapter_of_that_moment(fact_model: FactMo
     for number in (4, 1, 0):
         Journal(tmp_path).roll_back(number)
         assert same(load_file(tmp_path / "adapter_model.safetensors"), states[number])
-        assert [line["edit"] for line in Journal(tmp_path).edits()] == list(range(1, number + 1))
+        assert [line.edit for line in Journal(tmp_path).edits()] == list(range(1, number + 1))
     assert not same(states[0], states[1])
     with pytest.raises(ValueError, match="edits 1 to 0"):
         Journal(tmp_path).roll_back(1)
@@ -107,7 +110,7 @@ def test_numbers_go_on_after_a_return(fact_model: FactModel, tmp_path: Path) -> 
     editor, _ = run(fact_model, tmp_path, facts=FACTS[:3])
     Journal(tmp_path).roll_back(2)
     list(edit_continually(editor, FACTS[3:], journal=Journal(tmp_path)))
-    assert [line["edit"] for line in Journal(tmp_path).edits()] == [1, 2, 3, 4]
+    assert [line.edit for line in Journal(tmp_path).edits()] == [1, 2, 3, 4]
     assert Journal(tmp_path).snapshots() == [0, 1, 2, 3, 4]
 
 
@@ -211,7 +214,7 @@ def test_an_edit_that_does_harm_is_told_and_taken_back_if_wanted(fact_model, tmp
     assert [m.problem for m in made] == [None, "harm", None, None, None]
     assert [m.kept for m in made] == [True, not keep_only_good, True, True, True]
     assert same(state(editor), state(expected)) and editor.unrelated_used == expected.unrelated_used
-    assert [line["kept"] for line in Journal(tmp_path).edits()] == [m.kept for m in made]
+    assert [line.kept for line in Journal(tmp_path).edits()] == [m.kept for m in made]
 
 
 def test_an_edit_that_did_not_take_or_broke_off_is_left_out(fact_model: FactModel) -> None:
@@ -276,11 +279,11 @@ def test_kills_lose_and_double_no_edit(fact_model, tmp_path: Path, count: int, k
     assert 0 < max(on_record) < count
     begun(fact_model, cut, count).join()
     lines = Journal(cut).edits()
-    assert [line["edit"] for line in lines] == list(range(1, count + 1))  # none lost, none doubled
-    assert [line["facts"] for line in lines] == [line["facts"] for line in Journal(whole).edits()]
+    assert [line.edit for line in lines] == list(range(1, count + 1))  # none lost, none doubled
+    assert [line.facts for line in lines] == [line.facts for line in Journal(whole).edits()]
     files = [folder / "adapter_model.safetensors" for folder in (whole, cut)]
     assert files[0].read_bytes() == files[1].read_bytes()
-    found = [line["edit"] for line in lines]
+    found = [line.edit for line in lines]
     counts = {"lost": count - len(set(found)), "doubled": len(found) - len(set(found))}
     tally("SIGKILL during `baft edit`'s loop, then --resume", kills=len(on_record), edits=count, **counts)
 

@@ -31,11 +31,11 @@ def state(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
     """Parameters and statistics of one adapter."""
     found: dict[str, torch.Tensor] = {}
     for layer in baft_layers(model):
-        for kind in ("baft_basis", "baft_source", "baft_gate", "baft_load"):
+        for kind in ("baft_basis", "baft_source", "baft_gate", "baft_gate_usage"):
             container = getattr(layer, kind)
             if name not in container:
                 continue
-            tensors = container[name].state_dict() if kind != "baft_load" else {"sums": container[name]}
+            tensors = container[name].state_dict() if kind != "baft_gate_usage" else {"sums": container[name]}
             found |= {f"{layer.name}.{kind}.{key}": tensor.detach().clone() for key, tensor in tensors.items()}
     return found
 
@@ -68,13 +68,13 @@ def test_lanes_share_forwards(fact_model: FactModel, monkeypatch: pytest.MonkeyP
     model = adapted(fact_model.base)
     editor = BaftEditor(model, fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT)
     rows: list[int] = []
-    real = prefix_cache.CachedSession.losses
+    real = prefix_cache.CachedPrefix.losses
 
-    def counted(self: prefix_cache.CachedSession) -> torch.Tensor:
-        rows.append(len(self.rows))
+    def counted(self: prefix_cache.CachedPrefix) -> torch.Tensor:
+        rows.append(len(self.targets.rows))
         return real(self)
 
-    monkeypatch.setattr(prefix_cache.CachedSession, "losses", counted)
+    monkeypatch.setattr(prefix_cache.CachedPrefix, "losses", counted)
     steps = [outcome.steps for _, outcome in editor.edit_each(FACTS, parallel=5)]
     assert rows[:3] == [2, 2, 10]  # a check, then all of them
     assert len(rows) == 2 + max(steps) + 1  # as many as the longest takes alone

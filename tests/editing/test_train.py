@@ -18,10 +18,10 @@ def losses_of(parameter: nn.Parameter, values: Sequence[float]) -> tuple[Any, li
     """A loss that has these values in turn, the last one ever after, and a slope of 1; the list counts its evaluations."""
     evaluations: list[int] = []
 
-    def losses() -> dict[str, Tensor]:
+    def losses(_: Sequence[Descent]) -> list[dict[str, Tensor]]:
         value = values[min(len(evaluations), len(values) - 1)]
         evaluations.append(1)
-        return {STOP_TERM: (parameter - parameter.detach()).sum() + value}
+        return [{STOP_TERM: (parameter - parameter.detach()).sum() + value}]
 
     return losses, evaluations
 
@@ -30,14 +30,14 @@ def losses_of(parameter: nn.Parameter, values: Sequence[float]) -> tuple[Any, li
 def test_a_loss_at_the_bound_or_above_is_not_learned(value: float) -> None:
     parameter = nn.Parameter(torch.ones(1))
     losses, evaluations = losses_of(parameter, [value])
-    result = descend([parameter], losses, DescentConfig(max_steps=3, stop_loss=0.5))
+    (result,) = descend([Descent([parameter], DescentConfig(max_steps=3, stop_loss=0.5))], losses)
     assert not result.learned and result.steps == 3 and len(evaluations) == 4
 
 
 def test_a_loss_below_the_bound_is_learned_at_once() -> None:
     parameter = nn.Parameter(torch.ones(1))
     losses, evaluations = losses_of(parameter, [0.5 - 2**-12])
-    result = descend([parameter], losses, DescentConfig(max_steps=3, stop_loss=0.5))
+    (result,) = descend([Descent([parameter], DescentConfig(max_steps=3, stop_loss=0.5))], losses)
     assert result.learned and result.steps == 0 and len(evaluations) == 1
     assert parameter.item() == 1
 
@@ -46,7 +46,7 @@ def test_a_loss_below_the_bound_is_learned_at_once() -> None:
 def test_as_many_steps_are_taken_as_allowed_and_no_more(steps: int) -> None:
     parameter = nn.Parameter(torch.ones(1))
     losses, evaluations = losses_of(parameter, [1.0])
-    result = descend([parameter], losses, DescentConfig(lr=0.01, max_steps=steps, weight_decay=0.0))
+    (result,) = descend([Descent([parameter], DescentConfig(lr=0.01, max_steps=steps, weight_decay=0.0))], losses)
     assert result.steps == steps and len(evaluations) == steps + 1
     assert parameter.item() == pytest.approx(
         1 - 0.01 * steps, abs=1e-5
@@ -56,14 +56,14 @@ def test_as_many_steps_are_taken_as_allowed_and_no_more(steps: int) -> None:
 def test_what_the_last_step_reached_counts() -> None:
     parameter = nn.Parameter(torch.ones(1))
     losses, _ = losses_of(parameter, [1.0, 1.0, 0.25])
-    result = descend([parameter], losses, DescentConfig(max_steps=2, stop_loss=0.5))
+    (result,) = descend([Descent([parameter], DescentConfig(max_steps=2, stop_loss=0.5))], losses)
     assert result.learned and result.steps == 2 and result.losses == {STOP_TERM: 0.25}
 
 
 def test_a_stop_loss_of_zero_is_never_reached() -> None:
     parameter = nn.Parameter(torch.ones(1))
     losses, _ = losses_of(parameter, [0.0])
-    result = descend([parameter], losses, DescentConfig(max_steps=2, stop_loss=0.0))
+    (result,) = descend([Descent([parameter], DescentConfig(max_steps=2, stop_loss=0.0))], losses)
     assert not result.learned and result.steps == 2
 
 

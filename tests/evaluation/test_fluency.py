@@ -14,7 +14,7 @@ import facts
 from conftest import randomise
 from facts import CAPITALS, WINDOW, FactModel, adapted
 from peft_baft import Case, Edit
-from peft_baft.benchmark.metrics import MEASURES
+from peft_baft.benchmark.metrics import METRICS
 from peft_baft.evaluation.fluency import SeededTopK, fluency, n_gram_entropy, sampled_texts
 
 fact_model = facts.fact_model
@@ -108,4 +108,4 @@ def test_the_callers_random_numbers_stay_as_they_are(fact_model: FactModel) -> N
 def test_fluency_is_measured_after_the_edits_prompt(edited: PeftModel, fact_model: FactModel) -> None:
     case = Case(Edit(CAPITALS[0].prompt, "Kasgrad"))
     (wanted,) = fluency(edited, fact_model.tokenizer, [CAPITALS[0].prompt])
-    assert MEASURES["fluency"](edited, fact_model.tokenizer, case) == {"fluency": wanted}
+    assert METRICS["fluency"](edited, fact_model.tokenizer, case) == {"fluency": wanted}

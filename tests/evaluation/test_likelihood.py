@@ -15,7 +15,7 @@ import facts
 from conftest import randomise
 from facts import CAPITALS, MEALS, FactModel, adapted, questions
 from peft_baft import Case, Edit
-from peft_baft.benchmark.metrics import MEASURES, piqa_cases
+from peft_baft.benchmark.metrics import METRICS, piqa_cases
 from peft_baft.benchmark.scores import scores
 from peft_baft.data.batching import encode
 from peft_baft.data.formats import ConvSentCase, PiqaItem
@@ -185,8 +185,8 @@ def test_edit_success_compares_with_the_model_without_its_adapter(edited: PeftMo
 def test_sentiment_takes_the_side_that_the_edit_takes_and_refuses_other_benchmarks(fact_model: FactModel) -> None:
     case = Case(Edit("the capital of Arvia is", "Kasgrad"))
     with pytest.raises(ValueError, match="convsent"):
-        MEASURES["sentiment"](*fact_model, case)
+        METRICS["sentiment"](*fact_model, case)
     sides: dict[str, Any] = {"positive": (CAPITALS[0].answer,), "negative": (CAPITALS[8].answer,)}
     items = [ConvSentCase(case.edit, question=CAPITALS[0].prompt, wanted=wanted, **sides) for wanted in sides]
-    values = [MEASURES["sentiment"](*fact_model, item)["sentiment"] for item in items]
+    values = [METRICS["sentiment"](*fact_model, item)["sentiment"] for item in items]
     assert values[0] > 0.9 and sum(values) == pytest.approx(1, abs=1e-4)

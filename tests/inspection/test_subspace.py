@@ -15,7 +15,7 @@ from conftest import randomise
 from facts import CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals
 from peft_baft import BaftConfig, BaftEditor, Case, Edit, Probe
 from peft_baft.adapter import baft_layers
-from peft_baft.benchmark.metrics import MEASURES
+from peft_baft.benchmark.metrics import METRICS
 from peft_baft.data.batching import encode
 from peft_baft.evaluation.scoring import token_match
 from peft_baft.inspection.subspace import mean_gates, removal_ladder
@@ -190,13 +190,13 @@ def test_what_has_no_subspace_is_refused_with_advice_and_passed_over_by_the_benc
         for ask in (removal_ladder, mean_gates):
             with pytest.raises(TypeError, match="carries none; load one"):
                 ask(other, tokenizer, CASE)
-        assert MEASURES["redundancy"](other, tokenizer, CASE) == MEASURES["gates"](other, tokenizer, CASE) == {}
+        assert METRICS["redundancy"](other, tokenizer, CASE) == METRICS["gates"](other, tokenizer, CASE) == {}
     reft = random_model(base, weighting="none")
     with pytest.raises(ValueError, match="no gates"):
         mean_gates(reft, tokenizer, CASE)
-    assert MEASURES["gates"](reft, tokenizer, CASE) == {}
-    assert len(MEASURES["redundancy"](reft, tokenizer, CASE)["kept"]) == 5
-    assert MEASURES["gates"](random_model(base), tokenizer, CASE)["gates"]["blocks"]
+    assert METRICS["gates"](reft, tokenizer, CASE) == {}
+    assert len(METRICS["redundancy"](reft, tokenizer, CASE)["kept"]) == 5
+    assert METRICS["gates"](random_model(base), tokenizer, CASE)["gates"]["blocks"]
 
 
 def test_one_adapter_at_a_time(fact_model: FactModel) -> None:

@@ -128,7 +128,7 @@ def _balanced(model: nn.Module) -> list[tuple[BaftLayer, str]]:
 def _terms(model: nn.Module, recorded: Mapping[Any, RecordedGates], loss: Tensor) -> list[Tensor]:
     """Weighted load balance of each adapter, () each, rescaled to the mean loss of an answer token.
 
-    Past use is what the editor has counted (`baft_load`); a forward does not add to it, since it cannot know whether a step
+    Past use is what the editor has counted (`baft_gate_usage`); a forward does not add to it, since it cannot know whether a step
     follows.
     """
     spreads: dict[str, list[Tensor]] = {}
@@ -139,7 +139,7 @@ def _terms(model: nn.Module, recorded: Mapping[Any, RecordedGates], loss: Tensor
             continue
         if not gates.w.requires_grad:
             raise ValueError(WITHOUT_GRADIENT)
-        w, past = gates.w[gates.mask], layer.baft_load[name]
+        w, past = gates.w[gates.mask], layer.baft_gate_usage[name]
         if len(w):
             spreads.setdefault(name, []).append(load_balance(w, past[:-1].to(w.device), past[-1].to(w.device)))
             weights[name] = layer.configs[name].balance_weight

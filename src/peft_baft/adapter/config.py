@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -13,12 +14,11 @@ from huggingface_hub import hf_hub_download
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from peft_baft.adapter.parameters import GATE_NORMS, WEIGHTINGS
 from peft_baft.adapter.registration import BAFT
 from peft_baft.adapter.weights import FILE as WEIGHTS
-from peft_baft.adapter.weights import check_folder
+from peft_baft.adapter.weights import FORMAT, NEWER, UNNUMBERED, check_folder
 
-WEIGHTINGS = ("basis", "subspace", "product", "none")
-GATE_NORMS = ("none", "rms", "scale", "center")
 LARGEST_INTEGER, LARGEST_OFFSET = 2**31 - 1, 1000.0
 
 
@@ -53,6 +53,9 @@ class BaftConfig(PeftConfig):
         hidden_size: Width of the edited vectors, filled once the adapter is attached and checked when it is loaded;
             None where targets differ in width.
         requires: The package to import before an adapter of this type can be loaded.
+        baft_format: Number of the saved format, that is of the names and shapes of the tensors and of the settings' meaning.
+            Leave it empty for the one that this version writes, as `peft_version`. A folder whose number is missing or
+            beyond this version's is refused.
 
     Raises:
         TypeError, ValueError: a value is not what its field holds, or out of its range; the message says which one it was
@@ -86,13 +89,20 @@ class BaftConfig(PeftConfig):
     init_weights: bool = field(default=True, metadata={"help": "True starts at the identity; False is for tests."})
     hidden_size: int | None = field(default=None, metadata={"help": "Width of the edited vectors, filled in."})
     requires: str = field(default="peft_baft", metadata={"help": "The package to import before loading."})
+    baft_format: int | None = field(
+        default=None, metadata={"help": "Number of the saved format; leave empty for this version's."}
+    )
 
     def __post_init__(self) -> None:
+        # PEFT fills `peft_version` in when a config is made, and writes it into every file: a config that comes with one was
+        # saved. This is seen here, since transformers and PEFT read a file by `PeftConfig.from_pretrained`, not by ours.
+        comes_from_a_file = self.peft_version is not None
+        self.baft_format = _readable_format(self.baft_format, comes_from_a_file)
         super().__post_init__()
         self.peft_type = BAFT
         self.saved_shapes: dict[str, tuple[int, ...]] = {}  # of what is to be loaded; no field: it is not saved
         for name in ("r", "prompt_positions"):
-            _require_positive_integer(name, getattr(self, name))
+            _positive_integer(name, getattr(self, name))
         _require_one_of("weighting", self.weighting, WEIGHTINGS)
         _require_one_of("gate_norm", self.gate_norm, GATE_NORMS)
         for name, kind in _kinds().items():
@@ -141,16 +151,38 @@ class BaftConfig(PeftConfig):
     @property
     def gate_count(self) -> int:
         """How many gates weigh the update: the width of w(h)."""
-        return {"basis": self.r, "product": self.r, "subspace": 1, "none": 0}[self.weighting]
+        return WEIGHTINGS[self.weighting].gate_count(self.r)
+
+    @property
+    def forward_settings(self) -> tuple:
+        """All settings that a forward depends on: adapters that agree in these can be computed together."""
+        return (self.r, self.prompt_positions, self.weighting, self.gate_norm, self.gate_bias, self.gate_offset)
 
 
-def _require_positive_integer(name: str, value: object) -> None:
+def _readable_format(number: object, comes_from_a_file: bool) -> int:
+    """The number of a config's format, this version's for a new config without one.
+
+    Raises:
+        TypeError, ValueError: it is no number of a format, belongs to a later version, or is missing from a saved config.
+    """
+    if number is None:
+        if comes_from_a_file:
+            raise ValueError(f"This adapter was {UNNUMBERED}.")
+        return FORMAT
+    number = _positive_integer("baft_format", number)
+    if number > FORMAT:
+        raise ValueError(f"This adapter was {NEWER.format(number)}")
+    return number
+
+
+def _positive_integer(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer of at least 1, not {value!r}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, not {value}.")
     if value > LARGEST_INTEGER:
         raise ValueError(f"{name} must be at most {LARGEST_INTEGER}, not {value!r:.60}.")
+    return value
 
 
 @cache
@@ -185,6 +217,6 @@ def _require_expression(name: str, value: object) -> None:
             raise ValueError(f"{name} is no regular expression ({error}): {value!r:.60}.") from None
 
 
-def _require_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+def _require_one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+    if value not in list(allowed):  # a value out of a file need not be hashable
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peft_baft.adapter.config import BaftConfig
-from peft_baft.adapter.context import EditContext, Located, RecordedGates
+from peft_baft.adapter.context import CurrentForward, EditContext, RecordedGates
 from peft_baft.adapter.parameters import Gate, OrthonormalBasis, stacked_bases, stacked_parameters
 from peft_baft.intervention import update
 
@@ -25,7 +25,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
 
     Per adapter: `baft_basis` holds R; `baft_source` holds D = A - R and b, so that a fresh adapter (D = 0, b = 0) is the
     identity exactly, on every device and in every dtype, and weight decay pulls towards no edit; `baft_gate` holds the
-    gates; `baft_load` the gates' summed use over past edits and, last, over how many tokens: (k + 1,).
+    gates; `baft_gate_usage` the gates' summed use over past edits and, last, over how many tokens: (k + 1,).
 
     Args:
         block: the module whose output is edited; it is watched, not owned.
@@ -34,14 +34,14 @@ class BaftLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("baft_basis", "baft_source", "baft_gate")
-    other_param_names = ("baft_load", "configs")
+    other_param_names = ("baft_gate_usage", "configs")
 
     def __init__(self, block: nn.Module, name: str, context: EditContext) -> None:
         super().__init__()
         self.baft_basis = nn.ModuleDict()
         self.baft_source = nn.ModuleDict()
         self.baft_gate = nn.ModuleDict()
-        self.baft_load = BufferDict(persistent=True)
+        self.baft_gate_usage = BufferDict(persistent=True)
         self.configs: dict[str, BaftConfig] = {}
         self.name, self.context = name, context
         self._block = [block]  # in a list, so as not to become a child that has us as a child
@@ -58,7 +58,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         self.baft_source[adapter_name] = source = nn.Linear(width, config.r)
         if config.gate_count:
             self.baft_gate[adapter_name] = Gate(config, width)
-            self.baft_load[adapter_name] = torch.zeros(config.gate_count + 1)
+            self.baft_gate_usage[adapter_name] = torch.zeros(config.gate_count + 1)
         if config.init_weights and source.weight.device.type != "meta":
             nn.init.zeros_(source.weight)
             nn.init.zeros_(source.bias)
@@ -93,8 +93,8 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         for container in (self.baft_basis, self.baft_source, self.baft_gate):
             if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
                 container[adapter_name].to(place, dtype)
-        if adapter_name in self.baft_load:
-            self.baft_load[adapter_name] = self.baft_load[adapter_name].to(place)
+        if adapter_name in self.baft_gate_usage:
+            self.baft_gate_usage[adapter_name] = self.baft_gate_usage[adapter_name].to(place)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Edit the output of the block: every chosen adapter's update is computed from the same `hidden`, and they add up.
@@ -102,19 +102,19 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         Args:
             hidden: (batch, tokens, d), any floating dtype; updates are computed in the adapter's dtype.
         """
-        call = self.context.located()
+        call = self.context.current_forward()
         if call.row_adapters is not None:
             return self._edit_rows(hidden, call, call.row_adapters)
         total = None
         chosen = [name for name in self.active_adapters if name in self.configs]
         for adapter_name in chosen:
-            mask = self.context.mask(call.steps, hidden, self.configs[adapter_name].prompt_positions)
+            mask = self.context.mask(call.relative_positions, hidden, self.configs[adapter_name].prompt_positions)
             place = self.name if len(chosen) == 1 else (self.name, adapter_name)
             part = self._update(adapter_name, place, hidden, mask, call.recorded)
             total = part if total is None else total + part
         return hidden if total is None else (hidden + total).to(hidden.dtype)
 
-    def _edit_rows(self, hidden: Tensor, call: Located, names: list[str]) -> Tensor:
+    def _edit_rows(self, hidden: Tensor, call: CurrentForward, names: list[str]) -> Tensor:
         """`forward` where row i is edited by adapter `names[i]` alone: each adapter computes its own rows."""
         if len(names) != hidden.shape[0]:
             raise ValueError(
@@ -127,7 +127,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         for group in self._alike(present) if stackable else [[name] for name in present]:
             own = {name: [i for i, chosen in enumerate(names) if chosen == name] for name in group}
             rows = torch.tensor([i for of_one in own.values() for i in of_one], device=hidden.device)
-            mask = self.context.mask(call.steps, hidden, self.configs[group[0]].prompt_positions)
+            mask = self.context.mask(call.relative_positions, hidden, self.configs[group[0]].prompt_positions)
             mask, chosen = None if mask is None else mask[rows], hidden[rows]
             if len(group) == 1:
                 part = self._update(group[0], (self.name, group[0]), chosen, mask, call.recorded)
@@ -144,8 +144,8 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         groups: dict[tuple, list[str]] = {}
         for name in names:
             config, weight = self.configs[name], self.baft_source[name].weight
-            gate = (config.weighting, config.gate_norm, config.gate_bias, config.gate_offset)
-            groups.setdefault((config.r, config.prompt_positions, gate, weight.dtype, weight.device), []).append(name)
+            key = (config.forward_settings, weight.dtype, weight.device)
+            groups.setdefault(key, []).append(name)
         return list(groups.values())
 
     def _update(

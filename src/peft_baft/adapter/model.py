@@ -20,6 +20,7 @@ from peft_baft.adapter.coexistence import bare_model, others_stay, own_modules, 
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.layer import CANNOT_MERGE, CHILD, BaftLayer
+from peft_baft.adapter.parameters import GATE_NORMS
 from peft_baft.adapter.supported import require_decoder, require_editable
 from peft_baft.adapter.weights import check_tensors
 
@@ -27,7 +28,7 @@ from peft_baft.adapter.weights import check_tensors
 class BaftModel(BaseTuner):
     """A base model whose chosen blocks' outputs are edited by BaFT adapters (arXiv 2503.00306).
 
-    Made by `peft.get_peft_model(model, BaftConfig(...))`. Nothing of the base model is wrapped, renamed or written to:
+    EditRecord by `peft.get_peft_model(model, BaftConfig(...))`. Nothing of the base model is wrapped, renamed or written to:
     each edited block gets a child module and a forward hook, and `unload()` takes both away.
 
     Adapters of other PEFT methods may stand on the same base model, such as an unmerged LoRA: what this tuner sets, trains,
@@ -354,7 +355,8 @@ def _check_saved(shapes: Mapping[str, tuple[int, ...]], widths: Mapping[str, int
 def _check_adapter_name(name: str, block_name: str) -> None:
     """PEFT tells adapters apart by searching their names in parameter names, and loses tensors where one matches."""
     taken = {*block_name.split("."), CHILD, *BaftLayer.adapter_layer_names, *BaftLayer.other_param_names}
-    taken |= {"base_model", "model", "weight", "bias", "scale", "center"}
+    taken |= {"base_model", "model", "weight", "bias"}
+    taken |= {vector for gate_norm in GATE_NORMS.values() for vector in gate_norm.learned_vectors}
     if name in taken:
         raise ValueError(
             f"The adapter name {name!r} also names a part of the model, which PEFT mixes up; choose another."
@@ -362,5 +364,5 @@ def _check_adapter_name(name: str, block_name: str) -> None:
 
 
 def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
-    mine = re.compile(rf"\.{CHILD}\.baft_[a-z]+\.{re.escape(adapter_name)}(\.[a-z]+)?$")
+    mine = re.compile(rf"\.{CHILD}\.baft_[a-z_]+\.{re.escape(adapter_name)}(\.[a-z]+)?$")
     return {name: tensor.shape for name, tensor in model.state_dict().items() if mine.search(name)}

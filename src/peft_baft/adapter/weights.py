@@ -9,10 +9,20 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file
 from torch import Tensor
 
+from peft_baft.adapter.parameters import gate_shapes
+
 if TYPE_CHECKING:
     from peft_baft.adapter.config import BaftConfig
 
 FILE = "adapter_model.safetensors"
+FORMAT = 1  # of saved folders: one more whenever a tensor or a setting changes its name, its shape or its meaning
+FORMER_USAGE = "baft_load"  # what `baft_gate_usage` was called in folders without a number
+NEWER = f"saved by a newer peft_baft (format {{}}); this version reads up to {FORMAT}: pip install -U peft-baft"
+UNNUMBERED = (
+    "saved by a peft_baft from before saved formats had a number. Edit again; or bring it to format 1: in "
+    f"{FILE}, rename the tensors that end in {FORMER_USAGE}, if there are any, so that they end in baft_gate_usage, and "
+    'add the line "baft_format": 1 to adapter_config.json'
+)
 BASE = "base_model.model."  # how PEFT begins the names of a model's tensors
 LARGEST = 1e9  # no training gets there: a number beyond it is a flipped bit, and would overflow in the model
 HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks for which PEFT adds names to modules_to_save, present or not
@@ -33,6 +43,8 @@ def check_folder(folder: Path, config: BaftConfig) -> dict[str, tuple[int, ...]]
         found = load_file(file)
     except Exception as error:  # safetensors lets through torch's and Python's beside its own
         raise ValueError(f"{file} cannot be read ({error}). It is damaged: take a good copy, or edit again.") from None
+    if any(name.endswith(f".{FORMER_USAGE}") for name in found):
+        raise ValueError(f"{file} was {UNNUMBERED}.")
     blocks = {name.rpartition(".baft.baft_")[0].removeprefix(BASE) for name in found} - {""}
     if config.exclude_modules or config.target_modules is None or isinstance(config.target_modules, str):
         config.target_modules, config.exclude_modules = sorted(blocks), None
@@ -73,10 +85,8 @@ def _expected(found: Mapping[str, Tensor], blocks: set[str], config: BaftConfig)
     r, d, k = config.r, config.hidden_size, config.gate_count
     shapes: dict[str, tuple[int | None, ...]] = {"basis.weight": (r, d), "source.weight": (r, d), "source.bias": (r,)}
     if k:
-        rows = k + (config.weighting == "product")
-        shapes |= {"gate.weight": (rows, d), "load": (k + 1,)}
-        shapes |= {"gate.bias": (rows,)} if config.gate_bias else {}
-        shapes |= {f"gate.{config.gate_norm}": (d,)} if config.gate_norm in ("scale", "center") else {}
+        shapes |= {f"gate.{name}": shape for name, shape in gate_shapes(config, d).items()}
+        shapes["gate_usage"] = (k + 1,)
     named: set[str] = set()
     for target in config.target_modules or ("a block",):
         named |= {block for block in blocks if f".{block}".endswith(f".{target}")} or {target}

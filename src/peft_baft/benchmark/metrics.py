@@ -1,11 +1,10 @@
-"""Further measures of an edited model and a case, by name; each is asked for, since each costs time."""
+"""Further metrics of an edited model and a case, by name; each is asked for, since each costs time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from peft_baft.benchmark.runner import Measure
 from peft_baft.data.cases import Case
 from peft_baft.data.formats import ConvSentCase, PiqaItem
 from peft_baft.evaluation.fluency import fluency
@@ -13,32 +12,34 @@ from peft_baft.evaluation.piqa import right_choices
 from peft_baft.evaluation.sentiment import edit_success
 from peft_baft.inspection.subspace import has_gates, mean_gates, removal_ladder, subspaces
 
+Metric = Callable[[Any, Any, Case], dict[str, Any]]  # an edited model, its tokenizer, a case to values by name
+
 
 def _fluency(model: Any, tokenizer: Any, case: Case) -> dict[str, Any]:
-    """How varied is what the model writes after the edit's prompt."""
+    """Measure how varied the text is that the model writes after the edit's prompt."""
     return {"fluency": fluency(model, tokenizer, [case.edit.prompt])[0]}
 
 
 def _redundancy(model: Any, tokenizer: Any, case: Case) -> dict[str, Any]:
-    """How much of the edit is left without the least used dimensions; nothing for a model without a BaFT adapter."""
+    """Measure how much of the edit is left without the least used dimensions; nothing where no BaFT adapter is active."""
     return {"kept": removal_ladder(model, tokenizer, case)} if subspaces(model) else {}
 
 
 def _gates(model: Any, tokenizer: Any, case: Case) -> dict[str, Any]:
-    """Mean gates on the edit and its probes; nothing for a model without gates."""
+    """Average the gates over the edit and over its probes; nothing for a model without gates."""
     return {"gates": mean_gates(model, tokenizer, case)} if has_gates(model) else {}
 
 
 def _sentiment(model: Any, tokenizer: Any, case: Case) -> dict[str, Any]:
-    """Whether the model's opinion turned."""
+    """Measure whether the model's opinion turned."""
     if not isinstance(case, ConvSentCase):
-        raise ValueError("The measure `sentiment` needs answers of both sides, which the benchmark convsent alone has.")
+        raise ValueError("The metric `sentiment` needs answers of both sides, which the benchmark convsent alone has.")
     sides = (case.positive, case.negative)
     wanted, unwanted = sides if case.wanted == "positive" else sides[::-1]
     return {"sentiment": edit_success(model, tokenizer, case.question, wanted, unwanted)}
 
 
-MEASURES: dict[str, Measure] = {
+METRICS: dict[str, Metric] = {
     "fluency": _fluency,
     "redundancy": _redundancy,
     "gates": _gates,
@@ -53,7 +54,7 @@ def piqa_cases(
     rows: Sequence[int],
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[dict[str, Any]]:
-    """The chosen rows of PIQA as they stand in a result line: whether each is right, by four rules.
+    """Ask some rows of PIQA; each as it stands in a result line: whether it is right, by four rules.
 
     Args:
         progress: gives back the rows one by one, such as tqdm.

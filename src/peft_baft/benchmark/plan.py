@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,26 @@ from safetensors.torch import save
 
 from peft_baft.benchmark.methods import UNEDITED, Method
 from peft_baft.benchmark.progress import Progress
-from peft_baft.benchmark.results import FORMAT, append_result, done_already, identity, short_hash
-from peft_baft.benchmark.runner import Bench
+from peft_baft.benchmark.results import FORMAT, identity, lines_made_already, short_hash
+from peft_baft.benchmark.runner import Runner
 from peft_baft.benchmark.schedule import Schedule
 from peft_baft.benchmark.scores import scores
 from peft_baft.evaluation.scoring import EXTRA_TOKENS
 from peft_baft.processes import Processes
+from peft_baft.storage import append_line
 
 ADAPTER = "adapter"
+NO_SCHEDULE = {"name": "none", "edits": 0, "batch_size": 0, "when": "after_all"}
 
 
 @dataclass(frozen=True)
-class Run:
-    """One line to be: what it will say of itself, and how it is made.
+class PlannedRun:
+    """A run that is to become one result line.
 
-    method, schedule: how is edited; None for a model that is only asked. model: an adapter to ask, None for the bare model.
+    Attributes:
+        head: what the line will say of how the run was made.
+        method, schedule: the edits to make; None for a model that is only asked.
+        model: an adapter to ask; None for the model without any.
     """
 
     head: dict[str, Any]
@@ -37,55 +41,58 @@ class Run:
 
     @property
     def title(self) -> str:
-        """For a progress bar."""
+        """Name the run for a progress bar."""
         schedule = self.head["schedule"]
         amount = f" T={schedule['edits']} seed {self.head['seed']}" if self.schedule else ""
         return f"{self.head['method']}{amount}"
 
     @property
     def key(self) -> str:
-        """Equal for two runs that should give the same."""
+        """Hash the head: equal for two runs that should give the same."""
         return identity(self.head)
 
 
-def planned(
+def plan_runs(
     common: dict[str, Any], methods: Sequence[Method | None], schedules: Sequence[Schedule], seeds: Iterable[int]
-) -> list[Run]:
-    """Every schedule with every seed and method; the unedited model once.
+) -> list[PlannedRun]:
+    """Plan every schedule with every seed and method; the unedited model once.
 
     Args:
         common: what all lines share: benchmark, model, data, unrelated, protocol, versions.
+        methods: None stands for the unedited model.
     """
-    runs: list[Run] = []
-    for schedule, seed, method in product(schedules, seeds, methods):
-        if method is None:
-            head = {"method": UNEDITED, "settings": {}, "schedule": NO_SCHEDULE, "seed": 0}
-            runs.append(Run(common | head))
-        else:
-            head = {"method": method.name, "settings": method.described()}
-            head |= {"schedule": schedule.described(), "seed": seed}
-            runs.append(Run(common | head, method, schedule))
-    return list({run.key: run for run in runs}.values())
+    runs: dict[str, PlannedRun] = {}
+    chosen_seeds = list(seeds)
+    for schedule in schedules:
+        for seed in chosen_seeds:
+            for method in methods:
+                run = _planned_run(common, method, schedule, seed)
+                runs[run.key] = run
+    return list(runs.values())
 
 
-def adapter_run(common: dict[str, Any], name: str, model: PeftModel) -> Run:
-    """An adapter that someone made, of any PEFT type, to be asked as it is."""
+def _planned_run(common: dict[str, Any], method: Method | None, schedule: Schedule, seed: int) -> PlannedRun:
+    if method is None:
+        return PlannedRun({**common, "method": UNEDITED, "settings": {}, "schedule": NO_SCHEDULE, "seed": 0})
+    head = {"method": method.name, "settings": method.settings.described()}
+    return PlannedRun({**common, **head, "schedule": schedule.described(), "seed": seed}, method, schedule)
+
+
+def plan_adapter(common: dict[str, Any], name: str, model: PeftModel) -> PlannedRun:
+    """Plan to ask an adapter that someone made, of any PEFT type, as it is."""
     config = model.peft_config[model.active_adapter]
-    weights = {name: tensor.cpu() for name, tensor in get_peft_model_state_dict(model).items()}
+    weights = {key: tensor.cpu() for key, tensor in get_peft_model_state_dict(model).items()}
     settings = {
         "adapter": name,
         "peft_type": str(getattr(config.peft_type, "value", config.peft_type)),
         "sha256": short_hash(save(weights)),
     }
     head = {"method": ADAPTER, "settings": settings, "schedule": NO_SCHEDULE, "seed": 0}
-    return Run(common | head, model=model)
+    return PlannedRun({**common, **head}, model=model)
 
 
-NO_SCHEDULE = {"name": "none", "edits": 0, "batch_size": 0, "when": "after_all"}
-
-
-def protocol(template: str, also: Sequence[str]) -> dict[str, Any]:
-    """How is asked, as it stands in a result line."""
+def described_protocol(template: str, also: Sequence[str]) -> dict[str, Any]:
+    """Say how questions are asked, as it stands in a result line."""
     return {
         "template": template,
         "aliases": "first",
@@ -96,33 +103,28 @@ def protocol(template: str, also: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def perform(bench: Bench, run: Run, averaged: Sequence[str], output: Path, command: str) -> dict[str, Any]:
+def perform(runner: Runner, run: PlannedRun, averaged: Sequence[str], output: Path, command: str) -> dict[str, Any]:
     """Make a run, going on where an earlier process was interrupted, and add its line to `output`."""
     if run.method is not None and run.schedule is not None:
-        cases = bench.edited(run.method, run.schedule, run.head["seed"], _done(bench, run, run.schedule, output))
+        progress = _load_progress(runner, run, run.schedule, output)
+        cases = runner.edited(run.method, run.schedule, run.head["seed"], progress)
     elif run.model is not None:
-        cases = bench.asked(run.model, run.model.disable_adapter)
+        cases = runner.asked(run.model, run.model.disable_adapter)
     else:
-        cases = bench.asked(bench.base)
-    line = finished(run.head, cases, averaged, command)
-    with bench.processes.together():
-        if bench.processes.first:
-            kept(line, output)
+        cases = runner.asked(runner.base)
+    line = result_line(run.head, cases, averaged, command)
+    with runner.processes.together():
+        if runner.processes.first:
+            append_line(output, line)
             for file in _progress_files(output, run):
                 file.unlink(missing_ok=True)
     return line
 
 
-def kept(line: dict[str, Any], output: Path) -> dict[str, Any]:
-    """The line, added to a file."""
-    append_result(output, line)
-    return line
-
-
-def finished(
+def result_line(
     head: dict[str, Any], cases: list[dict[str, Any]], averaged: Sequence[str], command: str
 ) -> dict[str, Any]:
-    """The result line: what was measured, its means, and every case."""
+    """Make a result line: what was measured, its means, and every case."""
     line = {"format": FORMAT, **head, "command": command, "scores": scores(cases, averaged)}
     numbers = sorted({case["block"] for case in cases if "block" in case})
     if 1 < len(numbers) < len(cases):
@@ -136,7 +138,7 @@ def finished(
 
 
 def mean_of(values: Sequence[Any]) -> Any:
-    """Elementwise mean of equally nested lists and dicts; texts must be equal."""
+    """Average equally nested lists and dicts element by element; texts must be equal."""
     first = values[0]
     if isinstance(first, dict):
         keys = dict.fromkeys(key for value in values for key in value)
@@ -146,39 +148,50 @@ def mean_of(values: Sequence[Any]) -> Any:
     return first if isinstance(first, str) else sum(values) / len(values)
 
 
-def progress_file(output: Path, run: Run, bench: Bench | None = None) -> Path:
-    """Where an unfinished run is kept, beside the output; by each process of a bench that splits blocks."""
-    alone = bench is None or bench.processes.count == 1 or bench.split == "facts"
-    part = "" if bench is None or alone else f".{bench.processes.rank}of{bench.processes.count}"
+def progress_file(output: Path, run: PlannedRun, runner: Runner | None = None) -> Path:
+    """Name the file of an unfinished run, beside the output; one for each process where these split blocks."""
+    part = ""
+    if runner is not None and runner.processes.count > 1 and runner.split != "facts":
+        part = f".{runner.processes.rank}of{runner.processes.count}"
     return output.with_suffix(".progress") / f"{run.key}{part}.safetensors"
 
 
-def _progress_files(output: Path, run: Run) -> list[Path]:
-    """Those of a run, by however many processes it was begun."""
+def _progress_files(output: Path, run: PlannedRun) -> list[Path]:
+    """List the files of a run, by however many processes it was begun."""
     return sorted(progress_file(output, run).parent.glob(f"{run.key}*.safetensors"))
 
 
-def _done(bench: Bench, run: Run, schedule: Schedule, output: Path) -> Progress:
-    """What is done of this process's share. Finished blocks count whoever made them; a block under way goes on only in a
-    file of the same process, and only if nobody has finished any of its share meanwhile."""
-    own = progress_file(output, run, bench)
+def _load_progress(runner: Runner, run: PlannedRun, schedule: Schedule, output: Path) -> Progress:
+    """Read what is done of this process's share.
+
+    Finished blocks count whoever made them. A block under way goes on only in a file of the same process, and only if nobody
+    has finished any of its share meanwhile.
+    """
+    own_file = progress_file(output, run, runner)
 
     def load() -> Progress:
-        progress = Progress.load(own)
-        missing = {row for block in bench.share(schedule) for row in block} - {case["row"] for case in progress.cases}
-        others = [file for file in _progress_files(output, run) if file != own]
-        cases = {case["row"]: case for file in others for case in Progress.load(file).cases if case["row"] in missing}
-        return Progress(own, progress.cases + [cases[row] for row in sorted(cases)]) if cases else progress
+        progress = Progress.load(own_file)
+        share = {row for block in runner.share(schedule) for row in block}
+        missing = share - {case["row"] for case in progress.cases}
+        made_by_others: dict[int, dict[str, Any]] = {}
+        for file in _progress_files(output, run):
+            if file != own_file:
+                cases = Progress.load(file).cases
+                made_by_others |= {case["row"]: case for case in cases if case["row"] in missing}
+        if not made_by_others:
+            return progress
+        return Progress(own_file, progress.cases + [made_by_others[row] for row in sorted(made_by_others)])
 
-    if bench.split != "facts":
+    if runner.split != "facts":
         return load()
-    progress = bench.processes.of_first(load)
-    return progress if bench.processes.first else replace(progress, file=None)
+    progress = runner.processes.of_first(load)
+    return progress if runner.processes.first else replace(progress, file=None)
 
 
-def split(
-    runs: Sequence[Run], output: Path, processes: Processes | None = None
-) -> tuple[list[dict[str, Any]], list[Run]]:
-    """The lines that `output` holds already, for the first of some processes, and the runs that are left to make."""
-    lines = (processes or Processes()).of_first(lambda: done_already(output, [run.key for run in runs]))
+def split_off_made(
+    runs: Sequence[PlannedRun], output: Path, processes: Processes | None = None
+) -> tuple[list[dict[str, Any]], list[PlannedRun]]:
+    """Give the lines of runs that `output` holds already, for the first of some processes, and the runs left to make."""
+    wanted = [run.key for run in runs]
+    lines = (processes or Processes()).of_first(lambda: lines_made_already(output, wanted))
     return list(lines.values()), [run for run in runs if run.key not in lines]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
@@ -14,13 +13,15 @@ import peft
 import torch
 import transformers
 
+from peft_baft.storage import read_lines
+
 FORMAT = 1
 MEASURED = ("format", "command", "scores", "blocks", "cases", "kept", "gates")  # all else says what was measured
 DIGITS = 12
 
 
 def described_model(name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Names a base model and its tokenizer by what they are, not only by what they are called."""
+    """Name a base model and its tokenizer by what they are, not only by what they are called."""
     return {
         "name": name,
         "class": type(model).__name__,
@@ -32,7 +33,7 @@ def described_model(name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def fingerprint(model: Any, samples: int = 64) -> str:
-    """Hash of every parameter's name, shape and dtype and of `samples` evenly spaced values of it: fast at any size."""
+    """Hash every parameter's name, shape and dtype and of `samples` evenly spaced values of it: fast at any size."""
     digest = sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
@@ -43,12 +44,12 @@ def fingerprint(model: Any, samples: int = 64) -> str:
 
 
 def described_file(path: str | Path) -> dict[str, Any]:
-    """A data file by name and content."""
+    """Name a data file by name and content."""
     return {"file": Path(path).name, "sha256": short_hash(Path(path).read_bytes())}
 
 
 def versions() -> dict[str, str]:
-    """Of everything that can move a number."""
+    """Give the versions of everything that can move a number."""
     import peft_baft
 
     found = {module.__name__: module.__version__ for module in (peft_baft, torch, transformers, peft)}
@@ -60,13 +61,13 @@ def short_hash(data: bytes) -> str:
 
 
 def identity(line: dict[str, Any]) -> str:
-    """Hash of what a line measured, without what came out: equal for two runs that should give the same."""
+    """Hash what a line measured, without what came out: equal for two runs that should give the same."""
     what = {key: value for key, value in line.items() if key not in MEASURED}
     return short_hash(json.dumps(what, sort_keys=True).encode())
 
 
 def read_results(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """The lines of result files.
+    """Read the lines of result files.
 
     Raises:
         ValueError: a line is not a result of this format; the message begins with `path:line`.
@@ -76,42 +77,22 @@ def read_results(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        raise FileNotFoundError(2, "No such file or directory", str(path))
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: this is not a result line: {error}.") from None
+    for number, line in read_lines(path):
         if not isinstance(line, dict) or line.get("format") != FORMAT:
             raise ValueError(f'{path}:{number}: wanted a result line with "format": {FORMAT}, made by `baft bench`.')
         lines.append(line)
     return lines
 
 
-def append_result(path: Path, line: dict[str, Any]) -> None:
-    """Add a line to a result file, and let it reach the disk. A torn last line, of a killed process, is cut off first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
-        file.seek(0)
-        data = file.read()
-        if data and not data.endswith(b"\n"):
-            file.truncate(data.rfind(b"\n") + 1)
-        file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def done_already(path: Path, wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By identity, the lines of a file that are among `wanted`; a torn last line is passed over."""
-    if not path.exists():
-        return {}
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    lines = [json.loads(text) for text in whole.split("\n") if text.strip()]
+def lines_made_already(path: Path, wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Find the lines of a file that are among the identities `wanted`."""
+    lines = [line for _, line in read_lines(path)]
     return {key: line for line in lines if (key := identity(line)) in wanted}
 
 
 def in_order(parts: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The entries of all processes, by row."""
+    """Put the entries of all processes in the order of their rows."""
     return sorted((entry for part in parts for entry in part), key=lambda entry: entry["row"])

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from peft_baft.adapter import BaftConfig, baft_layers
 from peft_baft.adapter.blocks import text_config
 from peft_baft.adapter.registration import BAFT
+from peft_baft.adapter.state import evaluating
 from peft_baft.checking.report import CheckReport, Finding, installed_versions
 from peft_baft.checking.tools import flags_kept, in_words
 from peft_baft.checking.trials import Trials
-from peft_baft.editing.adapter_editor import evaluating
 
 RANK, UPDATE = 12, 0.5  # of the adapter that is tried: its rank, and how much of a hidden vector it changes
 ATTACHED = "an adapter can be attached"

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn, stack
 
 from peft_baft.adapter import BaftLayer
-from peft_baft.editing.acceleration.prefix_cache import logger as session_logger
+from peft_baft.editing.acceleration.prefix_cache import logger as forward_logger
 
 
 def largest_difference(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
@@ -72,14 +72,14 @@ def reasons_of_session() -> Iterator[list[str]]:
         reasons.append(in_words(error) if isinstance(error, Exception) else str(error))
         return False
 
-    session_logger.addFilter(keep)
-    level = session_logger.level
-    session_logger.setLevel(logging.INFO)
+    forward_logger.addFilter(keep)
+    level = forward_logger.level
+    forward_logger.setLevel(logging.INFO)
     try:
         yield reasons
     finally:
-        session_logger.setLevel(level)
-        session_logger.removeFilter(keep)
+        forward_logger.setLevel(level)
+        forward_logger.removeFilter(keep)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 from peft_baft.adapter import BaftLayer, baft_layers
 from peft_baft.adapter.model_call import full_logits, input_device
+from peft_baft.adapter.state import rolled_back, trainable, without_adapters
 from peft_baft.checking.made_up_text import FACT, PROMPTS, NumberTokenizer, drawn_texts
 from peft_baft.checking.report import Finding
 from peft_baft.checking.tools import (
@@ -32,8 +33,8 @@ from peft_baft.checking.tools import (
 )
 from peft_baft.data.batching import Tokens, collate, encode, encode_prompt, padding_id
 from peft_baft.data.cases import Edit
-from peft_baft.editing.acceleration.prefix_cache import CachedSession, Session, open_session
-from peft_baft.editing.adapter_editor import rolled_back, trainable, without_adapters
+from peft_baft.editing.acceleration.prefix_cache import CachedPrefix, open_forward
+from peft_baft.editing.answers import AnswerForward, FullForward
 from peft_baft.editing.baft import BaftEditor
 from peft_baft.editing.train import DescentConfig
 
@@ -220,7 +221,7 @@ class Trials:
         return [encode(self.tokenizer, self.fact.prompt, self.fact.target), shorter]
 
     @torch.enable_grad()
-    def _loss_and_gradients(self, session: Session) -> tuple[float, dict[str, Tensor]]:
+    def _loss_and_gradients(self, session: AnswerForward) -> tuple[float, dict[str, Tensor]]:
         """The mean loss, and the gradient of each of the adapter's parameters in each block."""
         self.model.zero_grad()
         loss = session.losses().mean()
@@ -234,7 +235,7 @@ class Trials:
 
     def _reached(self) -> Finding:
         with trainable(self.model):
-            _, gradients = self._loss_and_gradients(Session(self.model, self._rows(), [0], self.pad, self.device))
+            _, gradients = self._loss_and_gradients(FullForward(self.model, self._rows(), [0], self.pad, self.device))
         sizes = {layer.name: 0.0 for layer in self.layers}
         for name, gradient in gradients.items():
             block = name.partition(" ")[0]
@@ -245,16 +246,16 @@ class Trials:
     def _fast(self) -> Finding:
         given = (self.model, self._rows(), [0], self.pad)
         with trainable(self.model), reasons_of_session() as reasons:
-            plain = self._loss_and_gradients(Session(*given, self.device))
-            chosen = open_session(*given, self.positions)
+            plain = self._loss_and_gradients(FullForward(*given, self.device))
+            chosen = open_forward(*given, self.positions)
             try:
-                cached = CachedSession(*given, self.device, self.positions)
+                cached = CachedPrefix.build(*given, self.device, self.positions)
                 difference = max(step_difference(plain, self._loss_and_gradients(cached)) for _ in range(2))
                 why = "loss or gradient would differ."
             except Exception as error:
                 difference, why = math.inf, in_words(error)
         shown = None if math.isinf(difference) else difference
-        if not isinstance(chosen, CachedSession):
+        if not isinstance(chosen, CachedPrefix):
             detail = f"Edits take the plain path, which is slower: {' '.join(reasons) or why}"
             return Finding(FAST, None, shown, self.tolerance, detail)
         if difference <= self.tolerance:
@@ -265,7 +266,7 @@ class Trials:
         with rolled_back(self.model):
             editor = BaftEditor(self.model, self.tokenizer, descent=DescentConfig(max_steps=STEPS))
             with torch.no_grad():
-                session = Session(self.model, self._rows()[:1], [0], self.pad, self.device)
+                session = FullForward(self.model, self._rows()[:1], [0], self.pad, self.device)
                 before = session.losses().mean().item()
             after = editor.edit([self.fact]).losses["teacher_forcing"]
         return Finding(LEARNS, after < before, detail=f"From {before:.3g} to {after:.3g} in {STEPS} steps.")

@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from peft_baft.benchmark import plan
 from peft_baft.benchmark.methods import methods
-from peft_baft.benchmark.metrics import MEASURES, piqa_cases
+from peft_baft.benchmark.metrics import METRICS
 from peft_baft.benchmark.report.tables import tables
 from peft_baft.benchmark.results import described_file, described_model, in_order, versions
-from peft_baft.benchmark.runner import Bench
+from peft_baft.benchmark.runner import Runner
 from peft_baft.benchmark.schedule import Schedule
-from peft_baft.benchmark.tasks import BENCHMARKS, PIQA
+from peft_baft.benchmark.tasks import locate, read_benchmark, task_of
 from peft_baft.cli.common import (
     adapter_config,
     attach_adapter,
@@ -33,9 +33,9 @@ from peft_baft.cli.common import (
     require_device,
     type_errors_as_bad_input,
 )
-from peft_baft.data.formats import locate, read_benchmark, read_piqa
 from peft_baft.loading import locate_model
 from peft_baft.processes import Processes
+from peft_baft.storage import append_line
 from peft_baft_cli.screen import doing, progress_shown
 
 SPLIT = {"blocks": "blocks and questions", "facts": "the facts of each batch, and questions"}
@@ -86,6 +86,7 @@ class _Subject:
 def bench(options: BenchOptions) -> int:
     """Measure editing methods, or an adapter, and print tables of what came out; the exit code."""
     output = options.output or Path("runs") / f"{options.benchmark}.jsonl"
+    task = task_of(options.benchmark)
     if options.split == "facts" and options.schedule != "batched":
         raise ValueError("--split facts splits batches: it needs --schedule batched.")
     with Processes.started(options.processes) as processes:
@@ -98,7 +99,7 @@ def bench(options: BenchOptions) -> int:
         file = locate(options.benchmark, options.data)
         config = None if options.adapter is None else adapter_config(options.adapter, options.adapter_revision)
         subject = _Subject(*chosen_model(options.model, options.revision, config), device, config)
-        measure = _piqa if options.benchmark == PIQA else _editing
+        measure = _editing if task.ask is None else _asking
         lines = measure(options, subject, file, output, processes)
         if processes.first:
             _show(lines, output)
@@ -115,8 +116,8 @@ def _editing(
     options: BenchOptions, subject: _Subject, file: Path, output: Path, processes: Processes
 ) -> list[dict[str, Any]]:
     """Lines of methods that edit, or of an adapter that has edited, on the facts of a file."""
-    suite = BENCHMARKS[options.benchmark]
-    cases = suite.prepared(read_benchmark(options.benchmark, file))
+    task = task_of(options.benchmark)
+    cases = task.prepared(read_benchmark(options.benchmark, file))
     first, last = _rows(options.rows, len(cases))
     preset = chosen_preset(options.preset, options.r, options.lr, options.max_steps)
     with type_errors_as_bad_input():
@@ -124,47 +125,49 @@ def _editing(
     schedules = _schedules(options)
     for schedule in schedules:
         schedule.blocks(first, last)  # complains before a model is loaded
-    unrelated = options.unrelated or suite.unrelated
+    unrelated = options.unrelated or task.unrelated
     texts = chosen_unrelated(unrelated)
     base, tokenizer = _loaded(options, subject, processes)
     common = _common(options, subject, base, tokenizer, file, (first, last))
     common["unrelated"] = described_file(unrelated) if Path(unrelated).is_file() else {"file": unrelated}
     with tqdm(unit="row", smoothing=0.05, disable=not _drawn(processes), leave=False) as bar:
-        also = [MEASURES[name] for name in options.also]
-        rows = Bench(base, tokenizer, cases, first, last, texts, options.template, also, bar.update)
+        also = [METRICS[name] for name in options.also]
+        rows = Runner(base, tokenizer, cases, first, last, texts, options.template, also, bar.update)
         rows = replace(rows, processes=processes, split=options.split)
-        runs = plan.planned(common, chosen, schedules, range(options.seeds))
+        runs = plan.plan_runs(common, chosen, schedules, range(options.seeds))
         if options.adapter:
             model = attach_adapter(base, options.adapter, options.adapter_revision)
-            runs = [plan.adapter_run(common, options.adapter, model)]
-        lines, runs = plan.split(runs, output, processes)
+            runs = [plan.plan_adapter(common, options.adapter, model)]
+        lines, runs = plan.split_off_made(runs, output, processes)
         bar.reset(total=sum(rows.amount(run.schedule) for run in runs))
         for run in runs:
             bar.set_description(run.title)
-            lines.append(plan.perform(rows, run, suite.averaged, output, _command_line()))
+            lines.append(plan.perform(rows, run, task.averaged, output, _command_line()))
     return lines
 
 
-def _piqa(
+def _asking(
     options: BenchOptions, subject: _Subject, file: Path, output: Path, processes: Processes
 ) -> list[dict[str, Any]]:
-    """The line of the unedited model, or of an adapter, on PIQA."""
-    items = read_piqa(file)
+    """The line of the unedited model, or of an adapter, on a benchmark that edits nothing."""
+    ask = task_of(options.benchmark).ask
+    assert ask is not None, "the benchmark asks a model as it is"
+    items = read_benchmark(options.benchmark, file)
     first, last = _rows(options.rows, len(items))
     model, tokenizer = _loaded(options, subject, processes)
     common = _common(options, subject, model, tokenizer, file, (first, last))
-    run = plan.planned(common, [None], [Schedule()], [0])[0]
+    run = plan.plan_runs(common, [None], [Schedule()], [0])[0]
     if options.adapter:
         model = attach_adapter(model, options.adapter, options.adapter_revision)
-        run = plan.adapter_run(common, options.adapter, model)
-    lines, runs = plan.split([run], output, processes)
+        run = plan.plan_adapter(common, options.adapter, model)
+    lines, runs = plan.split_off_made([run], output, processes)
     share, bar = processes.share(range(first, last)), partial(tqdm, disable=not _drawn(processes), leave=False)
     for run in runs:
-        cases = in_order(processes.gather(lambda: piqa_cases(model, tokenizer, items, share, bar)))
-        lines.append(plan.finished(run.head, cases, (), _command_line()))
+        cases = in_order(processes.gather(lambda: ask(model, tokenizer, items, share, bar)))
+        lines.append(plan.result_line(run.head, cases, (), _command_line()))
         with processes.together():
             if processes.first:
-                plan.kept(lines[-1], output)
+                append_line(output, lines[-1])
     return lines
 
 
@@ -189,7 +192,7 @@ def _common(
         "benchmark": options.benchmark,
         "model": model if subject.revision is None else model | {"revision": subject.revision},
         "data": described_file(file) | {"rows": list(rows)},
-        "protocol": plan.protocol(options.template, options.also),
+        "protocol": plan.described_protocol(options.template, options.also),
         "versions": versions(),
     }
 

@@ -34,13 +34,15 @@ from peft_baft.cli.edit_report import print_report, summary
 from peft_baft.data.cases import Case
 from peft_baft.data.datasets import read_cases, read_unrelated
 from peft_baft.data.unrelated import CANARIES
-from peft_baft.editing.continual import Made, edit_continually
-from peft_baft.editing.journal import LINES, Journal, give_umask_mode
+from peft_baft.editing.baft import UNRELATED_USED
+from peft_baft.editing.continual import EditRecord, edit_continually
+from peft_baft.editing.journal import LINES, Journal
 from peft_baft.editing.presets import Preset
 from peft_baft.evaluation.guard import canary_check
 from peft_baft.evaluation.report import Report, watch
 from peft_baft.loading import locate_model
 from peft_baft.processes import Processes
+from peft_baft.storage import give_umask_mode
 from peft_baft_cli.errors import DONE, NOT_SO, Interrupted
 from peft_baft_cli.screen import doing, progress_shown
 
@@ -122,8 +124,16 @@ def _edit(options: EditOptions, device: str, processes: Processes) -> dict[str, 
             _prepare_output(options)
     with _status(f"loading {options.model}", processes):
         model, tokenizer = _edited_model(options, device, preset, continued)
-    editor = BaftEditor(model, tokenizer, unrelated, preset.objective, preset.descent, preset.batch_descent)
-    editor.processes, editor.unrelated_used = processes, _unrelated_used(options.adapter, options.adapter_revision)
+    editor = BaftEditor(
+        model,
+        tokenizer,
+        unrelated,
+        preset.objective,
+        preset.descent,
+        preset.batch_descent,
+        processes=processes,
+        unrelated_used=_unrelated_used(options.adapter, options.adapter_revision),
+    )
     with _status("asking the model before it is edited", processes):
         report = watch(model, tokenizer, cases)
         check = None
@@ -134,7 +144,7 @@ def _edit(options: EditOptions, device: str, processes: Processes) -> dict[str, 
         return processes.of_first(lambda: _saved(options, editor, report(), made))
 
 
-def _made(options: EditOptions, editor: BaftEditor, cases: Sequence[Case], check: Any) -> list[Made]:
+def _made(options: EditOptions, editor: BaftEditor, cases: Sequence[Case], check: Any) -> list[EditRecord]:
     """Make the edits, or go on with a run of them.
 
     Raises:
@@ -163,10 +173,10 @@ def _made(options: EditOptions, editor: BaftEditor, cases: Sequence[Case], check
 
 
 def _runs(journal: Journal) -> int:
-    return sum("run" in line for line in journal.lines())
+    return len(journal.runs())
 
 
-def _saved(options: EditOptions, editor: BaftEditor, result: Report, made: Sequence[Made]) -> dict[str, Any]:
+def _saved(options: EditOptions, editor: BaftEditor, result: Report, made: Sequence[EditRecord]) -> dict[str, Any]:
     """Save the adapter with its report, which is what `--json` prints."""
     output = options.output
     editor.model.save_pretrained(str(output), save_embedding_layers=False)
@@ -207,7 +217,8 @@ def _unrelated_used(adapter: str | None, revision: str | None) -> int:
         return 0
     journal = Journal(adapter)
     if journal.snapshots():
-        return int(journal.kept(journal.snapshots()[-1])[1].get("unrelated_used", 0))
+        state, _ = journal.load_snapshot(journal.snapshots()[-1])
+        return int(state.get(UNRELATED_USED, 0))
     report = Path(adapter) / REPORT
     if not Path(adapter).is_dir():
         try:
@@ -244,13 +255,13 @@ def _status(what: str, processes: Processes) -> Any:
     return doing(what) if processes.first else nullcontext()
 
 
-def _with_progress(batches: Iterable[Made], count: int, batch_size: int, shown: bool) -> list[Made]:
+def _with_progress(batches: Iterable[EditRecord], count: int, batch_size: int, shown: bool) -> list[EditRecord]:
     unit = "edit" if batch_size == 1 else "batch"
     made = []
     with tqdm(total=count, desc="editing", unit=unit, disable=not shown, leave=False) as bar:
         for batch in batches:
             made.append(batch)
-            if batch.outcome is not None:
-                bar.set_postfix(steps=batch.outcome.steps, loss=f"{batch.outcome.losses['teacher_forcing']:.3f}")
+            if batch.result is not None:
+                bar.set_postfix(steps=batch.result.steps, loss=f"{batch.result.losses['teacher_forcing']:.3f}")
             bar.update()
     return made

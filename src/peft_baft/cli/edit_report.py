@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from peft_baft.editing.continual import Made
+from peft_baft.editing.continual import EditRecord
 from peft_baft.evaluation.report import Report
 from peft_baft_cli.screen import print_table, shortened, shown
 
@@ -20,7 +20,7 @@ MEASURES = (
 MOVED = 0.9  # a locality below which the report says what can be done
 
 
-def summary(report: Report, made: Sequence[Made]) -> dict[str, Any]:
+def summary(report: Report, made: Sequence[EditRecord]) -> dict[str, Any]:
     """What became of each fact and of the model, in a form that JSON keeps.
 
     A fact is `learned` if its loss fell below the stop when it was made, and `known` if the model's own answer begins with
@@ -30,14 +30,14 @@ def summary(report: Report, made: Sequence[Made]) -> dict[str, Any]:
     answers = [
         asdict(answer)
         | {
-            "learned": batch.outcome is not None and batch.outcome.learned,
+            "learned": batch.result is not None and batch.result.learned,
             "known": answer.learned,
             "kept": batch.kept,
             "problem": batch.problem,
         }
         for answer, batch in zip(report.answers, batches, strict=True)
     ]
-    outcomes = [batch.outcome for batch in made if batch.outcome is not None]
+    outcomes = [batch.result for batch in made if batch.result is not None]
     return {
         "facts": len(answers),
         "batches": len(made),

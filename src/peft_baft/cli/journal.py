@@ -6,7 +6,7 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
-from peft_baft.editing.journal import LINES, Journal
+from peft_baft.editing.journal import LINES, EditLine, Journal
 from peft_baft_cli.screen import print_table
 
 
@@ -24,11 +24,11 @@ def log(adapter: Path, json: bool = False) -> int:
     return 0
 
 
-def _described(line: dict[str, Any], snapshots: set[int]) -> dict[str, Any]:
+def _described(line: EditLine, snapshots: set[int]) -> dict[str, Any]:
     """A line of the journal as `baft log --json` gives it."""
-    facts = [{"prompt": prompt, "target": target} for prompt, target in line["facts"]]
-    measured = {name: line[name] for name in ("steps", "loss", "seconds", "learned", "problem", "kept")}
-    return {"edit": line["edit"], "facts": facts, **measured, "snapshot": line["edit"] in snapshots}
+    facts = [{"prompt": prompt, "target": target} for prompt, target in line.facts]
+    measured = {name: getattr(line, name) for name in ("steps", "loss", "seconds", "learned", "problem", "kept")}
+    return {"edit": line.edit, "facts": facts, **measured, "snapshot": line.edit in snapshots}
 
 
 def _row(edit: dict[str, Any]) -> tuple[str, ...]:

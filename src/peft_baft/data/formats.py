@@ -1,9 +1,14 @@
-"""The benchmarks' own files to cases, one short reader a format; where a file comes from.
+"""Read the files of published benchmarks: one reader a format, which `benchmark/tasks.py` gives names.
 
-All readers drop white space around texts. EasyEdit does not: it keeps the leading space of the target in 15 rows of
+Every reader drops white space around texts. EasyEdit does not: it keeps the leading space of the target in 15 rows of
 its ZsRE file, and so scores them with two spaces. Fields that a reader does not need are passed over, and an edit may
-repeat, as some do in KnowEdit. A record that cannot be used raises a ValueError that begins with its place: `FILE:
-record N`, from 1, or `FILE:line` in a .jsonl.
+repeat, as some do in KnowEdit.
+
+Every reader gives one case for each record, in the file's order, and raises
+
+    FileNotFoundError: there is no such file.
+    ValueError: a record cannot be used; the message begins with its place, `FILE: record N`, from 1, or `FILE:line` in a
+        .jsonl.
 """
 
 from __future__ import annotations
@@ -14,20 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-
 from peft_baft.data.cases import Case, Edit, Probe
-from peft_baft.data.datasets import read_cases, zsre_case
+from peft_baft.data.datasets import zsre_case
 from peft_baft.data.files import field, listed, placed, records, require_object, shown, text, text_of, texts
 
-KNOWEDIT = "zjunlp/KnowEdit"
-KNOWEDIT_FILES = {
-    "wiki_recent": "benchmark/wiki_recent/recent_test.json",
-    "wiki_counterfact": "benchmark/wiki_counterfact/test_cf.json",
-    "wikibio": "benchmark/WikiBio/wikibio-test-all.json",
-    "knowedit_zsre": "benchmark/ZsRE/ZsRE-test-all.json",
-    "convsent": "benchmark/Convsent/blender_test.json",
-}
 _NOUNS = "opinion of,stance on,position on,attitude about,view on,take on,impression of,assessment of,judgment of"
 CONVSENT_QUESTIONS = (
     *("What do you think of {}?", "What do you feel about {}?", "How do you view {}?"),
@@ -61,69 +56,69 @@ class PiqaItem:
     label: int
 
 
-def read_benchmark(name: str, path: str | Path) -> list[Case]:
-    """The cases of a benchmark of `READERS`, one for each record and in the file's order.
-
-    Raises:
-        ValueError: there is no such benchmark, or a record is unusable; the message begins with its place.
-        FileNotFoundError: there is no such file.
-    """
-    if name not in READERS:
-        raise ValueError(f"There is no benchmark {name!r}; known are {', '.join(READERS)}.")
-    return READERS[name](Path(path))
+def read_zsre(path: Path) -> list[Case]:
+    """Read ZsRE as the continual protocol has it: `src`, `alt`, `rephrase`, `loc`, `loc_ans` and `portability`."""
+    return _cases(path, zsre_case)
 
 
-def locate(name: str, data: str | Path | None = None) -> Path:
-    """The file of a benchmark.
-
-    Args:
-        data: a path that exists; else a file name of the Hub's data set zjunlp/KnowEdit, in full or without its
-            folder (`recent_train.json`), which is downloaded. None takes the test file there.
-
-    Raises:
-        FileNotFoundError: neither is there, or there is no network.
-        ValueError: no data is named, and the benchmark is none of KnowEdit's.
-    """
-    if data is not None and Path(data).exists():
-        return Path(data)
-    hub = KNOWEDIT_FILES.get(name) if data is None else _hub_name(name, str(data))
-    if hub is None and data is None:
-        raise ValueError(f"Say with --data which file {name} is to be read from; the Hub has none to take by itself.")
-    if hub is None:
-        raise FileNotFoundError(f"There is no file {data}, and no such name in the Hub's data set {KNOWEDIT}.")
-    try:
-        return Path(huggingface_hub.hf_hub_download(KNOWEDIT, hub, repo_type="dataset"))
-    except Exception as error:  # what the network raises differs between versions
-        tried = f"There is no file {data}, and " if data is not None else ""
-        raise FileNotFoundError(
-            f"{tried}{hub} of the Hub's data set {KNOWEDIT} could not be downloaded "
-            f"({type(error).__name__}: {error}); give the path of a file that you have."
-        ) from error
-
-
-def _hub_name(name: str, data: str) -> str | None:
-    """The full name of a KnowEdit file; None for what cannot be one."""
-    if data.startswith("benchmark/"):
-        return data
-    known = KNOWEDIT_FILES.get(name) if "/" not in data and "\\" not in data else None
-    return known and f"{known.rpartition('/')[0]}/{data}"
-
-
-def _reader(make: Callable[[Any], Case]) -> Callable[[Path], list[Case]]:
-    """A reader of files whose records `make` turns into cases."""
-
-    def read(path: Path) -> list[Case]:
-        return [placed(place, make, record) for place, record in records(path)]
-
-    return read
-
-
-def _knowedit_case(record: Any, prompt: str = "prompt", target: str = "target_new") -> Case:
-    """A record of KnowEdit. prompt, target: what these fields are called.
+def read_knowedit(path: Path, prompt: str = "prompt", target: str = "target_new") -> list[Case]:
+    """Read a file in the shape that all of KnowEdit but ConvSent has.
 
     `portability` and `locality` hold lists of questions under their topics; either may be absent, null or empty. A
     rephrasing, which EasyEdit leaves out, is a generality probe here.
+
+    Args:
+        prompt, target: the names of the fields that hold the edit.
     """
+    return _cases(path, partial(_knowedit_case, prompt, target))
+
+
+def read_counterfact(path: Path) -> list[Case]:
+    """Read CounterFact, as ROME published it, or flat as EasyEdit has it."""
+    return _cases(path, _counterfact_case)
+
+
+def read_convsent(path: Path) -> list[Case]:
+    """Read ConvSent's topics as `ConvSentCase`s; an edit teaches the first opinion of one side.
+
+    EasyEdit draws at random which side is taught and which of 13 questions is asked. Here the row i, from 0, decides:
+    even rows become positive, odd ones negative, by question i modulo 13. Prompt and misspelling are EasyEdit's.
+    """
+    placed_records = enumerate(records(Path(path)))
+    return [placed(place, partial(_convsent_case, row), record) for row, (place, record) in placed_records]
+
+
+def read_piqa(path: str | Path) -> list[PiqaItem]:
+    """Read the items of PIQA: `name.jsonl`, and beside it `name-labels.lst` with a 0 or 1 for each.
+
+    Raises:
+        ValueError: a label is unusable, or there are not as many as records.
+        FileNotFoundError: one of the two files is not there.
+    """
+    path = Path(path)
+    labels_file = path.with_name(f"{path.stem}-labels.lst")
+    placed_records = records(path)
+    if not labels_file.exists():
+        raise FileNotFoundError(
+            f"There is no file {labels_file}; the labels of {path} belong into it, a 0 or 1 a line."
+        )
+    labels = text_of(labels_file).rstrip().split("\n")
+    for line, label in enumerate(labels, start=1):
+        if label.strip() not in ("0", "1"):
+            raise ValueError(f"{labels_file}:{line}: wanted the label 0 or 1, not {shown(label)}.")
+    if len(labels) != len(placed_records):
+        raise ValueError(f"{labels_file}: {len(labels)} labels, but {path} has {len(placed_records)} records.")
+    items = []
+    for (place, record), label in zip(placed_records, labels, strict=True):
+        items.append(placed(place, partial(_piqa_item, int(label)), record))
+    return items
+
+
+def _cases(path: Path, case_of_record: Callable[[Any], Case]) -> list[Case]:
+    return [placed(place, case_of_record, record) for place, record in records(Path(path))]
+
+
+def _knowedit_case(prompt: str, target: str, record: Any) -> Case:
     require_object(record, "a record")
     edit = Edit(text(record, prompt), _answer(record, target))
     names = [name for name in ("rephrase_prompt", "rephrase") if record.get(name) not in (None, "")]
@@ -189,16 +184,6 @@ def _worded(rewrite: dict[str, Any], name: str) -> str:
     return text(target, "str")
 
 
-def _read_convsent(path: Path) -> list[Case]:
-    """ConvSent's topics as `ConvSentCase`s; an edit teaches the first opinion of one side.
-
-    EasyEdit draws at random which side is taught and which of 13 questions is asked. Here the row i, from 0, decides:
-    even rows become positive, odd ones negative, by question i modulo 13. Prompt and misspelling are EasyEdit's.
-    """
-    found = enumerate(records(path))
-    return [placed(place, partial(_convsent_case, row), record) for row, (place, record) in found]
-
-
 def _convsent_case(row: int, record: Any) -> ConvSentCase:
     require_object(record, "a record")
     question = CONVSENT_QUESTIONS[row % len(CONVSENT_QUESTIONS)].format(text(record, "ent"))
@@ -210,40 +195,6 @@ def _convsent_case(row: int, record: Any) -> ConvSentCase:
     return ConvSentCase(edit=edit, question=question, wanted=wanted, positive=positive, negative=negative)
 
 
-def read_piqa(path: str | Path) -> list[PiqaItem]:
-    """The items of PIQA: `name.jsonl`, and beside it `name-labels.lst` with a 0 or 1 for each.
-
-    Raises:
-        ValueError: a record or a label is unusable, or their numbers differ; the message begins with the place.
-        FileNotFoundError: one of the two is not there.
-    """
-    path = Path(path)
-    beside = path.with_name(f"{path.stem}-labels.lst")
-    found = records(path)
-    if not beside.exists():
-        raise FileNotFoundError(f"There is no file {beside}; the labels of {path} belong into it, a 0 or 1 a line.")
-    labels = text_of(beside).rstrip().split("\n")
-    for line, label in enumerate(labels, start=1):
-        if label.strip() not in ("0", "1"):
-            raise ValueError(f"{beside}:{line}: wanted the label 0 or 1, not {shown(label)}.")
-    if len(labels) != len(found):
-        raise ValueError(f"{beside}: {len(labels)} labels, but {path} has {len(found)} records.")
-    pairs = zip(found, labels, strict=True)
-    return [placed(place, partial(_piqa_item, int(label)), record) for (place, record), label in pairs]
-
-
 def _piqa_item(label: int, record: Any) -> PiqaItem:
     require_object(record, "a record")
     return PiqaItem(text(record, "goal"), text(record, "sol1"), text(record, "sol2"), label)
-
-
-READERS: dict[str, Callable[[Path], list[Case]]] = {
-    "zsre": _reader(zsre_case),
-    "wiki_recent": _reader(_knowedit_case),
-    "wiki_counterfact": _reader(_knowedit_case),
-    "wikibio": _reader(partial(_knowedit_case, prompt="text", target="labels")),
-    "knowedit_zsre": _reader(_knowedit_case),
-    "convsent": _read_convsent,
-    "counterfact": _reader(_counterfact_case),
-    "facts": read_cases,
-}

@@ -1,23 +1,33 @@
-"""BaFT's own objective (Sec. 2.4): teacher forcing, load balance of the gates, locality margins."""
+"""Editing with BaFT (Sec. 2.4): teacher forcing, load balance of the gates, locality margins."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from copy import deepcopy
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from peft_baft.adapter import BaftLayer, EditContext, RecordedGates, baft_layers, find_context
-from peft_baft.adapter.balance import WITHOUT_GRADIENT
+from peft_baft.adapter import BaftLayer, EditContext, baft_layers, find_context
+from peft_baft.adapter.state import evaluating, trainable
 from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit, Unrelated
-from peft_baft.editing.acceleration.prefix_cache import Session, open_session
-from peft_baft.editing.adapter_editor import AdapterEditor, checked_edits, evaluating, trainable
-from peft_baft.editing.lanes import Lane, Share, copy_adapter, divide, parameters_of, train_lanes
-from peft_baft.editing.objective import Gates, Objective
-from peft_baft.editing.train import Descent, DescentConfig, Outcome, Terms, descend
+from peft_baft.editing.acceleration.prefix_cache import open_forward
+from peft_baft.editing.acceleration.prepared import PreparedModel
+from peft_baft.editing.adapter_editor import AdapterEditor
+from peft_baft.editing.answers import AnswerForward
+from peft_baft.editing.editor import CURSOR, EditResult, checked_edits
+from peft_baft.editing.lanes import Gates, Lane, LaneBatch, LaneOutput, train_lanes
+from peft_baft.editing.objective import Objective
+from peft_baft.editing.train import Descent, DescentConfig, Terms
+from peft_baft.processes import Processes
+
+UNRELATED_USED = f"{CURSOR}unrelated_used"
 
 
 class BaftEditor(AdapterEditor):
@@ -31,13 +41,13 @@ class BaftEditor(AdapterEditor):
         tokenizer: the model's own, a fast one.
         unrelated: text that edits should leave alone; each fact is trained beside the next of this list, which starts
             again at its end. Empty for none, as in the paper's single editing: then nothing closes the gates.
-        unrelated_per_edit: how many of them each fact is trained beside.
         objective: the regularisers' settings.
         descent, batch_descent: how one fact, and a batch of facts, is trained.
-
-    Attributes:
-        unrelated_used: how many unrelated texts have been shown so far. A new editor begins at the first text again;
-            set this to what it was to go on with a reloaded adapter exactly as the old editor would have.
+        unrelated_per_edit: how many unrelated texts each fact is trained beside.
+        processes: as for `AdapterEditor`.
+        unrelated_used: how many unrelated texts earlier edits of a reloaded adapter have been trained beside; this editor goes
+            on with the next one, exactly as the earlier one would have.
+        prepared: what edits of the same base model have found out and prepared before; by default the model's own.
 
     Raises:
         TypeError, ValueError: as `AdapterEditor`, or the active adapter is not a BaFT adapter.
@@ -52,8 +62,12 @@ class BaftEditor(AdapterEditor):
         descent: DescentConfig | None = None,
         batch_descent: DescentConfig | None = None,
         unrelated_per_edit: int = 1,
+        *,
+        processes: Processes | None = None,
+        unrelated_used: int = 0,
+        prepared: PreparedModel | None = None,
     ) -> None:
-        super().__init__(model, tokenizer, descent, batch_descent)
+        super().__init__(model, tokenizer, descent, batch_descent, processes=processes)
         self.layers = [layer for layer in baft_layers(model) if self.adapter_name in layer.configs]
         if not self.layers:
             raise ValueError(
@@ -64,41 +78,13 @@ class BaftEditor(AdapterEditor):
                 f"unrelated_per_edit must be at least 1, not {unrelated_per_edit}; for none, leave `unrelated` empty."
             )
         self.objective, self.unrelated_per_edit = objective or Objective(), unrelated_per_edit
+        self.unrelated_used, self._prepared = unrelated_used, prepared
+        self._gated = [layer for layer in self.layers if self.adapter_name in layer.baft_gate]
+        self._gated_blocks = [layer.name for layer in self._gated]
         rows = [encode_fitting(model, tokenizer, text.prompt, text.answer) for text in unrelated]
-        self._unrelated = rows if self._gated() else []
+        self._unrelated = rows if self._gated else []
 
-    def _gated(self) -> list[BaftLayer]:
-        return [layer for layer in self.layers if self.adapter_name in layer.baft_gate]
-
-    def _train(self, rows: list[Tokens], parameters: list[nn.Parameter], descent: DescentConfig) -> Outcome:
-        texts = self._next_unrelated(len(rows) * self.unrelated_per_edit)
-        own = self.processes.share(range(len(rows)))
-        beside = [text for i in own for text in texts[i * self.unrelated_per_edit : (i + 1) * self.unrelated_per_edit]]
-        gates: dict[str, tuple[Tensor, Tensor]] = {}
-        with self._context().recording() as recorded:
-            if own:
-                learned, positions = range(len(own)), self._positions(parameters)
-                session = self._open([*(rows[i] for i in own), *beside], learned, positions)
-                share = divide(session, learned, range(len(own), len(session.rows)), self._edited_positions())
-
-            def part() -> list[Tensor]:
-                answers = session.losses()
-                return [answers, *(w for pair in self._gates(recorded, share).values() for w in pair)]
-
-            def losses() -> Terms:
-                answers, *w = self.processes.joined(part if own else list)
-                gates.update(zip(self._loads(self.adapter_name), zip(w[::2], w[1::2], strict=True), strict=True))
-                return self._terms(self.adapter_name, answers.mean(), gates)
-
-            outcome = descend(parameters, losses, descent, self.processes)
-            self._remember_use(self.adapter_name, gates)
-        self.unrelated_used += len(texts)
-        return outcome
-
-    def _open(self, rows: Sequence[Tokens], learned: Sequence[int], positions: int | None) -> Session:
-        return open_session(self.model, rows, learned, padding_id(self.tokenizer), positions)
-
-    def edit_each(self, edits: Iterable[Edit], parallel: int = 16) -> Iterator[tuple[str, Outcome]]:
+    def edit_each(self, edits: Iterable[Edit], parallel: int = 16) -> Iterator[tuple[str, EditResult]]:
         """Teach each edit to an adapter of its own, which begins as a copy of this editor's: what `edit` would give alone.
 
         The results are ordinary adapters of the model, `NAME-0`, `NAME-1`, …, in the order of the edits: use `set_adapter`,
@@ -118,29 +104,30 @@ class BaftEditor(AdapterEditor):
         self._require_in_use()
         for fact in facts:
             self._tokens([fact])
-        named = {f"{self.adapter_name}-{i}": fact for i, fact in enumerate(facts)}
-        taken = [name for name in named if name in self.model.peft_config]
+        by_adapter = {f"{self.adapter_name}-{i}": fact for i, fact in enumerate(facts)}
+        taken = [name for name in by_adapter if name in self.model.peft_config]
         if taken:
             raise ValueError(f"The model has an adapter {taken[0]!r} already; use delete_adapter.")
-        return self._groups(named, parallel)
+        return self._edit_groups(by_adapter, parallel)
 
-    def _groups(self, named: dict[str, Edit], parallel: int) -> Iterator[tuple[str, Outcome]]:
-        names = list(named)
+    def _edit_groups(self, by_adapter: dict[str, Edit], parallel: int) -> Iterator[tuple[str, EditResult]]:
+        """Make the edits of `edit_each`, one group that shares its forwards after another."""
+        names = list(by_adapter)
         for start in range(0, len(names), parallel):
-            group = {name: named[name] for name in names[start : start + parallel]}
-            made: list[str] = []
+            group = {name: by_adapter[name] for name in names[start : start + parallel]}
+            copies: list[str] = []
             try:
                 for name in group:
-                    copy_adapter(self.model, self.layers, self.adapter_name, name)
-                    made.append(name)
-                outcomes = self.edit_side_by_side(group)
+                    self._copy_adapter(name)
+                    copies.append(name)
+                results = self.edit_side_by_side(group)
             except BaseException:
-                for name in made:
+                for name in copies:
                     self.model.delete_adapter(name)
                 raise
-            yield from outcomes.items()
+            yield from results.items()
 
-    def edit_side_by_side(self, edits: Mapping[str, Edit]) -> dict[str, Outcome]:
+    def edit_side_by_side(self, edits: Mapping[str, Edit]) -> dict[str, EditResult]:
         """Teach each edit to the adapter it stands under, all in the same forwards.
 
         Args:
@@ -149,72 +136,159 @@ class BaftEditor(AdapterEditor):
         Raises:
             FloatingPointError: as `edit_each`; the adapters are left where they were at that moment.
         """
-        rows = {name: self._tokens([edit])[0] for name, edit in edits.items()}
-        positions = self._edited_positions()
+        facts = {name: self._tokens([edit]) for name, edit in edits.items()}
         with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model), trainable(self.model):
             lanes = []
-            for name, row in rows.items():
-                parameters = parameters_of(self.layers, name)
+            for name, rows in facts.items():
+                parameters = self._parameters_of(name)
                 for parameter in parameters:
                     parameter.requires_grad_()
-                texts = self._next_unrelated(self.unrelated_per_edit)
-                self.unrelated_used += len(texts)
-                lanes.append(Lane(name, [row, *texts], Descent(parameters, self.descent)))
-            outcomes = train_lanes(
-                lanes,
-                self._context(),
-                [layer.name for layer in self._gated()],
-                lambda rows, learned: self._open(rows, learned, positions),
-                positions,
-                lambda name, fit, share, recorded: self._terms(name, fit, self._gates(recorded, share)),
-            )
+                descent = Descent(parameters, self.descent)
+                lanes.append(Lane(name, rows, self._take_unrelated(1), descent))
+            batch = self._batch(lanes, one_adapter_per_row=True)
+            results = train_lanes(lanes, batch, self._terms, self._gated_blocks)
             for lane in lanes:
-                if lane.share is not None:
-                    self._remember_use(lane.adapter_name, self._gates(lane.gates, lane.share))
-        return dict(zip(edits, outcomes, strict=True))
+                self._add_gate_usage(lane)
+        return dict(zip(edits, results, strict=True))
 
+    def edit_fresh(self, edits: Mapping[str, Edit], seeds: Mapping[str, int]) -> dict[str, EditResult]:
+        """Make an adapter for each name, initialised with its seed, and teach it the edit of that name.
+
+        Each comes out as if it had been edited alone. Raises as `edit_side_by_side`.
+        """
+        for name in edits:
+            torch.manual_seed(seeds[name])
+            self.model.add_adapter(name, deepcopy(self.model.peft_config[self.adapter_name]))
+        return self.edit_side_by_side(edits)
+
+    def answering(self, adapter_names: list[str]) -> AbstractContextManager[None]:
+        """Let row i of the batches inside be answered by adapter `adapter_names[i]`."""
+        return self._context.rows(adapter_names)
+
+    def use(self, adapter_name: str) -> None:
+        """Let the model answer with this adapter from now on."""
+        self.model.set_adapter(adapter_name)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give the adapter's tensors, and how many unrelated texts were used."""
+        return {**super().state_dict(), UNRELATED_USED: torch.tensor(self.unrelated_used)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        super().load_state_dict(state)
+        self.unrelated_used = int(state[UNRELATED_USED])
+
+    def snapshot(self) -> Callable[[], None]:
+        """Remember the adapter, its statistics and the cursor; calling the result puts them back, bit for bit."""
+        restore_adapter, used = super().snapshot(), self.unrelated_used
+
+        def restore() -> None:
+            restore_adapter()
+            self.unrelated_used = used
+
+        return restore
+
+    def described(self) -> dict[str, str]:
+        """Say what decides how edits come out, besides the adapter's config; unrelated texts as a hash of their tokens."""
+        texts = json.dumps([row.ids for row in self._unrelated])
+        return {
+            **super().described(),
+            "objective": repr(self.objective),
+            "unrelated_per_edit": repr(self.unrelated_per_edit),
+            "unrelated": hashlib.sha256(texts.encode()).hexdigest()[:16],
+        }
+
+    @property
     def _context(self) -> EditContext:
         context = find_context(self.model)
         assert context is not None, "a BaFT adapter has a context"
         return context
 
-    def _next_unrelated(self, count: int) -> list[Tokens]:
-        first, texts = self.unrelated_used, self._unrelated
-        return [texts[i % len(texts)] for i in range(first, first + count)] if texts else []
-
-    def _positions(self, parameters: list[nn.Parameter]) -> int | None:
-        """How many of the last prompt tokens may change; None if what is trained reaches further than the edited blocks."""
-        own = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
-        if any(id(parameter) not in own for parameter in parameters):
-            return None
-        return self._edited_positions()
-
-    def _edited_positions(self) -> int:
+    @property
+    def _prompt_positions(self) -> int:
         return self.layers[0].configs[self.adapter_name].prompt_positions
 
-    def _loads(self, adapter_name: str) -> dict[str, Tensor]:
-        """The statistics of an adapter's gates by the name of the block."""
-        return {layer.name: layer.baft_load[adapter_name] for layer in self._gated()}
+    def _train(self, facts: list[Tokens], descent: Descent) -> EditResult:
+        """Train the active adapter on one batch of facts, of which each process takes its part with its unrelated texts."""
+        per_edit = self.unrelated_per_edit if self._unrelated else 0
+        texts = self._take_unrelated(len(facts))
+        own_facts = self.processes.share(range(len(facts)))
+        own_texts: list[Tokens] = []
+        for i in own_facts:
+            own_texts += texts[i * per_edit : (i + 1) * per_edit]
+        lane = Lane(self.adapter_name, [facts[i] for i in own_facts], own_texts, descent)
+        batch = self._batch([lane]) if lane.rows else None
+        (result,) = train_lanes([lane], batch, self._terms, self._gated_blocks, self.processes)
+        self._add_gate_usage(lane)
+        return result
 
-    def _gates(self, recorded: Mapping[str, RecordedGates], share: Share) -> Gates:
-        """An adapter's gates at its edited tokens and at its unrelated ones, by the name of the block."""
-        found = {layer.name: recorded[layer.name] for layer in self._gated()}
-        if not all(one.w.requires_grad for one in found.values()):
-            raise ValueError(WITHOUT_GRADIENT)
-        return {name: (_at(one, share.edit), _at(one, share.unrelated)) for name, one in found.items()}
+    def _batch(self, lanes: Sequence[Lane], one_adapter_per_row: bool = False) -> LaneBatch:
+        return LaneBatch(
+            lanes, self._open, self._context, self._gated_blocks, self._prompt_positions, one_adapter_per_row
+        )
 
-    def _terms(self, adapter_name: str, fit: Tensor, gates: Gates) -> Terms:
-        """The objective's terms for one adapter, given the teacher forcing loss."""
+    def _open(self, rows: Sequence[Tokens], learned: Sequence[int]) -> AnswerForward:
+        """Make the forward for some texts: the fast one, unless what is trained reaches further than the edited blocks."""
+        in_adapters = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        reaches_further = any(id(parameter) not in in_adapters for parameter in trained)
+        positions = None if reaches_further else self._prompt_positions
+        return open_forward(self.model, rows, learned, padding_id(self.tokenizer), positions, self._prepared)
+
+    def _take_unrelated(self, facts: int) -> list[Tokens]:
+        """Take the next unrelated texts for so many facts."""
+        texts = self._unrelated
+        if not texts:
+            return []
+        first, count = self.unrelated_used, facts * self.unrelated_per_edit
+        self.unrelated_used += count
+        return [texts[i % len(texts)] for i in range(first, first + count)]
+
+    def _terms(self, lane: Lane, output: LaneOutput) -> Terms:
+        """Give the objective's terms for one adapter."""
         several = self.layers[0].configs[self.adapter_name].gate_count > 1
-        return self.objective.terms(fit, gates, self._loads(adapter_name), several, bool(self._unrelated))
+        return self.objective.terms(
+            output.answer_losses.mean(),
+            output.gates,
+            self._gate_usage(lane.adapter_name),
+            several_gates=several,
+            unrelated=bool(self._unrelated),
+        )
 
-    def _remember_use(self, adapter_name: str, gates: Gates) -> None:
-        """Add the gates of the learned edit to the running sums of the load balance."""
-        for name, load in self._loads(adapter_name).items():
+    def _gate_usage(self, adapter_name: str) -> dict[str, Tensor]:
+        """Get the statistics of an adapter's gates, (k + 1,), by the name of the block."""
+        return {layer.name: layer.baft_gate_usage[adapter_name] for layer in self._gated}
+
+    def _add_gate_usage(self, lane: Lane) -> None:
+        """Add the gates of the facts just learned to the running sums of the load balance."""
+        if lane.output is None:
+            return
+        gates: Gates = lane.output.gates
+        for name, usage in self._gate_usage(lane.adapter_name).items():
             w = gates[name][0].detach()
-            load += torch.cat([w.sum(0), w.new_tensor([w.shape[0]])]).to(load)
+            usage += torch.cat([w.sum(0), w.new_tensor([w.shape[0]])]).to(usage)
+
+    def _copy_adapter(self, name: str) -> None:
+        """Give the model one more adapter, `name`, that is as this editor's own is now."""
+        source = self.adapter_name
+        self.model.add_adapter(name, deepcopy(self.model.peft_config[source]))
+        for layer in self.layers:
+            for container in containers_of(layer):
+                if source in container:
+                    container[name].load_state_dict(container[source].state_dict())
+            if source in layer.baft_gate_usage:
+                layer.baft_gate_usage[name] = layer.baft_gate_usage[source].clone()
+
+    def _parameters_of(self, name: str) -> list[nn.Parameter]:
+        """List the parameters of one adapter."""
+        parameters: list[nn.Parameter] = []
+        for layer in self.layers:
+            for container in containers_of(layer):
+                if name in container:
+                    parameters += container[name].parameters()
+        return parameters
 
 
-def _at(gates: RecordedGates, places: Tensor) -> Tensor:
-    """The gates (n, k) at some tokens."""
-    return gates.w.flatten(0, 1)[places.to(gates.w.device)]
+def containers_of(layer: BaftLayer) -> tuple[nn.ModuleDict, ...]:
+    """List the dictionaries of a block's modules by adapter."""
+    return layer.baft_basis, layer.baft_source, layer.baft_gate

@@ -12,25 +12,30 @@ from typing import Any
 
 import torch
 
+from peft_baft.adapter.state import adapter_tensors
 from peft_baft.data.cases import Edit
-from peft_baft.editing.adapter_editor import AdapterEditor, adapter_tensors, snapshot
-from peft_baft.editing.journal import Journal, adapter_state, restore_state
-from peft_baft.editing.train import Outcome
+from peft_baft.editing.adapter_editor import AdapterEditor
+from peft_baft.editing.editor import CURSOR, EditResult
+from peft_baft.editing.journal import EditLine, Journal, ReturnLine, RunLine
+from peft_baft.editing.train import STOP_TERM
 
 Check = Callable[[], str | None]  # what is wrong with the model as it is now; None if nothing is
+RNG = "rng"  # in a snapshot's header: the state of torch's random numbers
 
 
 @dataclass(frozen=True)
-class Made:
+class EditRecord:
     """One batch of edits that was made, or tried.
 
     Attributes:
-        edits: the facts. outcome: what it cost; None if it broke off. problem: why it is not good; None if it is.
-        kept: it is in the adapter now.
+        edits: the facts.
+        result: what they cost; None if the batch broke off.
+        problem: why it is not good; None if it is.
+        kept: whether it is in the adapter now.
     """
 
     edits: Sequence[Edit]
-    outcome: Outcome | None
+    result: EditResult | None
     problem: str | None
     kept: bool
 
@@ -44,17 +49,17 @@ def edit_continually(
     resume: bool = False,
     check: Check | None = None,
     keep_only_good: bool = False,
-) -> Iterator[Made]:
-    """Make edits in turn, `batch_size` at a time. A batch is made when it is asked for; those of a resumed run that were made
-    before are given again, without being made.
+) -> Iterator[EditRecord]:
+    """Make edits in turn, `batch_size` at a time.
+
+    A batch is made when it is asked for. Batches of a resumed run that were made before are given from the journal.
+    Several processes (`editor.processes`) share each batch's facts; the first one checks, and writes the journal.
 
     Args:
         journal: where each batch is recorded; an interrupted run then goes on exactly where it was.
         resume: go on with the journal's last run, if there is one, instead of beginning another.
         check: called after each batch; says what harm it did.
         keep_only_good: take a batch back that was not learned, did harm or broke off, and go on with the next.
-
-    Several processes (`editor.processes`) share each batch's facts; the first one checks, and writes the journal.
 
     Raises:
         ValueError: as `AdapterEditor.edit`; another process writes the journal; or what is to be resumed differs.
@@ -63,128 +68,136 @@ def edit_continually(
     batches, processes = editor.batches(edits, batch_size), editor.processes
     with ExitStack() as stack:
 
-        def begun() -> tuple[list[dict[str, Any]], int, int]:
+        def begin() -> tuple[list[EditLine], int]:
+            """In the first process alone: the batches that were made before, and the last number in the journal."""
             if journal is None:
-                return [], 0, editor.unrelated_used
+                return [], 0
             stack.enter_context(journal.writing())
-            done = _begin(journal, editor, resume, batches)
-            return done, max((line["edit"] for line in journal.edits()), default=0), editor.unrelated_used
+            lines = _begin_run(journal, editor, resume, batches)
+            return lines, max((line.edit for line in journal.edits()), default=0)
 
-        done, before, used = processes.of_first(begun)
-        editor.unrelated_used = used
-        processes.spread(adapter_tensors(editor.model))
-        for line, batch in zip(done, batches, strict=False):
-            yield _recalled(line, batch)
-        for number, batch in enumerate(batches[len(done) :], before + 1):
-            made = _make(editor, batch, check, keep_only_good)
+        lines, last_number = processes.of_first(begin)
+        _follow_first(editor)
+        for line, batch in zip(lines, batches, strict=False):
+            yield _record_of(line, batch)
+        for number, batch in enumerate(batches[len(lines) :], last_number + 1):
+            record = _make(editor, batch, check, keep_only_good)
             if journal is not None:
-                last = batch is batches[-1]
-                processes.of_first(partial(_write, journal, editor, number, made, last))
-            yield made
+                is_last = batch is batches[-1]
+                processes.of_first(partial(_write, journal, editor, number, record, is_last))
+            yield record
 
 
-def _make(editor: AdapterEditor, batch: Sequence[Edit], check: Check | None, keep_only_good: bool) -> Made:
-    restore, used = snapshot(editor.model), editor.unrelated_used
+def _follow_first(editor: AdapterEditor) -> None:
+    """Bring the adapters and cursors of all processes to those of the first one."""
+    processes = editor.processes
+    if processes.count == 1:
+        return
+    processes.spread(adapter_tensors(editor.model))
+    state = editor.state_dict()
+    cursors = {name: value for name, value in state.items() if name.startswith(CURSOR)}
+    editor.load_state_dict({**state, **processes.of_first(lambda: cursors)})
+
+
+def _make(editor: AdapterEditor, batch: Sequence[Edit], check: Check | None, keep_only_good: bool) -> EditRecord:
+    """Make one batch, check it, and take it back if it is not good and only good ones are kept."""
+    restore = editor.snapshot()
     try:
-        outcome = editor.edit(batch)
+        result = editor.edit(batch)
     except FloatingPointError as error:
         if not keep_only_good:
             raise
-        return Made(batch, None, str(error), False)
-    problem = None if outcome.learned else f"not learned after {outcome.steps} steps"
-    problem = problem or (editor.processes.of_first(check) if check is not None else None)
+        return EditRecord(batch, None, str(error), False)
+    problem = None if result.learned else f"not learned after {result.steps} steps"
+    if problem is None and check is not None:
+        problem = editor.processes.of_first(check)
     if problem is not None and keep_only_good:
         restore()
-        editor.unrelated_used = used
-    return Made(batch, outcome, problem, problem is None or not keep_only_good)
+        return EditRecord(batch, result, problem, False)
+    return EditRecord(batch, result, problem, True)
 
 
-def _begin(
+def _begin_run(
     journal: Journal, editor: AdapterEditor, resume: bool, batches: Sequence[Sequence[Edit]]
-) -> list[dict[str, Any]]:
-    """Note the run's beginning, or bring the editor to where the last run came to; the lines of its edits."""
-    runs, edits = [line for line in journal.lines() if "run" in line], journal.edits()
+) -> list[EditLine]:
+    """Note the run's beginning, or bring the editor to where the last run came to; gives the lines of that run's edits."""
+    runs, edits = journal.runs(), journal.edits()
     settings = _settings(editor, len(batches[0]))
     if not resume or not runs:
-        number = edits[-1]["edit"] if edits else 0
-        _keep(journal, editor, number)
-        journal.add({"run": {"after": number, **settings}})
+        number = edits[-1].edit if edits else 0
+        _save_snapshot(journal, editor, number)
+        journal.add(RunLine(number, settings))
         return []
-    run = runs[-1]["run"]
-    different = [name for name, value in settings.items() if run.get(name) != value]
-    if different:
-        name = different[0]
-        raise ValueError(
-            f"The run in {journal.folder} cannot be resumed: {name} was {run.get(name)!r:.80} and is "
-            f"{settings[name]!r:.80}. Resume it with the same settings, or begin another in another folder."
-        )
-    reached = max((n for n in journal.snapshots() if run["after"] <= n <= run["after"] + len(edits)), default=None)
+    run = runs[-1]
+    for name, value in settings.items():
+        if run.settings.get(name) != value:
+            raise ValueError(
+                f"The run in {journal.folder} cannot be resumed: {name} was {run.settings.get(name)!r:.80} and is "
+                f"{value!r:.80}. Resume it with the same settings, or begin another in another folder."
+            )
+    last = run.after + len(edits)
+    reached = max((number for number in journal.snapshots() if run.after <= number <= last), default=None)
     if reached is None:
         raise ValueError(f"{journal.folder} holds no snapshot of its last run; begin another in another folder.")
-    done = [line for line in edits if run["after"] < line["edit"] <= reached]
-    _require_same(done, batches)
-    tensors, state = journal.kept(reached)
-    restore_state(editor.model, editor.adapter_name, tensors)
-    editor.unrelated_used = state.get("unrelated_used", 0)
-    torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["rng"])), dtype=torch.uint8))
-    journal.add({"back_to": reached})
-    journal.forget_after(reached)
-    return done
+    lines = [line for line in edits if run.after < line.edit <= reached]
+    _require_same_facts(lines, batches)
+    state, header = journal.load_snapshot(reached)
+    editor.load_state_dict(state)
+    torch.set_rng_state(torch.tensor(list(bytes.fromhex(header[RNG])), dtype=torch.uint8))
+    journal.add(ReturnLine(reached))
+    journal.delete_snapshots_after(reached)
+    return lines
 
 
-def _write(journal: Journal, editor: AdapterEditor, number: int, made: Made, last: bool) -> None:
-    outcome = made.outcome
-    journal.add(
-        {
-            "edit": number,
-            "facts": _told(made.edits),
-            "steps": outcome and outcome.steps,
-            "loss": outcome and outcome.losses["teacher_forcing"],
-            "seconds": outcome and outcome.seconds,
-            "learned": bool(outcome and outcome.learned),
-            "problem": made.problem,
-            "kept": made.kept,
-        }
+def _write(journal: Journal, editor: AdapterEditor, number: int, record: EditRecord, is_last: bool) -> None:
+    """Write a batch's line, and a snapshot if it is time for one."""
+    result = record.result
+    line = EditLine(
+        edit=number,
+        facts=_facts_of(record.edits),
+        steps=None if result is None else result.steps,
+        loss=None if result is None else result.losses[STOP_TERM],
+        seconds=None if result is None else result.seconds,
+        learned=result is not None and result.learned,
+        problem=record.problem,
+        kept=record.kept,
     )
-    if number % journal.every == 0 or last:
-        _keep(journal, editor, number)
+    journal.add(line)
+    if number % journal.every == 0 or is_last:
+        _save_snapshot(journal, editor, number)
 
 
-def _keep(journal: Journal, editor: AdapterEditor, number: int) -> None:
+def _save_snapshot(journal: Journal, editor: AdapterEditor, number: int) -> None:
     rng = bytes(torch.get_rng_state().tolist()).hex()
-    state = {"rng": rng, "unrelated_used": editor.unrelated_used}
-    journal.keep(number, adapter_state(editor.model, editor.adapter_name), state)
+    journal.save_snapshot(number, editor.state_dict(), {RNG: rng})
 
 
-def _recalled(line: dict[str, Any], batch: Sequence[Edit]) -> Made:
-    outcome = None
-    if line["steps"] is not None:
-        outcome = Outcome(line["steps"], {"teacher_forcing": line["loss"]}, line["seconds"], line["learned"])
-    return Made(batch, outcome, line["problem"], line["kept"])
+def _record_of(line: EditLine, batch: Sequence[Edit]) -> EditRecord:
+    """Make the record of a batch that was made before from its line."""
+    result = None
+    if line.steps is not None and line.loss is not None and line.seconds is not None:
+        result = EditResult(line.steps, {STOP_TERM: line.loss}, line.seconds, line.learned)
+    return EditRecord(batch, result, line.problem, line.kept)
 
 
-def _require_same(done: Sequence[dict[str, Any]], batches: Sequence[Sequence[Edit]]) -> None:
-    for line, batch in zip(done, [*batches, *[()] * len(done)], strict=False):
-        if line["facts"] != _told(batch):
+def _require_same_facts(lines: Sequence[EditLine], batches: Sequence[Sequence[Edit]]) -> None:
+    """Raise a ValueError unless the batches begin with those that the lines record."""
+    for number, line in enumerate(lines):
+        facts = _facts_of(batches[number]) if number < len(batches) else []
+        if line.facts != facts:
             raise ValueError(
-                f"Edit {line['edit']} of the run to resume was {line['facts']!r:.120}, but now {_told(batch)!r:.120} stands "
-                "in its place. Resume with the same facts, in the same order; more may follow them."
+                f"Edit {line.edit} of the run to resume was {line.facts!r:.120}, but now {facts!r:.120} stands in its place. "
+                "Resume with the same facts, in the same order; more may follow them."
             )
 
 
-def _told(batch: Sequence[Edit]) -> list[list[str]]:
+def _facts_of(batch: Sequence[Edit]) -> list[list[str]]:
     return [[edit.prompt, edit.target] for edit in batch]
 
 
 def _settings(editor: AdapterEditor, batch_size: int) -> dict[str, Any]:
-    """What decides how the edits come out, in a form that JSON keeps."""
-    named = ("descent", "batch_descent", "objective", "unrelated_per_edit")
-    settings = {name: repr(getattr(editor, name)) for name in named if hasattr(editor, name)}
+    """Collect what decides how the edits come out, in a form that JSON keeps."""
     config = editor.model.peft_config[editor.adapter_name].to_dict() | {"inference_mode": None}
-    texts = [row.ids for row in getattr(editor, "_unrelated", ())]
-    return settings | {"batch_size": batch_size, "unrelated": _hash(texts), "adapter": _hash(config)}
-
-
-def _hash(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=lambda other: sorted(map(str, other)))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    text = json.dumps(config, sort_keys=True, default=lambda other: sorted(map(str, other)))
+    adapter = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {**editor.described(), "batch_size": batch_size, "adapter": adapter}

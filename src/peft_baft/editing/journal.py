@@ -2,32 +2,101 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
+
+from peft_baft.editing.editor import CURSOR
+from peft_baft.storage import append_line, load_with_header, read_lines, replace_file, save_with_header
 
 LINES, SNAPSHOTS, LOCK = "journal.jsonl", "snapshots", "journal.lock"
 SUFFIX = ".safetensors"
-Line = dict[str, Any]
+REMEDY = "Delete it to go on from the snapshot before it; the edits since then are made again."
+AFTER = "after"  # in a snapshot's header: the number of its last edit
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """The beginning of a run. after: the number of the last edit before it. settings: what decides how its edits come out."""
+
+    after: int
+    settings: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the line as it stands in the file."""
+        return {"run": {"after": self.after, **self.settings}}
+
+
+@dataclass(frozen=True)
+class EditLine:
+    """One batch of edits.
+
+    Attributes:
+        edit: its number, from 1 over all runs of the adapter.
+        facts: pairs of prompt and target.
+        steps, loss, seconds: what it cost; None if it broke off.
+        learned: whether its loss fell below the stop loss.
+        problem: why it is not good; None if it is.
+        kept: whether it is in the adapter.
+    """
+
+    edit: int
+    facts: Sequence[Sequence[str]]
+    steps: int | None
+    loss: float | None
+    seconds: float | None
+    learned: bool
+    problem: str | None
+    kept: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the line as it stands in the file."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ReturnLine:
+    """A return to an earlier state: the edits after number `back_to` count no more."""
+
+    back_to: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the line as it stands in the file."""
+        return asdict(self)
+
+
+Line = RunLine | EditLine | ReturnLine
+
+
+def parse_line(value: Any) -> Line:
+    """Make a line from what stands in the file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    kinds = [kind for kind in ("run", "edit", "back_to") if isinstance(value, dict) and kind in value]
+    if len(kinds) != 1 or not isinstance(value[kinds[0]], int | dict):
+        raise ValueError("it is no run, edit or return")
+    try:
+        if kinds == ["run"]:
+            settings = dict(value["run"])
+            return RunLine(int(settings.pop("after")), settings)
+        return EditLine(**value) if kinds == ["edit"] else ReturnLine(**value)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"its fields are not those of a line ({error})") from None
 
 
 class Journal:
     """The journal of an adapter, in the adapter's folder.
 
-    `journal.jsonl` is only ever added to. Each line is a run's beginning (`run`), an edit (`edit`, numbered from 1 over all
-    runs) or a return to an earlier state (`back_to`), which ends the validity of later edits. `snapshots/` holds the adapter
-    as it was after some of the edits, each written as a whole, with a checksum.
+    `journal.jsonl` is only ever added to: a `RunLine`, `EditLine` or `ReturnLine` each. `snapshots/` holds the adapter as it was
+    after some of the edits, each written as a whole, with a checksum.
 
     Args:
         folder: the adapter's folder. every: a snapshot after so many edits.
@@ -62,101 +131,88 @@ class Journal:
             lock.release()
 
     def lines(self) -> list[Line]:
-        """Every whole line, in order; one that a kill cut short at the end is passed over.
+        """Read every whole line, in order; one that a kill cut short at the end is passed over.
 
         Raises:
-            ValueError: a line in the middle is damaged.
+            ValueError: a line is damaged.
         """
         file = self.folder / LINES
-        raw = file.read_bytes().split(b"\n") if file.exists() else []
-        found: list[Line] = []
-        for number, line in enumerate(raw, 1):
+        lines = []
+        for number, value in read_lines(file):
             try:
-                if line.strip():
-                    found.append(_record(line))
+                lines.append(parse_line(value))
             except ValueError as error:
-                following = next(filter(None, raw[number:]), b'{"run"')
-                if not following.startswith((b'{"run"', b'{"back_to"')):  # else a kill cut the line short
-                    raise ValueError(f"{file}, line {number} is damaged: {error}.") from None
-        return found
+                raise ValueError(f"{file}, line {number} is damaged: {error}.") from None
+        return lines
 
-    def edits(self) -> list[Line]:
-        """The edits that count, in order: those that no later return has ended."""
-        standing: list[Line] = []
+    def runs(self) -> list[RunLine]:
+        """List the beginnings of runs, in order."""
+        return [line for line in self.lines() if isinstance(line, RunLine)]
+
+    def edits(self) -> list[EditLine]:
+        """List the edits that count, in order: those that no later return has ended."""
+        standing: list[EditLine] = []
         for line in self.lines():
-            if "back_to" in line:
-                standing = [edit for edit in standing if edit["edit"] <= line["back_to"]]
-            elif "edit" in line:
+            if isinstance(line, ReturnLine):
+                standing = [edit for edit in standing if edit.edit <= line.back_to]
+            elif isinstance(line, EditLine):
                 standing.append(line)
         return standing
 
     def add(self, line: Line) -> None:
         """Write one line, through to the disk."""
-        with open(self.folder / LINES, "a+b") as out:
-            new = out.seek(0, os.SEEK_END) == 0
-            out.seek(0 if new else -1, os.SEEK_END)
-            cut_short = out.read(1) not in (b"", b"\n")
-            out.write(b"\n" * cut_short + json.dumps(line, ensure_ascii=False).encode() + b"\n")
-            out.flush()
-            os.fsync(out.fileno())
-        if new:
-            _sync_names(self.folder)
+        append_line(self.folder / LINES, line.to_json())
 
     def snapshots(self) -> list[int]:
-        """After which edits the adapter was kept; 0 is before the first."""
-        return sorted(int(file.stem) for file in (self.folder / SNAPSHOTS).glob(f"*{SUFFIX}") if file.stem.isdigit())
+        """List after which edits there is a snapshot; 0 is before the first edit."""
+        files = (self.folder / SNAPSHOTS).glob(f"*{SUFFIX}")
+        return sorted(int(file.stem) for file in files if file.stem.isdigit())
 
-    def keep(self, number: int, tensors: dict[str, Tensor], more: dict[str, Any]) -> None:
-        """Write the snapshot after edit `number`, with what else is needed to go on from it."""
-        plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        checksum = _checksum(save(plain))
-        file = self._snapshot(number)
-        file.parent.mkdir(exist_ok=True)
-        replace_file(file, save(plain, {"state": json.dumps({"after": number, "sha256": checksum, **more})}))
+    def save_snapshot(self, number: int, state: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+        """Write the snapshot after edit `number`: an editor's state, and what else is needed to go on from it."""
+        save_with_header(self._snapshot(number), state, {AFTER: number, **header})
 
-    def kept(self, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """A snapshot's tensors, and what else was kept with them.
+    def load_snapshot(self, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Read a snapshot: an editor's state, and what else was kept with it.
 
         Raises:
             ValueError: there is none after this edit, or it is damaged.
         """
         file = self._snapshot(number)
         if not file.exists():
-            raise ValueError(f"{self.folder} has no snapshot after edit {number}, but after {_told(self.snapshots())}.")
-        data = file.read_bytes()
+            existing = ", ".join(map(str, self.snapshots())) or "none"
+            raise ValueError(f"{self.folder} has no snapshot after edit {number}, but after {existing}.")
         try:
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            state = json.loads(header["__metadata__"]["state"])
-            tensors = load(data)
-        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{file} is damaged ({error}). {REMEDY}") from None
-        if state.get("sha256") != _checksum(data) or state.get("after") != number:
+            state, header = load_with_header(file)
+        except ValueError as error:
+            raise ValueError(f"{error} {REMEDY}") from None
+        if header.get(AFTER) != number:
             raise ValueError(f"{file} is damaged: its content is not what was written. {REMEDY}")
-        return tensors, state
+        return state, header
 
-    def roll_back(self, number: int) -> dict[str, Any]:
+    def roll_back(self, number: int) -> None:
         """Put the adapter's file back to what it was after edit `number`; the edits after it count no more.
 
-        Returns:
-            What was kept with the snapshot.
+        Raises:
+            ValueError: there are not so many edits, no snapshot after this one, or another process holds the journal.
         """
         with self.writing():
-            made = len(self.edits())
-            if not 0 <= number <= made:
-                raise ValueError(f"{self.folder} holds edits 1 to {made}; it cannot go back to {number}.")
-            tensors, state = self.kept(number)
-            replace_file(self.folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
-            self.add({"back_to": number})
-            self.forget_after(number)
-        return state
+            count = len(self.edits())
+            if not 0 <= number <= count:
+                raise ValueError(f"{self.folder} holds edits 1 to {count}; it cannot go back to {number}.")
+            state, _ = self.load_snapshot(number)
+            weights = {name: tensor for name, tensor in state.items() if not name.startswith(CURSOR)}
+            replace_file(self.folder / "adapter_model.safetensors", save(weights, {"format": "pt"}))
+            self.add(ReturnLine(number))
+            self.delete_snapshots_after(number)
 
     def begin_anew(self) -> None:
         """Throw the record and its snapshots away."""
         with self.writing():
             (self.folder / LINES).unlink(missing_ok=True)
-            self.forget_after(-1)
+            self.delete_snapshots_after(-1)
 
-    def forget_after(self, number: int) -> None:
+    def delete_snapshots_after(self, number: int) -> None:
         """Delete snapshots of edits that count no more."""
         for later in self.snapshots():
             if later > number:
@@ -164,70 +220,3 @@ class Journal:
 
     def _snapshot(self, number: int) -> Path:
         return self.folder / SNAPSHOTS / f"{number:06d}{SUFFIX}"
-
-
-REMEDY = "Delete it to go on from the snapshot before it; the edits since then are made again."
-
-
-def adapter_state(model: PeftModel, name: str) -> dict[str, Tensor]:
-    """The adapter's tensors under the names that `save_pretrained` gives them."""
-    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-
-
-def restore_state(model: PeftModel, name: str, tensors: dict[str, Tensor]) -> None:
-    """Bring the adapter to a state that `adapter_state` gave."""
-    set_peft_model_state_dict(model, tensors, adapter_name=name)
-
-
-def replace_file(file: Path, data: bytes) -> None:
-    """Write a file as a whole: whoever looks, at whatever instant, finds the old or the new one."""
-    new = file.with_name(file.name + ".new")
-    with open(new, "wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(new, file)
-    _sync_names(file.parent)
-
-
-def give_umask_mode(file: Path) -> None:
-    """Give a file the mode that any new file in its folder gets.
-
-    Libraries that write through a temporary file, as safetensors does, leave it readable by its owner alone. The mode is
-    read off a new file, since the umask itself can only be read by changing it, for all threads.
-    """
-    probe = file.with_name(file.name + ".mode")
-    probe.touch()
-    mode = stat.S_IMODE(probe.stat().st_mode)
-    probe.unlink()
-    file.chmod(mode)
-
-
-def _sync_names(folder: Path) -> None:
-    """Bring which files are in a folder, and under which names, to the disk; Windows has no call for it."""
-    if os.name == "posix":
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
-
-
-def _record(line: bytes) -> Line:
-    try:
-        found = json.loads(line)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    kinds = [kind for kind in ("run", "edit", "back_to") if isinstance(found, dict) and kind in found]
-    if len(kinds) != 1 or not isinstance(found[kinds[0]], int | dict):
-        raise ValueError("it is no run, edit or return")
-    return found
-
-
-def _checksum(data: bytes) -> str:
-    """Of a safetensors file's tensors, its header left out."""
-    return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
-
-
-def _told(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers)) if numbers else "none"

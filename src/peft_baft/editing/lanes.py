@@ -1,127 +1,215 @@
-"""Independent edits side by side: a short edit's time goes into reading the weights, which the rows of a batch share."""
+"""The one way to train edits: lanes side by side in shared forwards.
+
+A lane is one adapter that learns one batch of facts. An edit is a lane with one fact, a batch is a lane with several, and
+independent edits side by side are several lanes: a short edit's time goes into reading the model's weights, which all rows of a
+batch share.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from peft_baft.adapter import BaftLayer, EditContext, RecordedGates
+from peft_baft.adapter import EditContext, RecordedGates
+from peft_baft.adapter.balance import WITHOUT_GRADIENT
 from peft_baft.data.batching import Tokens
-from peft_baft.editing.acceleration.prefix_cache import Session
-from peft_baft.editing.train import Descent, Outcome, Terms, descend_together
+from peft_baft.editing.answers import AnswerForward
+from peft_baft.editing.editor import EditResult
+from peft_baft.editing.train import Descent, Terms, descend
+from peft_baft.processes import Processes
+
+Gates = dict[str, tuple[Tensor, Tensor]]  # by block: (n, k) at edited tokens, (m, k) at those of unrelated text
 
 
 @dataclass(frozen=True)
-class Share:
-    """Where one adapter's edited tokens stand in its gates (rows, tokens, k), flattened to (rows * tokens, k).
+class LaneOutput:
+    """What one forward gives for one lane.
 
     Attributes:
-        edit: (n,) those of the edit itself. unrelated: (m,) those of the texts that it should leave alone.
+        answer_losses: (n,) cross entropy of each answer token of the facts.
+        gates: the gates of each block with gates, at the edited tokens of the facts and at those of the unrelated texts.
     """
 
-    edit: Tensor
-    unrelated: Tensor
-
-
-Gates = Mapping[str, RecordedGates]  # of one adapter, by the name of the block
+    answer_losses: Tensor
+    gates: Gates
 
 
 @dataclass
 class Lane:
-    """One edit under way.
+    """One adapter that learns one batch of facts.
 
     Attributes:
-        adapter_name: what it is taught to. rows: the fact, then its unrelated texts.
-        gates: those of the last forward in which it took part. share: its edited tokens among them.
+        adapter_name: what the facts are taught to.
+        facts: the texts to learn. unrelated: texts that the edit should leave alone, beside them.
+        output: that of the last forward in which the lane took part.
     """
 
     adapter_name: str
-    rows: list[Tokens]
+    facts: list[Tokens]
+    unrelated: list[Tokens]
     descent: Descent
-    gates: dict[str, RecordedGates] = field(default_factory=dict)
-    share: Share | None = None
+    output: LaneOutput | None = field(default=None)
+
+    @property
+    def rows(self) -> list[Tokens]:
+        """The lane's rows of a batch: its facts, then its unrelated texts."""
+        return [*self.facts, *self.unrelated]
 
 
-def train_lanes(
-    lanes: Sequence[Lane],
-    context: EditContext,
-    blocks: Sequence[str],
-    open_session: Callable[[Sequence[Tokens], Sequence[int]], Session],
-    positions: int,
-    terms: Callable[[str, Tensor, Share, Gates], Terms],
-) -> list[Outcome]:
-    """Train every lane to its own end, all in one forward and one backward a step.
+LaneTerms = Callable[[Lane, LaneOutput], Terms]  # the named losses of a lane
+OpenForward = Callable[[Sequence[Tokens], Sequence[int]], AnswerForward]  # for rows, of which some are learned
+
+
+class LaneBatch:
+    """The rows of all running lanes in one batch, which shrinks when a lane ends: its rows would be computed in vain.
 
     Args:
-        blocks: names of the blocks whose gates a lane's terms need.
-        open_session: a session for so many rows, of which those with these numbers are learned.
-        positions: P of the adapters.
-        terms: the losses of one adapter, given its name, the mean cross entropy of its answer, its share and its gates.
+        lanes: in the order of their rows.
+        open_forward: makes the forward for all rows.
+        context: of the model's BaFT adapters; None where gates are not needed.
+        gated_blocks: names of the blocks whose gates are needed.
+        prompt_positions: P of the adapters, which is asked for with a context alone.
+        one_adapter_per_row: whether each row is edited by its lane's adapter; else by the active one.
     """
-    of_descent = {id(lane.descent): lane for lane in lanes}
-    running = list(lanes)
-    session = open_session([row for lane in lanes for row in lane.rows], [own[0] for own in _places(lanes)])
-    _divide(session, running, positions)
 
-    def losses(going: Sequence[Descent]) -> list[Terms]:
-        nonlocal running, session
-        if len(going) < len(running):  # rows of edits that are done would be computed in vain
-            left = {id(descent) for descent in going}
-            places = zip(running, _places(running), strict=True)
-            session = session.taking([i for lane, own in places if id(lane.descent) in left for i in own])
-            running = [of_descent[id(descent)] for descent in going]
-            _divide(session, running, positions)
-        with context.rows(_names(running)), context.recording() as recorded:
-            answers = session.losses().split([sum(session.answers[i] for i in own) for own in _places(running)])
-        for lane in running:
-            lane.gates = {name: recorded[name, lane.adapter_name] for name in blocks}
-        return [
-            terms(lane.adapter_name, own.mean(), lane.share, lane.gates)
-            for lane, own in zip(running, answers, strict=True)
-            if lane.share is not None
-        ]
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        open_forward: OpenForward,
+        context: EditContext | None = None,
+        gated_blocks: Sequence[str] = (),
+        prompt_positions: int = 0,
+        one_adapter_per_row: bool = False,
+    ) -> None:
+        self._context, self._gated_blocks = context, list(gated_blocks)
+        self._prompt_positions, self._one_adapter_per_row = prompt_positions, one_adapter_per_row
+        learned: list[int] = []
+        for lane, places in zip(lanes, row_ranges(lanes), strict=True):
+            learned += places[: len(lane.facts)]
+        self._forward = open_forward([row for lane in lanes for row in lane.rows], learned)
+        self._take(lanes)
 
-    return descend_together([lane.descent for lane in lanes], losses)
+    def _take(self, lanes: Sequence[Lane]) -> None:
+        """Note which lanes the batch holds, and where each one's edited tokens stand in its gates."""
+        self._lanes = list(lanes)
+        self._edited: list[tuple[Tensor, Tensor]] = []
+        for lane, places in zip(lanes, row_ranges(lanes), strict=True):
+            facts, unrelated = places[: len(lane.facts)], places[len(lane.facts) :]
+            find = self._forward.targets.edited_places
+            of_facts = find(facts, places, self._prompt_positions)
+            self._edited.append((of_facts, find(unrelated, places, self._prompt_positions)))
+
+    def keep(self, lanes: Sequence[Lane]) -> None:
+        """Go on with some of the lanes alone."""
+        if len(lanes) == len(self._lanes):
+            return
+        rows: list[int] = []
+        for lane, places in zip(self._lanes, row_ranges(self._lanes), strict=True):
+            if any(lane is kept for kept in lanes):
+                rows += places
+        self._forward = self._forward.select_rows(rows)
+        self._take(lanes)
+
+    def outputs(self) -> list[LaneOutput]:
+        """Run one forward.
+
+        Raises:
+            ValueError: the gates carry no gradient, so that a regulariser would not act.
+        """
+        with self._editing(), self._recording() as recorded:
+            losses = self._forward.losses()
+        counts = self._forward.targets.counts
+        ranges = row_ranges(self._lanes)
+        parts = losses.split([sum(counts[i] for i in places) for places in ranges])
+        outputs = []
+        for lane, part, places in zip(self._lanes, parts, self._edited, strict=True):
+            gates: Gates = {}
+            for block in self._gated_blocks:
+                key = (block, lane.adapter_name) if self._one_adapter_per_row else block
+                gates[block] = _gates_at(recorded[key], places)
+            outputs.append(LaneOutput(part, gates))
+        return outputs
+
+    def _editing(self) -> AbstractContextManager[Any]:
+        if self._context is None or not self._one_adapter_per_row:
+            return nullcontext()
+        return self._context.rows([lane.adapter_name for lane in self._lanes for _ in lane.rows])
+
+    def _recording(self) -> AbstractContextManager[Any]:
+        return nullcontext({}) if self._context is None else self._context.recording()
 
 
-def divide(session: Session, edit: Sequence[int], unrelated: Sequence[int], positions: int) -> Share:
-    """The share of an adapter whose rows are `edit` and then `unrelated`."""
-    own = [*edit, *unrelated]
-    return Share(session.edited(edit, own, positions), session.edited(unrelated, own, positions))
+def _gates_at(recorded: RecordedGates, places: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Take the gates (n, k) and (m, k) at two lists of tokens."""
+    if not recorded.w.requires_grad:
+        raise ValueError(WITHOUT_GRADIENT)
+    w = recorded.w.flatten(0, 1)
+    of_facts, of_unrelated = places
+    return w[of_facts.to(w.device)], w[of_unrelated.to(w.device)]
 
 
-def _divide(session: Session, lanes: Sequence[Lane], positions: int) -> None:
-    for lane, own in zip(lanes, _places(lanes), strict=True):
-        lane.share = divide(session, own[:1], own[1:], positions)
-
-
-def _names(lanes: Sequence[Lane]) -> list[str]:
-    return [lane.adapter_name for lane in lanes for _ in lane.rows]
-
-
-def _places(lanes: Sequence[Lane]) -> list[range]:
-    """Which rows of a batch are each lane's."""
+def row_ranges(lanes: Sequence[Lane]) -> list[range]:
+    """Say which rows of a batch are each lane's."""
     ends = list(accumulate(len(lane.rows) for lane in lanes))
     return [range(end - len(lane.rows), end) for lane, end in zip(lanes, ends, strict=True)]
 
 
-def copy_adapter(model: PeftModel, layers: Sequence[BaftLayer], source: str, name: str) -> None:
-    """Give the model one more BaFT adapter, `name`, that is as `source` is now."""
-    model.add_adapter(name, deepcopy(model.peft_config[source]))
-    for layer in layers:
-        for container in (layer.baft_basis, layer.baft_source, layer.baft_gate):
-            if source in container:
-                container[name].load_state_dict(container[source].state_dict())
-        if source in layer.baft_load:
-            layer.baft_load[name] = layer.baft_load[source].clone()
+def train_lanes(
+    lanes: Sequence[Lane],
+    batch: LaneBatch | None,
+    terms: LaneTerms,
+    gated_blocks: Sequence[str] = (),
+    processes: Processes | None = None,
+) -> list[EditResult]:
+    """Train every lane to its own end, in one forward and one backward a step.
+
+    Args:
+        batch: the lanes' rows; None for a process that has no part of them.
+        terms: the losses of a lane, given what all processes computed for it.
+        gated_blocks: names of the blocks whose gates the terms need, the same in all processes.
+        processes: those that share the facts of each lane; each is given the outputs of all.
+
+    Raises:
+        FloatingPointError: as `descend`. ValueError: as `LaneBatch.outputs`.
+    """
+    processes = processes or Processes()
+
+    def compute() -> list[Tensor]:
+        return _flatten(batch.outputs()) if batch is not None else []
+
+    def losses(descents: Sequence[Descent]) -> list[Terms]:
+        running = [lane for lane in lanes if any(lane.descent is descent for descent in descents)]
+        if batch is not None:
+            batch.keep(running)
+        outputs = _unflatten(processes.joined(compute), gated_blocks)
+        for lane, output in zip(running, outputs, strict=True):
+            lane.output = output
+        return [terms(lane, output) for lane, output in zip(running, outputs, strict=True)]
+
+    return descend([lane.descent for lane in lanes], losses, processes)
 
 
-def parameters_of(layers: Sequence[BaftLayer], name: str) -> list[nn.Parameter]:
-    """The parameters of one adapter."""
-    containers = [c for layer in layers for c in (layer.baft_basis, layer.baft_source, layer.baft_gate)]
-    return [p for container in containers if name in container for p in container[name].parameters()]
+def _flatten(outputs: Sequence[LaneOutput]) -> list[Tensor]:
+    """List the tensors of outputs in a fixed order, for other processes."""
+    tensors = []
+    for output in outputs:
+        tensors.append(output.answer_losses)
+        for pair in output.gates.values():
+            tensors += pair
+    return tensors
+
+
+def _unflatten(tensors: Sequence[Tensor], gated_blocks: Sequence[str]) -> list[LaneOutput]:
+    """Undo `_flatten`."""
+    count = 1 + 2 * len(gated_blocks)
+    outputs = []
+    for first in range(0, len(tensors), count):
+        answer_losses, *gates = tensors[first : first + count]
+        pairs = zip(gates[::2], gates[1::2], strict=True)
+        outputs.append(LaneOutput(answer_losses, dict(zip(gated_blocks, pairs, strict=True))))
+    return outputs

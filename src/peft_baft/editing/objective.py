@@ -11,8 +11,6 @@ from peft_baft.editing.train import STOP_TERM, Terms
 from peft_baft.losses import locality_margin
 from peft_baft.regularisers import load_balance, mean_over_blocks, rescaled
 
-Gates = Mapping[str, tuple[Tensor, Tensor]]  # by block: (n, k) at edited tokens, (m, k) at those of unrelated text
-
 
 @dataclass(frozen=True)
 class Objective:
@@ -36,22 +34,37 @@ class Objective:
     balance_ceiling: float = 1.0
     locality_ceiling: float = 10.0
 
-    def terms(self, fit: Tensor, gates: Gates, loads: Mapping[str, Tensor], several: bool, unrelated: bool) -> Terms:
-        """The terms for one adapter.
+    def terms(
+        self,
+        answer_loss: Tensor,
+        gates: Mapping[str, tuple[Tensor, Tensor]],
+        gate_usage: Mapping[str, Tensor],
+        *,
+        several_gates: bool,
+        unrelated: bool,
+    ) -> Terms:
+        """Compute the terms for one adapter.
 
         Args:
-            fit: the teacher forcing loss. loads: (k + 1,) statistics of the gates' use, by the name of the block.
-            several: whether a block has more than one gate. unrelated: whether there are unrelated texts.
+            answer_loss: () the teacher forcing loss.
+            gates: by the name of the block, (n, k) at the edited tokens of the facts and (m, k) at those of unrelated text.
+            gate_usage: (k + 1,) past use of the gates, and last how many tokens it was summed over, by block; empty for an
+                adapter without gates.
+            several_gates: whether a block has more than one gate.
+            unrelated: whether there are unrelated texts.
         """
-        terms = {STOP_TERM: fit}
-        if not loads:
-            return terms
-        pairs = [(edit.to(loads[n].device), off.to(loads[n].device), loads[n]) for n, (edit, off) in gates.items()]
-        if self.balance and several:
-            spread = mean_over_blocks([load_balance(edit, load[:-1], load[-1]) for edit, _, load in pairs])
-            terms["balance"] = self.balance * rescaled(spread, fit, self.balance_ceiling)
-        if self.locality and unrelated:
-            margins = (self.alpha, self.beta, self.gamma)
-            locality = mean_over_blocks([locality_margin(edit, off, *margins) for edit, off, _ in pairs])
-            terms["locality"] = self.locality * rescaled(locality, fit, self.locality_ceiling)
+        terms = {STOP_TERM: answer_loss}
+        balances, localities = [], []
+        for block, usage in gate_usage.items():
+            on_facts, on_unrelated = (w.to(usage.device) for w in gates[block])
+            if self.balance and several_gates:
+                balances.append(load_balance(on_facts, usage[:-1], usage[-1]))
+            if self.locality and unrelated:
+                localities.append(locality_margin(on_facts, on_unrelated, self.alpha, self.beta, self.gamma))
+        if balances:
+            balance = rescaled(mean_over_blocks(balances), answer_loss, self.balance_ceiling)
+            terms["balance"] = self.balance * balance
+        if localities:
+            locality = rescaled(mean_over_blocks(localities), answer_loss, self.locality_ceiling)
+            terms["locality"] = self.locality * locality
         return terms

@@ -1,15 +1,16 @@
-"""The one gradient loop."""
+"""The one gradient loop: AdamW on named losses, until the answers are learned."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from peft_baft.editing.editor import EditResult
 from peft_baft.processes import Processes
 
 
@@ -46,21 +47,6 @@ class DescentConfig:
                 raise ValueError(f"{name} must be 0 or above and finite, not {getattr(self, name)!r}.")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What an edit cost and how far it came.
-
-    Attributes:
-        steps: optimiser steps taken. losses: each term at the last evaluation, by name. seconds: wall time.
-        learned: the answers' mean cross entropy fell below the stop loss.
-    """
-
-    steps: int
-    losses: dict[str, float]
-    seconds: float
-    learned: bool = field(default=False)
-
-
 FUSED = ("cpu", "cuda")  # devices for which torch has AdamW in one kernel
 STOP_TERM = "teacher_forcing"
 Terms = dict[str, Tensor]  # named losses, summed as they are
@@ -70,12 +56,13 @@ class Descent:
     """One descent, a step at a time, so that several can share a forward and a backward.
 
     Attributes:
-        outcome: what it came to, once it is over.
+        parameters: what is changed.
+        result: what the descent came to, once it is over.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], config: DescentConfig) -> None:
         self.parameters, self.config = list(parameters), config
-        self.outcome: Outcome | None = None
+        self.result: EditResult | None = None
         self._optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.lr,
@@ -84,24 +71,24 @@ class Descent:
         )
         self._steps, self._seconds = 0, 0.0
 
-    def weigh(self, values: dict[str, float], seconds: float) -> None:
-        """Look at the terms at the present parameters; the descent is over if they are small enough, or were the last.
+    def record_losses(self, losses: dict[str, float], seconds: float) -> None:
+        """Take the terms' values at the present parameters; end the descent if they are small enough, or were the last.
 
         Args:
-            seconds: this descent's share of the time since it last looked.
+            seconds: this descent's share of the time since the last call.
 
         Raises:
             FloatingPointError: a term, or a parameter in the end, is not finite.
         """
         self._seconds += seconds
-        _require_finite(values, self._steps)
-        learned = values[STOP_TERM] < self.config.stop_loss
+        _require_finite(losses, self._steps)
+        learned = losses[STOP_TERM] < self.config.stop_loss
         if learned or self._steps == self.config.max_steps:
             _require_finite({"a parameter": _first_not_finite(self.parameters)}, self._steps)
-            self.outcome = Outcome(self._steps, values, self._seconds, learned)
+            self.result = EditResult(self._steps, losses, self._seconds, learned)
 
     def step(self) -> None:
-        """Follow the gradients, and forget them."""
+        """Change the parameters along their gradients, and clear these."""
         if self.config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self._optimizer.step()
@@ -110,67 +97,53 @@ class Descent:
 
 
 def descend(
-    parameters: Iterable[nn.Parameter],
-    losses: Callable[[], Terms],
-    config: DescentConfig,
-    processes: Processes | None = None,
-) -> Outcome:
-    """Minimise the sum of named losses until `teacher_forcing` is below the stop loss.
-
-    Args:
-        parameters: what to change. losses: the terms, at the present parameters.
-        processes: each of them has the whole terms, and gradients of its own part; the first one says when it is over.
-
-    Raises:
-        FloatingPointError: a term, or a parameter in the end, is not finite. The parameters are left where
-            they were at that moment; roll back.
-    """
-    return descend_together([Descent(parameters, config)], lambda _: [losses()], processes)[0]
-
-
-def descend_together(
     descents: Sequence[Descent],
     losses: Callable[[Sequence[Descent]], Sequence[Terms]],
     processes: Processes | None = None,
-) -> list[Outcome]:
-    """Bring descents that share no parameter to their ends, each as if it were alone.
+) -> list[EditResult]:
+    """Minimise the sum of each descent's terms until its `teacher_forcing` is below its stop loss.
+
+    The descents share no parameter, and each comes out as if it were alone.
 
     Args:
-        losses: the terms of each of some descents, at the present parameters.
-        processes: as for `descend`.
+        losses: gives the terms of each of some descents, at the present parameters.
+        processes: each of them has the whole terms, and gradients of its own part; the first one says when it is over.
 
     Raises:
-        FloatingPointError: one of them came to a number that is not finite.
+        FloatingPointError: a term, or a parameter in the end, is not finite. The parameters are left where they were at that
+            moment; roll back.
     """
     processes = processes or Processes()
-    going, begin = list(descents), time.perf_counter()
-    while going:
-        terms, now = losses(going), time.perf_counter()
-        for one, values in zip(going, processes.of_first(partial(_read, terms)), strict=True):
-            one.weigh(values, (now - begin) / len(going))
-        left = [i for i, one in enumerate(going) if one.outcome is None]
-        going, begin = [going[i] for i in left], now
-        if going:
+    running, begin = list(descents), time.perf_counter()
+    while running:
+        terms, now = losses(running), time.perf_counter()
+        values = processes.of_first(partial(_fetch_values, terms))
+        for descent, own_values in zip(running, values, strict=True):
+            descent.record_losses(own_values, (now - begin) / len(running))
+        left = [i for i, descent in enumerate(running) if descent.result is None]
+        running, begin = [running[i] for i in left], now
+        if running:
             total = _stacked([terms[i] for i in left]).sum()
-            processes.backward(total, [parameter for one in going for parameter in one.parameters])
-            for one in going:
-                one.step()
-    return [one.outcome for one in descents if one.outcome is not None]
+            parameters = [parameter for descent in running for parameter in descent.parameters]
+            processes.backward(total, parameters)
+            for descent in running:
+                descent.step()
+    return [descent.result for descent in descents if descent.result is not None]
 
 
-def _read(terms: Sequence[Terms]) -> list[dict[str, float]]:
-    """The values of all terms, fetched from the device in one go."""
+def _fetch_values(terms: Sequence[Terms]) -> list[dict[str, float]]:
+    """Fetch the values of all terms from the device in one go."""
     values = iter(_stacked(terms).tolist())
-    return [{name: next(values) for name in own} for own in terms]
+    return [{name: next(values) for name in own_terms} for own_terms in terms]
 
 
 def _stacked(terms: Sequence[Terms]) -> Tensor:
     device = terms[0][STOP_TERM].device
-    return torch.stack([term.to(device) for own in terms for term in own.values()])
+    return torch.stack([term.to(device) for own_terms in terms for term in own_terms.values()])
 
 
 def _first_not_finite(parameters: Iterable[nn.Parameter]) -> float:
-    """A NaN or infinity among the parameters; 0 if there is none."""
+    """Find a NaN or infinity among the parameters; 0 if there is none."""
     for parameter in parameters:
         if not parameter.isfinite().all():
             return parameter[~parameter.isfinite()][0].item()

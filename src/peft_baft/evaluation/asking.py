@@ -10,15 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from peft_baft.data.cases import Case
-from peft_baft.evaluation.scoring import (
-    Batched,
-    exact_match,
-    free_answers,
-    free_length,
-    one_model,
-    predicted_tokens,
-    prefix_match,
-)
+from peft_baft.evaluation.forward import Batched, one_model
+from peft_baft.evaluation.scoring import exact_match, free_answers, free_length, predicted_tokens, prefix_match
 
 TEMPLATES = ("raw", "chat")
 

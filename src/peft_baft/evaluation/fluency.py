@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -14,9 +13,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from peft_baft.adapter.model_call import input_device
-from peft_baft.data.batching import collate, context_window, encode_prompt, padding_id
-from peft_baft.evaluation.scoring import BATCH_SIZE, batches_in_window
+from peft_baft.data.batching import encode_prompt
+from peft_baft.evaluation.forward import BATCH_SIZE, greedy_tokens
 
 LENGTH, TOP_K = 100, 5
 WORD = re.compile(r"\w+|[^\w\s]")
@@ -44,7 +42,6 @@ def _entropy(words: Sequence[str], n: int) -> float:
     return sum(count / total * math.log2(total / count) for count in counts)
 
 
-@torch.no_grad()
 def sampled_texts(
     model: Any,
     tokenizer: Any,
@@ -62,26 +59,15 @@ def sampled_texts(
         length: tokens in all, prompt included; fewer where the context window ends before.
     """
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    window = context_window(model) or sys.maxsize
-    limits = [max(0, min(length, window) - len(row.ids)) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: limits[i])
-    new: dict[int, Tensor] = {}
-    for part in batches_in_window(order, rows, limits, window, batch_size):
-        batch = collate([rows[i] for i in part], padding_id(tokenizer), side="left")
-        draw = SeededTopK([prompts[i] for i in part], seed, top_k)
-        said = _generate(model, batch, max(limits[i] for i in part), draw, padding_id(tokenizer))
-        new |= dict(zip(part, said, strict=True))
-    ids = [[*row.ids, *(new[i][: limits[i]].tolist() if i in new else ())] for i, row in enumerate(rows)]
+
+    def draw(numbers: Sequence[int]) -> dict[str, Any]:
+        drawn = SeededTopK([prompts[number] for number in numbers], seed, top_k)
+        return {"logits_processor": LogitsProcessorList([drawn]), "eos_token_id": None}
+
+    room = [length - len(row.ids) for row in rows]
+    new_tokens = greedy_tokens(model, tokenizer, rows, room, batch_size, settings=draw)
+    ids = [[*row.ids, *tokens.tolist()] for row, tokens in zip(rows, new_tokens, strict=True)]
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-
-def _generate(model: Any, batch: dict[str, Tensor], tokens: int, draw: LogitsProcessor, padding: int) -> Tensor:
-    """(rows, `tokens`) new tokens."""
-    device = input_device(model)
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-    settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "eos_token_id": None}
-    settings |= {"pad_token_id": padding, "logits_processor": LogitsProcessorList([draw])}
-    return model.generate(**inputs, max_new_tokens=tokens, **settings)[:, batch["input_ids"].shape[1] :]
 
 
 class SeededTopK(LogitsProcessor):

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import Any
 
+from peft_baft.adapter.state import without_adapters
 from peft_baft.data.cases import Probe, Unrelated
 from peft_baft.data.unrelated import CANARIES
-from peft_baft.editing.adapter_editor import without_adapters
 from peft_baft.evaluation.scoring import agreement, predicted_tokens
 
 

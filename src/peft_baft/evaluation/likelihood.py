@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_baft.adapter.model_call import full_logits, input_device
-from peft_baft.data.batching import Tokens, collate, encode_fitting, padding_id
-from peft_baft.evaluation.scoring import BATCH_SIZE
+from peft_baft.data.batching import Tokens
+from peft_baft.evaluation.forward import BATCH_SIZE, answer_ids, answer_logits, teacher_forced
 
 
-@torch.no_grad()
 def log_probabilities(
     model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int = BATCH_SIZE, *, chat: bool = False
 ) -> list[Tensor]:
@@ -31,20 +28,14 @@ def log_probabilities(
     Raises:
         ValueError: a text is longer than the model can read.
     """
-    device = input_device(model)
-    rows = [encode_fitting(model, tokenizer, prompt, answer, chat=chat) for prompt, answer in pairs]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # for little padding
-    found = [torch.empty(0)] * len(rows)
-    for start in range(0, len(rows), batch_size):
-        part = order[start : start + batch_size]
-        batch = {name: t.to(device) for name, t in collate([rows[i] for i in part], padding_id(tokenizer)).items()}
-        for i, logits in zip(part, full_logits(model, **batch), strict=True):
-            found[i] = _of_answer(logits, rows[i])
-    return found
+
+    def read(rows: Sequence[Tokens], logits: Tensor) -> list[Tensor]:
+        return [_log_probabilities_of_answer(row, of_row) for row, of_row in zip(rows, logits, strict=True)]
+
+    return teacher_forced(model, tokenizer, pairs, read, batch_size, chat=chat)
 
 
-def _of_answer(logits: Tensor, row: Tokens) -> Tensor:
+def _log_probabilities_of_answer(row: Tokens, logits: Tensor) -> Tensor:
     """(answer tokens,) of one row, from its logits (tokens, vocabulary)."""
-    answer = torch.tensor(row.ids[row.prompt_length :], device=logits.device)
-    before = logits[row.prompt_length - 1 : len(row.ids) - 1].float()
-    return -F.cross_entropy(before, answer, reduction="none").cpu()
+    answer = answer_ids(row).to(logits.device)
+    return -F.cross_entropy(answer_logits(row, logits).float(), answer, reduction="none").cpu()

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from peft_baft.editing.adapter_editor import without_adapters
+from peft_baft.adapter.state import without_adapters
 from peft_baft.evaluation.likelihood import log_probabilities
 
 

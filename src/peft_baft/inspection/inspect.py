@@ -12,10 +12,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_baft.adapter import BaftLayer, baft_layers, prompt_lengths
-from peft_baft.adapter.model_call import full_logits, input_device
+from peft_baft.adapter.state import evaluating, without_adapters
 from peft_baft.data.batching import Tokens, context_window, encode_prompt
-from peft_baft.editing.adapter_editor import evaluating, without_adapters
-from peft_baft.evaluation.scoring import first_line, greedy_answers, greedy_tokens
+from peft_baft.evaluation.forward import greedy_tokens, logits_of_rows
+from peft_baft.evaluation.scoring import first_line, greedy_answers
 from peft_baft.inspection.token_text import token_text
 from peft_baft.span import edited
 
@@ -120,11 +120,12 @@ def inspect(model: PeftModel, tokenizer: Any, prompt: str, max_new_tokens: int =
     with evaluating(model):
         after, said = _answer(model, tokenizer, row, limit)
         ids = [*row.ids, *said]
+        text = Tokens(tuple(ids), row.prompt_length)
         with _watching(layers) as seen, prompt_lengths(model, [row.prompt_length]):
-            logits = _logits(model, ids)
+            logits = _logits(model, tokenizer, text)
         blocks = tuple(_block(layer, seen) for layer in layers)  # where tokens stand is known until the next forward
         with without_adapters(model):
-            plain = _logits(model, ids)
+            plain = _logits(model, tokenizer, text)
             before = greedy_answers(model, tokenizer, [prompt], limit)[0]
     tokens = []
     for i, token in enumerate(ids):
@@ -175,16 +176,15 @@ def _checked(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, top: 
 
 def _answer(model: Any, tokenizer: Any, row: Tokens, limit: int) -> tuple[str, list[int]]:
     """The greedy answer, one line as `greedy_answers` gives it, and as many token ids as it takes to say it."""
-    new = greedy_tokens(model, tokenizer, [row], limit)[0]
+    new = greedy_tokens(model, tokenizer, [row], [limit])[0]
     line = first_line(tokenizer, new)
     length = next(n for n in range(len(new) + 1) if first_line(tokenizer, new[:n]) == line)
     return line, new[:length].tolist()
 
 
-def _logits(model: Any, ids: Sequence[int]) -> Tensor:
-    """(tokens, vocabulary) of one forward over `ids`."""
-    device = input_device(model)
-    logits = full_logits(model, input_ids=torch.tensor([ids], device=device))[0]
+def _logits(model: Any, tokenizer: Any, text: Tokens) -> Tensor:
+    """(tokens, vocabulary) of one forward over prompt and answer."""
+    logits = logits_of_rows(model, tokenizer, [text])[0]
     if logits.isnan().any():
         raise FloatingPointError("The model's output on this prompt is not a number; try --dtype float32.")
     return logits
@@ -211,13 +211,13 @@ def _block(layer: BaftLayer, seen: dict[nn.Module, tuple[Tensor, Tensor]]) -> Bl
     """Sizes and gates of one block, from what was seen of it in one forward."""
     h, out = (x.float() for x in seen[layer])
     sizes = (out - h).norm(dim=-1) / h.norm(dim=-1).clamp_min(torch.finfo(h.dtype).tiny)
-    steps = layer.context.steps
-    assert steps is not None, "the model was given tokens"
+    relative_positions = layer.context.relative_positions
+    assert relative_positions is not None, "the model was given tokens"
     gates: list[dict[str, tuple[float, ...]]] = [{} for _ in sizes]
     for name in _active(layer):
         config, gate = layer.configs[name], dict(layer.baft_gate).get(name)
         w = torch.ones(len(h), config.r) if gate is None else seen[gate][1]
-        for i in edited(steps[0], config.prompt_positions).nonzero()[:, 0].tolist():
+        for i in edited(relative_positions[0], config.prompt_positions).nonzero()[:, 0].tolist():
             gates[i][name] = tuple(w[i].tolist())
     return Block(layer.name, tuple(Cell(size, g) for size, g in zip(sizes.tolist(), gates, strict=True)))
 

@@ -1,20 +1,18 @@
-"""An inspection as one HTML page: no network, no other files. Every text in it is foreign and is treated as such."""
+"""An inspection as one HTML page: no network, no other files. Every text in it is foreign, so all of them are escaped."""
 
 from __future__ import annotations
 
-import json
 from base64 import b64encode
 from dataclasses import asdict
 from hashlib import sha256
-from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined
 
 from peft_baft.inspection.inspect import Inspection, Token
 from peft_baft.inspection.token_text import visible
 
-TEMPLATE = Path(__file__).with_suffix(".html")
 NOTHING = "(nothing: it stops at once)"
 LONG_PROMPT = 140  # characters, from which its heading is set smaller
 GATES = (
@@ -30,20 +28,31 @@ def page(inspection: Inspection) -> str:
     Raises:
         ValueError: a number is NaN or infinite: the model's arithmetic broke down on this prompt.
     """
-    template = TEMPLATE.read_text(encoding="utf-8")
-    script = Template(template.rpartition("<script>")[2].partition("</script>")[0]).substitute()
-    return Template(template).substitute(
+    script = _file("page.js")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.policies["json.dumps_kwargs"] = {
+        "allow_nan": False,
+        "separators": (",", ":"),
+    }  # adapters keep their order
+    return environment.from_string(_file("page.html")).render(
+        style=_file("page.css"),
+        script=script,
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),  # the one script that a browser may run here
-        prompt=escape(inspection.prompt.strip()),
+        prompt=inspection.prompt.strip(),
         length="long" if len(inspection.prompt) > LONG_PROMPT else "short",
-        before=escape(inspection.before or NOTHING),
-        after=escape(inspection.after or NOTHING),
+        before=inspection.before or NOTHING,
+        after=inspection.after or NOTHING,
         outcome="same" if inspection.before == inspection.after else "another",
-        summary="".join(f"<li>{escape(sentence)}</li>" for sentence in summary(inspection)),
-        gates=escape(_what_gates_are(inspection)),
-        rule=escape(_position_rule(inspection)),
-        data=_json(inspection),
+        summary=summary(inspection),
+        gates=_what_gates_are(inspection),
+        rule=_position_rule(inspection),
+        data=_data(inspection),
     )
+
+
+def _file(name: str) -> str:
+    """Read one of the files that make up the page, which lie beside this one."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def summary(inspection: Inspection) -> list[str]:
@@ -104,14 +113,12 @@ def block_label(name: str) -> str:
     return f"block {last}" if last.isdigit() else name
 
 
-def _json(inspection: Inspection) -> str:
-    """The data for the script, as JSON that cannot end the element it stands in."""
+def _data(inspection: Inspection) -> dict[str, Any]:
+    """The data for the script; the page's template writes it as JSON that cannot end the element it stands in."""
     data: dict[str, Any] = asdict(inspection)
     for token in data["tokens"]:
         for shown in (token, *token["changes"]):
             shown["label"] = visible(shown.pop("text"))
     for block in data["blocks"]:
         block["label"] = block_label(block["name"])
-    chosen = {name: data[name] for name in ("adapters", "tokens", "blocks")}
-    text = json.dumps(chosen, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return {name: data[name] for name in ("adapters", "tokens", "blocks")}

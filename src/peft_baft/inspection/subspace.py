@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter import BaftLayer, baft_layers
-from peft_baft.adapter.model_call import full_logits, input_device
-from peft_baft.data.batching import collate, encode_fitting, padding_id
+from peft_baft.data.batching import Tokens
 from peft_baft.data.cases import Case
-from peft_baft.evaluation.scoring import BATCH_SIZE, token_match
+from peft_baft.evaluation.forward import teacher_forced
+from peft_baft.evaluation.scoring import token_match
 from peft_baft.span import edited
 
 Subspace = tuple[BaftLayer, str]  # an edited block and the name of the adapter that acts there
@@ -96,25 +96,29 @@ def _at_edited_tokens(
     model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], blocks: Sequence[Subspace]
 ) -> list[tuple[Tensor, Tensor]]:
     """For each block, at all n edited tokens of all pairs: A h + b - R h (n, r), and the gates (n, r), or (n, 1) if shared."""
-    device = input_device(model)
-    rows = [encode_fitting(model, tokenizer, prompt, answer) for prompt, answer in pairs]
-    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in blocks]
-    for start in range(0, len(rows), BATCH_SIZE):
-        batch = collate(rows[start : start + BATCH_SIZE], padding_id(tokenizer))
-        with _watching(blocks) as seen:
-            full_logits(model, **{name: t.to(device) for name, t in batch.items()})
-        for values, block in zip(found, blocks, strict=True):
-            values.append(_selected(*block, seen))
-    return [(torch.cat(shifts), torch.cat(gates)) for shifts, gates in (zip(*values, strict=True) for values in found)]
+    with _watching(blocks) as seen:
+
+        def read(rows: Sequence[Tokens], _: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
+            by_block = [_of_rows(layer, name, seen) for layer, name in blocks]
+            return [list(blocks_of_row) for blocks_of_row in zip(*by_block, strict=True)]
+
+        by_pair = teacher_forced(model, tokenizer, pairs, read)
+    by_block = []
+    for shifts_and_gates in zip(*by_pair, strict=True):
+        shifts, gates = zip(*shifts_and_gates, strict=True)
+        by_block.append((torch.cat(shifts), torch.cat(gates)))
+    return by_block
 
 
-def _selected(layer: BaftLayer, name: str, seen: dict[nn.Module, Tensor]) -> tuple[Tensor, Tensor]:
-    """Shift and gates of one block at the edited tokens of the last forward; gates of 1 where there are none."""
-    steps = layer.context.steps
-    assert steps is not None, "the model was given tokens"
-    mask = edited(steps, layer.configs[name].prompt_positions).cpu()
-    shift = seen[layer.baft_source[name]][mask]
-    return shift, seen[layer.baft_gate[name]][mask] if name in layer.baft_gate else torch.ones(len(shift), 1)
+def _of_rows(layer: BaftLayer, name: str, seen: dict[nn.Module, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shift and gates of one block at the edited tokens of each row of the last forward; gates of 1 where there are none."""
+    relative_positions = layer.context.relative_positions
+    assert relative_positions is not None, "the model was given tokens"
+    masks = edited(relative_positions, layer.configs[name].prompt_positions).cpu()
+    shifts = seen[layer.baft_source[name]]
+    gates = seen[layer.baft_gate[name]] if name in layer.baft_gate else torch.ones(*shifts.shape[:2], 1)
+    for mask, shift, w in zip(masks, shifts, gates, strict=True):
+        yield shift[mask], w[mask]
 
 
 @contextmanager

@@ -16,10 +16,14 @@ from conftest import make_model
 from peft_baft import BaftConfig
 from peft_baft.data.batching import Tokens
 from peft_baft.editing.acceleration import packed_linear
-from peft_baft.editing.acceleration.packed_linear import packed, packed_forwards
-from peft_baft.editing.acceleration.prefix_cache import CachedSession
+from peft_baft.editing.acceleration.packed_linear import PackedWeight, packed_forwards, packed_weight
+from peft_baft.editing.acceleration.prefix_cache import CachedPrefix
+from peft_baft.editing.acceleration.prepared import PreparedModel
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+
+
+ROW = Tokens((5, 6, 7, 8, 9, 10), 4)
 
 
 def frozen(out: int = 48, wide: int = 32, bias: bool = True, **to: Any) -> nn.Linear:
@@ -30,7 +34,7 @@ def frozen(out: int = 48, wide: int = 32, bias: bool = True, **to: Any) -> nn.Li
 @pytest.mark.parametrize("bias", [True, False])
 def test_output_and_gradient_are_the_layers_own(shape: tuple[int, ...], bias: bool) -> None:
     layer, h = frozen(bias=bias), torch.randn(*shape, 32, requires_grad=True)
-    forward, toward = packed_forwards([layer])[layer], torch.randn(*shape, 48)
+    forward, toward = packed_forwards([layer], {})[layer], torch.randn(*shape, 48)
     torch.testing.assert_close(forward(h), layer(h))
     found, wanted = (torch.autograd.grad(out(h), h, toward)[0] for out in (forward, layer))
     torch.testing.assert_close(found, wanted)
@@ -38,14 +42,15 @@ def test_output_and_gradient_are_the_layers_own(shape: tuple[int, ...], bias: bo
 
 def test_weights_changed_in_place_are_packed_anew_and_others_are_not() -> None:
     layer, h = frozen(), torch.randn(4, 32)
-    packed_forwards([layer])
-    first = packed_linear._kept[layer]
-    packed_forwards([layer])
-    assert packed_linear._kept[layer] is first
+    packed: dict[nn.Module, PackedWeight] = {}
+    packed_forwards([layer], packed)
+    first = packed[layer]
+    packed_forwards([layer], packed)
+    assert packed[layer] is first
     with torch.no_grad():
         layer.weight.mul_(2)
-    torch.testing.assert_close(packed_forwards([layer])[layer](h), layer(h))
-    assert packed_linear._kept[layer] is not first
+    torch.testing.assert_close(packed_forwards([layer], packed)[layer](h), layer(h))
+    assert packed[layer] is not first
 
 
 def test_only_frozen_float32_weights_of_plain_linear_layers_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,40 +60,42 @@ def test_only_frozen_float32_weights_of_plain_linear_layers_are_packed(monkeypat
     moved = frozen()
     moved.forward = lambda h: h  # as accelerate's hooks leave it
     assert not packed_forwards(
-        [nn.Linear(4, 4), frozen(dtype=torch.bfloat16), frozen(device="meta"), Other(4, 4), moved]
+        [nn.Linear(4, 4), frozen(dtype=torch.bfloat16), frozen(device="meta"), Other(4, 4), moved], {}
     )
     layer = frozen()
-    assert packed_forwards([layer])
+    assert packed_forwards([layer], {})
     monkeypatch.setattr(packed_linear, "LARGEST", layer.weight.numel() - 1)
-    assert not packed_forwards([layer])
+    assert not packed_forwards([layer], {})
 
 
 def test_autocast_computes_as_it_would() -> None:
     layer, h = frozen(), torch.randn(4, 32)
-    forward = packed_forwards([layer])[layer]
+    forward = packed_forwards([layer], {})[layer]
     with torch.autocast("cpu", torch.bfloat16):
         assert forward(h).dtype == layer(h).dtype == torch.bfloat16
 
 
-def test_packed_weights_go_with_their_model() -> None:
-    layer = frozen()
-    forwards, kept = packed_forwards([layer]), weakref.ref(packed(layer))
+def test_unloading_the_adapter_frees_the_packed_weights() -> None:
+    model = get_peft_model(make_model("llama"), BaftConfig(task_type="CAUSAL_LM", r=4))
+    forward = CachedPrefix.build(model, [ROW], [0], 0, torch.device("cpu"), prompt_positions=3)
+    packed = [weakref.ref(weight) for weight in PreparedModel.of(model).packed.values()]
+    del forward
     gc.collect()
-    assert kept() is not None
-    del layer, forwards
+    assert packed and all(reference() is not None for reference in packed)  # kept for the next edit
+    model.unload()
     gc.collect()
-    assert kept() is None
+    assert not any(reference() is not None for reference in packed)
 
 
 def test_an_edit_uses_them_and_transposes_above_the_first_edited_block_alone() -> None:
     model = get_peft_model(make_model("llama"), BaftConfig(task_type="CAUSAL_LM", r=4, layers_to_transform=[1]))
-    session = CachedSession(model, [Tokens((5, 6, 7, 8, 9, 10), 4)], [0], 0, torch.device("cpu"), positions=3)
-    base = model.get_base_model()
+    session = CachedPrefix.build(model, [ROW], [0], 0, torch.device("cpu"), prompt_positions=3)
+    base, kept = model.get_base_model(), PreparedModel.of(model).packed
     linear = {m for m in base.modules() if type(m) is nn.Linear and not m.weight.requires_grad}
     above = {m for block in base.model.layers[2:] for m in block.modules() if type(m) is nn.Linear} | {base.lm_head}
-    assert above < linear == set(session._products)
+    assert above < linear == set(session.packed)
     own = [m.forward for m in linear]
     session.losses().sum().backward()
     assert [m.forward for m in linear] == own
     assert not any("forward" in m.__dict__ for m in linear)
-    assert {m for m in linear if "transposed" in vars(packed(m))} == above
+    assert {m for m in linear if "transposed" in vars(packed_weight(m, kept))} == above

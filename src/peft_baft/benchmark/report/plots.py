@@ -22,7 +22,7 @@ from peft_baft.benchmark.report.comparable import (
     summary,
 )
 from peft_baft.benchmark.report.plot_style import STYLE, UNEDITED, Look, add_legend, look, new_figure, plain
-from peft_baft.benchmark.tasks import BENCHMARKS
+from peft_baft.benchmark.tasks import REPHRASED, TASKS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -207,8 +207,9 @@ def _path(axes: Axes, points: Sequence[tuple[Summary, Summary, float]], style: L
 
 def _effects(group: Group) -> list[str]:
     """The measures of an edit's effect: of those in the average, all but locality."""
-    suite = BENCHMARKS.get(group.sample["benchmark"], BENCHMARKS["zsre"])
-    return [name for name in suite.averaged if name != "locality" and name in group.measures]
+    task = TASKS.get(group.sample["benchmark"])
+    averaged = REPHRASED if task is None else task.averaged  # a benchmark of the user's own may not be registered here
+    return [name for name in averaged if name != "locality" and name in group.measures]
 
 
 def _effect(names: Sequence[str]) -> Value:

@@ -10,7 +10,7 @@ from textwrap import fill
 
 from peft_baft.benchmark.report.comparable import Group, Line, Summary, comparable, score
 from peft_baft.benchmark.results import read_results as read_lines
-from peft_baft.benchmark.tasks import BENCHMARKS
+from peft_baft.benchmark.tasks import TASKS
 
 __all__ = ["Table", "read_lines", "tables"]
 
@@ -115,7 +115,7 @@ def _seeds(group: Group, label: str) -> str:
 def _note(group: Group, measures: Sequence[str]) -> str:
     """What all rows share, and how to read them."""
     line, size = group.sample, group.sample["schedule"]["batch_size"]
-    averaged = BENCHMARKS[line["benchmark"]].averaged if line["benchmark"] in BENCHMARKS else ()
+    averaged = TASKS[line["benchmark"]].averaged if line["benchmark"] in TASKS else ()
     notes: dict[str, set[str]] = {
         "Rel (Edit Succ), Gen, Por: share of the answer's tokens predicted, given those before; Loc: as before the edit.": set(
             FORCED

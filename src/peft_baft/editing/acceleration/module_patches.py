@@ -1,4 +1,4 @@
-"""Ways to spare a model computing what is not needed: outputs that are known, logits that nobody reads, padding."""
+"""Replace, for one forward, what a model need not compute: known outputs, logits that nobody reads, padding."""
 
 from __future__ import annotations
 
@@ -12,95 +12,108 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_baft.adapter import baft_layers
+from peft_baft.editing.answers import on_device
 
-SPARED_FROM, SPARED_BELOW = 32, 0.9  # tokens of a batch, and how many of them are real
-
-
-def on(device: torch.device, places: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Indices where they are needed."""
-    return tuple(index.to(device) for index in places)
-
-
-def enough_rows(places: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The first place again and again where there are but two or three: BLAS multiplies four rows in half the time of three."""
-    missing = 4 - len(places[0])
-    return tuple(torch.cat([i, i[:1].expand(missing)]) for i in places) if 0 < missing < 3 else places
-
-
-def blocks_below(model: Any) -> list[nn.Module]:
-    """The blocks up to the first one that any BaFT adapter edits, which is edited after it has run; none where blocks do not
-    stand in one list."""
-    places = [layer.name.rpartition(".") for layer in baft_layers(model)]
-    if len({stack for stack, _, _ in places}) != 1 or not all(number.isdigit() for _, _, number in places):
-        return []
-    stack = model.get_base_model().get_submodule(places[0][0])
-    return list(stack)[: min(int(number) for _, _, number in places) + 1]
+# Padding is left out of batches of at least so many tokens, of which at most this share is real.
+SPARED_FROM, SPARED_BELOW = 32, 0.9
 
 
 @contextmanager
-def only_at(head: nn.Module, places: tuple[Tensor, ...]) -> Iterator[None]:
-    """Let the model's head compute logits at some places (rows, columns) alone: (n, vocabulary)."""
-    with head.register_forward_pre_hook(lambda _, given: (given[0][on(given[0].device, places)],)):
-        yield
-
-
-@contextmanager
-def remembering(modules: Sequence[nn.Module], given: dict[nn.Module, Any]) -> Iterator[None]:
-    """Keep in `given` what the modules give in the forward inside, before any hook changes it."""
-    with ExitStack() as hooks:
-        for module in modules:
-            hook = module.register_forward_hook(
-                lambda own, _, out: given.update({own: changed(out, Tensor.detach)}), prepend=True
-            )
-            hooks.enter_context(hook)
-        yield
-
-
-def changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """What a block gives, with its hidden vectors changed."""
-    return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
-
-
-def give(output: Any, *_: Any, **__: Any) -> Any:
-    return output
-
-
-@contextmanager
-def standing_in(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Let these functions stand in for the forwards of modules inside."""
-    own = {module: module.__dict__.get("forward") for module in forwards}
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let these functions take the place of the modules' forwards inside."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
             module.__dict__["forward"] = forward
         yield
     finally:
-        for module, instead in own.items():
-            if instead is None:
+        for module, forward_before in before.items():
+            if forward_before is None:
                 del module.forward
             else:
-                module.__dict__["forward"] = instead
+                module.__dict__["forward"] = forward_before
 
 
-def without_padding(
-    model: Any, real: Tensor, products: Mapping[nn.Module, Callable[..., Any]]
+@contextmanager
+def logits_only_at(head: nn.Module, places: tuple[Tensor, ...]) -> Iterator[None]:
+    """Let the model's head compute logits at some places (rows, columns) alone: (n, vocabulary)."""
+
+    def select(_: nn.Module, args: tuple) -> tuple:
+        hidden = args[0]
+        return (hidden[on_device(hidden.device, places)],)
+
+    with head.register_forward_pre_hook(select):
+        yield
+
+
+def at_least_four(places: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Repeat the first place where there are two or three: BLAS multiplies four rows in half the time of three."""
+    missing = 4 - len(places[0])
+    if missing not in (1, 2):
+        return places
+    return tuple(torch.cat([index, index[:1].expand(missing)]) for index in places)
+
+
+def blocks_up_to_first_edited(model: Any) -> list[nn.Module]:
+    """List the blocks up to the first one that a BaFT adapter edits; none where blocks do not stand in one list.
+
+    That one is among them: it is edited after it has run.
+    """
+    places = [layer.name.rpartition(".") for layer in baft_layers(model)]
+    if len({stack for stack, _, _ in places}) != 1 or not all(number.isdigit() for _, _, number in places):
+        return []
+    stack = model.get_base_model().get_submodule(places[0][0])
+    first_edited = min(int(number) for _, _, number in places)
+    return list(stack)[: first_edited + 1]
+
+
+@contextmanager
+def remembering_outputs(modules: Sequence[nn.Module], outputs: dict[nn.Module, Any]) -> Iterator[None]:
+    """Put what the modules give in the forward inside into `outputs`, before any hook changes it."""
+
+    def remember(module: nn.Module, _: Any, output: Any) -> None:
+        outputs[module] = with_hidden(output, Tensor.detach)
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(remember, prepend=True))
+        yield
+
+
+def with_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change the hidden vectors in what a block gives: a tensor, or a tuple that begins with it."""
+    return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
+
+
+def constant_forward(output: Any) -> Callable[..., Any]:
+    """Make a forward that gives a known output, whatever it is called with."""
+    return lambda *_, **__: output
+
+
+def forwards_without_padding(
+    model: Any, real: Tensor, forwards: Mapping[nn.Module, Callable[..., Any]]
 ) -> dict[nn.Module, Callable[..., Any]]:
-    """Forwards of the model's linear layers that compute the real tokens (rows, tokens) alone and give 0 for padding.
+    """Make forwards of the model's linear layers that compute the real tokens alone and give 0 for padding.
 
     Only where that pays: for few tokens a layer's time goes into reading its weights, on a GPU for many as well.
 
     Args:
-        products: forwards that stand in for those of some layers already; the others are as the layers have them.
+        real: (rows, tokens) bool.
+        forwards: what replaces the forwards of some layers already; the other layers have their own.
     """
     if real.device.type != "cpu" or real.numel() < SPARED_FROM or real.float().mean() > SPARED_BELOW:
-        return dict(products)
+        return dict(forwards)
     places, head = real.flatten().nonzero()[:, 0], model.get_output_embeddings()
-    own = {id(module) for layer in baft_layers(model) for module in layer.modules()}
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head and id(m) not in own]
-    forwards: dict[nn.Module, Any] = dict(products)
-    return forwards | {m: partial(_of_real_tokens, products.get(m, m.forward), real.shape, places) for m in linear}
+    of_adapters = {id(module) for layer in baft_layers(model) for module in layer.modules()}
+    replaced: dict[nn.Module, Any] = dict(forwards)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and id(module) not in of_adapters:
+            forward = forwards.get(module, module.forward)
+            replaced[module] = partial(_at_real_tokens, forward, real.shape, places)
+    return replaced
 
 
-def _of_real_tokens(forward: Callable[[Tensor], Tensor], shape: torch.Size, places: Tensor, h: Tensor) -> Tensor:
+def _at_real_tokens(forward: Callable[[Tensor], Tensor], shape: torch.Size, places: Tensor, h: Tensor) -> Tensor:
     if h.shape[:-1] != shape:
         return forward(h)
     out = forward(h.flatten(0, 1).index_select(0, places))

@@ -1,7 +1,7 @@
-"""Products with frozen weights on a CPU, in the layout that oneDNN multiplies few tokens with fastest.
+"""Products with frozen weights on a CPU, in the layout in which oneDNN multiplies few tokens fastest.
 
 A step of an edit multiplies some ten tokens with every weight, forward and backward. For so few, a CPU's time goes into
-fetching the weights, and it fetches them about twice as fast from blocks laid out for that product.
+fetching the weights, and it fetches them about twice as fast from blocks that are laid out for that product.
 """
 
 from __future__ import annotations
@@ -9,20 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 LARGEST = 500_000_000  # weights of a model that are packed; each then takes 12 bytes instead of 4
-TOKENS = 8  # what blocks are laid out for; they serve any other number
+TOKENS = 8  # the number of tokens that blocks are laid out for; they serve any other number
 
 
-class Packed:
-    """A weight (out, in) laid out for products with it, and, once a backward needs that, its transpose.
+class PackedWeight:
+    """A weight (out, in) laid out for products with it, and, once a backward needs it, its transpose.
 
     Attributes:
-        state: which values these are.
+        state: which values of the layer's weight these are.
     """
 
     def __init__(self, weight: Tensor, state: tuple) -> None:
@@ -31,22 +30,28 @@ class Packed:
 
     @cached_property
     def transposed(self) -> Tensor:
+        """The packed transpose, (in, out)."""
         return _pack(self._weight.t().contiguous())
 
 
-_kept: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
+def packed_forwards(
+    modules: Iterable[nn.Module], packed: dict[nn.Module, PackedWeight]
+) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    """Make forwards for those linear layers among the modules whose weights are frozen, in float32 and on the CPU.
 
+    They give what the layers' own forwards give, to float noise, and gradients of the layers' inputs alone.
 
-def packed_forwards(modules: Iterable[nn.Module]) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
-    """Forwards of those linear layers among the modules whose weights are frozen, in float32 and on the CPU.
+    Args:
+        packed: weights that were packed before; new ones are added.
 
-    They give what the layers' own forwards give, to float noise, and gradients of the layers' inputs alone. The packed
-    weights are kept as long as the layer. None where torch has no such product, or there are more than `LARGEST` weights.
+    Returns:
+        A forward by layer; none where torch has no such product, or there are more than `LARGEST` weights.
     """
     layers: list[Any] = [module for module in modules if _can_pack(module)]
-    if not torch.backends.mkldnn.is_available() or sum(layer.weight.numel() for layer in layers) > LARGEST:
+    count = sum(layer.weight.numel() for layer in layers)
+    if not torch.backends.mkldnn.is_available() or count > LARGEST:
         return {}
-    return {layer: partial(_linear, layer, packed(layer)) for layer in layers}
+    return {layer: partial(_linear, layer, packed_weight(layer, packed)) for layer in layers}
 
 
 def _can_pack(module: nn.Module) -> bool:
@@ -57,35 +62,36 @@ def _can_pack(module: nn.Module) -> bool:
     return frozen and plain and module.weight.device.type == "cpu"
 
 
-def packed(layer: Any) -> Packed:
-    """The layer's weight as it is now; kept as long as the layer."""
+def packed_weight(layer: Any, packed: dict[nn.Module, PackedWeight]) -> PackedWeight:
+    """Pack a layer's weight as it is now, or take it from `packed` if it has not changed since."""
     weight = layer.weight.detach()
     state = (weight.data_ptr(), weight._version, weight.shape)
-    if layer not in _kept or _kept[layer].state != state:
-        _kept[layer] = Packed(weight, state)
-    return _kept[layer]
+    if layer not in packed or packed[layer].state != state:
+        packed[layer] = PackedWeight(weight, state)
+    return packed[layer]
 
 
 def _pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, TOKENS)
 
 
-def _linear(layer: Any, own: Packed, h: Tensor) -> Tensor:
+def _linear(layer: Any, packed: PackedWeight, h: Tensor) -> Tensor:
     if h.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not h.numel():
         return nn.functional.linear(h, layer.weight, layer.bias)
-    return _PackedProduct.apply(h, own, layer.bias)
+    return _PackedProduct.apply(h, packed, layer.bias)
 
 
 class _PackedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, own: Packed, bias: Tensor | None) -> Tensor:
-        ctx.own = own
-        return product(h, own.weight, bias)
+    def forward(ctx: Any, h: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+        ctx.packed = packed
+        return product(h, packed.weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return product(grad, ctx.own.transposed, None), None, None
+        return product(grad, ctx.packed.transposed, None), None, None
 
 
-def product(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(h, weight, bias, "none", [], "")
+def product(h: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply h (…, in) with a packed weight (out, in): (…, out)."""
+    return torch.ops.mkldnn._linear_pointwise(h, packed, bias, "none", [], "")

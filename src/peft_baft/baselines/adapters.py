@@ -1,0 +1,106 @@
+"""Editing through a PEFT adapter: BaFT, its ablations (Table 4), ReFT, and adapters of other methods such as LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+
+from peft_baft.adapter import BaftConfig
+from peft_baft.data.cases import Unrelated
+from peft_baft.editing.acceleration.prepared import PreparedModel
+from peft_baft.editing.adapter_editor import AdapterEditor
+from peft_baft.editing.baft import BaftEditor
+from peft_baft.editing.objective import Objective
+from peft_baft.editing.presets import Preset
+from peft_baft.editing.train import DescentConfig
+from peft_baft.processes import Processes
+
+# Settings of a BaFT adapter that a result line spells out, whether or not they were given.
+BAFT_SETTINGS = ("r", "prompt_positions", "weighting", "gate_norm", "gate_bias", "gate_offset", "layers_to_transform")
+
+
+@dataclass(frozen=True)
+class AdapterMethod:
+    """Settings of a method that trains a PEFT adapter.
+
+    Args:
+        config_class, config: the class of the adapter's config, and the arguments it is made with.
+        descent, batch_descent: how one fact, and a batch, is trained.
+        objective: BaFT's regularisers; None for teacher forcing alone.
+        unrelated: whether the method trains beside unrelated text where there is some.
+    """
+
+    config_class: Callable[..., PeftConfig] = BaftConfig
+    config: dict[str, Any] = field(default_factory=dict)
+    descent: DescentConfig = field(default_factory=DescentConfig)
+    batch_descent: DescentConfig = field(default_factory=lambda: DescentConfig(max_steps=70))
+    objective: Objective | None = field(default_factory=Objective)
+    unrelated: bool = True
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether independent single edits can share forwards."""
+        return self.objective is not None
+
+    def start(
+        self,
+        base: Any,
+        tokenizer: Any,
+        unrelated: Sequence[Unrelated] = (),
+        *,
+        seed: int = 0,
+        processes: Processes | None = None,
+        prepared: PreparedModel | None = None,
+    ) -> AdapterEditor:
+        """Put a fresh adapter on `base`, initialised with `seed`, and make its editor."""
+        torch.manual_seed(seed)
+        model = get_peft_model(base, self.config_class(task_type="CAUSAL_LM", **self.config)).eval()
+        if self.objective is None:
+            return AdapterEditor(model, tokenizer, self.descent, self.batch_descent, processes=processes)
+        return BaftEditor(
+            model,
+            tokenizer,
+            unrelated if self.unrelated else (),
+            self.objective,
+            self.descent,
+            self.batch_descent,
+            processes=processes,
+            prepared=prepared,
+        )
+
+    def described(self) -> dict[str, Any]:
+        """Give the settings, resolved, as they stand in a result line."""
+        config = {"peft_type": self.config_class.__name__.removesuffix("Config"), **self.config}
+        if self.config_class is BaftConfig:
+            defaults = {f.name: f.default for f in fields(BaftConfig) if f.name in BAFT_SETTINGS}
+            config = defaults | config
+        settings: dict[str, Any] = {"config": config}
+        if self.objective is not None:
+            settings["objective"] = asdict(self.objective)
+        return settings | {"descent": asdict(self.descent), "batch_descent": asdict(self.batch_descent)}
+
+
+def baft(preset: Preset, *, unrelated: bool = True, **config: Any) -> AdapterMethod:
+    """Make BaFT, or an ablation of it, with a preset's settings."""
+    return AdapterMethod(
+        config={**preset.config, **config},
+        descent=preset.descent,
+        batch_descent=preset.batch_descent,
+        objective=preset.objective,
+        unrelated=unrelated,
+    )
+
+
+def other_adapter(preset: Preset, *, config_class: Callable[..., PeftConfig], **config: Any) -> AdapterMethod:
+    """Make an adapter of another PEFT method, trained by teacher forcing as the preset says."""
+    return AdapterMethod(
+        config_class=config_class,
+        config=config,
+        descent=preset.descent,
+        batch_descent=preset.batch_descent,
+        objective=None,
+    )

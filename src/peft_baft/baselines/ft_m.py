@@ -1,0 +1,136 @@
+"""FT-M: fine-tune one MLP down projection on the answer tokens (EasyEdit's `objective_optimization: target_new`).
+
+It is the strongest of the cheap baselines that the BaFT paper leaves out. FT-L, which the paper compares with, predicts all
+answer tokens from the last prompt token, and so cannot learn an answer of several tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_baft.adapter.blocks import find_stack
+from peft_baft.adapter.model_call import full_logits, input_device
+from peft_baft.adapter.state import evaluating
+from peft_baft.data.batching import collate, encode_fitting, padding_id
+from peft_baft.data.cases import Edit, Unrelated
+from peft_baft.editing.editor import EditResult, checked_edits
+from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms, descend
+from peft_baft.losses import answer_losses
+from peft_baft.processes import Processes
+
+EASYEDIT_BLOCK, EASYEDIT_DEPTH = 21, 32  # EasyEdit's block of a model of 32, counted from 0
+DOWN_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2")
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Settings of FT-M, by default EasyEdit's: AdamW without weight decay, at most 25 steps.
+
+    Args:
+        layer: block whose down projection is trained, counted from 0; by default EasyEdit's 21 of 32 scaled to the model.
+        descent: how an edit, or a batch of edits, is trained.
+    """
+
+    layer: int | None = None
+    descent: DescentConfig = field(default_factory=lambda: DescentConfig(lr=5e-4, max_steps=25, weight_decay=0.0))
+
+    def start(
+        self,
+        base: Any,
+        tokenizer: Any,
+        unrelated: Sequence[Unrelated] = (),
+        *,
+        seed: int = 0,
+        processes: Processes | None = None,
+        prepared: Any = None,
+    ) -> FineTuningEditor:
+        """Make an editor of `base`. FT-M takes no unrelated text, and draws no random numbers."""
+        return FineTuningEditor(base, tokenizer, self)
+
+    def described(self) -> dict[str, Any]:
+        """Give the settings as they stand in a result line."""
+        return asdict(self)
+
+
+class FineTuningEditor:
+    """Fine-tunes one weight of a model; an `Editor`.
+
+    Raises:
+        ValueError: the block does not exist, or has no down projection under a known name.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, settings: FineTuning) -> None:
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.weight_name = _down_projection(model, settings.layer)
+        self._weight: nn.Parameter = model.get_parameter(self.weight_name)
+        self._original = self._weight.detach().clone()
+
+    def edit(self, edits: Iterable[Edit]) -> EditResult:
+        """Train the weight until the answers are learned; as `Editor.edit`."""
+        facts = checked_edits(edits)
+        rows = [encode_fitting(self.model, self.tokenizer, fact.prompt, fact.target) for fact in facts]
+        device = input_device(self.model)
+        batch = {name: tensor.to(device) for name, tensor in collate(rows, padding_id(self.tokenizer)).items()}
+        labels = batch.pop("labels")[:, 1:]
+        is_answer = labels >= 0
+        before = self._weight.detach().clone()
+
+        def losses(_: Sequence[Descent]) -> list[Terms]:
+            logits = full_logits(self.model, **batch)[:, :-1]  # the logits before a token predict it
+            of_answers = answer_losses(logits[is_answer.to(logits.device)], labels[is_answer].to(logits.device))
+            return [{STOP_TERM: of_answers.mean()}]
+
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        try:
+            self.model.requires_grad_(False)
+            self._weight.requires_grad_()
+            with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model):
+                (result,) = descend([Descent([self._weight], self.settings.descent)], losses)
+        except BaseException:
+            self._write(before)
+            raise
+        finally:
+            self._weight.grad = None
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+        return result
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give the trained weight by its name."""
+        return {self.weight_name: self._weight.detach()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._write(state[self.weight_name])
+
+    def remove(self) -> None:
+        """Write the original weight back."""
+        self._write(self._original)
+
+    @torch.no_grad()
+    def _write(self, value: Tensor) -> None:
+        self._weight.copy_(value)
+
+
+def _down_projection(model: Any, layer: int | None) -> str:
+    """Find the name of the weight of a block's down projection, the last product of its MLP."""
+    stack = find_stack(model)
+    depth = len(model.get_submodule(stack))
+    if layer is None:
+        layer = round(EASYEDIT_BLOCK * depth / EASYEDIT_DEPTH)
+    if not 0 <= layer < depth:
+        raise ValueError(f"ft-m: layer must be a block of the model, 0 to {depth - 1}, not {layer}.")
+    block = model.get_submodule(f"{stack}.{layer}")
+    for name, _ in block.named_modules():
+        parent, _, last = name.rpartition(".")
+        if last in DOWN_PROJECTIONS and "attn" not in parent and "attention" not in parent:
+            return f"{stack}.{layer}.{name}.weight"
+    raise ValueError(
+        f"ft-m: block {layer} of {type(model).__name__} has no down projection under a known name "
+        f"({', '.join(DOWN_PROJECTIONS)})."
+    )

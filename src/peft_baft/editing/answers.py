@@ -1,0 +1,139 @@
+"""The answers that an edit learns, and the plain way to compute their losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from peft_baft.adapter import find_context
+from peft_baft.adapter.model_call import full_logits
+from peft_baft.data.batching import Tokens, collate
+from peft_baft.losses import answer_losses
+
+
+@dataclass(frozen=True)
+class AnswerTargets:
+    """Which logits of a batch predict the answers that are learned, and which of its tokens are edited.
+
+    A batch may leave out the first tokens of each row, where those are in a cache.
+
+    Attributes:
+        rows: the whole texts. learned: numbers of the rows whose answers are learned; of the others only gates matter.
+        cuts: how many tokens of each row the batch leaves out: its column 0 holds token `cuts[i]` of row i.
+        width: columns of the batch.
+        places: rows and columns, (n,) each, of the logits that predict the answer tokens.
+        tokens: (n,) ids of these answer tokens, row after row.
+        counts: how many of them each row has.
+        prompt_lengths: (rows,) long.
+    """
+
+    rows: Sequence[Tokens]
+    learned: Sequence[int]
+    cuts: Sequence[int]
+    width: int
+    places: tuple[Tensor, Tensor]
+    tokens: Tensor
+    counts: Sequence[int]
+    prompt_lengths: Tensor
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[Tokens], learned: Sequence[int], cuts: Sequence[int], width: int, device: torch.device
+    ) -> AnswerTargets:
+        """Find the targets of a batch of these rows without their first `cuts[i]` tokens."""
+        places_rows, places_columns, tokens = [], [], []
+        counts = [0] * len(rows)
+        for i in learned:
+            row = rows[i]
+            counts[i] = len(row.ids) - row.prompt_length
+            for t in range(row.prompt_length, len(row.ids)):
+                places_rows.append(i)
+                places_columns.append(t - 1 - cuts[i])  # the logits before a token predict it
+                tokens.append(row.ids[t])
+        places = torch.tensor(places_rows, device=device), torch.tensor(places_columns, device=device)
+        prompt_lengths = torch.tensor([row.prompt_length for row in rows], device=device)
+        tokens_on_device = torch.tensor(tokens, device=device)
+        return cls(rows, learned, cuts, width, places, tokens_on_device, counts, prompt_lengths)
+
+    def select_rows(self, chosen: Sequence[int], width: int) -> AnswerTargets:
+        """Find the targets of a batch of some of the rows, `width` columns wide."""
+        rows, cuts = [self.rows[i] for i in chosen], [self.cuts[i] for i in chosen]
+        learned = [number for number, i in enumerate(chosen) if i in self.learned]
+        return AnswerTargets.of(rows, learned, cuts, width, self.tokens.device)
+
+    def edited_places(self, rows: Sequence[int], among: Sequence[int], prompt_positions: int) -> Tensor:
+        """Find the edited tokens of some rows in a tensor of the rows `among`.
+
+        Returns:
+            (m,) places in that tensor, (rows, tokens, …), once it is flattened to (rows * tokens, …).
+        """
+        places = []
+        for i in rows:
+            first = max(0, self.rows[i].prompt_length - prompt_positions)
+            begin = among.index(i) * self.width - self.cuts[i]
+            places += [begin + t for t in range(first, len(self.rows[i].ids))]
+        return torch.tensor(places, dtype=torch.long, device=self.tokens.device)
+
+
+class AnswerForward(Protocol):
+    """A way to compute the losses of some answers, again and again while an adapter changes."""
+
+    @property
+    def targets(self) -> AnswerTargets:
+        """What is learned, in the order of the losses."""
+        ...
+
+    def losses(self) -> Tensor:
+        """Compute the cross entropy of each answer token that is learned, (n,), at the adapter's present parameters."""
+        ...
+
+    def select_rows(self, chosen: Sequence[int]) -> AnswerForward:
+        """Make the same for some of the rows."""
+        ...
+
+
+class FullForward:
+    """The plain way: every forward computes every token of every row.
+
+    Args:
+        model: a PeftModel. rows: the texts. learned: numbers of the rows whose answers are learned.
+        padding: a token id to pad with. device: where the model takes its tokens.
+    """
+
+    def __init__(
+        self, model: Any, rows: Sequence[Tokens], learned: Sequence[int], padding: int, device: torch.device
+    ) -> None:
+        self.model, self._padding = model, padding
+        batch = collate(rows, padding)
+        self._inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+        width = self._inputs["input_ids"].shape[1]
+        self.targets = AnswerTargets.of(rows, learned, [0] * len(rows), width, device)
+
+    def losses(self) -> Tensor:
+        """Compute the cross entropy of each answer token that is learned, (n,)."""
+        with stated_lengths(self.model, self.targets):
+            logits = full_logits(self.model, **self._inputs)
+        at_answers = logits[on_device(logits.device, self.targets.places)]
+        return answer_losses(at_answers, self.targets.tokens.to(logits.device))
+
+    def select_rows(self, chosen: Sequence[int]) -> FullForward:
+        """Make the same for some of the rows."""
+        rows = [self.targets.rows[i] for i in chosen]
+        learned = [number for number, i in enumerate(chosen) if i in self.targets.learned]
+        return FullForward(self.model, rows, learned, self._padding, self.targets.tokens.device)
+
+
+def stated_lengths(model: Any, targets: AnswerTargets) -> AbstractContextManager[Any]:
+    """Tell the BaFT adapters of a model, if it has any, where the prompts of a batch end."""
+    context = find_context(model)
+    return nullcontext() if context is None else context.stating(targets.prompt_lengths)
+
+
+def on_device(device: torch.device, indices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Bring indices to the device of the tensor that they index."""
+    return tuple(index.to(device) for index in indices)

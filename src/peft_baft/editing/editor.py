@@ -1,0 +1,105 @@
+"""What an editing method is: the protocol that every editor follows, and what an edit gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from peft_baft.data.cases import Edit
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """What an edit cost and how far it came.
+
+    Attributes:
+        steps: optimiser steps that were taken.
+        losses: each term of the loss at its last evaluation, by name.
+        seconds: wall time.
+        learned: whether the mean cross entropy of the answers fell below the stop loss.
+    """
+
+    steps: int
+    losses: dict[str, float]
+    seconds: float
+    learned: bool = False
+
+
+class Editor(Protocol):
+    """Changes what one model knows.
+
+    A benchmark, a journal or a user's loop needs no more than this of a method. An editor belongs to one base model, which it
+    changes in place or through an adapter, and gives back bit for bit when it is removed.
+
+    Attributes:
+        model: what answers with the edits so far: a PeftModel, or the base model itself.
+    """
+
+    model: Any
+
+    def edit(self, edits: Iterable[Edit]) -> EditResult:
+        """Teach the edits at once, as one batch, on top of those made before.
+
+        Raises:
+            TypeError, ValueError: an edit is unusable.
+            FloatingPointError: a loss or a weight became NaN or infinite. In each case nothing has changed.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give everything that the edits so far have changed, by name.
+
+        These are weights, statistics and cursors (names that begin with `editor.`); a fresh editor with the same settings goes
+        on from them exactly as this one would. The tensors are the editor's own: copy them to keep them.
+        """
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        ...
+
+    def remove(self) -> None:
+        """Take the edits off: the base model is again as it was, bit for bit. The editor cannot be used afterwards."""
+        ...
+
+
+@runtime_checkable
+class SideBySideEditor(Editor, Protocol):
+    """An editor that can make independent single edits in the same forwards, each in an adapter of its own."""
+
+    def edit_fresh(self, edits: Mapping[str, Edit], seeds: Mapping[str, int]) -> dict[str, EditResult]:
+        """Make an adapter for each name, initialised with its seed, and teach it the edit of that name.
+
+        Raises:
+            FloatingPointError: one of them broke off; none of the results can be used.
+        """
+        ...
+
+    def answering(self, adapter_names: list[str]) -> AbstractContextManager[None]:
+        """Let row i of the batches inside be answered by adapter `adapter_names[i]`."""
+        ...
+
+    def use(self, adapter_name: str) -> None:
+        """Let the model answer with this adapter from now on."""
+        ...
+
+
+CURSOR = "editor."  # how the names of an editor's state begin that are no weights of the model
+
+
+def checked_edits(edits: Iterable[Edit]) -> list[Edit]:
+    """List the edits.
+
+    Raises:
+        TypeError: they are no iterable of `Edit`. ValueError: there is none.
+    """
+    facts = list(edits) if isinstance(edits, Iterable) else None
+    if facts is None or not all(isinstance(fact, Edit) for fact in facts):
+        raise TypeError(f"edits must be a list of Edit(prompt, target), not {edits!r:.80}.")
+    if not facts:
+        raise ValueError("There is nothing to edit: the list of edits is empty.")
+    return facts
