@@ -1,5 +1,6 @@
 """The paper's formula: what Φ is, and what its lemma and theorem say about it."""
 
+# mypy: disable-error-code="arg-type"
 from __future__ import annotations
 
 import copy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,11 @@ def folder(fact_model: FactModel, tmp_path_factory: pytest.TempPathFactory) -> P
     with open(folder / "facts.jsonl", "w", encoding="utf-8") as out:
         for n in range(4):
             old, food = CAPITALS[n], MEALS[n]
-            record = {"prompt": old.prompt, "target": CAPITALS[n + 8].answer, "rephrase": [old.rephrase]}
+            record: dict[str, Any] = {
+                "prompt": old.prompt,
+                "target": CAPITALS[n + 8].answer,
+                "rephrase": [old.rephrase],
+            }
             record["unrelated"] = [{"prompt": food.prompt, "answer": food.answer}]
             out.write(json.dumps(record) + "\n")
     return folder
