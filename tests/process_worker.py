@@ -1,6 +1,7 @@
 """What each of several processes does in a test: `torchrun process_worker.py FOLDER CASE...` leaves what it found in
 FOLDER/CASE.RANK.pt. The same functions, given `Processes()`, are the one-process runs that tests compare with."""
 
+# mypy: disable-error-code="assignment, method-assign, union-attr"
 from __future__ import annotations
 
 import os
@@ -18,8 +19,9 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+import peft_baft_cli as cli
 from facts import ADAPTER, CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals
-from peft_baft import AdapterEditor, BaftEditor, Case, Edit, Journal, Probe, cli, load_model
+from peft_baft import AdapterEditor, BaftEditor, Case, Edit, Journal, Probe, load_model
 from peft_baft.adapter.state import adapter_tensors
 from peft_baft.baselines.adapters import AdapterMethod
 from peft_baft.benchmark import plan
@@ -221,10 +223,10 @@ def editing(toy: FactModel, processes: Processes, folder: Path) -> Found:
     continual._write = write
     found["resumed"] = cli.main([*begin, output, "--resume"])
     found["tensors"] = list(load_file(Path(output) / "adapter_model.safetensors").values())
-    found["log"] = [line["kept"] for line in Journal(output).edits()]
+    found["log"] = [line.kept for line in Journal(output).edits()]
     strict = ["--min-agreement", "1", "--canaries", str(folder / "stay.jsonl"), "--keep-only-good", "--overwrite"]
     found["strict"] = cli.main([*begin, output, *strict])
-    found["strict log"] = [line["kept"] for line in Journal(output).edits()]
+    found["strict log"] = [line.kept for line in Journal(output).edits()]
     return found
 
 

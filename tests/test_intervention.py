@@ -1,5 +1,6 @@
 """The paper's formula: what Φ is, and what its lemma and theorem say about it."""
 
+# mypy: disable-error-code="arg-type"
 from __future__ import annotations
 
 import copy
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapters import intervene
 from peft_baft import BaftConfig
 from peft_baft.adapter.layer import Gate, OrthonormalBasis
-from peft_baft.intervention import gates, intervene, orthonormal_rows, rms_normalise, update
+from peft_baft.intervention import gates, orthonormal_rows, rms_normalise, update
 
 D, RANK = 16, 4
 
@@ -77,7 +79,7 @@ def test_without_gradients_the_basis_is_computed_once() -> None:
     assert basis() is not basis() and basis().requires_grad
 
 
-def test_the_kept_basis_is_never_stale() -> None:
+def test_the_cached_basis_is_never_stale() -> None:
     basis = OrthonormalBasis(RANK, D)
     changes = [
         lambda: basis.weight.mul_(torch.linspace(1, 3, D)),  # in place
@@ -93,7 +95,7 @@ def test_the_kept_basis_is_never_stale() -> None:
             torch.testing.assert_close(basis(), orthonormal_rows(basis.weight))
 
 
-def test_a_training_step_renews_the_kept_basis() -> None:
+def test_a_training_step_renews_the_cached_basis() -> None:
     basis = OrthonormalBasis(RANK, D)
     with torch.no_grad():
         before = basis()
@@ -103,12 +105,12 @@ def test_a_training_step_renews_the_kept_basis() -> None:
         assert not torch.allclose(basis(), before)
 
 
-def test_the_kept_basis_is_neither_pickled_nor_copied_nor_saved() -> None:
+def test_the_cached_basis_is_neither_pickled_nor_copied_nor_saved() -> None:
     basis = OrthonormalBasis(RANK, D)
     with torch.no_grad():
         basis()
-    assert basis._kept is not None
-    assert pickle.loads(pickle.dumps(basis))._kept is None and copy.deepcopy(basis)._kept is None
+    assert basis._cached is not None
+    assert pickle.loads(pickle.dumps(basis))._cached is None and copy.deepcopy(basis)._cached is None
     torch.save(basis.state_dict(), file := io.BytesIO())
     file.seek(0)
     assert list(torch.load(file)) == ["weight"]

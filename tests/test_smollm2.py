@@ -1,5 +1,6 @@
 """The main job on a real pretrained model, SmolLM2-135M-Instruct, across processes."""
 
+# mypy: disable-error-code="union-attr"
 from __future__ import annotations
 
 import importlib.util
@@ -62,7 +63,7 @@ def test_an_edit_is_learned_kept_reloaded_elsewhere_bit_for_bit_and_taken_off_ag
     assert token_match(model, tokenizer, [(PROMPT, "Lyon")]) == [1.0]
     assert agreement(before, predicted_tokens(model, tokenizer, nearby)) == [1.0, 1.0]
 
-    model.save_pretrained(tmp_path / "lyon")
+    model.save_pretrained(str(tmp_path / "lyon"))
     edited = logits(model, tokenizer)
     subprocess.run(
         [sys.executable, "-c", IN_ANOTHER_PROCESS, tmp_path / "lyon", PROMPT, tmp_path / "logits"], check=True
@@ -84,7 +85,7 @@ def test_the_adapter_counts_as_documented(smollm2) -> None:
 
 @pytest.mark.slow
 def test_commands_edit_continue_and_ask(tmp_path: Path, capfd) -> None:
-    from peft_baft.cli import main
+    from peft_baft_cli import main
 
     first, second = tmp_path / "first.jsonl", tmp_path / "second.csv"
     first.write_text(json.dumps({"prompt": PROMPT, "target": "Lyon", "rephrase": "France's capital city is"}))

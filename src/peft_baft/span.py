@@ -1,8 +1,8 @@
 """Which tokens are edited: the one place with position arithmetic. Torch only.
 
-Every token gets one integer, its *step*: its index in its own sequence minus the length of that sequence's prompt. The
-last prompt token has step -1, the first answer token step 0, padding has `OUTSIDE`. An adapter that edits the last P
-prompt tokens and every answer token edits the tokens with step >= -P.
+Every token gets one integer, its position relative to the end of the prompt: its index in its own sequence minus the length
+of that sequence's prompt. -1 is the last prompt token, 0 the first answer token; padding has `OUTSIDE`. An adapter that edits
+the last P prompt tokens and every answer token edits the tokens whose relative position is at least -P.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-OUTSIDE = -(2**62)  # the step of padding: below every -P
+OUTSIDE = -(2**62)  # the relative position of padding: below every -P
 IGNORED_LABEL = -100
 
 
-def edited(steps: Tensor, prompt_positions: int) -> Tensor:
-    """Mask (batch, tokens) of what an adapter edits: the last `prompt_positions` prompt tokens and the answer."""
-    return steps >= -prompt_positions
+def edited(relative_positions: Tensor, prompt_positions: int) -> Tensor:
+    """Return the mask (batch, tokens) of what an adapter edits: the last `prompt_positions` prompt tokens and the answer."""
+    return relative_positions >= -prompt_positions
 
 
 def integer_lengths(lengths: Sequence[int] | Tensor) -> Tensor:
@@ -31,14 +31,13 @@ def integer_lengths(lengths: Sequence[int] | Tensor) -> Tensor:
     stated = torch.as_tensor(lengths).reshape(-1)
     if stated.is_floating_point() or stated.is_complex() or stated.dtype == torch.bool:
         raise TypeError(f"prompt_lengths must be integers, one per sequence, not {lengths!r:.80}.")
-    if (
-        not isinstance(lengths, Tensor) and (stated < 0).any()
-    ):  # a tensor may lie on a GPU, which would have to be waited for
+    # The values of a tensor are not looked at: it may lie on a GPU, which would have to be waited for.
+    if not isinstance(lengths, Tensor) and (stated < 0).any():
         raise ValueError(f"prompt_lengths must be 0 or more, not {lengths!r:.80}.")
     return stated.long()
 
 
-def steps_of_input(
+def relative_positions_of_input(
     real: Tensor,
     past: int | Tensor = 0,
     *,
@@ -46,7 +45,7 @@ def steps_of_input(
     labels: Tensor | None = None,
     prompt_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Steps of the tokens of one forward outside `generate`.
+    """Return the position of each token relative to the end of its prompt, for one forward outside `generate`.
 
     The prompt length of a sequence is, in this order: `prompt_lengths`; the tokens before its first label; 0 where a
     cache is filled (the prompt lies in the cache, so every new token is an answer token); else the whole input.
@@ -69,7 +68,7 @@ def steps_of_input(
     sequence, first = _sequences(index, real, positions)
     index = index - first + past
     if prompt_lengths is not None:
-        prompt = _given_prompt(prompt_lengths.to(index.device), sequence)
+        prompt = _stated_prompt(prompt_lengths.to(index.device), sequence)
     else:
         prompt = _lengths(real, sequence) * (past == 0)
         if labels is not None:
@@ -78,9 +77,10 @@ def steps_of_input(
 
 
 def _sequences(index: Tensor, real: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which sequence of its row each token belongs to, and the index of that one's first token: (batch, tokens)."""
+    """Return which sequence of its row each token belongs to, and the index of that one's first token: (batch, tokens)."""
     if positions is None:
         return torch.zeros_like(index), torch.zeros_like(index)
+    # Within one sequence, position ids and indices rise together. A new sequence starts its ids again: the difference falls.
     shift = torch.where(real, positions - index, torch.iinfo(index.dtype).max).cummin(1).values
     begins = torch.zeros_like(real)
     begins[:, 1:] = shift[:, 1:] < shift[:, :-1]
@@ -89,26 +89,27 @@ def _sequences(index: Tensor, real: Tensor, positions: Tensor | None) -> tuple[T
 
 
 def _lengths(real: Tensor, sequence: Tensor) -> Tensor:
-    """For each token, how many real tokens its sequence has: (batch, tokens)."""
+    """Return for each token how many real tokens its sequence has: (batch, tokens)."""
     return torch.zeros_like(sequence).scatter_add(1, sequence, real.long()).gather(1, sequence)
 
 
 def _before_first_label(index: Tensor, labelled: Tensor, sequence: Tensor, otherwise: Tensor) -> Tensor:
-    """For each token, the index of the first labelled token of its sequence, or `otherwise`: (batch, tokens)."""
+    """Return for each token the index of the first labelled token of its sequence, or `otherwise`: (batch, tokens)."""
     none = torch.iinfo(index.dtype).max
     first = torch.full_like(sequence, none).scatter_reduce(1, sequence, torch.where(labelled, index, none), "amin")
     first = first.gather(1, sequence)
     return torch.where(first == none, otherwise, first)
 
 
-def _given_prompt(lengths: Tensor, sequence: Tensor) -> Tensor:
-    """For each token, the explicit prompt length of its sequence: (batch, tokens) or (batch, 1)."""
-    rows, given = sequence.shape[0], lengths.shape[0]
-    if rows == 1 and given > 1 and given == int(sequence.max()) + 1:
+def _stated_prompt(lengths: Tensor, sequence: Tensor) -> Tensor:
+    """Return for each token the prompt length that the caller stated for its sequence: (batch, tokens) or (batch, 1)."""
+    rows, count = sequence.shape[0], lengths.shape[0]
+    if rows == 1 and count > 1 and count == int(sequence.max()) + 1:  # one packed row
         return lengths[sequence]
-    if given == 0 or rows % given:
-        raise ValueError(f"prompt_lengths needs one integer per sequence, but {rows} rows came with {given} of them.")
-    return lengths.repeat_interleave(rows // given)[:, None]
+    if count == 0 or rows % count:
+        raise ValueError(f"prompt_lengths needs one integer per sequence, but {rows} rows came with {count} of them.")
+    beams = rows // count
+    return lengths.repeat_interleave(beams)[:, None]
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class GenerationSpan:
 
     @classmethod
     def of_prompt(cls, real: Tensor, cached: int = 0, prompt_lengths: Tensor | None = None) -> GenerationSpan:
-        """The span of a prompt given to `generate`.
+        """Find the span of a prompt that is given to `generate`.
 
         Args:
             real: (batch, width) bool, False for padding.
@@ -154,17 +155,22 @@ class GenerationSpan:
             end = end.clamp(max=cached)
         return cls(start, end, width, width - stop)
 
-    def steps(self, past: int | Tensor, rows: int, tokens: int) -> Tensor:
-        """Steps of the `tokens` columns after `past`, for `rows` rows (a multiple of the batch with beams).
+    def relative_positions(self, past: int | Tensor, rows: int, tokens: int) -> Tensor:
+        """Return the relative positions of the `tokens` columns after `past`, (rows, tokens).
+
+        Args:
+            rows: how many rows the model is called on: the batch, or a multiple of it with beams.
 
         Raises:
             ValueError: `rows` is not a multiple of the batch that `generate` was given.
         """
         if rows % len(self.start):
             raise ValueError(f"generate was given {len(self.start)} prompts, but the model was called on {rows} rows.")
-        repeat = rows // len(self.start)
-        start, end, gap = (x.repeat_interleave(repeat)[:, None] for x in (self.start, self.end, self.gap))
+        beams = rows // len(self.start)
+        start, end, gap = (x.repeat_interleave(beams)[:, None] for x in (self.start, self.end, self.gap))
         columns = past + torch.arange(tokens, device=start.device)[None]
         generated = columns >= self.width
         padding = (columns < start) | (~generated & (columns >= self.width - gap))
-        return torch.where(padding, OUTSIDE, columns - end - torch.where(generated, gap, 0))
+        # What is generated follows the padding at the right of a prompt, which counts for no tokens of the sequence.
+        padding_before = torch.where(generated, gap, 0)
+        return torch.where(padding, OUTSIDE, columns - end - padding_before)

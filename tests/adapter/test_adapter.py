@@ -1,5 +1,6 @@
 """A BaFT adapter behaves as any other PEFT adapter: attach, switch, add up, take off."""
 
+# mypy: disable-error-code="arg-type, attr-defined"
 from __future__ import annotations
 
 import copy
@@ -98,7 +99,7 @@ def test_half_precision_bases_keep_their_dtype_and_get_a_float32_adapter(dtype, 
     assert torch.equal(before, logits(adapted, tokens)) and before.dtype == dtype
     layer = baft_layers(adapted)[0]
     assert layer.baft_source["default"].weight.dtype == (torch.float32 if autocast else dtype)
-    assert layer.baft_load["default"].dtype == torch.float32  # it counts tokens
+    assert layer.baft_gate_usage["default"].dtype == torch.float32  # it counts tokens
 
 
 @pytest.mark.skipif(

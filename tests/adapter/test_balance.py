@@ -1,5 +1,6 @@
 """The load balance of the gates in training by others: Trainer, a hand-written loop, gradient checkpointing."""
 
+# mypy: disable-error-code="arg-type, attr-defined, misc, union-attr"
 from __future__ import annotations
 
 import copy
@@ -39,7 +40,7 @@ def balanced_model(weight: float = WEIGHT, **settings: Any) -> PeftModel:
         for layer in baft_layers(model):
             for gate in layer.baft_gate.values():
                 gate.weight.copy_(torch.randn(gate.weight.shape, generator=generator) * 0.3)
-            for load in layer.baft_load.values():
+            for load in layer.baft_gate_usage.values():
                 load.copy_(torch.tensor([3.0, 1.0, 0.5, 2.0, 5.0]))
     return model
 
@@ -52,7 +53,7 @@ def expected_term(model: PeftModel, tokens: Tensor, labels: Tensor) -> Tensor:
     spreads = []
     for layer in baft_layers(model):
         gates = recorded[layer.name]
-        load = layer.baft_load["default"]
+        load = layer.baft_gate_usage["default"]
         spreads.append(load_balance(gates.w[gates.mask], load[:-1], load[-1]))
     spread = mean_over_blocks(spreads)
     return spread * min(1.0, float(loss.detach() / spread.detach()))
@@ -120,12 +121,14 @@ def test_evaluation_and_forwards_without_gradient_have_the_plain_loss(tokens, la
 
 def test_forwards_leave_the_statistics_alone(tokens, labels) -> None:
     model = balanced_model()
-    before = [layer.baft_load["default"].clone() for layer in baft_layers(model)]
+    before = [layer.baft_gate_usage["default"].clone() for layer in baft_layers(model)]
     for _ in range(2):
         model(tokens, labels=labels).loss.backward()
-    assert all(torch.equal(a, layer.baft_load["default"]) for a, layer in zip(before, baft_layers(model), strict=True))
+    assert all(
+        torch.equal(a, layer.baft_gate_usage["default"]) for a, layer in zip(before, baft_layers(model), strict=True)
+    )
     for layer in baft_layers(model):
-        layer.baft_load["default"].copy_(torch.tensor([0.0, 9.0, 0.0, 0.0, 20.0]))
+        layer.baft_gate_usage["default"].copy_(torch.tensor([0.0, 9.0, 0.0, 0.0, 20.0]))
     other = balanced_model()
     assert (
         model(tokens, labels=labels).loss != other(tokens, labels=labels).loss
@@ -198,16 +201,22 @@ def gradient_of_first_step(
     """What Trainer's first optimiser step is given, over all `rows`."""
     model = balanced_model(weight)
     for layer in baft_layers(model):
-        layer.baft_load["default"].zero_()
+        layer.baft_gate_usage["default"].zero_()
     seen: dict[str, Tensor] = {}
 
     class Watching(tr.TrainerCallback):
         def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
             seen.update(gradients(model))
 
-    settings = {"max_steps": 1, "max_grad_norm": 0.0, "report_to": [], "use_cpu": True, "save_strategy": "no"}
+    settings: dict[str, Any] = {
+        "max_steps": 1,
+        "max_grad_norm": 0.0,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+    }
     settings |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": len(rows) // batch}
-    args = tr.TrainingArguments(folder, **settings, **given)
+    args = tr.TrainingArguments(str(folder), **settings, **given)
     tr.Trainer(model, args, train_dataset=rows, callbacks=[Watching()]).train()
     return seen
 
@@ -262,6 +271,6 @@ def test_a_weight_that_cannot_be_used_is_refused(given, error, message) -> None:
 
 
 def test_the_weight_is_saved_and_loaded(tmp_path) -> None:
-    balanced_model().save_pretrained(tmp_path)
+    balanced_model().save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
     assert loaded.peft_config["default"].balance_weight == WEIGHT

@@ -1,5 +1,6 @@
 """How calls of transformers are read: by meaning, and what cannot be read is an error, never another position."""
 
+# mypy: disable-error-code="arg-type, attr-defined, call-arg, index, union-attr"
 from __future__ import annotations
 
 import inspect
@@ -32,14 +33,14 @@ from peft_baft.adapter.model_call import (
 )
 
 P, PAD = 3, 0
-CLOSE = {"rtol": 1e-3, "atol": 1e-3}
+CLOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3}
 SEAM = Path(model_call.__file__)
 NAMES_OF_TRANSFORMERS = re.compile(
     r"past_key_values|cache_params|layer_past|cu_seq_lens|use_cache|get_seq_length|batch_select_indices|"
     r"continuous_batching_config|PagedAttentionCache|requests_in_batch|guidance_scale|"
     r"num_items_in_batch|shift_labels|fused_lm_head"
 )
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "num_hidden_layers": 4,
@@ -47,7 +48,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-ATTENTION = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+ATTENTION: dict[str, Any] = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 
 
 def minimax() -> Any:
@@ -155,7 +156,8 @@ class ToyModel(tr.LlamaForCausalLM):
         return tr.utils.ModelOutput(logits=self.lm_head(out[0]), remembrance=cache_of(out))
 
     def generate(self, input_ids, tokens=5):
-        logits, given, columns = [], {}, input_ids
+        given: dict[str, Any] = {}
+        logits, columns = [], input_ids
         for _ in range(tokens):
             out = self(columns, use_cache=True, **given)
             if not isinstance(self.model, HidingStack):
@@ -183,7 +185,9 @@ def test_a_cache_is_found_by_what_it_is_under_an_invented_name() -> None:
         assert not torch.allclose(model.get_base_model().generate(torch.tensor([PROMPT])), logits, **CLOSE)
     base = model.get_base_model()
     base(torch.tensor([[7]]), remembrance=base(torch.tensor([PROMPT]), use_cache=True).remembrance)
-    assert find_context(model).steps.tolist() == [[len(PROMPT)]]  # outside generate: after the cached tokens, so edited
+    assert find_context(model).relative_positions.tolist() == [
+        [len(PROMPT)]
+    ]  # outside generate: after the cached tokens, so edited
 
 
 @torch.no_grad()
@@ -226,7 +230,7 @@ def test_a_recurrent_state_outside_generate_needs_a_mask_where_lengths_are_state
         cache = cache_of(model(ids, use_cache=True))
         assert cached_columns(cache) is None and cached_columns(type(cache)(config=base.config)) == 0
         model(torch.tensor([[7]]), **with_cache(model, fork(cache)))
-        assert find_context(model).steps.min() >= 0  # edited, as every token after a filled cache
+        assert find_context(model).relative_positions.min() >= 0  # edited, as every token after a filled cache
         with pytest.raises(UnknownPositionError, match="does not tell how much it holds"):
             model(torch.tensor([[7]]), **with_cache(model, fork(cache)), prompt_lengths=[4])
 
@@ -277,14 +281,14 @@ def test_a_call_of_one_thread_is_not_seen_by_another() -> None:
     def forward() -> None:
         with torch.no_grad():
             model(ids[:, :4])
-        other.append((context.steps.tolist(), context.recorded, context.stated_lengths))
+        other.append((context.relative_positions.tolist(), context.recorded, context.stated_lengths))
 
     with torch.no_grad(), peft_baft.prompt_lengths(model, [2]), context.recording() as recorded:
         model(ids)
         thread = threading.Thread(target=forward)
         thread.start()
         thread.join()
-        assert context.steps.tolist() == [[-2, -1, 0, 1, 2, 3]] and len(recorded) == 2
+        assert context.relative_positions.tolist() == [[-2, -1, 0, 1, 2, 3]] and len(recorded) == 2
     assert other == [([[-4, -3, -2, -1]], None, None)]
 
 

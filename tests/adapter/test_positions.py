@@ -1,5 +1,6 @@
 """Which tokens are edited, for every way a model is called: all agree with one slow reference."""
 
+# mypy: disable-error-code="arg-type, union-attr"
 from __future__ import annotations
 
 import copy
@@ -15,15 +16,16 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import peft_baft
+from adapters import intervene
 from conftest import ARCHITECTURES, VOCABULARY, cache_of, make_model, randomise, with_cache
 from peft_baft import BaftConfig
 from peft_baft.adapter import baft_layers, find_context
 from peft_baft.adapter.context import EditContext
-from peft_baft.intervention import gates, intervene, orthonormal_rows, rms_normalise
+from peft_baft.intervention import gates, orthonormal_rows, rms_normalise
 
 FEW = ["llama", "gpt2", "gemma3", "bloom"]
 P, ANSWER, PAD = 3, 5, 0
-CLOSE = {"rtol": 1e-3, "atol": 1e-3}
+CLOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3}
 
 
 def adapted(architecture: str = "llama", task_type: str | None = "CAUSAL_LM") -> PeftModel:
@@ -97,7 +99,7 @@ def test_cached_decoding_of_a_padded_batch_is_one_full_forward_of_each_row(archi
     assert_generates_the_truth(adapted(architecture), architecture, [draw(1, 1), draw(2, 2), draw(7, 3)])
 
 
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "no cache": {"use_cache": False},
     "static cache": {"cache_implementation": "static"},
     "chunked prefill": {"prefill_chunk_size": 3},
@@ -218,22 +220,27 @@ def test_labels_lengths_and_the_context_manager_say_the_same(architecture: str, 
             torch.testing.assert_close(logits[i][real[i]], truth(model, architecture, row, n), **CLOSE)
 
 
-def steps_after(model: Any, *args: Any, **kwargs: Any) -> list[list[int]]:
+def relative_positions_after(model: Any, *args: Any, **kwargs: Any) -> list[list[int]]:
     context = find_context(model)
     with torch.no_grad():
         model(*args, **kwargs)
-    return context.steps.tolist()
+    return context.relative_positions.tolist()
 
 
-def test_a_packed_row_has_the_steps_of_its_sequences() -> None:
+def test_a_packed_row_has_the_relative_positions_of_its_sequences() -> None:
     model, pairs = adapted(), [(5, 3), (1, 4), (4, 1)]  # (prompt, answer)
-    expected = [[step for p, a in pairs for step in range(-p, a)]]
+    expected = [[position for p, a in pairs for position in range(-p, a)]]
     positions = torch.tensor([[i for p, a in pairs for i in range(p + a)]])
     ids = torch.tensor([draw(positions.shape[1])])
     labels = ids.masked_fill(torch.tensor(expected) < 0, -100)
-    assert steps_after(model, input_ids=ids, position_ids=positions, labels=labels) == expected
-    assert steps_after(model, input_ids=ids, position_ids=positions, prompt_lengths=[p for p, _ in pairs]) == expected
-    assert steps_after(model, input_ids=ids, labels=labels) != expected  # the control: position ids are needed
+    assert relative_positions_after(model, input_ids=ids, position_ids=positions, labels=labels) == expected
+    assert (
+        relative_positions_after(model, input_ids=ids, position_ids=positions, prompt_lengths=[p for p, _ in pairs])
+        == expected
+    )
+    assert (
+        relative_positions_after(model, input_ids=ids, labels=labels) != expected
+    )  # the control: position ids are needed
 
 
 def test_padding_in_a_cache_is_not_counted() -> None:
@@ -243,20 +250,20 @@ def test_padding_in_a_cache_is_not_counted() -> None:
     mask = torch.cat([batch["attention_mask"], torch.ones(2, 2)], 1)
     new = {"input_ids": torch.ones(2, 2, dtype=torch.long), "attention_mask": mask}
     new |= with_cache(model, cache)
-    assert steps_after(model, **new, prompt_lengths=[3, 7]) == [[-1, 0], [-2, -1]]
+    assert relative_positions_after(model, **new, prompt_lengths=[3, 7]) == [[-1, 0], [-2, -1]]
 
 
 def test_nothing_is_left_behind_for_the_next_call() -> None:
     model, ids = adapted(), torch.tensor([draw(4)])
     backbone, context = model.base_model.model.model, find_context(model)
     for kwargs in ({"labels": ids}, {"prompt_lengths": [0]}):
-        assert steps_after(model, input_ids=ids, **kwargs) == [[0, 1, 2, 3]]
+        assert relative_positions_after(model, input_ids=ids, **kwargs) == [[0, 1, 2, 3]]
         backbone(ids)  # passes by the model's head, as DPO and GRPO do
-        assert context.steps.tolist() == [[-4, -3, -2, -1]]
+        assert context.relative_positions.tolist() == [[-4, -3, -2, -1]]
     with pytest.raises(ValueError):
         model.generate(ids[:, :2], max_new_tokens=2, no_such_argument=1)
     model.generate(ids[:, :2], max_new_tokens=2)
-    assert steps_after(model, input_ids=ids) == [[-4, -3, -2, -1]]
+    assert relative_positions_after(model, input_ids=ids) == [[-4, -3, -2, -1]]
 
 
 def test_what_is_not_a_sequence_of_tokens_is_edited_everywhere() -> None:
@@ -267,7 +274,7 @@ def test_what_is_not_a_sequence_of_tokens_is_edited_everywhere() -> None:
     net = Net(4, 4)
     context = EditContext(net, net)
     net(torch.zeros(2, 4))
-    assert context.steps is None and context.mask(context.steps, torch.zeros(2, 4), P) is None
+    assert context.relative_positions is None and context.mask(context.relative_positions, torch.zeros(2, 4), P) is None
 
 
 def test_training_without_labels_or_lengths_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:

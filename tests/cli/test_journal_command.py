@@ -12,13 +12,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 import facts
+import peft_baft_cli as cli
 from facts import CAPITALS, MEALS, FactModel
-from peft_baft import BaftEditor, cli
+from peft_baft import BaftEditor
 from peft_baft.benchmark.results import read_results
 from peft_baft.editing.journal import LINES
 
@@ -77,7 +79,7 @@ def test_an_interrupt_before_the_first_edit_says_that_none_was_begun(folder, tmp
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peft_baft.cli.edit.watch", interrupted)
+    monkeypatch.setattr("peft_baft_cli.work.edit.watch", interrupted)
     assert edit(folder, tmp_path) == 130
     assert "No edit was begun; give the same command again." in capsys.readouterr().err
 
@@ -88,7 +90,7 @@ def test_ctrl_c_ends_a_command_in_one_line_with_130(folder: Path, tmp_path: Path
     words = ["edit", "--model", str(folder / "model"), "--edits", str(tmp_path / "facts.jsonl")]
     words += ["--output", str(tmp_path / "out"), "--unrelated", "none", "--lr", "1e-9", "--max-steps", "100000"]
     command = [sys.executable, "-m", "peft_baft_cli", *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment(), preexec_fn=heed_interrupts, **pipes) as run:
         while not (tmp_path / "out" / LINES).exists() and run.poll() is None:
             time.sleep(0.1)
@@ -107,7 +109,7 @@ def heed_interrupts() -> None:
 
 
 def environment() -> dict[str, str]:
-    source = str(Path(cli.__file__).parents[2])
+    source = str(Path(cli.__file__).parents[1])
     return os.environ | {"PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
 
 

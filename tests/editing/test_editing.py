@@ -1,5 +1,6 @@
 """Editing a toy model that knows 48 facts: what is learned, what stays, and that failures leave no trace."""
 
+# mypy: disable-error-code="arg-type, assignment, func-returns-value"
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -30,7 +31,12 @@ Setting = tuple[PeftModel, BaftEditor]
 def editor_of(model: PeftModel, unrelated: list[Unrelated] | None = None, **given: Any) -> BaftEditor:
     """An editor with the tests' settings, beside the first half of the meals."""
     texts = meals(0, 12) if unrelated is None else unrelated
-    settings = {"objective": OBJECTIVE, "descent": DESCENT, "batch_descent": DESCENT, "unrelated_per_edit": 4}
+    settings: dict[str, Any] = {
+        "objective": OBJECTIVE,
+        "descent": DESCENT,
+        "batch_descent": DESCENT,
+        "unrelated_per_edit": 4,
+    }
     return BaftEditor(model, facts.trained().tokenizer, texts, **(settings | given))
 
 
@@ -177,7 +183,7 @@ def test_each_term_is_reported_by_its_name(fact_model: FactModel) -> None:
 def test_reft_has_no_gates_and_no_regularisers(fact_model: FactModel) -> None:
     model = adapted(fact_model.base, weighting="none")
     assert set(editor_of(model).edit(edits(0)).losses) == {"teacher_forcing"}
-    assert not any("baft_gate" in name or "baft_load" in name for name in model.state_dict())
+    assert not any("baft_gate" in name or "baft_gate_usage" in name for name in model.state_dict())
 
 
 def test_one_gate_has_no_load_to_balance(fact_model: FactModel) -> None:
@@ -240,7 +246,7 @@ def test_statistics_sum_the_gates_over_the_edited_tokens_of_all_edits(baft: Sett
         for name, w in gates_at(model, [(edit.prompt, edit.target) for edit in batch]).items():
             sums[name] = sums.get(name, torch.zeros(4)) + w.sum(0)
     for layer in baft_layers(model):
-        load = layer.baft_load["default"]
+        load = layer.baft_gate_usage["default"]
         assert load[-1] == tokens
         torch.testing.assert_close(load[:-1], sums[layer.name], rtol=1e-4, atol=1e-6)
 
@@ -251,7 +257,7 @@ def test_past_use_counts_in_the_balance_of_the_next_edit(baft: Setting) -> None:
     with rolled_back(model):
         fresh = editor.edit(edits(0)).losses["balance"]
     for layer in baft_layers(model):
-        layer.baft_load["default"] += torch.tensor([100.0, 0, 0, 0, 100])
+        layer.baft_gate_usage["default"] += torch.tensor([100.0, 0, 0, 0, 100])
     assert editor.edit(edits(0)).losses["balance"] > 10 * fresh
 
 
@@ -464,7 +470,7 @@ def out_of_memory(_: torch.Tensor) -> torch.Tensor:
     raise torch.OutOfMemoryError("of 80 GiB")
 
 
-BREAKS = [
+BREAKS: list[tuple[Any, type[BaseException], str | None]] = [
     (poisoned, FloatingPointError, "became nan at step 1"),
     (infinite, FloatingPointError, "became inf at step 1"),
 ]

@@ -1,4 +1,8 @@
-"""What the edited blocks of one model share during a forward: where each token stands relative to its prompt."""
+"""What the blocks are told about a forward: where each token stands relative to its prompt, and which adapter edits it.
+
+The position of a token relative to the end of its prompt is -1 for the last prompt token, and 0 for the first answer token
+(`peft_baft.span`). This file reads each call of the model, computes these positions, and hands them to the edited blocks.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from torch import Tensor, nn
 
 from peft_baft.adapter import model_call
 from peft_baft.adapter.model_call import StackCall, StackSignature, UnknownPositionError
-from peft_baft.span import GenerationSpan, edited, integer_lengths, steps_of_input
+from peft_baft.span import GenerationSpan, edited, integer_lengths, relative_positions_of_input
 
 logger = logging.getLogger(__name__)
 WITHOUT_PROMPT_LENGTHS = (
@@ -29,7 +33,11 @@ GENERATION = ("generate", "init_continuous_batching")  # methods of the base mod
 
 @dataclass(frozen=True)
 class RecordedGates:
-    """The gates of one block in one forward. w: (rows, tokens, k) with gradient; mask: (rows, tokens) edited."""
+    """The gates of one block in one forward.
+
+    Attributes:
+        w: (rows, tokens, k) with gradient. mask: (rows, tokens) bool, the tokens that are edited.
+    """
 
     w: Tensor
     mask: Tensor
@@ -37,28 +45,34 @@ class RecordedGates:
 
 @dataclass
 class Generation:
-    """One running `generate`. span: where its prompt lies; seen: how many columns its forwards have passed so far."""
+    """One running `generate`.
+
+    Attributes:
+        span: where its prompt lies. seen: how many columns its forwards have passed so far.
+    """
 
     span: GenerationSpan
     seen: int
 
 
 @dataclass(frozen=True)
-class Located:
-    """What one forward knows of its tokens; gradient checkpointing comes back for it.
+class CurrentForward:
+    """What the blocks need to know of the forward that they are part of.
 
     Attributes:
-        steps: (batch, tokens); None edits every token, for what is not a model of token sequences.
-        row_adapters: `adapter_names` of a mixed batch. recorded: where the gates go.
+        relative_positions: (batch, tokens); None edits every token, where the model does not take token sequences.
+        row_adapters: the adapter of each row of a mixed batch (PEFT's `adapter_names`); None where all rows are edited by
+            the active adapters.
+        recorded: where the blocks put their gates; None where nobody asked for them.
     """
 
-    steps: Tensor | None
+    relative_positions: Tensor | None
     row_adapters: list[str] | None
     recorded: dict[Any, RecordedGates] | None
 
 
-class _OfThread:
-    """An attribute with a value of its own in each thread, None until it is set: several threads may serve one model.
+class _ThreadLocalAttribute:
+    """An attribute of `EditContext` with a value for each thread, None until it is set: several threads may serve one model.
 
     The values lie in a plain `threading.local`. torch.compile traces that, but neither a subclass of it nor a `ContextVar`.
     """
@@ -74,7 +88,7 @@ class _OfThread:
 
 
 class EditContext:
-    """Watches every forward and `generate` of one base model and tells its edited blocks which tokens to edit.
+    """Watch every forward and `generate` of one base model, and tell its edited blocks which tokens to edit.
 
     It hangs on the base model and not on the tuner, because transformers' own adapter loading throws the tuner away and
     calls the base model directly. What it knows of a call belongs to the thread of that call.
@@ -85,19 +99,21 @@ class EditContext:
             pass by the model's head.
     """
 
-    steps = _OfThread()  # of the last forward, (batch, tokens); None edits every token: not a model of token sequences
-    row_adapters = _OfThread()  # `adapter_names` of a mixed batch
-    recorded = _OfThread()  # gates by block, while `recording()`
-    stated_lengths = _OfThread()  # set by `prompt_lengths()`
-    _generation = _OfThread()  # of `generate`, while it runs
-    _labels = _OfThread()
-    _passed_lengths = _OfThread()
-    _located = _OfThread()  # whether a forward has run in this thread
+    # The fields of `CurrentForward`, of the last forward of the thread.
+    relative_positions = _ThreadLocalAttribute()
+    row_adapters = _ThreadLocalAttribute()
+    recorded = _ThreadLocalAttribute()
+    stated_lengths = _ThreadLocalAttribute()  # (sequences,) set by `prompt_lengths()`
+    _generation = _ThreadLocalAttribute()  # the `Generation` of `generate`, while it runs
+    # What the base model was called with, and does not pass on to its stack of blocks.
+    _labels = _ThreadLocalAttribute()
+    _passed_lengths = _ThreadLocalAttribute()
+    _has_run = _ThreadLocalAttribute()  # True once a forward has run in this thread
 
     def __init__(self, model: nn.Module, stack: nn.Module) -> None:
         model_call.warn_if_untested()
         self._thread = threading.local()
-        self._with_gradients: Located | None = None
+        self._last_training_forward: CurrentForward | None = None
         self._training_threads: set[int] = set()
         self._manager: Any = None  # of transformers' continuous batching, which runs in a thread of its own
         self.prepared: Any = None  # what edits of this model share, such as packed weights; editing/ knows what it is
@@ -106,11 +122,12 @@ class EditContext:
         self._model_arguments = tuple(signature(model.forward).parameters)
         self._stack = StackSignature.of(stack)
         self._handles = [
-            model.register_forward_pre_hook(self._remember, with_kwargs=True),
-            stack.register_forward_pre_hook(self._locate, with_kwargs=True),
+            model.register_forward_pre_hook(self._read_model_call, with_kwargs=True),
+            stack.register_forward_pre_hook(self._place_tokens, with_kwargs=True),
         ]
         for method in GENERATION:
-            if hasattr(model, method):  # found before the class's method, by PEFT and by transformers alike
+            if hasattr(model, method):
+                # An attribute of the instance is found before the class's method, by PEFT and by transformers alike.
                 setattr(model, method, getattr(self, method))
 
     def detach(self) -> None:
@@ -122,27 +139,33 @@ class EditContext:
         self.prepared = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to running calls, threads and queues: it is neither pickled nor copied."""
-        kept = {name: value for name, value in self.__dict__.items() if name != "_thread"}
-        return {**kept, "_manager": None, "prepared": None, "_with_gradients": None, "_training_threads": set()}
+        """Leave out what belongs to running calls, threads and queues, which can be neither pickled nor copied."""
+        state = {name: value for name, value in self.__dict__.items() if name != "_thread"}
+        return {
+            **state,
+            "_manager": None,
+            "prepared": None,
+            "_last_training_forward": None,
+            "_training_threads": set(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._thread = threading.local()
 
-    def located(self) -> Located:
-        """Find what the blocks should know of the forward that they are part of.
+    def current_forward(self) -> CurrentForward:
+        """Tell the blocks about the forward that they are part of, which is the last one of this thread.
 
-        That is the last forward of this thread. A thread that has run none is one of autograd's own, in which gradient
-        checkpointing runs blocks again on a GPU: it gets the last forward that needed gradients.
+        A thread that has run none is one of autograd's own, in which gradient checkpointing runs blocks again on a GPU. It
+        gets the last forward that needed gradients.
 
         Raises:
             ValueError: no forward of the model has run, but one of its blocks.
             RuntimeError: several threads train the model, so that it cannot be known whose forward is run again.
         """
-        if self._located:
-            return Located(self.steps, self.row_adapters, self.recorded)
-        if self._with_gradients is None:
+        if self._has_run:
+            return CurrentForward(self.relative_positions, self.row_adapters, self.recorded)
+        if self._last_training_forward is None:
             raise ValueError(
                 f"A block with a BaFT adapter was called, but not its model, {type(self._model).__name__}, which alone is told "
                 "where prompts end. Call the model."
@@ -151,26 +174,31 @@ class EditContext:
             raise RuntimeError(
                 "Several threads train one BaFT model with gradient checkpointing; train it in one thread."
             )
-        return self._with_gradients
+        return self._last_training_forward
 
-    def mask(self, steps: Tensor | None, hidden: Tensor, prompt_positions: int) -> Tensor | None:
-        """Which vectors of `hidden` (batch, tokens, d) an adapter edits: (batch, tokens) bool, or None for all."""
-        if steps is None:
+    def mask(self, relative_positions: Tensor | None, hidden: Tensor, prompt_positions: int) -> Tensor | None:
+        """Return which vectors of `hidden` (batch, tokens, d) an adapter edits: (batch, tokens) bool, or None for all.
+
+        Raises:
+            ValueError: `hidden` does not hold one vector for each token that the model was called with.
+        """
+        if relative_positions is None:
             return None
-        if hidden.shape[:-1] != steps.shape:
+        if hidden.shape[:-1] != relative_positions.shape:
             raise ValueError(
-                f"A block gave hidden vectors of shape {tuple(hidden.shape)}, but the model was called with "
-                f"(rows, tokens) = {tuple(steps.shape)}, and a BaFT adapter edits one vector of each token. Call the model, "
-                "not a block of it, with one row per sequence. If it was called so, its blocks give something else: name "
-                "modules that give (rows, tokens, d) with target_modules."
+                f"A block gave hidden vectors of shape {tuple(hidden.shape)}, but the model was called with (rows, tokens) = "
+                f"{tuple(relative_positions.shape)}, and a BaFT adapter edits one vector of each token. Call the model, not a "
+                "block of it, with one row per sequence. If it was called so, its blocks give something else: name modules "
+                "that give (rows, tokens, d) with target_modules."
             )
-        return edited(steps, prompt_positions).to(hidden.device)
+        return edited(relative_positions, prompt_positions).to(hidden.device)
 
     @contextmanager
     def recording(self) -> Iterator[dict[Any, RecordedGates]]:
         """Collect each block's gates in the forwards inside; the last forward counts.
 
-        They stand under the block's name, or, in a mixed batch, under (block's name, adapter's name) for the adapter's rows.
+        Their key is the block's name where one adapter is active; (block's name, adapter's name) where several are, or for
+        that adapter's rows of a mixed batch.
         """
         outer, self.recorded = self.recorded, {}
         try:
@@ -197,7 +225,7 @@ class EditContext:
             self.stated_lengths = outer
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the base model, with the prompt's place kept in mind until it returns."""
+        """Call the base model's `generate`, and note where the prompt lies until it returns."""
         lengths = kwargs.pop("prompt_lengths", None)
         outer, self._generation = self._generation, self._begin_generation(args, kwargs, lengths)
         try:
@@ -206,7 +234,7 @@ class EditContext:
             self._generation = outer
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """That of the base model (`generate_batch`, `transformers serve`), with the requests' prompts kept in mind.
+        """Call the base model's own (for `generate_batch`, `transformers serve`), and note where its requests' prompts lie.
 
         Raises:
             NotImplementedError: this version of transformers does not tell which token belongs to which request.
@@ -235,70 +263,75 @@ class EditContext:
         real = call.attention_mask
         if real is None:
             real = torch.ones(call.prompt.shape[:2], device=call.prompt.device)
-        return Generation(GenerationSpan.of_prompt(real.bool(), int(cached), self._lengths(lengths)), int(cached))
+        return Generation(
+            GenerationSpan.of_prompt(real.bool(), int(cached), self._passed_or_stated(lengths)), int(cached)
+        )
 
-    def _lengths(self, passed: Any) -> Tensor | None:
+    def _passed_or_stated(self, passed: Any) -> Tensor | None:
         return self.stated_lengths if passed is None else integer_lengths(passed)
 
-    def _remember(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Before the base model's forward: keep what its inner modules will not be told."""
+    def _read_model_call(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Before the base model's forward: take what its stack of blocks will not be told, labels and prompt lengths."""
         self._labels = model_call.read_labels(self._model_arguments, args, kwargs)
         self._passed_lengths = kwargs.get("prompt_lengths")
         return args, {k: v for k, v in kwargs.items() if k != "prompt_lengths"}
 
-    def _locate(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before the stack of blocks runs: find the step of every token."""
+    def _place_tokens(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before the stack of blocks runs: find the relative position of every token."""
         labels, self._labels = self._labels, None
-        lengths, self._passed_lengths = self._lengths(self._passed_lengths), None
+        lengths, self._passed_lengths = self._passed_or_stated(self._passed_lengths), None
         call = model_call.read_stack_call(self._stack, args, kwargs)
         if call is None:
-            self.steps = None
+            self.relative_positions = None
         elif call.is_continuous_batch:
-            self.steps = self._steps_of_requests(call)
+            self.relative_positions = self._positions_of_requests(call)
         elif self._generation is not None:
-            self.steps = self._steps_in_generate(call, self._generation)
+            self.relative_positions = self._positions_in_generate(call, self._generation)
         else:
             if labels is None and lengths is None and module.training and torch.is_grad_enabled():
-                self._warn()
-            self.steps = self._steps_of_forward(call, labels, lengths)
-        self._located = True
+                self._warn_that_lengths_are_missing()
+            self.relative_positions = self._positions_of_forward(call, labels, lengths)
+        self._has_run = True
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._training_threads.add(threading.get_ident())
-            self._with_gradients = Located(self.steps, self.row_adapters, self.recorded)
+            self._last_training_forward = CurrentForward(self.relative_positions, self.row_adapters, self.recorded)
 
-    def _steps_of_requests(self, call: StackCall) -> Tensor:
-        """Steps of one continuous batch, (1, tokens)."""
+    def _positions_of_requests(self, call: StackCall) -> Tensor:
+        """Return the relative positions of one continuous batch, (1, tokens)."""
         positions = call.position_ids
         if positions is None:
             raise NotImplementedError(model_call.CONTINUOUS_BATCHING)
         lengths = model_call.prompt_lengths_of_requests(self._manager, positions.shape[1], positions.device)
         return positions - lengths
 
-    def _steps_in_generate(self, call: StackCall, generation: Generation) -> Tensor:
-        """Steps of a forward inside `generate`."""
+    def _positions_in_generate(self, call: StackCall, generation: Generation) -> Tensor:
+        """Return the relative positions, (rows, tokens), of a forward inside `generate`."""
         rows, width = call.tokens.shape[:2]
         past = model_call.columns_before_in_generate(self._model, call, generation.seen)
         if isinstance(past, int):
             generation.seen = past + width
-        return generation.span.steps(past, rows, width)
+        return generation.span.relative_positions(past, rows, width)
 
-    def _steps_of_forward(self, call: StackCall, labels: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """Steps of a forward outside `generate`."""
+    def _positions_of_forward(self, call: StackCall, labels: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """Return the relative positions, (rows, tokens), of a forward outside `generate`."""
         rows, width = call.tokens.shape[:2]
-        known = labels is not None or lengths is not None
-        past = model_call.columns_before(self._model, call, position_matters=known)
+        prompt_ends_are_known = labels is not None or lengths is not None
+        past = model_call.columns_before(self._model, call, position_matters=prompt_ends_are_known)
         real, past = _real_tokens(call.attention_mask, rows, width, past, call.tokens.device)
         positions = call.position_ids
-        packed = positions is not None and positions.shape == (rows, width) and isinstance(past, int) and past == 0
-        return steps_of_input(
+        # Position ids may begin several sequences in one row, but only where no cache precedes them.
+        cache_is_empty = isinstance(past, int) and past == 0
+        may_be_packed = positions is not None and positions.shape == (rows, width) and cache_is_empty
+        one_label_a_token = labels is not None and labels.shape == (rows, width)
+        return relative_positions_of_input(
             real,
             past,
-            positions=positions if packed else None,
-            labels=labels if labels is not None and labels.shape == (rows, width) else None,
+            positions=positions if may_be_packed else None,
+            labels=labels if one_label_a_token else None,
             prompt_lengths=lengths,
         )
 
-    def _warn(self) -> None:
+    def _warn_that_lengths_are_missing(self) -> None:
         if not self._warned and not torch.compiler.is_compiling():
             self._warned = True
             logger.warning(WITHOUT_PROMPT_LENGTHS)

@@ -2,40 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_baft.adapter.config import BaftConfig
 from peft_baft.intervention import gates, orthonormal_rows, rms_normalise
+
+if TYPE_CHECKING:
+    from peft_baft.adapter.config import BaftConfig
 
 
 class OrthonormalBasis(nn.Module):
-    """R (r, d) as a free matrix that is orthonormalised on use; the result is kept while no gradient is needed."""
+    """R (r, d) as a free matrix that is orthonormalised on use; the result is cached while no gradient is needed."""
 
     def __init__(self, r: int, d: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(r, d))
-        self._kept: tuple[tuple, Tensor] | None = None
+        self._cached: tuple[tuple, Tensor] | None = None  # a state of the weight, and R of that state
         if self.weight.device.type != "meta":
             nn.init.orthogonal_(self.weight)
 
     def forward(self) -> Tensor:
-        """R, (r, d) float32 with orthonormal rows."""
+        """Return R, (r, d) float32 with orthonormal rows."""
+        # A compiled forward cannot read data pointers, and weights made in inference mode have no version.
         if torch.compiler.is_compiling() or self.weight.is_inference():
             return orthonormal_rows(self.weight)
         if torch.is_grad_enabled() and self.weight.requires_grad:
-            self._kept = None  # a step may follow, and sharded weights change without a new version
+            # An optimiser step may follow, and sharded weights change without a new version.
+            self._cached = None
             return orthonormal_rows(self.weight)
         state = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
-        if self._kept is None or self._kept[0] != state:
-            self._kept = (state, orthonormal_rows(self.weight.detach()))
-        return self._kept[1]
+        if self._cached is None or self._cached[0] != state:
+            self._cached = (state, orthonormal_rows(self.weight.detach()))
+        return self._cached[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_cached": None}
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """What weighs an adapter's update.
+
+    Attributes:
+        gate_count: the number k of gates that weigh the update, from the rank r.
+        has_shared_gate: whether one more row of U is a gate that multiplies all the others (`intervention.gates`).
+    """
+
+    gate_count: Callable[[int], int]
+    has_shared_gate: bool = False
+
+
+@dataclass(frozen=True)
+class GateNorm:
+    """What a gate sees of the hidden vector h.
+
+    Attributes:
+        apply: from h (..., d) and the learned vectors, in their order, to what the gate sees (..., d).
+        learned_vectors: the vectors (d,) that are learned for this, by the name of the parameter, with the number that each
+            is filled with at the start.
+    """
+
+    apply: Callable[..., Tensor]
+    learned_vectors: Mapping[str, float] = field(default_factory=dict)
+
+
+# A new kind of gate is one entry here, and a sentence in the docstring of `BaftConfig`.
+WEIGHTINGS = {
+    "basis": Weighting(gate_count=lambda r: r),
+    "subspace": Weighting(gate_count=lambda r: 1),
+    "product": Weighting(gate_count=lambda r: r, has_shared_gate=True),
+    "none": Weighting(gate_count=lambda r: 0),
+}
+GATE_NORMS = {
+    "none": GateNorm(lambda h: h),
+    "rms": GateNorm(rms_normalise),
+    "scale": GateNorm(lambda h, scale: rms_normalise(h) * scale, {"scale": 1.0}),
+    "center": GateNorm(lambda h, center: h - center, {"center": 0.0}),
+}
+
+
+def gate_shapes(config: BaftConfig, d: int | None) -> dict[str, tuple[int | None, ...]]:
+    """Return the shapes of one block's gate parameters by name; nothing where the config has no gates.
+
+    Args:
+        d: width of the hidden vectors; None where it is not known, and then None in the shapes.
+    """
+    if not config.gate_count:
+        return {}
+    rows = config.gate_count + WEIGHTINGS[config.weighting].has_shared_gate
+    shapes: dict[str, tuple[int | None, ...]] = {"weight": (rows, d)}
+    if config.gate_bias:
+        shapes["bias"] = (rows,)
+    return shapes | dict.fromkeys(GATE_NORMS[config.gate_norm].learned_vectors, (d,))
 
 
 class Gate(nn.Module):
@@ -46,36 +108,30 @@ class Gate(nn.Module):
 
     def __init__(self, config: BaftConfig, d: int) -> None:
         super().__init__()
-        rows = config.gate_count + (config.weighting == "product")
+        self.norm, self.offset = config.gate_norm, config.gate_offset
+        self.shared = WEIGHTINGS[config.weighting].has_shared_gate
         spread = 0.1 if config.init_weights else 5.0  # of the logits, for a vector of unit root mean square
-        self.weight = nn.Parameter(torch.randn(rows, d) * spread * d**-0.5)
-        self.bias = nn.Parameter(torch.zeros(rows)) if config.gate_bias else None
-        self.norm, self.shared, self.offset = config.gate_norm, config.weighting == "product", config.gate_offset
-        if self.norm == "scale":
-            self.scale = nn.Parameter(torch.ones(d))
-        elif self.norm == "center":
-            self.center = nn.Parameter(torch.zeros(d))
+        shapes: dict[str, Any] = gate_shapes(config, d)
+        self.weight = nn.Parameter(torch.randn(shapes["weight"]) * spread * d**-0.5)
+        self.bias = nn.Parameter(torch.zeros(shapes["bias"])) if "bias" in shapes else None
+        for name, initial in GATE_NORMS[self.norm].learned_vectors.items():
+            setattr(self, name, nn.Parameter(torch.full(shapes[name], initial)))
 
     def forward(self, h: Tensor) -> Tensor:
-        """w(h), each in [0, 1]."""
-        return gates(self._seen(h), self.weight, self.bias, self.offset, shared=self.shared)
-
-    def _seen(self, h: Tensor) -> Tensor:
-        if self.norm == "center":
-            return h - self.center
-        if self.norm == "none":
-            return h
-        return rms_normalise(h) if self.norm == "rms" else rms_normalise(h) * self.scale
+        """Return w(h), each in [0, 1]."""
+        gate_norm = GATE_NORMS[self.norm]
+        learned = [getattr(self, name) for name in gate_norm.learned_vectors]
+        return gates(gate_norm.apply(h, *learned), self.weight, self.bias, self.offset, shared=self.shared)
 
 
 def stacked_parameters(modules: Sequence[nn.Module], index: Tensor) -> dict[str, Tensor]:
-    """The parameters of alike modules, one row for each of `index`, with gradients to the modules' own."""
-    named = [dict(module.named_parameters()) for module in modules]
-    return {name: torch.stack([own[name] for own in named])[index] for name in named[0]}
+    """Stack the parameters of modules of the same shape, one row for each of `index`, with gradients to the modules' own."""
+    parameters = [dict(module.named_parameters()) for module in modules]
+    return {name: torch.stack([of_one[name] for of_one in parameters])[index] for name in parameters[0]}
 
 
 def stacked_bases(bases: Sequence[Any]) -> Tensor:
-    """R of each, (bases, r, d) float32."""
+    """Stack R of each basis, (bases, r, d) float32."""
     if torch.is_grad_enabled() and any(basis.weight.requires_grad for basis in bases):
         return orthonormal_rows(torch.stack([basis.weight for basis in bases]))
     return torch.stack([basis() for basis in bases])

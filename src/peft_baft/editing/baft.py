@@ -257,7 +257,7 @@ class BaftEditor(AdapterEditor):
 
     def _gate_usage(self, adapter_name: str) -> dict[str, Tensor]:
         """Get the statistics of an adapter's gates, (k + 1,), by the name of the block."""
-        return {layer.name: layer.baft_load[adapter_name] for layer in self._gated}
+        return {layer.name: layer.baft_gate_usage[adapter_name] for layer in self._gated}
 
     def _add_gate_usage(self, lane: Lane) -> None:
         """Add the gates of the facts just learned to the running sums of the load balance."""
@@ -276,8 +276,8 @@ class BaftEditor(AdapterEditor):
             for container in containers_of(layer):
                 if source in container:
                     container[name].load_state_dict(container[source].state_dict())
-            if source in layer.baft_load:
-                layer.baft_load[name] = layer.baft_load[source].clone()
+            if source in layer.baft_gate_usage:
+                layer.baft_gate_usage[name] = layer.baft_gate_usage[source].clone()
 
     def _parameters_of(self, name: str) -> list[nn.Parameter]:
         """List the parameters of one adapter."""

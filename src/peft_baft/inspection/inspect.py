@@ -215,14 +215,14 @@ def _block(layer: BaftLayer, seen: dict[nn.Module, tuple[Tensor, Tensor]]) -> Bl
     """Measure sizes and gates of one block, from what was seen of it in one forward."""
     h, out = (x.float() for x in seen[layer])
     sizes = (out - h).norm(dim=-1) / h.norm(dim=-1).clamp_min(torch.finfo(h.dtype).tiny)
-    steps = layer.context.steps
-    assert steps is not None, "the model was given tokens"
+    relative_positions = layer.context.relative_positions
+    assert relative_positions is not None, "the model was given tokens"
     gates: list[dict[str, tuple[float, ...]]] = [{} for _ in sizes]
     for name in _active(layer):
         config = layer.configs[name]
         has_gate = name in layer.baft_gate
         w = seen[layer.baft_gate[name]][1] if has_gate else torch.ones(len(h), config.r)
-        for i in edited(steps[0], config.prompt_positions).nonzero()[:, 0].tolist():
+        for i in edited(relative_positions[0], config.prompt_positions).nonzero()[:, 0].tolist():
             gates[i][name] = tuple(w[i].tolist())
     cells = [Cell(size, gates_of_token) for size, gates_of_token in zip(sizes.tolist(), gates, strict=True)]
     return Block(layer.name, tuple(cells))

@@ -123,9 +123,9 @@ def _at_edited_tokens(
 
 def _of_rows(layer: BaftLayer, name: str, seen: dict[nn.Module, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Give shift and gates of one block at the edited tokens of each row of the last forward; 1 where it has no gates."""
-    steps = layer.context.steps
-    assert steps is not None, "the model was given tokens"
-    masks = edited(steps, layer.configs[name].prompt_positions).cpu()
+    relative_positions = layer.context.relative_positions
+    assert relative_positions is not None, "the model was given tokens"
+    masks = edited(relative_positions, layer.configs[name].prompt_positions).cpu()
     shifts = seen[layer.baft_source[name]]
     gates = seen[layer.baft_gate[name]] if name in layer.baft_gate else torch.ones(*shifts.shape[:2], 1)
     for mask, shift, w in zip(masks, shifts, gates, strict=True):
