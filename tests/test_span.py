@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,7 +29,9 @@ def relative_positions_by_hand(row: Row, width: int, left: bool) -> list[int]:
 def layout(rows: list[Row], left: bool, extra: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """real, position ids, labels and the expected relative positions of a padded batch, all (rows, width)."""
     width = max(sum(p + a for p, a in row) for row in rows) + extra
-    real, positions, labels = [], [], []
+    real: list[list[Any]] = []
+    positions: list[list[int]] = []
+    labels: list[list[int]] = []
     for row in rows:
         index = [i for p, a in row for i in range(p + a)]
         marks = [label for p, a in row for label in [IGNORED_LABEL] * p + [5] * a]

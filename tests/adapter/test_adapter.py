@@ -1,5 +1,6 @@
 """A BaFT adapter behaves as any other PEFT adapter: attach, switch, add up, take off."""
 
+# mypy: disable-error-code="arg-type, attr-defined"
 from __future__ import annotations
 
 import copy

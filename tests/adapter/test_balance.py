@@ -1,5 +1,6 @@
 """The load balance of the gates in training by others: Trainer, a hand-written loop, gradient checkpointing."""
 
+# mypy: disable-error-code="arg-type, attr-defined, misc, union-attr"
 from __future__ import annotations
 
 import copy
@@ -207,9 +208,15 @@ def gradient_of_first_step(
         def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
             seen.update(gradients(model))
 
-    settings = {"max_steps": 1, "max_grad_norm": 0.0, "report_to": [], "use_cpu": True, "save_strategy": "no"}
+    settings: dict[str, Any] = {
+        "max_steps": 1,
+        "max_grad_norm": 0.0,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+    }
     settings |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": len(rows) // batch}
-    args = tr.TrainingArguments(folder, **settings, **given)
+    args = tr.TrainingArguments(str(folder), **settings, **given)
     tr.Trainer(model, args, train_dataset=rows, callbacks=[Watching()]).train()
     return seen
 
@@ -264,6 +271,6 @@ def test_a_weight_that_cannot_be_used_is_refused(given, error, message) -> None:
 
 
 def test_the_weight_is_saved_and_loaded(tmp_path) -> None:
-    balanced_model().save_pretrained(tmp_path)
+    balanced_model().save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
     assert loaded.peft_config["default"].balance_weight == WEIGHT

@@ -1,5 +1,6 @@
 """Which modules of a model are its decoder blocks, and which models are refused before they are touched."""
 
+# mypy: disable-error-code="call-arg"
 from __future__ import annotations
 
 from typing import Any
@@ -139,7 +140,12 @@ def test_a_model_with_an_encoder_for_the_prompt_is_refused(name: str) -> None:
 
 
 def test_a_classifier_that_reads_in_both_directions_may_be_edited() -> None:
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     model = tr.BertForSequenceClassification(tr.BertConfig(vocab_size=32, **shape))
     assert len(baft_layers(get_peft_model(model, config(task_type="SEQ_CLS")))) > 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -29,7 +31,7 @@ def test_a_forward_is_one_graph(model: PeftModel, tokens: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generation_through_one_graph_says_the_same(model: PeftModel, tokens: torch.Tensor, cache: str | None) -> None:
-    settings = {
+    settings: dict[str, Any] = {
         "max_new_tokens": 6,
         "min_new_tokens": 6,
         "do_sample": False,

@@ -1,5 +1,6 @@
 """A new kind of gate is one entry in the tables of `adapter/parameters.py`: everything else asks these."""
 
+# mypy: disable-error-code="arg-type, attr-defined, var-annotated"
 from __future__ import annotations
 
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_adapters_of_a_new_kind_are_computed_side_by_side(new_kinds, tokens, mon
     for name, row in zip(("default", "second"), tokens, strict=True):
         model.set_adapter(name)
         alone.append(logits(model, row[None]))
-    stacked = []
+    stacked: list[torch.Tensor] = []
     layer = baft_layers(model)[0]
     monkeypatch.setattr(layer, "_update_side_by_side", _noted(layer._update_side_by_side, stacked))
     with torch.no_grad():

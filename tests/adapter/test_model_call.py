@@ -1,5 +1,6 @@
 """How calls of transformers are read: by meaning, and what cannot be read is an error, never another position."""
 
+# mypy: disable-error-code="arg-type, attr-defined, call-arg, index, union-attr"
 from __future__ import annotations
 
 import inspect
@@ -32,14 +33,14 @@ from peft_baft.adapter.model_call import (
 )
 
 P, PAD = 3, 0
-CLOSE = {"rtol": 1e-3, "atol": 1e-3}
+CLOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3}
 SEAM = Path(model_call.__file__)
 NAMES_OF_TRANSFORMERS = re.compile(
     r"past_key_values|cache_params|layer_past|cu_seq_lens|use_cache|get_seq_length|batch_select_indices|"
     r"continuous_batching_config|PagedAttentionCache|requests_in_batch|guidance_scale|"
     r"num_items_in_batch|shift_labels|fused_lm_head"
 )
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "num_hidden_layers": 4,
@@ -47,7 +48,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-ATTENTION = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+ATTENTION: dict[str, Any] = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 
 
 def minimax() -> Any:
@@ -155,7 +156,8 @@ class ToyModel(tr.LlamaForCausalLM):
         return tr.utils.ModelOutput(logits=self.lm_head(out[0]), remembrance=cache_of(out))
 
     def generate(self, input_ids, tokens=5):
-        logits, given, columns = [], {}, input_ids
+        given: dict[str, Any] = {}
+        logits, columns = [], input_ids
         for _ in range(tokens):
             out = self(columns, use_cache=True, **given)
             if not isinstance(self.model, HidingStack):

@@ -1,5 +1,6 @@
 """A model whose weights, the input embedding among them, are brought to the device only when they are needed."""
 
+# mypy: disable-error-code="assignment, return-value"
 from __future__ import annotations
 
 from typing import Any
@@ -37,8 +38,13 @@ ASKED: dict[str, Any] = {
 
 def base() -> tr.PreTrainedModel:
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
-    settings = {"vocab_size": len(TOKENIZER), "max_position_embeddings": 64, "initializer_range": 0.1}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
+    settings: dict[str, Any] = {"vocab_size": len(TOKENIZER), "max_position_embeddings": 64, "initializer_range": 0.1}
     return tr.LlamaForCausalLM(tr.LlamaConfig(**shape, **settings)).eval()
 
 

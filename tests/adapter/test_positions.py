@@ -1,5 +1,6 @@
 """Which tokens are edited, for every way a model is called: all agree with one slow reference."""
 
+# mypy: disable-error-code="arg-type, union-attr"
 from __future__ import annotations
 
 import copy
@@ -15,15 +16,16 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import peft_baft
+from adapters import intervene
 from conftest import ARCHITECTURES, VOCABULARY, cache_of, make_model, randomise, with_cache
 from peft_baft import BaftConfig
 from peft_baft.adapter import baft_layers, find_context
 from peft_baft.adapter.context import EditContext
-from peft_baft.intervention import gates, intervene, orthonormal_rows, rms_normalise
+from peft_baft.intervention import gates, orthonormal_rows, rms_normalise
 
 FEW = ["llama", "gpt2", "gemma3", "bloom"]
 P, ANSWER, PAD = 3, 5, 0
-CLOSE = {"rtol": 1e-3, "atol": 1e-3}
+CLOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3}
 
 
 def adapted(architecture: str = "llama", task_type: str | None = "CAUSAL_LM") -> PeftModel:
@@ -97,7 +99,7 @@ def test_cached_decoding_of_a_padded_batch_is_one_full_forward_of_each_row(archi
     assert_generates_the_truth(adapted(architecture), architecture, [draw(1, 1), draw(2, 2), draw(7, 3)])
 
 
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "no cache": {"use_cache": False},
     "static cache": {"cache_implementation": "static"},
     "chunked prefill": {"prefill_chunk_size": 3},

@@ -50,12 +50,12 @@ def through_torch(model: PeftModel) -> PeftModel:
 def saved(tmp_path: Path, tokens) -> tuple[Path, torch.Tensor]:
     """A base model and an adapter on disk, and what they say together."""
     base = make_model()
-    base.save_pretrained(tmp_path / "base")
+    base.save_pretrained(str(tmp_path / "base"))
     model = get_peft_model(tr.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config()).eval()
     randomise(model)
     for layer in baft_layers(model):
         layer.baft_gate_usage["default"].fill_(7)
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(str(tmp_path / "adapter"))
     return tmp_path, logits(model, tokens)
 
 
@@ -185,7 +185,7 @@ def test_status_and_other_saved_modules_work(tmp_path) -> None:
     model = edited_model(modules_to_save=["norm"])
     assert model.get_model_status().available_adapters == ["default"]
     assert {type(layer) for layer in baft_layers(model)} == {BaftLayer}
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(str(tmp_path))
     assert any("model.norm" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
 
 

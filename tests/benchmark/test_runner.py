@@ -1,5 +1,6 @@
 """The judge on a toy model that knows facts: any method, any schedule, and no result twice."""
 
+# mypy: disable-error-code="attr-defined, func-returns-value"
 from __future__ import annotations
 
 import json

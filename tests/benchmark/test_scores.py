@@ -16,7 +16,7 @@ def asked(kind: str, match: float, topic: str = "", exact: bool = False, prefix:
     return {"kind": kind, "topic": topic, "match": match, **free, "said": ""}
 
 
-CASES = [
+CASES: list[dict[str, Any]] = [
     {
         "row": 0,
         "steps": 10,

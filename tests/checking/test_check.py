@@ -1,5 +1,6 @@
 """`peft_baft.check`: a whole model is found whole, each thing that can go wrong is found, and the model is left as it was."""
 
+# mypy: disable-error-code="arg-type, call-arg"
 from __future__ import annotations
 
 import json
@@ -21,7 +22,7 @@ from conftest import make_model
 from peft_baft import BaftConfig
 from peft_baft.adapter import context as context_module
 from peft_baft.adapter.layer import BaftLayer
-from peft_baft.checking import trials as check_trials
+from peft_baft.checking import edit_trials
 from peft_baft.checking.check import ATTACHED, UNLOADS
 from peft_baft.checking.trials import (
     CACHED,
@@ -52,7 +53,12 @@ def traces(model: nn.Module) -> dict[str, Any]:
 
 def model_of_words(vocabulary: int) -> tr.PreTrainedModel:
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     model = tr.LlamaForCausalLM(tr.LlamaConfig(vocab_size=vocabulary, initializer_range=0.1, **shape))
     return model.eval()
 
@@ -123,7 +129,7 @@ def a_wrong_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
     real = CachedPrefix.losses
     monkeypatch.setattr(CachedPrefix, "losses", lambda self: 2 * real(self))
     chosen: Callable[..., Any] = lambda *given: CachedPrefix.build(*given[:-1], torch.device("cpu"), given[-1])  # noqa: E731
-    monkeypatch.setattr(check_trials, "open_forward", chosen)
+    monkeypatch.setattr(edit_trials, "open_forward", chosen)
 
 
 def gradient_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +214,7 @@ def test_an_adapter_of_a_folder_is_tried_on_a_base_model(tmp_path) -> None:
 
 
 def test_a_model_that_is_refused_is_reported_with_the_reason() -> None:
-    shape = {"d_model": 16, "d_ff": 16, "d_kv": 4, "num_layers": 2, "num_heads": 2, "vocab_size": 32}
+    shape: dict[str, Any] = {"d_model": 16, "d_ff": 16, "d_kv": 4, "num_layers": 2, "num_heads": 2, "vocab_size": 32}
     model = tr.T5ForConditionalGeneration(tr.T5Config(**shape))
     before = traces(model)
     report = peft_baft.check(model)
@@ -266,7 +272,7 @@ def test_the_command_prints_the_table_or_json_and_tells_by_its_exit_code(saved_m
 
 def test_a_random_adapter_is_no_larger_than_its_model() -> None:
     """Rank is bounded by the width of a model that is narrower than the rank."""
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2}
+    shape: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2}
     model = tr.LlamaForCausalLM(tr.LlamaConfig(vocab_size=64, **shape))
     report = peft_baft.check(model)
     assert report[ATTACHED].holds and BaftConfig().r > 8

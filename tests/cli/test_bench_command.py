@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,11 @@ def folder(fact_model: FactModel, tmp_path_factory: pytest.TempPathFactory) -> P
     with open(folder / "facts.jsonl", "w", encoding="utf-8") as out:
         for n in range(4):
             old, food = CAPITALS[n], MEALS[n]
-            record = {"prompt": old.prompt, "target": CAPITALS[n + 8].answer, "rephrase": [old.rephrase]}
+            record: dict[str, Any] = {
+                "prompt": old.prompt,
+                "target": CAPITALS[n + 8].answer,
+                "rephrase": [old.rephrase],
+            }
             record["unrelated"] = [{"prompt": food.prompt, "answer": food.answer}]
             out.write(json.dumps(record) + "\n")
     return folder
@@ -112,3 +117,12 @@ def test_plot_says_what_is_not_a_result(tmp_path: Path, capsys) -> None:
     (tmp_path / "r.jsonl").write_text('{"prompt": "x"}\n')
     assert cli.main(["plot", str(tmp_path / "r.jsonl"), "--output", str(tmp_path)]) == 2
     assert "r.jsonl:1" in capsys.readouterr().err
+
+
+def test_training_options_reach_a_method_that_has_no_preset(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "r.jsonl"
+    assert bench(folder, output, "--method", "ft-m,ft-m:lr=0.01", "--rows", "0:2", *TRAINING) == 0
+    given, own = read_results([output])
+    assert given["settings"]["descent"]["lr"] == 0.02 and own["settings"]["descent"]["lr"] == 0.01
+    assert given["settings"]["descent"]["max_steps"] == own["settings"]["descent"]["max_steps"] == 40
+    assert given["scores"]["reliability"] == 1

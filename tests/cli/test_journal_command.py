@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -89,7 +90,7 @@ def test_ctrl_c_ends_a_command_in_one_line_with_130(folder: Path, tmp_path: Path
     words = ["edit", "--model", str(folder / "model"), "--edits", str(tmp_path / "facts.jsonl")]
     words += ["--output", str(tmp_path / "out"), "--unrelated", "none", "--lr", "1e-9", "--max-steps", "100000"]
     command = [sys.executable, "-m", "peft_baft_cli", *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment(), preexec_fn=heed_interrupts, **pipes) as run:
         while not (tmp_path / "out" / LINES).exists() and run.poll() is None:
             time.sleep(0.1)

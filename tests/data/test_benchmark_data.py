@@ -41,13 +41,13 @@ WIKI = {
         "Forgetfulness": [],
     },
 }
-WIKIBIO = {
+WIKIBIO: dict[str, Any] = {
     "text": "This is about ann lee. Ann Lee was a painter.",
     "labels": "She was born in Arvia.",
     "concept": "ann lee",
     "locality": {"Relation_Specificity": [{"prompt": "ann lee field of work", "ground_truth": ["art"]}]},
 }
-REWRITE = {
+REWRITE: dict[str, Any] = {
     "prompt": "The mother tongue of {} is",
     "subject": "Ann Lee",
     "target_new": {"str": "Arvian", "id": "Q1"},
@@ -60,7 +60,7 @@ ROME = {
     "neighborhood_prompts": ["Bo Berg speaks", "The mother tongue of Cy Dahl is"],
     "generation_prompts": ["Ann Lee lives in"],
 }
-FLAT = {
+FLAT: dict[str, Any] = {
     "prompt": "The mother tongue of Ann Lee is",
     "target_new": "Arvian",
     "subject": "Ann Lee",
@@ -70,7 +70,7 @@ FLAT = {
 }
 CONVSENT = {"ent": "Arvia", "pos": [" A fine place. ", "I like it."], "neg": ["Too cold.", "No."]}
 PIQA = {"goal": "To open a jar,", "sol1": "turn the lid.", "sol2": "eat the lid."}
-GOOD = {
+GOOD: dict[str, dict[str, Any]] = {
     "zsre": ZSRE,
     **dict.fromkeys(["wiki_recent", "wiki_counterfact", "knowedit_zsre"], WIKI),
     "wikibio": WIKIBIO,
@@ -192,7 +192,9 @@ def test_facts_are_the_users_own(tmp_path: Path) -> None:
 def test_a_case_has_the_number_of_its_row(tmp_path: Path, benchmark: str) -> None:
     """Rows without probes stay, and so do repeated ones, but for a user's own facts."""
     field = {"zsre": "src", "wikibio": "text", "convsent": "ent"}.get(benchmark, "prompt")
-    records = [{**GOOD[benchmark], field: f"row {i}", "locality": {}, "portability": None} for i in range(3)]
+    records: list[dict[str, Any]] = [
+        {**GOOD[benchmark], field: f"row {i}", "locality": {}, "portability": None} for i in range(3)
+    ]
     if benchmark == "counterfact":
         records = [{**FLAT, "prompt": f"row {i}"} for i in range(3)]
     if benchmark == "facts":

@@ -19,7 +19,7 @@ from facts import CAPITALS, make_tokenizer
 from peft_baft.data import Case, Edit, Probe, Unrelated, read_cases, read_unrelated
 from peft_baft.data.batching import Tokens, collate, context_window, encode, padding_id
 
-FACT = {"prompt": "The capital of France is", "target": "Lyon"}
+FACT: dict[str, Any] = {"prompt": "The capital of France is", "target": "Lyon"}
 ZSRE = {
     "subject": "Lepid",
     "src": "Which family does Lepid belong to?",
@@ -46,7 +46,7 @@ def written(folder: Path, name: str, content: Any) -> Path:
 @pytest.mark.parametrize("name", ["facts.jsonl", "facts.json", "FACTS.JSON"])
 def test_a_record_becomes_an_edit_and_its_probes(tmp_path: Path, name: str) -> None:
     near = {"prompt": "The capital of Italy is", "answer": " Rome "}
-    full = {
+    full: dict[str, Any] = {
         **FACT,
         "rephrase": ["France's capital is", "Capital of France:"],
         "unrelated": near,
@@ -346,7 +346,7 @@ def test_an_overlong_text_is_neither_cut_nor_warned_about(caplog: pytest.LogCapt
 def test_batches_hold_the_rows_their_padding_and_the_answers_alone(lengths: list[tuple[int, int]]) -> None:
     rows = [Tokens(tuple(range(10 * i + 1, 10 * i + 1 + p + a)), p) for i, (p, a) in enumerate(lengths)]
     batch, width = collate(rows, 99), max(p + a for p, a in lengths)
-    plain = {name: [] for name in ("input_ids", "attention_mask", "labels")}
+    plain: dict[str, list[Any]] = {name: [] for name in ("input_ids", "attention_mask", "labels")}
     for row in rows:
         rest = width - len(row.ids)
         plain["input_ids"].append([*row.ids] + [99] * rest)

@@ -1,5 +1,6 @@
 """Whatever stands in an edit file, it is read as facts or complained about with its name and place."""
 
+# mypy: disable-error-code="arg-type, attr-defined, return-value"
 from __future__ import annotations
 
 import csv

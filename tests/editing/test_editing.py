@@ -1,5 +1,6 @@
 """Editing a toy model that knows 48 facts: what is learned, what stays, and that failures leave no trace."""
 
+# mypy: disable-error-code="arg-type, assignment, func-returns-value"
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -30,7 +31,12 @@ Setting = tuple[PeftModel, BaftEditor]
 def editor_of(model: PeftModel, unrelated: list[Unrelated] | None = None, **given: Any) -> BaftEditor:
     """An editor with the tests' settings, beside the first half of the meals."""
     texts = meals(0, 12) if unrelated is None else unrelated
-    settings = {"objective": OBJECTIVE, "descent": DESCENT, "batch_descent": DESCENT, "unrelated_per_edit": 4}
+    settings: dict[str, Any] = {
+        "objective": OBJECTIVE,
+        "descent": DESCENT,
+        "batch_descent": DESCENT,
+        "unrelated_per_edit": 4,
+    }
     return BaftEditor(model, facts.trained().tokenizer, texts, **(settings | given))
 
 
@@ -464,7 +470,7 @@ def out_of_memory(_: torch.Tensor) -> torch.Tensor:
     raise torch.OutOfMemoryError("of 80 GiB")
 
 
-BREAKS = [
+BREAKS: list[tuple[Any, type[BaseException], str | None]] = [
     (poisoned, FloatingPointError, "became nan at step 1"),
     (infinite, FloatingPointError, "became inf at step 1"),
 ]

@@ -1,5 +1,6 @@
 """What was edited is on record, and an interrupted run goes on as if it had never stopped."""
 
+# mypy: disable-error-code="attr-defined, func-returns-value, union-attr"
 from __future__ import annotations
 
 import multiprocessing

@@ -29,7 +29,7 @@ def editor(request: pytest.FixtureRequest, fact_model: FactModel) -> Iterator[Ba
 
 def state(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
     """Parameters and statistics of one adapter."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for layer in baft_layers(model):
         for kind in ("baft_basis", "baft_source", "baft_gate", "baft_gate_usage"):
             container = getattr(layer, kind)
@@ -40,7 +40,7 @@ def state(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("parallel", [2, 5])
+@pytest.mark.parametrize("parallel", [1, 2, 5])
 def test_each_adapter_is_what_its_edit_gives_alone(editor: BaftEditor, fact_model: FactModel, parallel: int) -> None:
     model, used = editor.model, editor.unrelated_used
     own = state(model, "default")

@@ -1,5 +1,6 @@
 """Probabilities of answers, and what is read off them: PIQA's choices and ConvSent's ES."""
 
+# mypy: disable-error-code="func-returns-value"
 from __future__ import annotations
 
 import math
@@ -185,7 +186,7 @@ def test_sentiment_takes_the_side_that_the_edit_takes_and_refuses_other_benchmar
     case = Case(Edit("the capital of Arvia is", "Kasgrad"))
     with pytest.raises(ValueError, match="convsent"):
         METRICS["sentiment"](*fact_model, case)
-    sides = {"positive": (CAPITALS[0].answer,), "negative": (CAPITALS[8].answer,)}
+    sides: dict[str, Any] = {"positive": (CAPITALS[0].answer,), "negative": (CAPITALS[8].answer,)}
     items = [ConvSentCase(case.edit, question=CAPITALS[0].prompt, wanted=wanted, **sides) for wanted in sides]
     values = [METRICS["sentiment"](*fact_model, item)["sentiment"] for item in items]
     assert values[0] > 0.9 and sum(values) == pytest.approx(1, abs=1e-4)

@@ -1,5 +1,6 @@
 """What an edit uses of its subspaces: dimensions taken away one by one, and mean gates."""
 
+# mypy: disable-error-code="assignment, attr-defined, union-attr"
 from __future__ import annotations
 
 from copy import deepcopy

@@ -21,6 +21,7 @@ STAGES = {"test", "test-across", "test-newest", "test-oldest"}
 def load_lock() -> ModuleType:
     """Return requirements/lock.py as a module."""
     spec = importlib.util.spec_from_file_location("lock", ROOT / "requirements" / "lock.py")
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -86,7 +86,9 @@ def _editing(
     first, last = _rows(options.rows, len(cases))
     preset = chosen_preset(options.preset, options.r, options.lr, options.max_steps)
     with type_errors_as_bad_input():
-        chosen = methods(options.method, preset)
+        overrides = {"lr": options.lr, "max_steps": options.max_steps}
+        given = {name: value for name, value in overrides.items() if value is not None}
+        chosen = methods(options.method, preset, given)
     schedules = _schedules(options)
     for schedule in schedules:
         schedule.blocks(first, last)  # raises before a model is loaded

@@ -1,5 +1,6 @@
 """The session that keeps what an edit cannot change gives what the plain one gives."""
 
+# mypy: disable-error-code="arg-type, attr-defined, call-arg, func-returns-value, union-attr"
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
