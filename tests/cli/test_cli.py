@@ -301,7 +301,9 @@ def test_help_in_a_pipe_is_plain_text_with_every_option(command: str, monkeypatc
     abouts = {name: hint.__metadata__[0] for name, hint in hints.items()}
     wanted = [f"--{name.replace('_', '-')}" for name, about in abouts.items() if isinstance(about, OptionInfo)]
     wanted += [about.help for about in abouts.values() if about.help]
-    wanted += ["--version", "130 interrupted", *(c.__doc__ for c in options.COMMANDS.values())] if not command else []
+    wanted += (
+        ["--version", "130 interrupted", *(c.__doc__ or "" for c in options.COMMANDS.values())] if not command else []
+    )
     assert not [part for part in wanted if part not in " ".join(text.split())]
 
 
