@@ -1,6 +1,6 @@
 """A new editing method in one file: fine-tune the last norm of the model. python examples/new_method.py [MODEL]
 
-In the package this is a file of src/peft_baft/baselines/ and one entry of METHODS; then `baft bench --methods norm` runs it.
+In the package this is a file of src/peft_baft/baselines/ and one entry of METHODS; then `baft bench --method norm` runs it.
 """
 
 import sys

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import alternated, arguments, launch, load, table
 
-BENCH = ["-m", "peft_baft.cli", "bench", "zsre"]
+BENCH = ["-m", "peft_baft_cli", "bench", "zsre"]
 
 
 def wall_seconds(options, model: str, processes: int, rows: int) -> float:

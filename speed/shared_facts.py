@@ -58,4 +58,4 @@ if __name__ == "__main__":
     else:
         if os.environ[WORKER] == "1":
             modeling_llama.LlamaRMSNorm.forward = wide_norm
-        runpy.run_module("peft_baft.cli", run_name="__main__", alter_sys=True)
+        runpy.run_module("peft_baft_cli", run_name="__main__", alter_sys=True)

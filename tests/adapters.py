@@ -6,10 +6,21 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from torch import Tensor
 
 from conftest import make_model, randomise
 from peft_baft import BaftConfig
 from peft_baft.adapter import baft_layers
+from peft_baft.intervention import update
+
+
+def intervene(h: Tensor, R: Tensor, A: Tensor, b: Tensor, w: Tensor | None = None) -> Tensor:
+    """Φ(h) = h + Rᵀ diag(w) (A h + b - R h), Eq. 3 as it is printed; Eq. 1 (ReFT) where w is None.
+
+    Args:
+        h: (..., d); R: (r, d) orthonormal rows; A: (r, d); b: (r,); w: (..., r) or (..., 1) gates.
+    """
+    return h + update(torch.nn.functional.linear(h, A - R, b), R, w)
 
 
 def config(**settings: Any) -> BaftConfig:

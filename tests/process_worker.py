@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+import peft_baft_cli as cli
 from facts import ADAPTER, CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals
-from peft_baft import AdapterEditor, BaftEditor, Case, Edit, Journal, Probe, cli, load_model
+from peft_baft import AdapterEditor, BaftEditor, Case, Edit, Journal, Probe, load_model
 from peft_baft.adapter.state import adapter_tensors
 from peft_baft.baselines.adapters import AdapterMethod
 from peft_baft.benchmark import plan

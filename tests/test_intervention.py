@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapters import intervene
 from peft_baft import BaftConfig
 from peft_baft.adapter.layer import Gate, OrthonormalBasis
-from peft_baft.intervention import gates, intervene, orthonormal_rows, rms_normalise, update
+from peft_baft.intervention import gates, orthonormal_rows, rms_normalise, update
 
 D, RANK = 16, 4
 

@@ -15,9 +15,9 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 
 import facts
+import peft_baft_cli as cli
 import process_worker as worker
 from facts import CAPITALS, MEALS, FactModel, edits
-from peft_baft import cli
 from peft_baft.benchmark.results import read_results
 from peft_baft.loading import load_model
 from peft_baft.processes import Processes
@@ -156,7 +156,7 @@ def test_the_command_says_how_many_run_and_fails_with_fewer(folder: Path, of_two
     assert printed.count("1 result lines in") == 1
     (line,) = read_results([folder / "c.jsonl"])
     assert line["scores"]["reliability"] == 1 and len(line["cases"]) == 3
-    monkeypatch.setattr("peft_baft.cli.common.load_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("peft_baft_cli.work.common.load_model", lambda *_, **__: 1 / 0)
     begin = ["bench", "facts", "--model", "m", "--data", str(folder / "facts.jsonl")]
     assert cli.main([*begin, "--processes", "2"]) == 2
     assert "2 processes were asked for, and 1 runs" in capsys.readouterr().err

@@ -85,7 +85,7 @@ def test_the_adapter_counts_as_documented(smollm2) -> None:
 
 @pytest.mark.slow
 def test_commands_edit_continue_and_ask(tmp_path: Path, capfd) -> None:
-    from peft_baft.cli import main
+    from peft_baft_cli import main
 
     first, second = tmp_path / "first.jsonl", tmp_path / "second.csv"
     first.write_text(json.dumps({"prompt": PROMPT, "target": "Lyon", "rephrase": "France's capital city is"}))

@@ -1,4 +1,12 @@
-"""The formula of BaFT (arXiv 2503.00306, Sec. 2): hidden vectors in, edited vectors out. Torch only."""
+"""The formula of BaFT (arXiv 2503.00306, Sec. 2): hidden vectors in, what is added to them out. Torch only.
+
+    Φ(h) = h + Rᵀ diag(w(h)) (A h + b - R h)        Eq. 3; with w = 1 it is ReFT, Eq. 1
+
+R (r, d) has orthonormal rows that span the edited subspace (`orthonormal_rows`). In it, R h are the coordinates of a hidden
+vector h, and A h + b the ones that an edit has learned. w(h), one number in [0, 1] for each row of R, says how far each
+coordinate goes from the one to the other (`gates`); `update` gives what is added to h. An adapter learns A as D = A - R
+(`adapter/layer.py`), so that A h + b - R h is D h + b, and D = 0, b = 0 changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +39,7 @@ def rms_normalise(h: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def gates(h: Tensor, U: Tensor, c: Tensor | None = None, offset: float = 0.0, *, shared: bool = False) -> Tensor:
-    """The logistic gates w(h) of App. C: one per row of U, each in [0, 1].
+    """Compute the logistic gates w(h) of App. C: one per row of U, each in [0, 1].
 
     Args:
         h: (..., d) what the gate looks at.
@@ -48,7 +56,7 @@ def gates(h: Tensor, U: Tensor, c: Tensor | None = None, offset: float = 0.0, *,
 
 
 def update(shift: Tensor, R: Tensor, w: Tensor | None = None) -> Tensor:
-    """Φ(h) - h of Eq. 3: Rᵀ diag(w) (A h + b - R h), given the shift A h + b - R h.
+    """Compute Φ(h) - h = Rᵀ diag(w) (A h + b - R h), given the shift A h + b - R h.
 
     Args:
         shift: (..., r) where the new coordinates A h + b differ from the present ones R h.
@@ -59,15 +67,3 @@ def update(shift: Tensor, R: Tensor, w: Tensor | None = None) -> Tensor:
         (..., d) what is added to the hidden vector.
     """
     return (shift if w is None else shift * w) @ R
-
-
-def intervene(h: Tensor, R: Tensor, A: Tensor, b: Tensor, w: Tensor | None = None) -> Tensor:
-    """Φ(h) = h + Rᵀ diag(w) (A h + b - R h), Eq. 3 as it is printed; Eq. 1 (ReFT) where w is None.
-
-    Args:
-        h: (..., d); R: (r, d) orthonormal rows; A: (r, d); b: (r,); w: (..., r) or (..., 1) gates.
-
-    Returns:
-        (..., d) the edited vectors.
-    """
-    return h + update(torch.nn.functional.linear(h, A - R, b), R, w)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def answer_losses(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Cross entropy of each answer token, given the tokens before it; their mean is the teacher forcing loss.
+    """Compute the cross entropy of each answer token, given the tokens before it; their mean is the teacher forcing loss.
 
     Args:
         logits: (n, vocabulary) what is predicted in the place of each token; any floating dtype. tokens: (n,).
@@ -21,7 +21,7 @@ def answer_losses(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def locality_margin(w: Tensor, w_unrelated: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
-    """Locality regulariser R_loc: gates below α on unrelated text, above β on the edit, their maxima γ apart.
+    """Compute the locality regulariser R_loc: gates below α on unrelated text, above β on the edit, their maxima γ apart.
 
     relu(w(h_ir) - α) + relu(β - w(h)) + relu(γ - (max_k w(h) - max_k w(h_ir))), the first two averaged over tokens and
     gates, the third over all pairs of an edited and an unrelated token.

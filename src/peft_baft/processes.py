@@ -190,7 +190,7 @@ class Stopped(RuntimeError):
 
 
 UNEXPECTED = (
-    "{0} processes were asked for, and {1} runs or run. Start them with: torchrun --nproc_per_node {0} -m peft_baft.cli ... "
+    "{0} processes were asked for, and {1} runs or run. Start them with: torchrun --nproc_per_node {0} -m peft_baft_cli ... "
     "(`accelerate launch --cpu` starts a single one, whatever its --num_processes)."
 )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def load_balance(w: Tensor, past_sum: Tensor, past_count: Tensor) -> Tensor:
-    """Incremental load balance R_bal: the spread of the gates' mean use over all edits so far, this one included.
+    """Compute the incremental load balance R_bal: the spread of the gates' mean use over all edits so far, this one included.
 
     As printed in the paper: Σ_k (w̄_k - w̄)² / ((r - 1) w̄). Only the present edit's share carries a gradient.
 
@@ -32,12 +32,12 @@ def load_balance(w: Tensor, past_sum: Tensor, past_count: Tensor) -> Tensor:
 
 
 def mean_over_blocks(terms: Sequence[Tensor]) -> Tensor:
-    """Mean of one scalar per edited block, on the first one's device."""
+    """Average one scalar per edited block, on the first one's device."""
     return torch.stack([term.to(terms[0].device) for term in terms]).mean()
 
 
 def rescaled(term: Tensor, reference: Tensor, ceiling: float) -> Tensor:
-    """`term` brought to the magnitude of `reference` (Eq. 4), by a factor that is a constant to the gradient.
+    """Bring `term` to the magnitude of `reference` (Eq. 4), by a factor that is a constant to the gradient.
 
     The factor is reference / term, at most `ceiling`: a regulariser that is nearly met is not blown up without bound.
     """

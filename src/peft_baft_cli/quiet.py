@@ -11,7 +11,15 @@ from contextlib import contextmanager
 from functools import partialmethod
 
 OURS = "peft_baft"
-OTHERS = ("torch", "transformers", "huggingface_hub", "peft", "accelerate", "bitsandbytes", "torchao")
+OTHERS = (
+    "torch",
+    "transformers",
+    "huggingface_hub",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "torchao",
+)
 
 
 @contextmanager

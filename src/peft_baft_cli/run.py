@@ -2,62 +2,58 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
 
-from peft_baft_cli.commands import add_commands
+import typer
+
 from peft_baft_cli.errors import (
     BAD_INPUT,
     BUG,
     DONE,
-    EXIT_CODES,
     INTERRUPTED,
     Interrupted,
-    UsageError,
     in_one_line,
     is_users,
 )
+from peft_baft_cli.parser import complaint, parse
 from peft_baft_cli.quiet import only_our_messages, silence_imported
 from peft_baft_cli.screen import doing, shown
-from peft_baft_cli.version import ShowVersions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: the words after `baft`; by default those of this process.
+        arguments: The words after `baft`; by default those of this process.
 
     Returns:
-        The exit code; `EXIT_CODES` says what each means.
+        The exit code; `EXIT_CODES` has what each means.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
-    if not words:
-        parser.print_help(sys.stderr)
-        return BAD_INPUT
     try:
-        args, unknown = parser.parse_known_args(words)
-        if unknown:  # argparse itself would not say which command does not know them
-            raise UsageError(f"baft {args.command}: unknown: {' '.join(unknown)}. See baft {args.command} --help.")
-    except UsageError as error:
-        print(error, file=sys.stderr)
+        parsed = parse(words)
+    except typer.TyperException as error:
+        print(complaint(error, words), file=sys.stderr)
         return BAD_INPUT
-    command = f"baft {args.command}"
+    if isinstance(parsed, int):
+        return parsed
+    command = f"baft {words[0]}"
     try:
         with only_our_messages():
             with doing("starting"):
                 import peft_baft  # noqa: F401  the heavy half, which registers the adapter type
 
                 silence_imported()
-            return args.run(args)
+            return parsed.run()
     except KeyboardInterrupt as interrupt:
-        print(f"\n{command}: interrupted. {_how_to_go_on(interrupt, args.command, words)}".rstrip(), file=sys.stderr)
+        print(
+            f"\n{command}: interrupted. {_how_to_go_on(interrupt, words[0], words)}".rstrip(),
+            file=sys.stderr,
+        )
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -78,7 +74,7 @@ REPORT = (
 
 
 def _how_to_go_on(interrupt: KeyboardInterrupt, command: str, words: Sequence[str]) -> str:
-    """Which command goes on with what was interrupted; empty where nothing is lost."""
+    """Return which command goes on with what was interrupted; an empty text where nothing is lost."""
     if command not in ("edit", "bench"):
         return ""
     if os.environ.get("LOCAL_RANK"):  # the launcher's own words are not known here
@@ -90,25 +86,3 @@ def _how_to_go_on(interrupt: KeyboardInterrupt, command: str, words: Sequence[st
         return "No edit was begun; give the same command again."
     again = [word for word in words if word not in ("--resume", "--overwrite")]
     return f"Finished edits are kept; to go on: baft {shlex.join([*again, '--resume'])}"
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that complains in one line, without the usage of all options before it, and knows options by whole names."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs | {"allow_abbrev": False})
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.prog}: {message.rstrip('.')}. See {self.prog} --help.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="baft",
-        description="Change what a language model knows, and keep the change as a PEFT adapter.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action=ShowVersions, help="show the versions that matter, and end")
-    add_commands(parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands"))
-    return parser

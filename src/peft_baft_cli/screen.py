@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import unicodedata
@@ -16,7 +17,7 @@ BIDI_CONTROLS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u206
 
 
 def shown(text: str) -> str:
-    """`text` in one line, with everything that would move the cursor or command the terminal as an escape.
+    """Return `text` in one line, with everything that would move the cursor or command the terminal as an escape.
 
     A model's answer may hold any character. Line breaks read `\\n`; other control characters, among them the one that
     begins a terminal's escape sequences, line separators, halves of surrogate pairs and changes of the writing direction
@@ -34,53 +35,47 @@ def _escaped(character: str) -> str:
     return character
 
 
-def display_width(text: str) -> int:
-    """Columns that `text` takes on a terminal: two for a wide (East Asian) character, none for a combining one."""
-    width = 0
-    for character in text:
-        if unicodedata.combining(character) or unicodedata.category(character) == "Cf":
-            continue
-        width += 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1
-    return width
+def shortened(text: str, width: int, pad: bool = False) -> str:
+    """Return `text`, cut to `width` columns of a terminal with an ellipsis where it is longer.
+
+    Args:
+        pad: Whether to fill up a shorter text with spaces.
+    """
+    from rich.text import Text
+
+    cut = Text(text)
+    cut.truncate(width, overflow="ellipsis", pad=pad)
+    return cut.plain
 
 
-def shortened(text: str, width: int) -> str:
-    """`text`, cut to `width` columns with an ellipsis where it is longer."""
-    if display_width(text) <= width:
-        return text
-    taken, columns = "", 0
-    for character in text:
-        columns += display_width(character)
-        if columns > width - 1:
-            break
-        taken += character
-    return taken + "…"
+def for_people() -> bool:
+    """Return whether standard output is a terminal that may get colours, and lines that are cut to its width."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], cut_first: Sequence[str] = ()) -> None:
-    """Print a plain table. On a terminal its longest cells are cut to fit; in a pipe or a file nothing is.
+    """Print a table, whose longest cells are cut to fit on a terminal; as plain text with whole cells elsewhere.
 
     Args:
-        cut_first: headers of columns that give way before the others, such as long answers beside short questions.
+        cut_first: Headers of columns that give way before the others, such as long answers beside short questions.
     """
+    from rich.cells import cell_len
+
     cells = [[shown(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(display_width(row[i]) for row in cells) for i in range(len(header))]
-    if sys.stdout.isatty():
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    if for_people():
         room = shutil.get_terminal_size((120, 24)).columns or 120
         widths = _fitting(widths, room, [i for i, name in enumerate(header) if name in cut_first])
-        cells = [[shortened(cell, width) for cell, width in zip(row, widths, strict=True)] for row in cells]
-    lines = [_line(row, widths) for row in cells]
-    rule = GAP.join("-" * width for width in widths)
-    print("\n" + "\n".join([lines[0], rule, *lines[1:]]) + "\n")
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    padded = [cell + " " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True)]
-    return GAP.join(padded).rstrip()
+    rule = ["-" * width for width in widths]
+    lines = []
+    for row in (cells[0], rule, *cells[1:]):
+        padded = [shortened(cell, width, pad=True) for cell, width in zip(row, widths, strict=True)]
+        lines.append(GAP.join(padded).rstrip())
+    print("\n" + "\n".join(lines) + "\n")
 
 
 def _fitting(widths: Sequence[int], room: int, first: Sequence[int]) -> list[int]:
-    """Column widths that fit into `room` columns, each taken from the widest: of the columns `first`, then of all."""
+    """Return column widths that fit into `room` columns, each taken from the widest: of the columns `first`, then of all."""
     fitted = list(widths)
     available = room - len(GAP) * (len(widths) - 1)
     for columns, least in ((first, CUT_FIRST_TO), (range(len(fitted)), NARROWEST)):
@@ -90,21 +85,27 @@ def _fitting(widths: Sequence[int], room: int, first: Sequence[int]) -> list[int
 
 
 def progress_shown() -> bool:
-    """Whether progress may be drawn: where standard error is a terminal."""
+    """Return whether progress may be drawn: where standard error is a terminal."""
     return sys.stderr.isatty()
 
 
 @contextmanager
-def doing(what: str) -> Iterator[None]:
-    """Show on a terminal what takes its time while inside, and wipe it out afterwards; show nothing elsewhere."""
-    if not progress_shown():
+def doing(what: str, wanted: bool = True) -> Iterator[None]:
+    """Show on a terminal what takes its time while inside, and wipe it out afterwards; show nothing elsewhere.
+
+    Args:
+        wanted: Whether to show it: of several processes, one does.
+    """
+    if not (wanted and progress_shown()):
         yield
         return
+    from rich.cells import cell_len
+
     text = shown(f"{what} …")
     sys.stderr.write(text)
     sys.stderr.flush()
     try:
         yield
     finally:
-        sys.stderr.write("\r" + " " * display_width(text) + "\r")
+        sys.stderr.write("\r" + " " * cell_len(text) + "\r")
         sys.stderr.flush()

@@ -16,11 +16,12 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import peft_baft
+from adapters import intervene
 from conftest import ARCHITECTURES, VOCABULARY, cache_of, make_model, randomise, with_cache
 from peft_baft import BaftConfig
 from peft_baft.adapter import baft_layers, find_context
 from peft_baft.adapter.context import EditContext
-from peft_baft.intervention import gates, intervene, orthonormal_rows, rms_normalise
+from peft_baft.intervention import gates, orthonormal_rows, rms_normalise
 
 FEW = ["llama", "gpt2", "gemma3", "bloom"]
 P, ANSWER, PAD = 3, 5, 0

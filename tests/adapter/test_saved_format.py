@@ -20,11 +20,13 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_confi
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import peft_baft.cli.ask
 from adapters import config, edited_model, is_bare, logits
 from conftest import make_model
 from peft_baft import BaftConfig
 from peft_baft.adapter import baft_layers
+from peft_baft_cli.options import AskCommand
+from peft_baft_cli.work import common
+from peft_baft_cli.work.ask import ask
 
 FROZEN = Path(__file__).parent / "format_1"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -198,13 +200,13 @@ def test_baft_ask_refuses_it_before_a_model_is_loaded(kind: str, folders: Path, 
     def refuse(*_: Any) -> nn.Module:
         raise Loaded
 
-    monkeypatch.setattr(peft_baft.cli.ask, "load_base", refuse)
+    monkeypatch.setattr(common, "load_base", refuse)
     damage, message = REFUSED[kind]
     with pytest.raises(Loaded):  # the control: the whole folder gets that far
-        peft_baft.cli.ask.ask(["a"], str(folders / "adapter"), device="cpu")
+        ask(AskCommand(prompts=["a"], adapter=str(folders / "adapter"), device="cpu"))
     damage(folders / "adapter")
     with pytest.raises(ValueError, match=message):
-        peft_baft.cli.ask.ask(["a"], str(folders / "adapter"), device="cpu")
+        ask(AskCommand(prompts=["a"], adapter=str(folders / "adapter"), device="cpu"))
 
 
 def test_a_former_folder_loads_once_what_the_message_says_is_done(folders: Path, tokens) -> None:

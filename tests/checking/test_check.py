@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 import facts
 import peft_baft
+import peft_baft_cli as cli
 from adapters import config, edited_model
 from conftest import make_model
-from peft_baft import BaftConfig, cli
+from peft_baft import BaftConfig
 from peft_baft.adapter import context as context_module
 from peft_baft.adapter.layer import BaftLayer
-from peft_baft.checking import trials as check_trials
+from peft_baft.checking import edit_trials
 from peft_baft.checking.check import ATTACHED, UNLOADS
 from peft_baft.checking.trials import (
     CACHED,
@@ -128,7 +129,7 @@ def a_wrong_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
     real = CachedPrefix.losses
     monkeypatch.setattr(CachedPrefix, "losses", lambda self: 2 * real(self))
     chosen: Callable[..., Any] = lambda *given: CachedPrefix.build(*given[:-1], torch.device("cpu"), given[-1])  # noqa: E731
-    monkeypatch.setattr(check_trials, "open_forward", chosen)
+    monkeypatch.setattr(edit_trials, "open_forward", chosen)
 
 
 def gradient_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

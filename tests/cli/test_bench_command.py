@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import facts
+import peft_baft_cli as cli
 from facts import CAPITALS, MEALS, FactModel
-from peft_baft import cli
 from peft_baft.benchmark.results import read_results
 from peft_baft.evaluation import asking
 
@@ -94,17 +94,35 @@ def test_an_adapter_is_judged_on_the_model_that_it_names(folder: Path, tmp_path:
         (["--batch-size", "3"], "belongs to --schedule batched"),
         (["--method", "rome"], "Unknown method 'rome'"),
         (["--seeds", "0"], "--seeds"),
+        (["--preset", "gpt"], "Unknown preset 'gpt'; known are default, llama-2-7b"),
+        (["--also", "fluency,speed"], "Unknown metric 'speed'; known are fluency"),
     ],
 )
 def test_bad_arguments_are_named_before_a_model_is_loaded(
     folder, tmp_path, capsys, monkeypatch, more, complaint
 ) -> None:
-    monkeypatch.setattr("peft_baft.cli.common.load_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("peft_baft_cli.work.common.load_model", lambda *_, **__: 1 / 0)
     assert bench(folder, tmp_path / "r.jsonl", *more) == 2
     assert complaint in capsys.readouterr().err and not (tmp_path / "r.jsonl").exists()
+
+
+def test_an_unknown_benchmark_is_refused_with_the_known_ones(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("peft_baft_cli.work.common.load_model", lambda *_, **__: 1 / 0)
+    assert cli.main(["bench", "zrse", "--output", str(tmp_path / "r.jsonl")]) == 2
+    complaint = capsys.readouterr().err
+    assert "There is no benchmark 'zrse'; known are zsre, " in complaint and "piqa" in complaint
 
 
 def test_plot_says_what_is_not_a_result(tmp_path: Path, capsys) -> None:
     (tmp_path / "r.jsonl").write_text('{"prompt": "x"}\n')
     assert cli.main(["plot", str(tmp_path / "r.jsonl"), "--output", str(tmp_path)]) == 2
     assert "r.jsonl:1" in capsys.readouterr().err
+
+
+def test_training_options_reach_a_method_that_has_no_preset(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "r.jsonl"
+    assert bench(folder, output, "--method", "ft-m,ft-m:lr=0.01", "--rows", "0:2", *TRAINING) == 0
+    given, own = read_results([output])
+    assert given["settings"]["descent"]["lr"] == 0.02 and own["settings"]["descent"]["lr"] == 0.01
+    assert given["settings"]["descent"]["max_steps"] == own["settings"]["descent"]["max_steps"] == 40
+    assert given["scores"]["reliability"] == 1

@@ -1,5 +1,6 @@
 """The commands' manners: what is wrong is named in one line before a model is loaded, and nothing is lost."""
 
+# mypy: disable-error-code="list-item"
 from __future__ import annotations
 
 import ast
@@ -7,29 +8,34 @@ import importlib.util
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
+from typer.models import OptionInfo
 
-from peft_baft import cli
+import peft_baft_cli as cli
 from peft_baft.adapter.weights import FILE as WEIGHTS
 from peft_baft.benchmark.methods import GROUPS, METHODS, UNEDITED
 from peft_baft.benchmark.metrics import METRICS
 from peft_baft.benchmark.runner import SPLITS
 from peft_baft.benchmark.schedule import WHEN
-from peft_baft.cli import bench as bench_command
-from peft_baft.cli import common
-from peft_baft.cli.edit_report import print_report, summary
+from peft_baft.benchmark.tasks import TASKS
 from peft_baft.data.cases import Edit
 from peft_baft.editing.continual import EditRecord
 from peft_baft.editing.editor import EditResult
 from peft_baft.editing.presets import PRESETS
 from peft_baft.evaluation.asking import TEMPLATES
 from peft_baft.evaluation.report import Answered, Report
-from peft_baft_cli import arguments, screen
+from peft_baft_cli import options, screen
+from peft_baft_cli.work import bench as bench_command
+from peft_baft_cli.work import common
+from peft_baft_cli.work.edit_report import print_report, summary
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
@@ -115,30 +121,32 @@ def test_neither_help_nor_version_nor_a_bad_option_imports_torch() -> None:
     assert "torch" in python("-c", code, "log", "nowhere").stderr.splitlines()[-1]  # what runs a command does
 
 
-def test_the_light_package_imports_the_standard_library_alone() -> None:
+def test_the_light_files_import_the_standard_library_and_typer_alone() -> None:
     heavy = []
     for file in (SOURCE / "peft_baft_cli").glob("*.py"):
         for node in ast.parse(file.read_text()).body:  # imports at the top, not those inside functions
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            known = {"peft_baft_cli", *sys.stdlib_module_names}
-            heavy += [name for name in names if name.partition(".")[0] not in known]
+            known = {"peft_baft_cli", "typer", *sys.stdlib_module_names}
+            heavy += [name for name in names if name.partition(".")[0] not in known or "peft_baft_cli.work" in name]
     assert not heavy
 
 
-def test_names_that_the_command_line_repeats_are_those_of_the_tables() -> None:
-    assert list(arguments.PRESETS) == list(PRESETS)
-    assert list(arguments.METHODS) == [UNEDITED, *METHODS, *GROUPS]
-    assert list(arguments.METRICS) == list(METRICS)
-    assert arguments.TEMPLATES == TEMPLATES and arguments.WHEN == WHEN and arguments.SPLITS == SPLITS
-    assert list(arguments.SCHEDULES) == list(bench_command.DEFAULT_EDITS)
+def test_choices_that_the_command_line_repeats_are_those_of_the_package() -> None:
+    assert options.TEMPLATES == TEMPLATES and options.WHEN == WHEN and options.SPLITS == SPLITS
+    assert list(options.SCHEDULES) == list(bench_command.DEFAULT_EDITS)
+
+
+def test_every_name_of_the_tables_is_listed(capsys) -> None:
+    assert cli.main(["list"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
+    names = (*TASKS, UNEDITED, *METHODS, *GROUPS, *METRICS, *PRESETS)
+    assert [name for name in listed if name in names] == list(names)
 
 
 def test_the_version_names_every_package_that_moves_a_result(capsys) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["--version"])
+    assert cli.main(["--version"]) == 0
     told = capsys.readouterr().out
-    assert ended.value.code == 0
     assert all(f"\n{name} " in f"\n{told}" for name in ("peft-baft", "peft", "transformers", "torch", "python"))
     assert "not installed" not in told
 
@@ -232,7 +240,7 @@ def test_text_can_neither_break_a_table_nor_command_the_terminal(capsys, text: s
 def test_columns_of_a_table_stand_under_each_other_for_wide_letters_too(capsys) -> None:
     screen.print_table(("prompt", "answer"), [("日本の首都は", "東京"), ("abc", "x")])
     rows = [line for line in capsys.readouterr().out.split("\n") if line]
-    starts = [screen.display_width(row[: row.index(cell)]) for row, cell in zip(rows[2:], ("東京", "x"), strict=True)]
+    starts = [cell_len(row[: row.index(cell)]) for row, cell in zip(rows[2:], ("東京", "x"), strict=True)]
     assert starts == [14, 14]
 
 
@@ -251,21 +259,51 @@ def test_a_pipe_gets_whole_cells_and_no_carriage_return() -> None:
 
 
 def test_a_terminal_gets_a_table_of_its_width_and_a_status_that_is_wiped_out(monkeypatch) -> None:
-    monkeypatch.setenv("COLUMNS", "70")
+    usual_terminal(monkeypatch, columns=70)
     shown = on_a_terminal([sys.executable, "-c", TABLE])
     table = [line for line in shown.split("\r\n") if "…" in line and "thinking" not in line]
     assert len(table) == 2 and all(len(line) <= 70 for line in table)
     assert "\rthinking …" in f"\r{shown}" and "\r" + " " * len("thinking …") + "\r" in shown
 
 
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_a_terminal_that_wants_plain_text_gets_what_a_pipe_gets(monkeypatch, name: str, value: str) -> None:
+    usual_terminal(monkeypatch, columns=70)
+    help_words = [sys.executable, "-m", "peft_baft_cli", "edit", "--help"]
+    drawn = on_a_terminal(help_words)
+    assert "\x1b[" in drawn and "╭─ Training" in re.sub(r"\x1b\[[0-9;]*m", "", drawn)  # control
+    monkeypatch.setenv(name, value)
+    assert on_a_terminal(help_words).replace("\r\n", "\n") == python(*help_words[1:]).stdout
+    assert "p" * 90 in on_a_terminal([sys.executable, "-c", TABLE])
+
+
+@pytest.mark.parametrize("command", ["", *options.COMMANDS])
+def test_help_in_a_pipe_is_plain_text_with_every_option(command: str, monkeypatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which rich heeds in a pipe too
+    text = python("-m", "peft_baft_cli", *command.split(), "--help").stdout
+    assert not set(text) & set("\x1b╭│─…")
+    hints = typing.get_type_hints(options.COMMANDS[command], include_extras=True) if command else {}
+    abouts = {name: hint.__metadata__[0] for name, hint in hints.items()}
+    wanted = [f"--{name.replace('_', '-')}" for name, about in abouts.items() if isinstance(about, OptionInfo)]
+    wanted += [about.help for about in abouts.values() if about.help]
+    wanted += ["--version", "130 interrupted", *(c.__doc__ for c in options.COMMANDS.values())] if not command else []
+    assert not [part for part in wanted if part not in " ".join(text.split())]
+
+
 def test_answers_are_cut_before_questions(capsys, monkeypatch) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    monkeypatch.setenv("COLUMNS", "60")
+    usual_terminal(monkeypatch, columns=60)
     rows = [("which question is " + "x" * 20, "y" * 80)]
     screen.print_table(("prompt", "answer"), rows, cut_first=("answer",))
     assert rows[0][0] in capsys.readouterr().out
     screen.print_table(("prompt", "answer"), rows)
     assert rows[0][0] not in capsys.readouterr().out
+
+
+def usual_terminal(monkeypatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
 
 
 def on_a_terminal(command: list[str]) -> str:

@@ -18,8 +18,9 @@ import pytest
 from safetensors.torch import load_file
 
 import facts
+import peft_baft_cli as cli
 from facts import CAPITALS, MEALS, FactModel
-from peft_baft import BaftEditor, cli
+from peft_baft import BaftEditor
 from peft_baft.benchmark.results import read_results
 from peft_baft.editing.journal import LINES
 
@@ -78,7 +79,7 @@ def test_an_interrupt_before_the_first_edit_says_that_none_was_begun(folder, tmp
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peft_baft.cli.edit.watch", interrupted)
+    monkeypatch.setattr("peft_baft_cli.work.edit.watch", interrupted)
     assert edit(folder, tmp_path) == 130
     assert "No edit was begun; give the same command again." in capsys.readouterr().err
 
@@ -108,7 +109,7 @@ def heed_interrupts() -> None:
 
 
 def environment() -> dict[str, str]:
-    source = str(Path(cli.__file__).parents[2])
+    source = str(Path(cli.__file__).parents[1])
     return os.environ | {"PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
 
 

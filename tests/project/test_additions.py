@@ -6,15 +6,26 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import facts
 from facts import CAPITALS, MEALS, FactModel
+from peft_baft import Case, Edit
+from peft_baft.baselines.ft_m import FineTuning
+from peft_baft.benchmark.methods import METHODS, method
+from peft_baft.benchmark.progress import Progress
 from peft_baft.benchmark.results import read_results
+from peft_baft.benchmark.runner import Runner
+from peft_baft.benchmark.schedule import Schedule
 from peft_baft.benchmark.tasks import TASKS, Task
 from peft_baft.data.formats import read_knowedit
+from peft_baft.editing.presets import PRESETS
 from peft_baft_cli import main
 
 fact_model = facts.fact_model
@@ -89,3 +100,37 @@ def test_the_documented_benchmark_runs_as_it_stands(
     assert edited["scores"]["reliability"] > unedited["scores"]["reliability"]
     assert {"portability_by_topic", "locality_by_topic", "average"} <= edited["scores"].keys()
     assert "**two_hops, smollm2" in capsys.readouterr().out
+
+
+# an editing method
+
+
+def test_a_method_stands_in_its_file_and_in_the_table() -> None:
+    files = ["peft_baft/baselines/ft_m.py", "peft_baft/benchmark/methods.py"]
+    assert "ft-m" in METHODS
+    assert files_that_name("FineTuning") == files and set(files_that_name("ft-m")) == set(files)
+    assert len(files_that_name("BaftEditor")) > 2  # the control: what the package itself is about stands in many
+
+
+def test_a_user_adds_a_method_with_one_class_and_one_entry(
+    fact_model: FactModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True)
+    class ShiftedFirst(FineTuning):
+        size: float = 0.1
+
+        def start(self, base: Any, *given: Any, **named: Any) -> Any:
+            editor = super().start(base, *given, **named)
+            with torch.no_grad():
+                base.get_parameter(editor.weight_name).add_(self.size)
+            return editor
+
+    monkeypatch.setitem(METHODS, "mine", lambda preset: ShiftedFirst())
+    base = deepcopy(fact_model.base)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    cases = [Case(Edit(CAPITALS[0].prompt, CAPITALS[8].answer))]
+    runner = Runner(base, fact_model.tokenizer, cases, 0, 1)
+    mine = method("mine:size=0.01;lr=0.02;max_steps=60", PRESETS["default"])
+    (entry,) = runner.edited(mine, Schedule(), 0, Progress(None))
+    assert entry["learned"] and mine.settings.described()["size"] == 0.01
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())

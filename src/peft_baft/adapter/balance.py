@@ -35,7 +35,7 @@ WITHOUT_GRADIENT = (
 
 
 class LoadBalanceTerm:
-    """Adds the load balance of the active adapters that ask for it to the loss that the base model returns.
+    """Add the load balance of the active adapters that ask for it to the loss that the base model returns.
 
     Two hooks on the base model, and not the tuner's forward: PeftModel passes the tuner by where the config has no task
     type, and transformers' own adapter loading keeps no tuner.
@@ -46,9 +46,8 @@ class LoadBalanceTerm:
 
     def __init__(self, model: nn.Module) -> None:
         self._arguments = tuple(inspect.signature(model.forward).parameters)
-        self._running: dict[
-            int, tuple[ExitStack, Mapping[Any, RecordedGates]]
-        ] = {}  # forwards, by the thread they run in
+        # The forwards that run now, by their thread: what ends the recording of their gates, and the gates.
+        self._running: dict[int, tuple[ExitStack, Mapping[Any, RecordedGates]]] = {}
         self._warned = False
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -108,13 +107,16 @@ def detach_balance(model: nn.Module) -> None:
 
 
 def _attached(model: nn.Module) -> list[LoadBalanceTerm]:
-    """The term is owned by its own hook, so that copies of a model have their own, and a pickled one keeps it."""
+    """Find the terms on a model.
+
+    A term is kept by its own hook alone, so that copies of a model have their own, and a pickled one keeps it.
+    """
     owners = [getattr(hook, "__self__", None) for hook in model._forward_hooks.values()]
     return [owner for owner in owners if isinstance(owner, LoadBalanceTerm)]
 
 
 def _balanced(model: nn.Module) -> list[tuple[BaftLayer, str]]:
-    """The blocks, each with the name of an adapter that is active, trained, and asks for the load balance."""
+    """Return the blocks, each with the name of an adapter that is active, trained, and asks for the load balance."""
     return [
         (layer, name)
         for layer in (module for module in model.modules() if isinstance(module, BaftLayer))
@@ -126,12 +128,12 @@ def _balanced(model: nn.Module) -> list[tuple[BaftLayer, str]]:
 
 
 def _terms(model: nn.Module, recorded: Mapping[Any, RecordedGates], loss: Tensor) -> list[Tensor]:
-    """Weighted load balance of each adapter, () each, rescaled to the mean loss of an answer token.
+    """Compute the weighted load balance of each adapter, () each, rescaled to the mean loss of an answer token.
 
     Past use is what the editor has counted (`baft_gate_usage`); a forward does not add to it, since it cannot know whether a step
     follows.
     """
-    spreads: dict[str, list[Tensor]] = {}
+    balances: dict[str, list[Tensor]] = {}  # by adapter, one of each block
     weights: dict[str, float] = {}
     for layer, name in _balanced(model):
         gates = recorded.get(layer.name, recorded.get((layer.name, name)))
@@ -139,15 +141,18 @@ def _terms(model: nn.Module, recorded: Mapping[Any, RecordedGates], loss: Tensor
             continue
         if not gates.w.requires_grad:
             raise ValueError(WITHOUT_GRADIENT)
-        w, past = gates.w[gates.mask], layer.baft_gate_usage[name]
+        w = gates.w[gates.mask]
         if len(w):
-            spreads.setdefault(name, []).append(load_balance(w, past[:-1].to(w.device), past[-1].to(w.device)))
+            usage = layer.baft_gate_usage[name].to(w.device)
+            balances.setdefault(name, []).append(load_balance(w, past_sum=usage[:-1], past_count=usage[-1]))
             weights[name] = layer.configs[name].balance_weight
-    return [weights[name] * rescaled(mean_over_blocks(own), loss, CEILING) for name, own in spreads.items()]
+    return [
+        weights[name] * rescaled(mean_over_blocks(of_blocks), loss, CEILING) for name, of_blocks in balances.items()
+    ]
 
 
 def _share_of_step(call: TrainingCall, loss: Tensor) -> Tensor:
-    """() how much of an optimiser step's loss this forward is: 1 where the model returns the mean over its own tokens.
+    """Return how much of an optimiser step's loss this forward is, (): 1 where the model returns the mean over its own tokens.
 
     Trainer passes how many tokens all forwards of a step predict, and adds the losses up; a term that is not scaled alike
     would count once for every forward.

@@ -13,7 +13,7 @@ PAPER_BLOCKS, PAPER_DEPTH = (9, 18, 24, 28), 32  # counted from 1: Sec. 3.1, for
 
 
 def default_blocks(depth: int) -> list[int]:
-    """The paper's 9;18;24;28 of 32 scaled to `depth` blocks, as indices from 0.
+    """Scale the paper's 9;18;24;28 of 32 to `depth` blocks, as indices from 0.
 
     The paper's numbers are read as counting from 1: the only reading that also exists in its 28-block model.
     """
@@ -22,7 +22,7 @@ def default_blocks(depth: int) -> list[int]:
 
 
 def find_stack(model: nn.Module, pattern: list[str] | str | None = None) -> str:
-    """Name of the `ModuleList` that holds the decoder blocks of `model`.
+    """Find the name of the `ModuleList` that holds the decoder blocks of `model`.
 
     It is the list as long as the model's config says, within the language part of the model; where there is no such
     list, the only list of blocks that there is, or the longest one of a model without a config. The blocks may be of
@@ -56,7 +56,7 @@ def find_stack(model: nn.Module, pattern: list[str] | str | None = None) -> str:
 
 
 def _lists_of_blocks(model: nn.Module, pattern: list[str] | str | None) -> dict[str, nn.ModuleList]:
-    """The outermost `ModuleList`s of the language part of a model, by their names in the whole model.
+    """Return the outermost `ModuleList`s of the language part of a model, by their names in the whole model.
 
     Left out are lists inside blocks (experts, adapters), and lists of single layers (embeddings, norms, heads): a block
     has parts.
@@ -77,14 +77,14 @@ def _lists_of_blocks(model: nn.Module, pattern: list[str] | str | None) -> dict[
 
 
 def _language_part(model: nn.Module) -> str:
-    """How the names of the modules of a model's decoder begin: "" where the model does not tell its decoder apart."""
+    """Return how the names of the modules of a model's decoder begin: "" where the model does not tell its decoder apart."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     name = next((name for name, module in model.named_modules() if module is decoder), "")
     return f"{name}." if name else ""
 
 
 def configured_depth(model: nn.Module) -> int | None:
-    """Number of decoder blocks by the model's config, if it has one.
+    """Return the number of decoder blocks by the model's config; None where it does not say.
 
     A model with an encoder counts the two apart; its `num_hidden_layers` may then mean the encoder's.
     """
@@ -93,18 +93,18 @@ def configured_depth(model: nn.Module) -> int | None:
 
 
 def blocks_left_out(model: nn.Module) -> frozenset[int]:
-    """Indices of the blocks that do not run on text alone."""
+    """Return the indices of the blocks that do not run on text alone."""
     return frozenset(getattr(text_config(model), "cross_attention_layers", None) or ())
 
 
 def text_config(model: nn.Module) -> Any:
-    """The config of the model's language part; None where it has no config."""
+    """Return the config of the model's language part; None where it has no config."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def configured_width(model: nn.Module, block: nn.Module) -> int:
-    """Width d of the hidden vectors that `block` gives: the block's own out_features, else the model's hidden size.
+    """Return the width d of the hidden vectors that `block` gives: the block's own out_features, else the model's hidden size.
 
     Raises:
         ValueError: neither is known.
@@ -121,7 +121,7 @@ def configured_width(model: nn.Module, block: nn.Module) -> int:
 
 
 def block_names(model: nn.Module, indices: Any, pattern: list[str] | str | None) -> list[str]:
-    """Full names of the chosen decoder blocks, the default ones where `indices` is None.
+    """Return the full names of the chosen decoder blocks, the default ones where `indices` is None.
 
     Raises:
         TypeError, ValueError: an index is no integer, stands twice, or lies outside the model.
@@ -147,7 +147,7 @@ def block_names(model: nn.Module, indices: Any, pattern: list[str] | str | None)
 
 
 def _first_not_in(left_out: frozenset[int], index: int) -> int:
-    """The block at `index`, or the next one before it that runs; the next one after it where there is none."""
+    """Return `index`, or the next lower index that is not left out; the next higher one where there is none."""
     while index in left_out and index > 0:
         index -= 1
     while index in left_out:
@@ -156,7 +156,7 @@ def _first_not_in(left_out: frozenset[int], index: int) -> int:
 
 
 def missing_targets(model: nn.Module, config: BaftConfig) -> list[str]:
-    """Those of the config's full block names that `model` lacks, say because it is not as deep."""
+    """Return those of the config's block names that `model` lacks, for example because it is not as deep."""
     targets = config.target_modules
     if isinstance(targets, str) or targets is None:
         return []
@@ -165,7 +165,7 @@ def missing_targets(model: nn.Module, config: BaftConfig) -> list[str]:
 
 
 def stack_owner(model: nn.Module, block_name: str) -> nn.Module:
-    """The module that runs the list in which `block_name` stands, and is called with tokens.
+    """Find the module that runs the list in which `block_name` stands, and is called with tokens.
 
     In BERT and its kin the list's owner gets hidden vectors alone; mask and cache are then read at the next module around it
     that gets token ids. Where none gets any, it is the list's owner; the model itself where the block stands in no list.

@@ -27,7 +27,7 @@ STILL_TRAINABLE = (
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """The model below the PeftModels around it, so that a BaFT adapter's names do not depend on them.
+    """Return the model below the PeftModels around it, so that a BaFT adapter's names do not depend on them.
 
     Raises:
         ValueError: one of them acts in its own forward, which an adapter on the model below would pass by.
@@ -50,7 +50,7 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 
 def own_modules(model: nn.Module, configs: Iterable[PeftConfig]) -> list[BaftLayer | AuxiliaryTrainingWrapper]:
-    """The BaftLayers of a model, and the wrappers of the modules that BaFT's configs name in `modules_to_save`."""
+    """Return the BaftLayers of a model, and the wrappers of the modules that BaFT's configs name in `modules_to_save`."""
     saved = tuple(name for config in configs if isinstance(config, BaftConfig) for name in config.modules_to_save or ())
     return [
         module
@@ -61,7 +61,7 @@ def own_modules(model: nn.Module, configs: Iterable[PeftConfig]) -> list[BaftLay
 
 
 def adapter_contents(module: Any) -> Iterator[Tensor]:
-    """Parameters and buffers of all adapters in one tuner layer or wrapper, without those of the module that it adapts."""
+    """Yield parameters and buffers of all adapters in one tuner layer or wrapper, not those of the module that it adapts."""
     for name in (*module.adapter_layer_names, *module.other_param_names):
         container = getattr(module, name, None)
         if isinstance(container, nn.Module):
@@ -70,12 +70,12 @@ def adapter_contents(module: Any) -> Iterator[Tensor]:
 
 
 def other_adapters(model: nn.Module, own: Iterable[nn.Module]) -> list[Tensor]:
-    """Parameters and buffers of the adapters on `model` that are not in the modules `own`."""
-    mine = set(own)
+    """Return the parameters and buffers of the adapters on `model` that are not in the modules `own`."""
+    left_out = set(own)
     others = [
         module
         for module in model.modules()
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and module not in mine
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and module not in left_out
     ]
     return [tensor for module in others for tensor in adapter_contents(module)]
 
@@ -100,12 +100,12 @@ def others_stay(model: nn.Module, own: Iterable[nn.Module], *, warn: bool) -> It
 
 def require_free(model: nn.Module, targets: Iterable[str], config: BaftConfig, own: Iterable[nn.Module]) -> None:
     """Raise a ValueError if the config names modules that another PEFT method has replaced."""
-    mine = set(own)
+    of_baft = set(own)
     saved = tuple(config.modules_to_save or ())
     targets = set(targets)
     for name, module in model.named_modules():
         named = name in targets or (bool(saved) and name.endswith(saved))
-        replaced = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and module not in mine
+        replaced = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and module not in of_baft
         if named and replaced:
             raise ValueError(
                 f"{name} belongs to an adapter of another PEFT method ({type(module).__name__}), so a BaFT adapter can "
@@ -113,14 +113,14 @@ def require_free(model: nn.Module, targets: Iterable[str], config: BaftConfig, o
             )
 
 
-def registered_with(noted: Mapping[str, PeftConfig], own: Mapping[str, PeftConfig]) -> dict[str, PeftConfig]:
-    """The configs to note on a base model, which PEFT and transformers read as its `peft_config`.
+def merged_configs(registered: Mapping[str, PeftConfig], of_baft: Mapping[str, PeftConfig]) -> dict[str, PeftConfig]:
+    """Return the configs to register on a base model, which PEFT and transformers read as its `peft_config`.
 
     A new dictionary: other tuners and PeftModels hold the one that was there, and would take BaFT's adapters for theirs.
 
     Args:
-        noted: what is noted so far, by all methods.
-        own: BaFT's adapters. Where another method's adapter has the same name, that one stays noted.
+        registered: what is registered so far, by all methods.
+        of_baft: BaFT's adapters. Where another method's adapter has the same name, that one stays registered.
     """
-    others = {name: config for name, config in noted.items() if not isinstance(config, BaftConfig)}
-    return {**own, **others}
+    others = {name: config for name, config in registered.items() if not isinstance(config, BaftConfig)}
+    return {**of_baft, **others}

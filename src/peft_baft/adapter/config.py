@@ -1,4 +1,4 @@
-"""What is needed to use a BaFT adapter: saved beside its weights as `adapter_config.json`."""
+"""The configuration of a BaFT adapter, which PEFT saves beside its weights as `adapter_config.json`."""
 
 from __future__ import annotations
 
@@ -100,14 +100,24 @@ class BaftConfig(PeftConfig):
         self.baft_format = _readable_format(self.baft_format, comes_from_a_file)
         super().__post_init__()
         self.peft_type = BAFT
-        self.saved_shapes: dict[str, tuple[int, ...]] = {}  # of what is to be loaded; no field: it is not saved
-        for name in ("r", "prompt_positions"):
-            _positive_integer(name, getattr(self, name))
+        # Shapes of the tensors that are to be loaded, by name. This is no field: it is not saved.
+        self.saved_shapes: dict[str, tuple[int, ...]] = {}
+        _positive_integer("r", self.r)
+        _positive_integer("prompt_positions", self.prompt_positions)
         _require_one_of("weighting", self.weighting, WEIGHTINGS)
         _require_one_of("gate_norm", self.gate_norm, GATE_NORMS)
-        for name, kind in _kinds().items():
-            if not _holds(kind, getattr(self, name, None)):
-                raise TypeError(f"{name} must hold {_in_words(kind)}, not {getattr(self, name)!r:.60}.")
+        for name, type_ in _field_types().items():
+            value = getattr(self, name, None)
+            if not _is_of_type(value, type_):
+                raise TypeError(f"{name} must hold {_in_words(type_)}, not {value!r:.60}.")
+        self._require_values_in_range()
+        for name in ("target_modules", "exclude_modules"):
+            _require_expression(name, getattr(self, name))
+        for module in self.modules_to_save or ():
+            if not re.fullmatch(r"[\w.-]+", module):  # PEFT makes a regular expression of it
+                raise ValueError(f"modules_to_save must hold names of modules, not {module!r:.60}.")
+
+    def _require_values_in_range(self) -> None:
         if not -LARGEST_OFFSET <= self.gate_offset <= LARGEST_OFFSET:
             raise ValueError(f"gate_offset must be between ±{LARGEST_OFFSET:g}, not {self.gate_offset}.")
         if not 0 <= self.balance_weight < float("inf"):
@@ -117,15 +127,10 @@ class BaftConfig(PeftConfig):
                 f"balance_weight={self.balance_weight} balances several gates, but weighting={self.weighting!r} has "
                 f"{self.gate_count}; use weighting='basis' or 'product' with r >= 2, or balance_weight=0."
             )
-        for name in ("target_modules", "exclude_modules"):
-            _require_expression(name, getattr(self, name))
-        for module in self.modules_to_save or ():
-            if not re.fullmatch(r"[\w.-]+", module):  # PEFT makes a regular expression of it
-                raise ValueError(f"modules_to_save must hold names of modules, not {module!r:.60}.")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """PEFT's, and a look at the weights beside the config, so that damage is found before a model is touched.
+        """Read a config as PEFT does, and check the weights beside it, so that damage is found before a model is touched.
 
         Raises:
             ValueError: the config or the weights are damaged, or cannot be had.
@@ -136,21 +141,23 @@ class BaftConfig(PeftConfig):
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{folder / CONFIG_NAME} cannot be used: {error}") from error
         if isinstance(config, cls):
-            here = folder if folder.is_dir() else cls._downloaded(pretrained_model_name_or_path, subfolder, kwargs)
-            config.saved_shapes = check_folder(here, config)
+            if not folder.is_dir():
+                folder = cls._download_weights(pretrained_model_name_or_path, subfolder, kwargs)
+            config.saved_shapes = check_folder(folder, config)
         return config
 
     @classmethod
-    def _downloaded(cls, name: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path:
-        """Where the weights of an adapter on the Hub lie once they are here; PEFT takes them from there."""
+    def _download_weights(cls, name: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path:
+        """Download the weights of an adapter on the Hub, and return their folder; PEFT will find them there."""
+        download_arguments = cls._split_kwargs(kwargs)[0]
         try:
-            return Path(hf_hub_download(name, WEIGHTS, subfolder=subfolder, **cls._split_kwargs(kwargs)[0])).parent
+            return Path(hf_hub_download(name, WEIGHTS, subfolder=subfolder, **download_arguments)).parent
         except (OSError, ValueError) as error:
             raise ValueError(f"{WEIGHTS} of {name}, the one format that is read, cannot be had: {error}") from error
 
     @property
     def gate_count(self) -> int:
-        """How many gates weigh the update: the width of w(h)."""
+        """The number of gates that weigh the update: the width of w(h)."""
         return WEIGHTINGS[self.weighting].gate_count(self.r)
 
     @property
@@ -160,7 +167,7 @@ class BaftConfig(PeftConfig):
 
 
 def _readable_format(number: object, comes_from_a_file: bool) -> int:
-    """The number of a config's format, this version's for a new config without one.
+    """Return the number of a config's format, this version's for a new config without one.
 
     Raises:
         TypeError, ValueError: it is no number of a format, belongs to a later version, or is missing from a saved config.
@@ -176,6 +183,7 @@ def _readable_format(number: object, comes_from_a_file: bool) -> int:
 
 
 def _positive_integer(name: str, value: object) -> int:
+    """Return `value`, or raise a TypeError or ValueError if it is no integer from 1 to `LARGEST_INTEGER`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer of at least 1, not {value!r}.")
     if value < 1:
@@ -186,27 +194,30 @@ def _positive_integer(name: str, value: object) -> int:
 
 
 @cache
-def _kinds() -> dict[str, Any]:
+def _field_types() -> dict[str, Any]:
+    """Return the annotations of all fields, PEFT's included, as types."""
     return get_type_hints(BaftConfig)
 
 
-def _holds(kind: Any, value: object) -> bool:
-    """Whether a field annotated as `kind` may hold `value`; a tuple or a set will do for a list."""
-    if get_origin(kind) in (Union, UnionType):
-        return any(_holds(one, value) for one in get_args(kind))
-    if get_origin(kind) is list:
-        return isinstance(value, (list, tuple, set)) and all(_holds(get_args(kind)[0], item) for item in value)
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+def _is_of_type(value: object, type_: Any) -> bool:
+    """Whether a field annotated as `type_` may hold `value`; a tuple or a set will do for a list."""
+    if get_origin(type_) in (Union, UnionType):
+        return any(_is_of_type(value, option) for option in get_args(type_))
+    if get_origin(type_) is list:
+        (type_of_items,) = get_args(type_)
+        return isinstance(value, (list, tuple, set)) and all(_is_of_type(item, type_of_items) for item in value)
+    if isinstance(value, bool):  # to Python, a bool is an int
+        return type_ is bool
+    return isinstance(value, (int, float) if type_ is float else type_)
 
 
-def _in_words(kind: Any) -> str:
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join(map(_in_words, get_args(kind)))
-    if get_origin(kind) is list:
-        return f"a list of {_in_words(get_args(kind)[0])}s"
-    return {int: "integer", float: "number", str: "text", bool: "boolean", type(None): "None"}.get(kind, kind.__name__)
+def _in_words(type_: Any) -> str:
+    if get_origin(type_) in (Union, UnionType):
+        return " or ".join(_in_words(option) for option in get_args(type_))
+    if get_origin(type_) is list:
+        return f"a list of {_in_words(get_args(type_)[0])}s"
+    words = {int: "integer", float: "number", str: "text", bool: "boolean", type(None): "None"}
+    return words.get(type_, type_.__name__)
 
 
 def _require_expression(name: str, value: object) -> None:

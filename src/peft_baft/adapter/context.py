@@ -88,7 +88,7 @@ class _ThreadLocalAttribute:
 
 
 class EditContext:
-    """Watches every forward and `generate` of one base model and tells its edited blocks which tokens to edit.
+    """Watch every forward and `generate` of one base model, and tell its edited blocks which tokens to edit.
 
     It hangs on the base model and not on the tuner, because transformers' own adapter loading throws the tuner away and
     calls the base model directly. What it knows of a call belongs to the thread of that call.

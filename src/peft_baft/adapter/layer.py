@@ -1,9 +1,10 @@
-"""One block's share of the adapters: parameters, usage statistics, and the hook that edits the block's output."""
+"""The adapters of one block: their parameters, the gates' usage, and the hook that edits the block's output."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,16 +24,22 @@ CHILD = "baft"  # the name of a block's BaftLayer; must not contain PEFT's prefi
 class BaftLayer(nn.Module, BaseTunerLayer):
     """All BaFT adapters of one block, a child module of it.
 
-    Per adapter: `baft_basis` holds R; `baft_source` holds D = A - R and b, so that a fresh adapter (D = 0, b = 0) is the
-    identity exactly, on every device and in every dtype, and weight decay pulls towards no edit; `baft_gate` holds the
-    gates; `baft_gate_usage` the gates' summed use over past edits and, last, over how many tokens: (k + 1,).
+    Each of these holds, for every adapter by its name:
+
+    - `baft_basis`: R (r, d).
+    - `baft_source`: D = A - R (r, d) and b (r,), and not A, so that a fresh adapter (D = 0, b = 0) is the identity exactly, on
+      every device and in every dtype, and weight decay pulls towards no edit.
+    - `baft_gate`: the gates; nothing for an adapter without gates.
+    - `baft_gate_usage`: (k + 1,) the sum of each of the k gates over the edited tokens of past edits, then how many tokens
+      those were. It is float32 whatever the adapter's dtype, since it counts.
 
     Args:
-        block: the module whose output is edited; it is watched, not owned.
+        block: the module whose output is edited; a hook is put on it, and it gets this layer as a child.
         name: the block's name in the base model.
-        context: where each token stands; shared by the blocks of a model.
+        context: tells which tokens to edit; all blocks of a model share it.
     """
 
+    # PEFT looks for adapters under these names: what is trained, and what is saved beside it.
     adapter_layer_names = ("baft_basis", "baft_source", "baft_gate")
     other_param_names = ("baft_gate_usage", "configs")
 
@@ -44,14 +51,15 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         self.baft_gate_usage = BufferDict(persistent=True)
         self.configs: dict[str, BaftConfig] = {}
         self.name, self.context = name, context
-        self._block = [block]  # in a list, so as not to become a child that has us as a child
+        self._block = [block]  # in a list: as an attribute it would become a child of its own child
         self._disable_adapters, self._active_adapter, self.merged_adapters = False, [], []
-        self._packing: list[Any] = []
+        self._layers_kept_unpacked: list[Any] = []
+        # Prepended, so that other hooks on the block, such as those that record hidden states, get the edited output.
         self._handle = block.register_forward_hook(_edit_output, prepend=True)
 
     def attach(self, adapter_name: str, config: BaftConfig, width: int) -> None:
-        """Make the parameters of one more adapter for hidden vectors of `width`, on the block's device."""
-        self._packing += _keep_4bit_as_loaded(self.context._model)
+        """Make the parameters of one more adapter for hidden vectors of `width`, and put them on the block's device."""
+        self._layers_kept_unpacked += _keep_4bit_as_loaded(self.context._model)
         self.configs[adapter_name] = config
         self.in_features = self.out_features = width
         self.baft_basis[adapter_name] = OrthonormalBasis(config.r, width)
@@ -66,38 +74,41 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters)
 
     def detach(self) -> None:
-        """Leave the block as it was before the first adapter came."""
+        """Leave the block as it was before its first adapter."""
         self._handle.remove()
         del self._block[0]._modules[CHILD]
-        for layer in self._packing:
+        for layer in self._layers_kept_unpacked:
             layer.support_avx512bf16_for_cpu = True
 
     def get_base_layer(self) -> nn.Module:
         return self._block[0]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-        own = {id(p) for p in self.parameters()}
-        weights = [p for p in base_layer.parameters() if id(p) not in own]
-        computing = (
-            p for p in weights if p.is_floating_point() and p.element_size() > 1 and not hasattr(p, "quant_state")
-        )
-        first = next(computing, None)  # quantised weights may be stored under a dtype that nothing is computed in
-        return (None, None) if first is None else (first.device, first.dtype)
+        """Return device and dtype of the first of the block's own weights that is not quantised; None where there is none.
+
+        Quantised weights may be stored under a dtype that nothing is computed in.
+        """
+        of_adapters = {id(parameter) for parameter in self.parameters()}
+        for weight in base_layer.parameters():
+            is_quantised = hasattr(weight, "quant_state") or weight.element_size() == 1
+            if id(weight) not in of_adapters and weight.is_floating_point() and not is_quantised:
+                return weight.device, weight.dtype
+        return None, None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Put an adapter where its block is, its parameters in the block's dtype. Statistics stay in float32."""
-        place, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        place = place if device is None else device
-        if place is None or place.type == "meta":
+        """Move an adapter to its block's device, its parameters to the block's dtype. The gates' usage stays in float32."""
+        device_of_block, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device = device_of_block if device is None else device
+        if device is None or device.type == "meta":
             return
         for container in (self.baft_basis, self.baft_source, self.baft_gate):
             if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
-                container[adapter_name].to(place, dtype)
+                container[adapter_name].to(device, dtype)
         if adapter_name in self.baft_gate_usage:
-            self.baft_gate_usage[adapter_name] = self.baft_gate_usage[adapter_name].to(place)
+            self.baft_gate_usage[adapter_name] = self.baft_gate_usage[adapter_name].to(device)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Edit the output of the block: every chosen adapter's update is computed from the same `hidden`, and they add up.
+        """Edit the output of the block by all active adapters: each update is computed from the same `hidden`; they add up.
 
         Args:
             hidden: (batch, tokens, d), any floating dtype; updates are computed in the adapter's dtype.
@@ -105,99 +116,109 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         call = self.context.current_forward()
         if call.row_adapters is not None:
             return self._edit_rows(hidden, call, call.row_adapters)
+        active = [name for name in self.active_adapters if name in self.configs]
         total = None
-        chosen = [name for name in self.active_adapters if name in self.configs]
-        for adapter_name in chosen:
-            mask = self.context.mask(call.relative_positions, hidden, self.configs[adapter_name].prompt_positions)
-            place = self.name if len(chosen) == 1 else (self.name, adapter_name)
-            part = self._update(adapter_name, place, hidden, mask, call.recorded)
-            total = part if total is None else total + part
+        for adapter_name in active:
+            prompt_positions = self.configs[adapter_name].prompt_positions
+            mask = self.context.mask(call.relative_positions, hidden, prompt_positions)
+            key = self.name if len(active) == 1 else (self.name, adapter_name)
+            change = self._update(adapter_name, key, hidden, mask, call.recorded)
+            total = change if total is None else total + change
         return hidden if total is None else (hidden + total).to(hidden.dtype)
 
-    def _edit_rows(self, hidden: Tensor, call: CurrentForward, names: list[str]) -> Tensor:
-        """`forward` where row i is edited by adapter `names[i]` alone: each adapter computes its own rows."""
-        if len(names) != hidden.shape[0]:
+    def _edit_rows(self, hidden: Tensor, call: CurrentForward, row_adapters: list[str]) -> Tensor:
+        """Edit row i by adapter `row_adapters[i]` alone: each adapter computes its own rows, and no others."""
+        if len(row_adapters) != hidden.shape[0]:
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {hidden.shape[0]} respectively."
+                f"{len(row_adapters)} and {hidden.shape[0]} respectively."
             )
-        places, parts = [], []
-        present = [name for name in dict.fromkeys(names) if name in self.configs]
-        stackable = hidden.ndim == 3  # not where a row is one vector, in a model that is none of token sequences
-        for group in self._alike(present) if stackable else [[name] for name in present]:
-            own = {name: [i for i, chosen in enumerate(names) if chosen == name] for name in group}
-            rows = torch.tensor([i for of_one in own.values() for i in of_one], device=hidden.device)
-            mask = self.context.mask(call.relative_positions, hidden, self.configs[group[0]].prompt_positions)
-            mask, chosen = None if mask is None else mask[rows], hidden[rows]
+        present = [name for name in dict.fromkeys(row_adapters) if name in self.configs]
+        rows_are_sequences = hidden.ndim == 3  # else a row is one vector, of a model that does not take tokens
+        groups = self._stackable_groups(present) if rows_are_sequences else [[name] for name in present]
+        edited_rows, edited_hidden = [], []
+        for group in groups:
+            rows_of = {name: [i for i, of_row in enumerate(row_adapters) if of_row == name] for name in group}
+            rows = torch.tensor(list(chain.from_iterable(rows_of.values())), device=hidden.device)
+            prompt_positions = self.configs[group[0]].prompt_positions
+            mask = self.context.mask(call.relative_positions, hidden, prompt_positions)
+            mask = None if mask is None else mask[rows]
+            hidden_of_group = hidden[rows]
             if len(group) == 1:
-                part = self._update(group[0], (self.name, group[0]), chosen, mask, call.recorded)
+                key = (self.name, group[0])
+                change = self._update(group[0], key, hidden_of_group, mask, call.recorded)
             else:
-                part = self._update_side_by_side(
-                    [(name, len(own[name])) for name in group], chosen, mask, call.recorded
-                )
-            places.append(rows)
-            parts.append(chosen + part)
-        return hidden.index_copy(0, torch.cat(places), torch.cat(parts).to(hidden.dtype)) if places else hidden
+                counts = {name: len(of_name) for name, of_name in rows_of.items()}
+                change = self._update_side_by_side(counts, hidden_of_group, mask, call.recorded)
+            edited_rows.append(rows)
+            edited_hidden.append(hidden_of_group + change)
+        if not edited_rows:
+            return hidden
+        return hidden.index_copy(0, torch.cat(edited_rows), torch.cat(edited_hidden).to(hidden.dtype))
 
-    def _alike(self, names: Iterable[str]) -> list[list[str]]:
-        """Adapters in groups whose parameters can be stacked: of the same settings, dtype and device."""
+    def _stackable_groups(self, names: Iterable[str]) -> list[list[str]]:
+        """Group the adapters whose parameters can be stacked: those of the same settings, dtype and device."""
         groups: dict[tuple, list[str]] = {}
         for name in names:
-            config, weight = self.configs[name], self.baft_source[name].weight
-            key = (config.forward_settings, weight.dtype, weight.device)
+            weight = self.baft_source[name].weight
+            key = (self.configs[name].forward_settings, weight.dtype, weight.device)
             groups.setdefault(key, []).append(name)
         return list(groups.values())
 
     def _update(
         self,
         adapter_name: str,
-        place: Any,
+        key: Any,
         hidden: Tensor,
         mask: Tensor | None,
         recorded: dict[Any, RecordedGates] | None,
     ) -> Tensor:
-        """Φ(h) - h of one adapter at every token, (rows, tokens, d), 0 where it does not edit.
+        """Compute Φ(h) - h of one adapter at every token: (rows, tokens, d), 0 where it does not edit.
 
-        place: what the gates are recorded under.
+        Args:
+            key: what the gates are recorded under. mask: (rows, tokens), or None to edit every vector.
         """
         source: Any = self.baft_source[adapter_name]
         with torch.autocast(hidden.device.type, enabled=False):
             h = hidden.to(source.weight.dtype)
             w = self.baft_gate[adapter_name](h) if adapter_name in self.baft_gate else None
             if w is not None and mask is not None and recorded is not None:
-                recorded[place] = RecordedGates(w, mask)
+                recorded[key] = RecordedGates(w, mask)
             R: Tensor = self.baft_basis[adapter_name]().to(h.dtype)
-            part = update(source(h), R, w)
-        return part if mask is None else torch.where(mask[..., None], part, 0)
+            change = update(source(h), R, w)  # the source gives D h + b, which is A h + b - R h
+        # Every token is computed and some are thrown away: to pick them out first would wait for the GPU.
+        return change if mask is None else torch.where(mask[..., None], change, 0)
 
     def _update_side_by_side(
         self,
-        owners: list[tuple[str, int]],
+        counts: dict[str, int],
         hidden: Tensor,
         mask: Tensor | None,
         recorded: dict[Any, RecordedGates] | None,
     ) -> Tensor:
-        """`_update` of several alike adapters at once, their parameters stacked.
+        """Compute `_update` of several adapters of the same settings at once, their parameters stacked.
 
-        owners: each adapter, and how many of the next rows are its own.
+        Args:
+            counts: the adapters, in the order of their rows in `hidden`, and how many rows each has.
         """
-        counts = [count for _, count in owners]
-        index = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(hidden.device)
-        sources, bases, gates = (
-            [container[name] for name, _ in owners if name in container]
-            for container in (self.baft_source, self.baft_basis, self.baft_gate)
-        )
+        lengths = list(counts.values())
+        adapter_of_row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(hidden.device)
+        sources = [self.baft_source[name] for name in counts]
+        bases = [self.baft_basis[name] for name in counts]
+        gates = [self.baft_gate[name] for name in counts if name in self.baft_gate]
         with torch.autocast(hidden.device.type, enabled=False):
-            source = stacked_parameters(sources, index)
+            source = stacked_parameters(sources, adapter_of_row)
             h, w = hidden.to(source["weight"].dtype), None
             if gates:
-                w = torch.vmap(partial(functional_call, gates[0]))(stacked_parameters(gates, index), h)
+                gate_of_row = torch.vmap(partial(functional_call, gates[0]))
+                w = gate_of_row(stacked_parameters(gates, adapter_of_row), h)
                 if mask is not None and recorded is not None:
-                    for (name, _), own, edited in zip(owners, w.split(counts), mask.split(counts), strict=True):
-                        recorded[self.name, name] = RecordedGates(own, edited)
+                    parts = zip(counts, w.split(lengths), mask.split(lengths), strict=True)
+                    for name, w_of_adapter, mask_of_adapter in parts:
+                        recorded[self.name, name] = RecordedGates(w_of_adapter, mask_of_adapter)
             shift = torch.baddbmm(source["bias"][:, None], h, source["weight"].mT)
-            part = update(shift, stacked_bases(bases)[index].to(h.dtype), w)
-        return part if mask is None else torch.where(mask[..., None], part, 0)
+            change = update(shift, stacked_bases(bases)[adapter_of_row].to(h.dtype), w)
+        return change if mask is None else torch.where(mask[..., None], change, 0)
 
     def merge(self, *_: Any, **__: Any) -> None:
         raise NotImplementedError(CANNOT_MERGE)
@@ -216,7 +237,7 @@ CANNOT_MERGE = (
 
 
 def _edit_output(block: nn.Module, _args: tuple, output: Any) -> Any:
-    """Forward hook of a block: edit the hidden vectors it returns. At module level, so that models can be pickled."""
+    """Edit the hidden vectors that a block returns, as its forward hook. At module level, so that models can be pickled."""
     layer = block._modules.get(CHILD)
     if layer is None or layer.disable_adapters:
         return None

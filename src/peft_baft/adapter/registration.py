@@ -14,7 +14,7 @@ from peft.utils import register_peft_method
 
 
 def _member(name: str) -> PeftType:
-    """The member `name` of `PeftType`, made if there is none.
+    """Return the member `name` of `PeftType`, and make it if there is none.
 
     Raises:
         ImportError: this Python or this PEFT builds enums in another way; nothing is then registered by halves.

@@ -1,4 +1,4 @@
-"""Whether a saved adapter is whole: checked before a model is touched."""
+"""Check that a saved adapter is whole, and of a format that this version reads, before a model is touched."""
 
 from __future__ import annotations
 
@@ -29,70 +29,94 @@ HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks for which PEFT adds na
 
 
 def check_folder(folder: Path, config: BaftConfig) -> dict[str, tuple[int, ...]]:
-    """Names in the base model, and shapes, of all tensors in a folder.
-
-    Raises a ValueError unless it holds the adapter of `config` in safetensors, whole and nothing else.
+    """Check the weights in a folder against their config, and return the shapes of all tensors.
 
     Which blocks are edited is read from the file where the config leaves it to a default or a regular expression, so that
     no expression out of a file is run on a model.
+
+    Returns:
+        Shapes by the tensors' names in the base model.
+
+    Raises:
+        ValueError: the folder does not hold the adapter of `config` in safetensors, whole and nothing else.
     """
     file = folder / FILE
     if not file.is_file():
         raise ValueError(f"{file} is missing. Weights are read from that format alone: PEFT's older one is a pickle.")
     try:
-        found = load_file(file)
-    except Exception as error:  # safetensors lets through torch's and Python's beside its own
+        tensors = load_file(file)
+    except Exception as error:  # safetensors lets through torch's errors and Python's beside its own
         raise ValueError(f"{file} cannot be read ({error}). It is damaged: take a good copy, or edit again.") from None
-    if any(name.endswith(f".{FORMER_USAGE}") for name in found):
+    if any(name.endswith(f".{FORMER_USAGE}") for name in tensors):
         raise ValueError(f"{file} was {UNNUMBERED}.")
-    blocks = {name.rpartition(".baft.baft_")[0].removeprefix(BASE) for name in found} - {""}
-    if config.exclude_modules or config.target_modules is None or isinstance(config.target_modules, str):
+    blocks = {name.rpartition(".baft.baft_")[0].removeprefix(BASE) for name in tensors} - {""}
+    names_no_blocks = config.target_modules is None or isinstance(config.target_modules, str)
+    if names_no_blocks or config.exclude_modules:
         config.target_modules, config.exclude_modules = sorted(blocks), None
-    expected = _expected(found, blocks, config)
-    check_tensors(expected, found, str(file))
-    stray = sorted(found.keys() - expected.keys())
-    if stray:  # PEFT would write it over the model's own tensor of that name
+    expected = _expected_shapes(tensors, blocks, config)
+    check_tensors(expected, tensors, str(file))
+    unexpected = sorted(tensors.keys() - expected.keys())
+    if unexpected:  # PEFT would write it over the model's own tensor of that name
         raise ValueError(
-            f"{file} holds {stray[0]!r:.100}, which is no part of its adapter. Modules that are saved beside an adapter are "
+            f"{file} holds {unexpected[0]!r:.100}, which is no part of its adapter. Modules that are saved beside an adapter are "
             "named in modules_to_save; embeddings are left out with save_pretrained(..., save_embedding_layers=False)."
         )
-    return {name.removeprefix(BASE): tuple(tensor.shape) for name, tensor in found.items()}
+    return {name.removeprefix(BASE): tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def check_tensors(expected: Mapping[str, tuple[int | None, ...]], found: Mapping[str, Tensor], where: str) -> None:
+def check_tensors(expected: Mapping[str, tuple[int | None, ...]], tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise a ValueError unless the expected tensors are there, in their shapes (None fits any), and finite."""
-    wrong = []
+    problems = []
     for name, shape in expected.items():
-        tensor = found.get(name)
+        tensor = tensors.get(name)
         if tensor is None:
-            wrong.append(f"{name} is missing")
-        elif len(shape) != tensor.ndim or any(n not in (None, m) for n, m in zip(shape, tensor.shape, strict=True)):
-            wrong.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(shape)}")
-        elif tensor.device.type != "meta" and not (
-            tensor.is_floating_point() and (tensor.float().abs() < LARGEST).all()
-        ):
-            wrong.append(f"{name} holds NaN, infinity, or what no training gives")
-    if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+            problems.append(f"{name} is missing")
+        elif not _fits(tensor, shape):
+            problems.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(shape)}")
+        elif tensor.device.type != "meta" and not _could_be_trained(tensor):
+            problems.append(f"{name} holds NaN, infinity, or what no training gives")
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ValueError(
-            f"The weights in {where} do not fit their adapter_config.json: {'; '.join(wrong[:3])}{more}. The file is damaged "
+            f"The weights in {where} do not fit their adapter_config.json: {'; '.join(problems[:3])}{more}. The file is damaged "
             "or belongs to another adapter; take a good copy, or edit again."
         )
 
 
-def _expected(found: Mapping[str, Tensor], blocks: set[str], config: BaftConfig) -> dict[str, tuple[int | None, ...]]:
-    """Names and shapes of the tensors that the config promises, for every block that it names in full or by its end."""
+def _fits(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
+    sizes_fit = all(expected in (None, size) for expected, size in zip(shape, tensor.shape, strict=False))
+    return len(shape) == tensor.ndim and sizes_fit
+
+
+def _could_be_trained(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool((tensor.float().abs() < LARGEST).all())
+
+
+def _expected_shapes(
+    tensors: Mapping[str, Tensor], blocks: set[str], config: BaftConfig
+) -> dict[str, tuple[int | None, ...]]:
+    """Return names and shapes of the tensors that the config promises, for every block that it names in full or by its end.
+
+    Args:
+        blocks: those that the file has tensors for.
+    """
     r, d, k = config.r, config.hidden_size, config.gate_count
     shapes: dict[str, tuple[int | None, ...]] = {"basis.weight": (r, d), "source.weight": (r, d), "source.bias": (r,)}
     if k:
         shapes |= {f"gate.{name}": shape for name, shape in gate_shapes(config, d).items()}
         shapes["gate_usage"] = (k + 1,)
-    named: set[str] = set()
+    expected_blocks: set[str] = set()
     for target in config.target_modules or ("a block",):
-        named |= {block for block in blocks if f".{block}".endswith(f".{target}")} or {target}
-    expected = {f"{BASE}{block}.baft.baft_{name}": shape for block in named for name, shape in shapes.items()}
-    others = {name: tuple(tensor.shape) for name, tensor in found.items() if ".baft.baft_" not in name}
+        expected_blocks |= {block for block in blocks if f".{block}".endswith(f".{target}")} or {target}
+    of_adapter = {
+        f"{BASE}{block}.baft.baft_{name}": shape for block in expected_blocks for name, shape in shapes.items()
+    }
+
+    other_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if ".baft.baft_" not in name}
+    of_saved_modules: dict[str, tuple[int | None, ...]] = {}
     for module in config.modules_to_save or ():
-        own = {name: shape for name, shape in others.items() if f"{module}." in name.removeprefix(BASE)}
-        expected = (own or ({} if config.task_type in HEADS else {f"{BASE}{module}": ()})) | expected
-    return expected
+        of_module = {name: shape for name, shape in other_shapes.items() if f"{module}." in name.removeprefix(BASE)}
+        if not of_module and config.task_type not in HEADS:
+            of_module = {f"{BASE}{module}": ()}  # a name that no file has: the module is reported as missing
+        of_saved_modules |= of_module
+    return of_saved_modules | of_adapter

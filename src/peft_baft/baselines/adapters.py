@@ -103,4 +103,5 @@ def other_adapter(preset: Preset, *, config_class: Callable[..., PeftConfig], **
         descent=preset.descent,
         batch_descent=preset.batch_descent,
         objective=None,
+        unrelated=False,
     )

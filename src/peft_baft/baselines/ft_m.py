@@ -29,7 +29,9 @@ DOWN_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Settings of FT-M, by default EasyEdit's: AdamW without weight decay, at most 25 steps.
+    """Fine-tune one MLP down projection on the answer tokens (FT-M), by default with EasyEdit's settings.
+
+    These are AdamW without weight decay, and at most 25 steps.
 
     Args:
         layer: block whose down projection is trained, counted from 0; by default EasyEdit's 21 of 32 scaled to the model.

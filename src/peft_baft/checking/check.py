@@ -17,7 +17,8 @@ from peft_baft.adapter.registration import BAFT
 from peft_baft.adapter.state import evaluating
 from peft_baft.checking.report import CheckReport, Finding, installed_versions
 from peft_baft.checking.tools import flags_kept, in_words
-from peft_baft.checking.trials import Trials
+from peft_baft.checking.trials import findings_of
+from peft_baft.checking.tried_model import TriedModel
 
 RANK, UPDATE = 12, 0.5  # of the adapter that is tried: its rank, and how much of a hidden vector it changes
 ATTACHED = "an adapter can be attached"
@@ -45,28 +46,11 @@ def check(
     elif adapter is not None and PeftConfig.from_pretrained(adapter, revision=adapter_revision).peft_type != BAFT:
         raise ValueError(f"{adapter} is no BaFT adapter.")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    findings: list[Finding] = []
-    blocks: tuple[str, ...] = ()
     with _left_as_it_was(base), evaluating(base):
         if isinstance(model, PeftModel):
-            findings += Trials(model, tokenizer).findings()
-            blocks = tuple(layer.name for layer in baft_layers(model))
-            findings.append(Finding(UNLOADS, None, detail="The model came with its adapter, which stays on it."))
+            findings, blocks = _tried_as_it_is(model, tokenizer)
         else:
-            before = _contents(base)
-            try:
-                adapted = _attach(base, adapter, adapter_revision)
-            except Exception as error:  # the reason, whatever it is, is what the user asked for
-                findings.append(Finding(ATTACHED, False, detail=in_words(error)))
-            else:
-                try:
-                    findings += [Finding(ATTACHED, True), *Trials(adapted, tokenizer).findings()]
-                    blocks = tuple(layer.name for layer in baft_layers(adapted))
-                finally:
-                    adapted.unload()
-                changed = sorted(name for name, content in _contents(base).items() if before.get(name) != content)
-                detail = f"Changed: {', '.join(changed[:3])}" if changed else ""
-                findings.append(Finding(UNLOADS, not changed, detail=detail))
+            findings, blocks = _tried_with_an_adapter(base, tokenizer, adapter, adapter_revision)
     dtype = next((str(p.dtype) for p in base.parameters() if p.is_floating_point()), "unknown dtype")
     return CheckReport(
         model=type(base).__name__,
@@ -76,6 +60,36 @@ def check(
         findings=tuple(findings),
         versions=installed_versions(),
     )
+
+
+def _tried_as_it_is(model: PeftModel, tokenizer: Any) -> tuple[list[Finding], tuple[str, ...]]:
+    """Try a model with the adapter that it came with; the findings, and the names of the edited blocks."""
+    findings = findings_of(TriedModel(model, tokenizer))
+    findings.append(Finding(UNLOADS, None, detail="The model came with its adapter, which stays on it."))
+    return findings, _edited_blocks(model)
+
+
+def _tried_with_an_adapter(
+    base: Any, tokenizer: Any, adapter: str | None, adapter_revision: str | None
+) -> tuple[list[Finding], tuple[str, ...]]:
+    """Put an adapter on a model, try it, and take the adapter off; as `_tried_as_it_is`."""
+    before = _contents(base)
+    try:
+        adapted = _attach(base, adapter, adapter_revision)
+    except Exception as error:  # the reason, whatever it is, is what the user asked for
+        return [Finding(ATTACHED, False, detail=in_words(error))], ()
+    try:
+        findings = [Finding(ATTACHED, True), *findings_of(TriedModel(adapted, tokenizer))]
+        blocks = _edited_blocks(adapted)
+    finally:
+        adapted.unload()
+    changed = sorted(name for name, content in _contents(base).items() if before.get(name) != content)
+    detail = f"Changed: {', '.join(changed[:3])}" if changed else ""
+    return [*findings, Finding(UNLOADS, not changed, detail=detail)], blocks
+
+
+def _edited_blocks(model: nn.Module) -> tuple[str, ...]:
+    return tuple(layer.name for layer in baft_layers(model))
 
 
 def _require_one_baft_adapter(model: Any, adapter: str | None) -> None:
@@ -94,7 +108,7 @@ def _require_one_baft_adapter(model: Any, adapter: str | None) -> None:
 
 
 def _attach(base: Any, adapter: str | None, revision: str | None) -> PeftModel:
-    """The base model with the adapter of a folder, or with one that visibly changes every edited token."""
+    """Put the adapter of a folder on the base model, or one that visibly changes every edited token."""
     if adapter is not None:
         chosen: dict[str, Any] = {} if revision is None else {"revision": revision}
         return PeftModel.from_pretrained(base, adapter, **chosen)
@@ -126,18 +140,18 @@ def _left_as_it_was(base: Any) -> Iterator[None]:
 
 
 def _contents(model: nn.Module) -> dict[str, Any]:
-    """Sums of the bits of every tensor of a model, and the hooks of every module, by name."""
-    found: dict[str, Any] = {}
+    """List, by name, the sum of the bits of every tensor of a model, and the hooks of every module."""
+    contents: dict[str, Any] = {}
     for name, module in model.named_modules():
-        found[f"hooks of {name or 'the model'}"] = (
+        contents[f"hooks of {name or 'the model'}"] = (
             type(module),
             len(module._forward_hooks),
             len(module._forward_pre_hooks),
             tuple(module._modules),
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        found[name] = (tuple(tensor.shape), tensor.dtype, _sum_of_bits(tensor))
-    return found
+        contents[name] = (tuple(tensor.shape), tensor.dtype, _sum_of_bits(tensor))
+    return contents
 
 
 def _sum_of_bits(tensor: Tensor) -> int | None:

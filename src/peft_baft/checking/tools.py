@@ -15,32 +15,35 @@ from peft_baft.editing.acceleration.prefix_cache import logger as forward_logger
 
 
 def largest_difference(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """The largest difference of pairs of logits, in standard deviations of the second ones; infinite where one is NaN."""
-    found = 0.0
+    """Find the largest difference of pairs of logits, in standard deviations of the second ones; infinite where one is NaN."""
+    largest = 0.0
     for one, other in pairs:
         if not len(other):
             continue
         difference = ((one - other.to(one.device)).abs().max() / other.std().clamp(min=1e-30)).item()
-        found = max(found, math.inf if math.isnan(difference) else difference)
-    return found
+        largest = max(largest, math.inf if math.isnan(difference) else difference)
+    return largest
 
 
 def step_difference(plain: tuple[float, dict[str, Tensor]], cached: tuple[float, dict[str, Tensor]]) -> float:
-    """How far loss and gradient of two ways differ, relative to the loss and to the whole gradient's length."""
+    """Measure how far loss and gradient of two ways differ, relative to the loss and to the whole gradient's length."""
     (loss, gradients), (other_loss, others) = plain, cached
     missing = gradients.keys() ^ others.keys()
     squares = [(others[name] - gradient).square().sum() for name, gradient in gradients.items() if name not in missing]
     length = stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
-    difference = max(abs(other_loss - loss) / (1 + abs(loss)), (stack(squares).sum().sqrt() / length).item())
+    of_loss = abs(other_loss - loss) / (1 + abs(loss))
+    of_gradient = (stack(squares).sum().sqrt() / length).item()
+    difference = max(of_loss, of_gradient)
     return math.inf if missing or math.isnan(difference) else difference
 
 
 def in_words(error: BaseException) -> str:
+    """Give an error's type and message in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def error_of(attempt: Callable[[], Any]) -> str | None:
-    """What an attempt fails with; None where it does not."""
+    """Attempt something; what it fails with, None where it does not."""
     try:
         attempt()
     except Exception as error:
@@ -53,8 +56,8 @@ def changed_tokens(layers: Sequence[BaftLayer]) -> Iterator[dict[str, list[Tenso
     """Note at every run of each edited block which tokens (rows, tokens) its BaftLayer changes."""
     changed: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
 
-    def note(layer: Any, given: tuple, out: Tensor) -> None:
-        changed[layer.name].append((given[0] != out).any(-1).cpu())
+    def note(layer: Any, args: tuple, out: Tensor) -> None:
+        changed[layer.name].append((args[0] != out).any(-1).cpu())
 
     with ExitStack() as hooks:
         for layer in layers:

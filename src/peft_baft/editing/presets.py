@@ -37,3 +37,14 @@ PRESETS = {
     "llama-3-8b": _paper(0.01, 0.1, 0.05),
     "gemma-7b": _paper(0.01, 0.1, 0.05),  # the last digit of its γ is cut off in Table 5
 }
+
+
+def find_preset(name: str) -> Preset:
+    """Return the preset of that name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"Unknown preset {name!r}; known are {', '.join(PRESETS)}.")
+    return PRESETS[name]

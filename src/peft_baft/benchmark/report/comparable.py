@@ -36,6 +36,7 @@ class Group:
 
     @property
     def lines(self) -> list[Line]:
+        """All lines, row by row."""
         return [line for row in self.rows.values() for line in row]
 
     @property
@@ -60,10 +61,14 @@ class Group:
     @property
     def title(self) -> str:
         """Benchmark, model, schedule, and T if there is one alone."""
-        size = self.sample["schedule"]["batch_size"]
-        editing = {"none": "", "batched": f"batches of {size}"}.get(self.schedule, f"{self.schedule} editing")
-        alone = f"T={self.edits[0]}" if len(self.edits) == 1 and self.schedule not in ("none", "single") else ""
-        return ", ".join(filter(None, (self.sample["benchmark"], self.sample["model"]["name"], editing, alone)))
+        parts = [self.sample["benchmark"], self.sample["model"]["name"]]
+        if self.schedule == "batched":
+            parts.append(f"batches of {self.sample['schedule']['batch_size']}")
+        elif self.schedule != "none":
+            parts.append(f"{self.schedule} editing")
+        if len(self.edits) == 1 and self.schedule not in ("none", "single"):
+            parts.append(f"T={self.edits[0]}")
+        return ", ".join(filter(None, parts))
 
     @property
     def measures(self) -> set[str]:
@@ -85,12 +90,15 @@ class Group:
 
 def summary(values: Iterable[float | None]) -> Summary | None:
     """Mean and deviation of the values that are there; None if none is."""
-    found = [value for value in values if value is not None]
-    return Summary(mean(found), stdev(found) if len(found) > 1 else None, len(found)) if found else None
+    present = [value for value in values if value is not None]
+    if not present:
+        return None
+    deviation = stdev(present) if len(present) > 1 else None
+    return Summary(mean(present), deviation, len(present))
 
 
 def score(name: str) -> Value:
-    """Reads one score off a line; None where it is absent or no number."""
+    """Make a function that reads one score off a line; None where it is absent or no number."""
 
     def read(line: Line) -> float | None:
         value = line["scores"].get(name)
@@ -108,71 +116,88 @@ def comparable(lines: Iterable[Line]) -> list[Group]:
     """
     lines = list(lines)
     rows_of = _ladders(lines)
-    questions = [_key(question_of(line), rows_of(line)) for line in lines]
-    keys = [(question, _editing(line)) for question, line in zip(questions, lines, strict=True)]
-    groups: dict[tuple[str, str], list[Line]] = {key: [] for key in keys}
-    edited = {question for question, editing in groups if editing}
-    for line, (own, how) in zip(lines, keys, strict=True):
-        for (question, editing), members in groups.items():
-            if question == own and how in ("", editing):
-                members.append(line)
-    return [_group(members) for (question, editing), members in groups.items() if editing or question not in edited]
+    keys = [(_key(question_of(line), rows_of(line)), _editing(line)) for line in lines]
+    members: dict[tuple[str, str], list[Line]] = {key: [] for key in keys}
+    for line, (question, editing) in zip(lines, keys, strict=True):
+        for (question_of_group, editing_of_group), group in members.items():
+            # a line without editing, such as the unedited model's, belongs to every group of its question
+            if question == question_of_group and editing in ("", editing_of_group):
+                group.append(line)
+    questions_with_edits = {question for question, editing in members if editing}
+    groups = []
+    for (question, editing), group in members.items():
+        if editing or question not in questions_with_edits:
+            groups.append(_group(group))
+    return groups
 
 
 def question_of(line: Line) -> str:
-    """What is asked of which model, but for the rows."""
+    """Identify what is asked of which model, but for the rows."""
     model, data = line["model"], line["data"]
     return _key(line["benchmark"], data["sha256"], asking_of(line), model["fingerprint"])
 
 
 def _ladders(lines: Sequence[Line]) -> Callable[[Line], list[int]]:
-    """What stands for a line's rows: the same for every T of a ladder that begins at one row and has one range at each T."""
-    ranges: dict[tuple[str, str], dict[int, set[tuple[int, int]]]] = {}
-    for line in (line for line in lines if line["schedule"]["edits"]):
-        steps = ranges.setdefault((question_of(line), _editing(line)), {})
-        steps.setdefault(line["schedule"]["edits"], set()).add(tuple(line["data"]["rows"]))
+    """Make a function that gives what stands for a line's rows in the comparison.
+
+    A ladder is a series of T of one question and one way of editing that begins at one row and has one range of rows at each T.
+    All its lines get the longest range, so that they are compared; any other line has the rows it has.
+    """
+    ranges: dict[tuple[str, str], dict[int, set[tuple[int, int]]]] = {}  # the ranges of rows at each T
+    for line in lines:
+        edits = line["schedule"]["edits"]
+        if edits:
+            ranges_at = ranges.setdefault((question_of(line), _editing(line)), {})
+            ranges_at.setdefault(edits, set()).add(tuple(line["data"]["rows"]))
 
     def rows_of(line: Line) -> list[int]:
-        found = ranges.get((question_of(line), _editing(line)), {}).values()
-        starts = {first for step in found for first, _ in step}
-        ladder = len(starts) == 1 and all(len(step) == 1 for step in found)
-        return [*starts, max(last for step in found for _, last in step)] if ladder else line["data"]["rows"]
+        ranges_at = ranges.get((question_of(line), _editing(line)), {})
+        every_range = [rows for rows_at in ranges_at.values() for rows in rows_at]
+        starts = {first for first, _ in every_range}
+        is_ladder = len(starts) == 1 and len(every_range) == len(ranges_at)
+        if not is_ladder:
+            return line["data"]["rows"]
+        return [*starts, max(last for _, last in every_range)]
 
     return rows_of
 
 
 def asking_of(line: Line) -> str:
-    """How is asked. Left out are the further measures, which change none of the others."""
+    """Identify the way in which questions are asked, without the further metrics, which change none of the others."""
     protocol = {key: value for key, value in line["protocol"].items() if key != "also"}
     return _key(protocol, line["model"]["tokenizer"])
 
 
 def _editing(line: Line) -> str:
-    """How the edits were made, but for T; empty for a model that is not edited here."""
-    schedule, unrelated = line["schedule"], line.get("unrelated", {})
-    text = unrelated.get("sha256", unrelated.get("file"))
-    return _key(text, schedule["batch_size"], schedule["when"]) if schedule["edits"] else ""
+    """Identify how the edits were made, but for T; empty for a model that is not edited here."""
+    schedule = line["schedule"]
+    if not schedule["edits"]:
+        return ""
+    unrelated = line.get("unrelated", {})
+    return _key(unrelated.get("sha256", unrelated.get("file")), schedule["batch_size"], schedule["when"])
 
 
 def _group(lines: Sequence[Line]) -> Group:
-    """Label the rows, each method with each settings, and take every run once: the last line that tells it."""
-    rows: dict[tuple[str, str], dict[tuple[int, int], Line]] = {}
+    """Label the rows, each method with each of its settings, and take every run once: the last line that tells it."""
+    runs: dict[tuple[str, str], dict[tuple[int, int], Line]] = {}  # by method and settings; then by T and seed
     for line in lines:
-        runs = rows.setdefault((_name(line), _key(settings_of(line))), {})
-        runs[line["schedule"]["edits"], line["seed"]] = line
-    found = [(name, list(runs.values())) for (name, _), runs in rows.items()]
-    settings = [(name, settings_of(row[0])) for name, row in found]
-    labelled = {
-        label(name, own, [other for n, other in settings if n == name]): row
-        for (name, own), (_, row) in zip(settings, found, strict=True)
-    }
+        runs_of_row = runs.setdefault((_name(line), _key(settings_of(line))), {})
+        runs_of_row[line["schedule"]["edits"], line["seed"]] = line
+    rows = [list(runs_of_row.values()) for runs_of_row in runs.values()]
+    settings_of_name: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        settings_of_name.setdefault(_name(row[0]), []).append(settings_of(row[0]))
+    labelled = {}
+    for row in rows:
+        name = _name(row[0])
+        labelled[label(name, settings_of(row[0]), settings_of_name[name])] = row
     return Group(labelled, len(lines) - sum(len(row) for row in labelled.values()))
 
 
 def label(name: str, settings: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:
     """The name, and where it stands for several settings (`alike`), those in which they differ."""
-    own = [key for key in settings if len({_key(other.get(key)) for other in alike}) > 1]
-    text = ", ".join(f"{key.rpartition('.')[2]}={_plain(settings[key])}" for key in own)
+    differing = [key for key in settings if len({_key(other.get(key)) for other in alike}) > 1]
+    text = ", ".join(f"{key.rpartition('.')[2]}={_plain(settings[key])}" for key in differing)
     return f"{name} ({text})" if text else name
 
 
@@ -181,23 +206,25 @@ def settings_of(line: Line) -> dict[str, Any]:
     unused = "descent" if line["schedule"]["batch_size"] > 1 else "batch_descent"
     flat: dict[str, Any] = {}
     for part, values in line["settings"].items():
-        if part != unused:
-            flat |= (
-                {f"{part}.{key}": value for key, value in values.items()}
-                if isinstance(values, dict)
-                else {part: values}
-            )
+        if part == unused:
+            continue
+        if isinstance(values, dict):
+            flat |= {f"{part}.{key}": value for key, value in values.items()}
+        else:
+            flat[part] = values
     return {key: value for key, value in flat.items() if value is not None}
 
 
 def _name(line: Line) -> str:
-    """The method; an adapter's own name."""
+    """Name the method, or an adapter that someone made by its own name."""
     return str(line["settings"].get("adapter") or NAMES.get(line["method"], line["method"]))
 
 
 def _plain(value: Any) -> str:
+    """Write a setting as the command line takes it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _key(*values: Any) -> str:
+    """Make a text that is equal for equal JSON values."""
     return json.dumps(values, sort_keys=True)

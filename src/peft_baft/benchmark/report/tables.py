@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from textwrap import fill
 
 from peft_baft.benchmark.report.comparable import Group, Line, Summary, comparable, score
@@ -58,47 +59,53 @@ def tables(lines: Iterable[Line]) -> list[Table]:
 
     Where a group has several T, these make columns of the teacher-forced scores, and rows of a second table for the rest.
     """
-    made = []
+    every_table = []
     for group in comparable(lines):
         measures = [name for name in SHORT if name in group.measures] + sorted(group.measures - set(SHORT))
-        forced = [name for name in measures if name in FORCED]
-        rest = [name for name in measures if name not in FORCED]
         if len(group.edits) == 1:
-            made.append(_wide(group, measures))
-        else:
-            made += [_wide(group, forced)] * bool(forced) + [_long(group, rest)] * bool(rest)
-    return made
+            every_table.append(_wide(group, measures))
+            continue
+        forced = [name for name in measures if name in FORCED]
+        if forced:
+            every_table.append(_wide(group, forced))
+        rest = [name for name in measures if name not in FORCED]
+        if rest:
+            every_table.append(_long(group, rest))
+    return every_table
 
 
 def _wide(group: Group, measures: Sequence[str]) -> Table:
-    """A row for each method, with a column for each T and measure."""
-    columns = [(edits, name) for edits in group.edits for name in measures]
-    short = SHORT | (
-        {} if "generality" in group.measures or "portability" not in measures else {"reliability": "Edit Succ"}
-    )
-    ladder = len(group.edits) > 1
-    header = [f"T={edits} {short.get(name, name)}" if ladder else short.get(name, name) for edits, name in columns]
-    rows = [(row, _seeds(group, row), *(_cell(group, row, *column) for column in columns)) for row in group.rows]
+    """Make a row for each method, with a column for each T and measure."""
+    short = dict(SHORT)
+    if "portability" in measures and "generality" not in group.measures:
+        short["reliability"] = "Edit Succ"  # KnowEdit's word, for a data set that asks what KnowEdit asks
+    columns = list(product(group.edits, measures))
+    header = []
+    for edits, name in columns:
+        heading = short.get(name, name)
+        header.append(f"T={edits} {heading}" if len(group.edits) > 1 else heading)
+    rows = []
+    for row in group.rows:
+        cells = [_cell(group, row, edits, name) for edits, name in columns]
+        rows.append((row, _seeds(group, row), *cells))
     return Table(group.title, ("Method", "Seeds", *header), tuple(rows), _note(group, measures))
 
 
 def _long(group: Group, measures: Sequence[str]) -> Table:
-    """A row for each method and T, with a column for each measure."""
-    pairs = [
-        (row, edits)
-        for row in group.rows
-        for edits in ([0] if group.fixed(row) else group.edits)
-        if group.at(row, edits)
-    ]
-    cells = [[_cell(group, row, edits, name) for name in measures] for row, edits in pairs]
-    heads = [(row, str(edits or "–"), str(len(group.at(row, edits)))) for row, edits in pairs]
-    rows = tuple((*head, *values) for head, values in zip(heads, cells, strict=True))
+    """Make a row for each method and T, with a column for each measure."""
+    rows = []
+    for row in group.rows:
+        for edits in [0] if group.fixed(row) else group.edits:
+            seeds = len(group.at(row, edits))
+            if seeds:
+                cells = [_cell(group, row, edits, name) for name in measures]
+                rows.append((row, str(edits or "–"), str(seeds), *cells))
     header = ("Method", "T", "Seeds", *(SHORT.get(name, name) for name in measures))
-    return Table(f"{group.title}, further measures", header, rows, _note(group, measures))
+    return Table(f"{group.title}, further measures", header, tuple(rows), _note(group, measures))
 
 
 def _cell(group: Group, label: str, edits: int, measure: str) -> str:
-    """Like `.983 ±.004`."""
+    """Write mean and deviation over the seeds, like `.983 ±.004`."""
     summary: Summary | None = group.summary(label, edits, score(measure))
     if summary is None:
         return "–"
@@ -107,42 +114,60 @@ def _cell(group: Group, label: str, edits: int, measure: str) -> str:
 
 
 def _seeds(group: Group, label: str) -> str:
-    """How many seeds a row has; for each T where they differ."""
+    """Count the seeds of a row; for each T where they differ."""
     counts = [str(len(group.at(label, edits))) for edits in group.edits]
     return counts[0] if len(set(counts)) == 1 else "/".join(counts)
 
 
 def _note(group: Group, measures: Sequence[str]) -> str:
-    """What all rows share, and how to read them."""
-    line, size = group.sample, group.sample["schedule"]["batch_size"]
-    averaged = TASKS[line["benchmark"]].averaged if line["benchmark"] in TASKS else ()
-    notes: dict[str, set[str]] = {
-        "Rel (Edit Succ), Gen, Por: share of the answer's tokens predicted, given those before; Loc: as before the edit.": set(
-            FORCED
-        ),
-        f"Avg: mean of {', '.join(FORCED[name] for name in averaged)}.": {"average"} if averaged else set(),
-        "by topic: mean over topics, each over the rows that have it.": set(BY_TOPIC),
-        "exact, prefix: share of freely generated answers that are, or begin with, the right one; text: as before the edit.": set(
-            FREE
-        ),
-    }
-    told = [f"{_shared(group)}.", *(note for note, about in notes.items() if about & set(measures))]
-    many = any(len(group.at(row, edits)) > 1 for row in group.rows for edits in group.edits)
-    told += ["a ±b: mean and sample standard deviation over seeds."] * many
-    told += [f"T counts batches of {size}."] * (size > 1)
-    told += [f"Whole blocks only: {_left_out(group)}."] * bool(_left_out(group))
-    told += [f"Left out: {group.repeated} lines of runs that a later line tells too."] * bool(group.repeated)
-    return " ".join(told)
+    """Write what all rows share, and how to read them."""
+    batch_size = group.sample["schedule"]["batch_size"]
+    sentences = [f"{_shared(group)}."]
+    sentences += _meanings(group.sample["benchmark"], set(measures))
+    if any(len(group.at(row, edits)) > 1 for row, edits in product(group.rows, group.edits)):
+        sentences.append("a ±b: mean and sample standard deviation over seeds.")
+    if batch_size > 1:
+        sentences.append(f"T counts batches of {batch_size}.")
+    unfinished = _left_out(group)
+    if unfinished:
+        sentences.append(f"Whole blocks only: {unfinished}.")
+    if group.repeated:
+        sentences.append(f"Left out: {group.repeated} lines of runs that a later line tells too.")
+    return " ".join(sentences)
+
+
+def _meanings(benchmark: str, measures: set[str]) -> list[str]:
+    """Explain those of the measures that are there."""
+    sentences = []
+    if measures & set(FORCED):
+        sentences.append(
+            "Rel (Edit Succ), Gen, Por: share of the answer's tokens predicted, given those before; "
+            "Loc: as before the edit."
+        )
+    averaged = TASKS[benchmark].averaged if benchmark in TASKS else ()
+    if averaged and "average" in measures:
+        sentences.append(f"Avg: mean of {', '.join(FORCED[name] for name in averaged)}.")
+    if measures & set(BY_TOPIC):
+        sentences.append("by topic: mean over topics, each over the rows that have it.")
+    if measures & set(FREE):
+        sentences.append(
+            "exact, prefix: share of freely generated answers that are, or begin with, the right one; "
+            "text: as before the edit."
+        )
+    return sentences
 
 
 def _shared(group: Group) -> str:
+    """Write which model, data and way of asking all rows have in common."""
     line = group.sample
     model, data, schedule = line["model"], line["data"], line["schedule"]
     ranges = {edits: "{}:{}".format(*group.rows_at(edits)) for edits in group.edits}
-    steps = ", ".join(f"{rows} at T={edits}" for edits, rows in ranges.items())
+    rows = ranges[schedule["edits"]]
+    if len(set(ranges.values())) > 1:
+        rows = ", ".join(f"{range_at} at T={edits}" for edits, range_at in ranges.items())
     parts = [
         f"Model {model['name']} ({model['dtype']}, {model['fingerprint']})",
-        f"{data['file']} ({data['sha256']}) rows {steps if len(set(ranges.values())) > 1 else ranges[schedule['edits']]}",
+        f"{data['file']} ({data['sha256']}) rows {rows}",
         f"template {line['protocol']['template']}",
     ]
     if schedule["edits"]:
@@ -151,21 +176,22 @@ def _shared(group: Group) -> str:
 
 
 def _left_out(group: Group) -> str:
-    """The T whose blocks do not fill the rows, with how many rows were edited."""
-    told = []
+    """Write at which T the blocks do not fill the rows, with how many rows were edited."""
+    parts = []
     for edits in filter(None, group.edits):
         first, last = group.rows_at(edits)
         unfinished = (last - first) % (edits * group.sample["schedule"]["batch_size"])
         if unfinished:
-            told.append(f"{last - first - unfinished} of {last - first} rows at T={edits}")
-    return ", ".join(told)
+            parts.append(f"{last - first - unfinished} of {last - first} rows at T={edits}")
+    return ", ".join(parts)
 
 
 def _number(value: float, digits: int) -> str:
+    """Write a number; one of three digits without the zero before its point, as papers do."""
     text = f"{value:.{digits}f}"
     return text.replace("0.", ".", 1) if digits == 3 and text.lstrip("-").startswith("0.") else text
 
 
 def _escaped(text: str) -> str:
-    """In one line, with the characters that would end a cell told apart."""
+    """Put a text into one line, and a backslash before the characters that would end a cell."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")

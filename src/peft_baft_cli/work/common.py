@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from peft.utils import CONFIG_NAME
 from peft_baft import Unrelated
 from peft_baft.data.datasets import read_unrelated
 from peft_baft.data.unrelated import GENERAL
-from peft_baft.editing.presets import PRESETS, Preset
+from peft_baft.editing.presets import Preset, find_preset
 from peft_baft.loading import load_model, looks_like_path
 from peft_baft.processes import Processes
+from peft_baft_cli.options import AskCommand, BenchCommand, CheckCommand, InspectCommand
+from peft_baft_cli.screen import doing
 
 AUTO = "auto"  # a device map over all devices
 
@@ -34,8 +36,12 @@ def type_errors_as_bad_input() -> Iterator[None]:
         raise ValueError(str(error)) from error
 
 
-def described(processes: Processes, device: str, split: str) -> str | None:
-    """Which of the ways to use several processes or devices is taken; None for one process on one device."""
+def describe_split(processes: Processes, device: str, split: str) -> str | None:
+    """Say how several processes or devices share the work; return None for one process on one device.
+
+    Args:
+        split: What is split over several processes.
+    """
     if processes.count == 1:
         return "1 process: one model over all devices" if device == AUTO else None
     if device == AUTO:
@@ -44,7 +50,7 @@ def described(processes: Processes, device: str, split: str) -> str | None:
 
 
 def default_device(device: str | None) -> str:
-    """The device of the command line; where there is none, CUDA if it is there, else the CPU."""
+    """Return the device of the command line; where it names none, CUDA if there is one, else the CPU."""
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -64,13 +70,13 @@ def require_device(device: str) -> None:
 
 
 def adapter_config(adapter: str, revision: str | None = None) -> PeftConfig:
-    """The config of a saved adapter, looked at before a model is loaded.
+    """Read the config of a saved adapter, before a model is loaded.
 
     Args:
-        adapter: a folder or a Hub id. revision: a branch, tag or commit, for a Hub id alone.
+        adapter: A folder or a Hub id. revision: A branch, tag or commit, for a Hub id alone.
 
     Raises:
-        ValueError: there is no such adapter, or its config is damaged.
+        ValueError: There is no such adapter, or its config is damaged.
     """
     folder = Path(adapter)
     if folder.is_dir():
@@ -95,7 +101,7 @@ def adapter_config(adapter: str, revision: str | None = None) -> PeftConfig:
 
 
 def attach_adapter(base: Any, adapter: str, revision: str | None = None, trainable: bool = False) -> PeftModel:
-    """`base` with a saved adapter on it, in evaluation mode."""
+    """Return `base` with a saved adapter on it, in evaluation mode."""
     return PeftModel.from_pretrained(base, adapter, is_trainable=trainable, **_revision(revision)).eval()
 
 
@@ -103,23 +109,60 @@ def _revision(revision: str | None) -> dict[str, Any]:
     return {} if revision is None else {"revision": revision}
 
 
-def chosen_model(model: str | None, revision: str | None, config: PeftConfig | None) -> tuple[str, str | None]:
-    """Name and revision of the base model: those of the command line, or those that the adapter was made for."""
-    if model:
-        return model, revision
-    if config is None or not config.base_model_name_or_path:
-        raise ValueError("Say which model with --model: a Hub id, a local folder, a GGUF file, or smollm2.")
-    return config.base_model_name_or_path, revision or config.revision
-
-
 def load_base(name: str, revision: str | None, dtype: str, device: str) -> tuple[Any, Any]:
-    """The base model and its tokenizer, on a device or, with `auto`, over all of them."""
+    """Return the base model and its tokenizer, on a device or, with `auto`, over all of them."""
     return load_model(name, dtype, revision=revision, device_map=device)
 
 
+@dataclass(frozen=True)
+class Subject:
+    """The model that a command is about: known, with the adapter on it, before anything is loaded.
+
+    Args:
+        adapter: The config of the adapter; None without one.
+    """
+
+    model: str
+    revision: str | None
+    dtype: str
+    device: str
+    adapter: PeftConfig | None
+
+    def load_base(self, shown: bool = True) -> tuple[Any, Any]:
+        """Return the base model and its tokenizer.
+
+        Args:
+            shown: Whether this process says on a terminal that it is loading.
+        """
+        with doing(f"loading {self.model}", shown):
+            return load_base(self.model, self.revision, self.dtype, self.device)
+
+
+def chosen_subject(
+    options: AskCommand | BenchCommand | CheckCommand | InspectCommand, device: str | None = None
+) -> Subject:
+    """Return what a command is about: the model that it names, or else the one that its adapter was made for.
+
+    Args:
+        device: The device of this process, where several share the work; by default that of the options.
+
+    Raises:
+        ValueError: No model is named, there is no such adapter, or the device cannot be used.
+    """
+    device = device or default_device(options.device)
+    require_device(device)
+    config = None if options.adapter is None else adapter_config(options.adapter, options.adapter_revision)
+    model, revision = options.model, options.revision
+    if not model:
+        if config is None or not config.base_model_name_or_path:
+            raise ValueError("Say which model with --model: a Hub id, a local folder, a GGUF file, or smollm2.")
+        model, revision = config.base_model_name_or_path, revision or config.revision
+    return Subject(model, revision, options.dtype, device, config)
+
+
 def chosen_preset(name: str, r: int | None, lr: float | None, max_steps: int | None) -> Preset:
-    """The preset of a name with what the command line overrides."""
-    preset = PRESETS[name]
+    """Return the preset of that name with what the command line overrides."""
+    preset = find_preset(name)
     chosen: dict[str, Any] = {"lr": lr, "max_steps": max_steps}
     chosen = {setting: value for setting, value in chosen.items() if value is not None}
     return replace(
@@ -131,7 +174,7 @@ def chosen_preset(name: str, r: int | None, lr: float | None, max_steps: int | N
 
 
 def chosen_unrelated(choice: str) -> Sequence[Unrelated]:
-    """The text that edits should leave alone: the package's own (`general`), none, or a file's."""
+    """Return the texts that edits should leave alone: the package's own (`general`), none, or those of a file."""
     if choice == "general":
         return GENERAL
     if choice == "none":
@@ -140,7 +183,13 @@ def chosen_unrelated(choice: str) -> Sequence[Unrelated]:
 
 
 def require_file(path: str | Path, option: str, wanted: str) -> Path:
-    """The path, where a file is there; a ValueError that says what the option takes otherwise."""
+    """Return the path if a file is there; raise a ValueError that says what the option takes otherwise."""
     if not Path(path).is_file():
         raise ValueError(f"{option}: there is no file {path}. It takes {wanted}.")
     return Path(path)
+
+
+def require_known(kind: str, name: str, known: Collection[str]) -> None:
+    """Raise a ValueError that lists the known names unless `name` is one of them."""
+    if name not in known:
+        raise ValueError(f"Unknown {kind} {name!r}; known are {', '.join(known)}.")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +16,6 @@ from tqdm import tqdm
 from peft_baft import BaftConfig, BaftEditor
 from peft_baft.adapter.registration import BAFT
 from peft_baft.adapter.weights import FILE as WEIGHTS
-from peft_baft.cli.common import (
-    adapter_config,
-    attach_adapter,
-    chosen_preset,
-    chosen_unrelated,
-    default_device,
-    described,
-    load_base,
-    require_device,
-    require_file,
-    type_errors_as_bad_input,
-)
-from peft_baft.cli.edit_report import print_report, summary
 from peft_baft.data.cases import Case
 from peft_baft.data.datasets import read_cases, read_unrelated
 from peft_baft.data.unrelated import CANARIES
@@ -44,7 +29,21 @@ from peft_baft.loading import locate_model
 from peft_baft.processes import Processes
 from peft_baft.storage import give_umask_mode
 from peft_baft_cli.errors import DONE, NOT_SO, Interrupted
+from peft_baft_cli.options import EditCommand
 from peft_baft_cli.screen import doing, progress_shown
+from peft_baft_cli.work.common import (
+    adapter_config,
+    attach_adapter,
+    chosen_preset,
+    chosen_unrelated,
+    default_device,
+    describe_split,
+    load_base,
+    require_device,
+    require_file,
+    type_errors_as_bad_input,
+)
+from peft_baft_cli.work.edit_report import print_report, summary
 
 REPORT = "report.json"
 EDIT_FILE = "a .jsonl, .json or .csv file of facts, each with prompt and target"
@@ -57,60 +56,25 @@ HOW_TO_LOAD = """
 """
 
 
-@dataclass(frozen=True)
-class EditOptions:
-    """What `baft edit` is asked for; `baft edit --help` explains each.
-
-    Args:
-        adapter: folder or Hub id of an adapter to continue; None makes a fresh one. device: None takes CUDA if it is there.
-        unrelated: a file, `general` or `none`; None is `general`. r, lr, max_steps: None leaves them to the preset.
-    """
-
-    edits: Path
-    output: Path
-    model: str
-    revision: str | None = None
-    adapter: str | None = None
-    adapter_revision: str | None = None
-    dtype: str = "auto"
-    device: str | None = None
-    batch_size: int = 1
-    seed: int = 0
-    overwrite: bool = False
-    resume: bool = False
-    snapshot_every: int = 1
-    min_agreement: float | None = None
-    canaries: Path | None = None
-    keep_only_good: bool = False
-    strict: bool = False
-    json: bool = False
-    unrelated: str | None = None
-    preset: str = "default"
-    r: int | None = None
-    lr: float | None = None
-    max_steps: int | None = None
-    processes: int | None = None
-
-
-def edit(options: EditOptions) -> int:
-    """Teach the facts of a file to a model, save the adapter and tell what became of it; the exit code."""
+def edit(options: EditCommand) -> int:
+    """Teach the facts of a file to a model, save the adapter and say what became of it; return the exit code."""
     with Processes.started(options.processes) as processes:
         device = default_device(options.device)
-        split = described(processes, device, "the facts of each batch")
+        split = describe_split(processes, device, "the facts of each batch")
         if processes.first and split:
             print(split, flush=True, file=sys.stderr if options.json else sys.stdout)
         device = processes.device(device)
         require_device(device)
-        found = _edit(options, device, processes)
+        report = _edit(options, device, processes)
         if processes.first and options.json:
-            print(json.dumps(found, indent=2))
+            print(json.dumps(report, indent=2))
         elif processes.first:
-            print_report(found)
-    return NOT_SO if options.strict and found["known"] < found["facts"] else DONE
+            print_report(report)
+    return NOT_SO if options.strict and report["known"] < report["facts"] else DONE
 
 
-def _edit(options: EditOptions, device: str, processes: Processes) -> dict[str, Any]:
-    """Make the edits by several processes, of which the first writes; what became of the model, in each of them."""
+def _edit(options: EditCommand, device: str, processes: Processes) -> dict[str, Any]:
+    """Make the edits, by several processes of which the first writes; return the report in each of them."""
     cases = read_cases(require_file(options.edits, "--edits", EDIT_FILE))
     unrelated = chosen_unrelated(options.unrelated or "general")
     canaries = _canaries(options.canaries)
@@ -118,11 +82,11 @@ def _edit(options: EditOptions, device: str, processes: Processes) -> dict[str, 
     continued = None if options.adapter is None else adapter_config(options.adapter, options.adapter_revision)
     if continued is not None and continued.peft_type != BAFT:
         raise ValueError(f"baft edit continues BaFT adapters, but {options.adapter} is of type {continued.peft_type}.")
-    locate_model(options.model, options.revision)  # complains of what is not there
+    locate_model(options.model, options.revision)  # raises before anything is written
     with processes.together():
         if processes.first:
             _prepare_output(options)
-    with _status(f"loading {options.model}", processes):
+    with doing(f"loading {options.model}", processes.first):
         model, tokenizer = _edited_model(options, device, preset, continued)
     editor = BaftEditor(
         model,
@@ -134,21 +98,21 @@ def _edit(options: EditOptions, device: str, processes: Processes) -> dict[str, 
         processes=processes,
         unrelated_used=_unrelated_used(options.adapter, options.adapter_revision),
     )
-    with _status("asking the model before it is edited", processes):
-        report = watch(model, tokenizer, cases)
+    with doing("asking the model before it is edited", processes.first):
+        finish_report = watch(model, tokenizer, cases)
         check = None
         if options.min_agreement is not None:
             check = canary_check(model, tokenizer, options.min_agreement, canaries)
-    made = _made(options, editor, cases, check)
-    with _status("asking the model after its edits", processes):
-        return processes.of_first(lambda: _saved(options, editor, report(), made))
+    records = _make_edits(options, editor, cases, check)
+    with doing("asking the model after its edits", processes.first):
+        return processes.of_first(lambda: _saved(options, editor, finish_report(), records))
 
 
-def _made(options: EditOptions, editor: BaftEditor, cases: Sequence[Case], check: Any) -> list[EditRecord]:
-    """Make the edits, or go on with a run of them.
+def _make_edits(options: EditCommand, editor: BaftEditor, cases: Sequence[Case], check: Any) -> list[EditRecord]:
+    """Make the edits, or go on with a run of them; return a record of each.
 
     Raises:
-        Interrupted: the user stopped it once its journal had begun.
+        Interrupted: The user stopped it once its journal had begun.
     """
     processes, journal = editor.processes, Journal(options.output, options.snapshot_every)
     if options.overwrite and not options.resume and processes.first:
@@ -176,21 +140,21 @@ def _runs(journal: Journal) -> int:
     return len(journal.runs())
 
 
-def _saved(options: EditOptions, editor: BaftEditor, result: Report, made: Sequence[EditRecord]) -> dict[str, Any]:
-    """Save the adapter with its report, which is what `--json` prints."""
+def _saved(options: EditCommand, editor: BaftEditor, result: Report, records: Sequence[EditRecord]) -> dict[str, Any]:
+    """Save the adapter with its report; return the report, which is what `--json` prints."""
     output = options.output
     editor.model.save_pretrained(str(output), save_embedding_layers=False)
     give_umask_mode(output / WEIGHTS)  # safetensors makes its files readable by their owner alone
-    found = {
+    report = {
         "model": options.model,
         "adapter": str(output),
         "bytes": (output / WEIGHTS).stat().st_size,
-        **summary(result, made),
+        **summary(result, records),
         "unrelated_used": editor.unrelated_used,
     }
-    (output / REPORT).write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _append(output / "README.md", HOW_TO_LOAD)
-    return found
+    return report
 
 
 def _canaries(file: Path | None) -> Sequence[Any]:
@@ -198,9 +162,9 @@ def _canaries(file: Path | None) -> Sequence[Any]:
 
 
 def _edited_model(
-    options: EditOptions, device: str, preset: Preset, continued: PeftConfig | None
+    options: EditCommand, device: str, preset: Preset, continued: PeftConfig | None
 ) -> tuple[PeftModel, Any]:
-    """The base model with a fresh adapter, or with the one to continue."""
+    """Return the base model with a fresh adapter, or with the one to continue, and its tokenizer."""
     revision = options.revision
     base, tokenizer = load_base(options.model, revision, options.dtype, device)
     if continued is not None and options.adapter is not None:
@@ -212,7 +176,7 @@ def _edited_model(
 
 
 def _unrelated_used(adapter: str | None, revision: str | None) -> int:
-    """How many unrelated texts an adapter to continue has been trained beside: it goes on with the next one."""
+    """Return how many unrelated texts an adapter to continue was trained beside: it goes on with the next one."""
     if adapter is None:
         return 0
     journal = Journal(adapter)
@@ -223,13 +187,13 @@ def _unrelated_used(adapter: str | None, revision: str | None) -> int:
     if not Path(adapter).is_dir():
         try:
             report = Path(hf_hub_download(adapter, REPORT, revision=revision))
-        except (OSError, ValueError):  # it has been made, or uploaded, without one
+        except (OSError, ValueError):  # the adapter was made, or uploaded, without a report
             return 0
     return int(json.loads(report.read_text("utf-8"))["unrelated_used"]) if report.exists() else 0
 
 
-def _prepare_output(options: EditOptions) -> None:
-    """Make the output folder; a ValueError if an adapter or an unfinished run in it would be lost."""
+def _prepare_output(options: EditCommand) -> None:
+    """Make the output folder; raise a ValueError if an adapter or an unfinished run in it would be lost."""
     output, adapter = options.output, options.adapter
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; it takes a folder for the adapter.")
@@ -241,7 +205,7 @@ def _prepare_output(options: EditOptions) -> None:
         )
     if (output / LINES).exists() and not allowed:
         raise ValueError(f"{output} holds an unfinished run: go on with --resume, or begin anew with --overwrite.")
-    output.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is found out before the work, not after
+    output.mkdir(parents=True, exist_ok=True)  # so that an unwritable folder stops the work before it begins
 
 
 def _append(file: Path, text: str) -> None:
@@ -251,17 +215,13 @@ def _append(file: Path, text: str) -> None:
         file.write_text(before + text, encoding="utf-8")
 
 
-def _status(what: str, processes: Processes) -> Any:
-    return doing(what) if processes.first else nullcontext()
-
-
 def _with_progress(batches: Iterable[EditRecord], count: int, batch_size: int, shown: bool) -> list[EditRecord]:
     unit = "edit" if batch_size == 1 else "batch"
-    made = []
+    records = []
     with tqdm(total=count, desc="editing", unit=unit, disable=not shown, leave=False) as bar:
         for batch in batches:
-            made.append(batch)
+            records.append(batch)
             if batch.result is not None:
                 bar.set_postfix(steps=batch.result.steps, loss=f"{batch.result.losses['teacher_forcing']:.3f}")
             bar.update()
-    return made
+    return records

@@ -1,4 +1,4 @@
-"""What `baft edit` tells of its edits: as data, and as a screen for somebody who sees it for the first time."""
+"""The report of `baft edit`: as data, and as text for somebody who sees it for the first time."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ MEASURES = (
 MOVED = 0.9  # a locality below which the report says what can be done
 
 
-def summary(report: Report, made: Sequence[EditRecord]) -> dict[str, Any]:
-    """What became of each fact and of the model, in a form that JSON keeps.
+def summary(report: Report, records: Sequence[EditRecord]) -> dict[str, Any]:
+    """Return what became of each fact and of the model, in a form that JSON keeps.
 
-    A fact is `learned` if its loss fell below the stop when it was made, and `known` if the model's own answer begins with
+    A fact is `learned` if its loss fell below the stop when it was records, and `known` if the model's own answer begins with
     it at the end: later edits may have overwritten it. `kept` is False for one that was taken back.
     """
-    batches = [batch for batch in made for _ in batch.edits]
+    batches = [batch for batch in records for _ in batch.edits]
     answers = [
         asdict(answer)
         | {
@@ -37,61 +37,67 @@ def summary(report: Report, made: Sequence[EditRecord]) -> dict[str, Any]:
         }
         for answer, batch in zip(report.answers, batches, strict=True)
     ]
-    outcomes = [batch.result for batch in made if batch.result is not None]
+    results = [batch.result for batch in records if batch.result is not None]
     return {
         "facts": len(answers),
-        "batches": len(made),
+        "batches": len(records),
         "learned": sum(answer["learned"] for answer in answers),
         "known": sum(answer["known"] for answer in answers),
         "taken_back": sum(not answer["kept"] for answer in answers),
         **{name: getattr(report, name) for name, _ in MEASURES},
-        "steps": sum(outcome.steps for outcome in outcomes),
-        "seconds": sum(outcome.seconds for outcome in outcomes),
+        "steps": sum(result.steps for result in results),
+        "seconds": sum(result.seconds for result in results),
         "answers": answers,
     }
 
 
-def print_report(found: Mapping[str, Any]) -> None:
-    """Print what `summary` and the command have found."""
-    count = found["facts"]
-    print(f"{count} {'fact' if count == 1 else 'facts'} taught to {shown(found['model'])}:")
+def print_report(report: Mapping[str, Any]) -> None:
+    """Print the report: what `summary` returned, with what the command added."""
+    count = report["facts"]
+    print(f"{count} {'fact' if count == 1 else 'facts'} taught to {shown(report['model'])}:")
     print_table(
         ("prompt", "before", "after", "wanted", "known"),
         [
-            (a["prompt"], a["before"] or NOTHING, a["after"] or NOTHING, a["wanted"], "yes" if a["known"] else "NO")
-            for a in found["answers"]
+            (
+                a["prompt"],
+                a["before"] or NOTHING,
+                a["after"] or NOTHING,
+                a["wanted"],
+                "yes" if a["known"] else "NO",
+            )
+            for a in report["answers"]
         ],
         cut_first=("before", "after"),
     )
-    print(_outcome(found))
-    for line in (*_problems(found["answers"]), *_lost(found)):
+    print(_outcome(report))
+    for line in (*_problems(report["answers"]), *_lost(report)):
         print(line)
     print("\nMeasured on the tokens of answers, as shares:")
     for name, what in MEASURES:
-        if found[name] is None:
+        if report[name] is None:
             print(f"     –  {what} ({name}): not asked, since no record has such a prompt")
         else:
-            print(f"  {found[name]:.2f}  {what} ({name})")
-    if found["locality"] < MOVED:
+            print(f"  {report[name]:.2f}  {what} ({name})")
+    if report["locality"] < MOVED:
         print("Answers close to an edited fact move with it. --unrelated FILE trains beside answers that should stay.")
-    size, seconds = found["bytes"] / 1000, found["seconds"]
+    size, seconds = report["bytes"] / 1000, report["seconds"]
     print(
-        f"\nSaved in {shown(found['adapter'])}: an adapter of {size:.0f} kB, {found['steps']} steps, {seconds:.1f} s."
+        f"\nSaved in {shown(report['adapter'])}: an adapter of {size:.0f} kB, {report['steps']} steps, {seconds:.1f} s."
     )
     print("The model's own weights are as they were. Compare for yourself:\n")
-    question = found["answers"][0]["prompt"]
-    words = ["baft", "ask", "--model", found["model"], "--adapter", found["adapter"], question]
+    question = report["answers"][0]["prompt"]
+    words = ["baft", "ask", "--model", report["model"], "--adapter", report["adapter"], question]
     print(f"    {shown(shlex.join(words))}\n")
 
 
-def _outcome(found: Mapping[str, Any]) -> str:
-    """Like `8 of 8 learned when made, 4 still known at the end.`"""
-    known = "all known" if found["known"] == found["facts"] else f"{found['known']} known"
-    if found["known"] < found["learned"]:
-        known = f"{found['known']} still known"
-    text = f"{found['learned']} of {found['facts']} learned when made, {known} at the end"
-    if found["taken_back"]:
-        text += f", {found['taken_back']} taken back"
+def _outcome(report: Mapping[str, Any]) -> str:
+    """Return like `8 of 8 learned when made, 4 still known at the end.`"""
+    known = "all known" if report["known"] == report["facts"] else f"{report['known']} known"
+    if report["known"] < report["learned"]:
+        known = f"{report['known']} still known"
+    text = f"{report['learned']} of {report['facts']} learned when made, {known} at the end"
+    if report["taken_back"]:
+        text += f", {report['taken_back']} taken back"
     return f"{text}."
 
 
@@ -105,12 +111,12 @@ def _problems(answers: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _lost(found: Mapping[str, Any]) -> list[str]:
-    """What to do about facts that later edits have overwritten."""
-    lost = sum(answer["learned"] and answer["kept"] and not answer["known"] for answer in found["answers"])
-    if not lost or found["batches"] == 1:
+def _lost(report: Mapping[str, Any]) -> list[str]:
+    """Return what to do about facts that later edits have overwritten, as a line or none."""
+    lost = sum(answer["learned"] and answer["kept"] and not answer["known"] for answer in report["answers"])
+    if not lost or report["batches"] == 1:
         return []
     return [
         "Edits that follow each other in one adapter overwrite each other. Learn facts that are known together at once "
-        f"(--batch-size {found['facts']}), or give each an adapter of its own."
+        f"(--batch-size {report['facts']}), or give each an adapter of its own."
     ]

@@ -1,16 +1,14 @@
-"""`baft bench`: the plan."""
+"""`baft bench`."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
 from tqdm import tqdm
 
 from peft_baft.benchmark import plan
@@ -21,89 +19,56 @@ from peft_baft.benchmark.results import described_file, described_model, in_orde
 from peft_baft.benchmark.runner import Runner
 from peft_baft.benchmark.schedule import Schedule
 from peft_baft.benchmark.tasks import locate, read_benchmark, task_of
-from peft_baft.cli.common import (
-    adapter_config,
-    attach_adapter,
-    chosen_model,
-    chosen_preset,
-    chosen_unrelated,
-    default_device,
-    described,
-    load_base,
-    require_device,
-    type_errors_as_bad_input,
-)
+from peft_baft.editing.presets import find_preset
 from peft_baft.loading import locate_model
 from peft_baft.processes import Processes
 from peft_baft.storage import append_line
-from peft_baft_cli.screen import doing, progress_shown
+from peft_baft_cli.errors import DONE
+from peft_baft_cli.options import BenchCommand
+from peft_baft_cli.screen import progress_shown
+from peft_baft_cli.work.common import (
+    Subject,
+    attach_adapter,
+    chosen_preset,
+    chosen_subject,
+    chosen_unrelated,
+    default_device,
+    describe_split,
+    require_known,
+    type_errors_as_bad_input,
+)
 
 SPLIT = {"blocks": "blocks and questions", "facts": "the facts of each batch, and questions"}
 DEFAULT_EDITS = {"single": "1", "continual": "1,10,100", "batched": "1,10"}
 
 
-@dataclass(frozen=True)
-class BenchOptions:
-    """What `baft bench` is asked for; `baft bench --help` explains each."""
-
-    benchmark: str
-    data: str | None = None
-    method: str = "baft"
-    adapter: str | None = None
-    adapter_revision: str | None = None
-    schedule: str = "single"
-    edits: str | None = None
-    batch_size: int = 1
-    when: str = "after_all"
-    rows: str | None = None
-    seeds: int = 1
-    template: str = "raw"
-    also: Sequence[str] = ()
-    split: str = "blocks"
-    processes: int | None = None
-    output: Path | None = None
-    model: str | None = None
-    revision: str | None = None
-    dtype: str = "auto"
-    device: str | None = None
-    unrelated: str | None = None
-    preset: str = "default"
-    r: int | None = None
-    lr: float | None = None
-    max_steps: int | None = None
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """What is measured: a model, by name and revision, on which device, and an adapter's config if one is judged."""
-
-    model: str
-    revision: str | None
-    device: str
-    adapter: PeftConfig | None
-
-
-def bench(options: BenchOptions) -> int:
-    """Measure editing methods, or an adapter, and print tables of what came out; the exit code."""
+def bench(options: BenchCommand) -> int:
+    """Measure editing methods, or an adapter, and print tables of what came out; return the exit code."""
     output = options.output or Path("runs") / f"{options.benchmark}.jsonl"
+    find_preset(options.preset)  # raises for an unknown one, also where nothing is edited
     task = task_of(options.benchmark)
+    for name in _also(options):
+        require_known("metric", name, METRICS)
     if options.split == "facts" and options.schedule != "batched":
         raise ValueError("--split facts splits batches: it needs --schedule batched.")
     with Processes.started(options.processes) as processes:
         device = default_device(options.device)
-        split = described(processes, device, SPLIT[options.split])
+        split = describe_split(processes, device, SPLIT[options.split])
         if processes.first and split:
             print(split, flush=True)
         device = processes.device(device)
-        require_device(device)
         file = locate(options.benchmark, options.data)
-        config = None if options.adapter is None else adapter_config(options.adapter, options.adapter_revision)
-        subject = _Subject(*chosen_model(options.model, options.revision, config), device, config)
+        subject = chosen_subject(options, device)
         measure = _editing if task.ask is None else _asking
         lines = measure(options, subject, file, output, processes)
         if processes.first:
             _show(lines, output)
-    return 0
+    return DONE
+
+
+def _also(options: BenchCommand) -> list[str]:
+    """Return the names of the metrics that are asked for besides those of the benchmark."""
+    return [name for name in options.also.split(",") if name]
 
 
 def _show(lines: list[dict[str, Any]], output: Path) -> None:
@@ -113,25 +78,27 @@ def _show(lines: list[dict[str, Any]], output: Path) -> None:
 
 
 def _editing(
-    options: BenchOptions, subject: _Subject, file: Path, output: Path, processes: Processes
+    options: BenchCommand, subject: Subject, file: Path, output: Path, processes: Processes
 ) -> list[dict[str, Any]]:
-    """Lines of methods that edit, or of an adapter that has edited, on the facts of a file."""
+    """Return the lines of methods that edit, or of an adapter that was edited before, on the facts of a file."""
     task = task_of(options.benchmark)
     cases = task.prepared(read_benchmark(options.benchmark, file))
     first, last = _rows(options.rows, len(cases))
     preset = chosen_preset(options.preset, options.r, options.lr, options.max_steps)
     with type_errors_as_bad_input():
-        chosen = methods(options.method, preset)
+        overrides = {"lr": options.lr, "max_steps": options.max_steps}
+        given = {name: value for name, value in overrides.items() if value is not None}
+        chosen = methods(options.method, preset, given)
     schedules = _schedules(options)
     for schedule in schedules:
-        schedule.blocks(first, last)  # complains before a model is loaded
+        schedule.blocks(first, last)  # raises before a model is loaded
     unrelated = options.unrelated or task.unrelated
     texts = chosen_unrelated(unrelated)
-    base, tokenizer = _loaded(options, subject, processes)
+    base, tokenizer = _loaded(subject, processes)
     common = _common(options, subject, base, tokenizer, file, (first, last))
     common["unrelated"] = described_file(unrelated) if Path(unrelated).is_file() else {"file": unrelated}
     with tqdm(unit="row", smoothing=0.05, disable=not _drawn(processes), leave=False) as bar:
-        also = [METRICS[name] for name in options.also]
+        also = [METRICS[name] for name in _also(options)]
         rows = Runner(base, tokenizer, cases, first, last, texts, options.template, also, bar.update)
         rows = replace(rows, processes=processes, split=options.split)
         runs = plan.plan_runs(common, chosen, schedules, range(options.seeds))
@@ -147,21 +114,24 @@ def _editing(
 
 
 def _asking(
-    options: BenchOptions, subject: _Subject, file: Path, output: Path, processes: Processes
+    options: BenchCommand, subject: Subject, file: Path, output: Path, processes: Processes
 ) -> list[dict[str, Any]]:
-    """The line of the unedited model, or of an adapter, on a benchmark that edits nothing."""
+    """Return the line of the unedited model, or of an adapter, on a benchmark that edits nothing."""
     ask = task_of(options.benchmark).ask
     assert ask is not None, "the benchmark asks a model as it is"
     items = read_benchmark(options.benchmark, file)
     first, last = _rows(options.rows, len(items))
-    model, tokenizer = _loaded(options, subject, processes)
+    model, tokenizer = _loaded(subject, processes)
     common = _common(options, subject, model, tokenizer, file, (first, last))
     run = plan.plan_runs(common, [None], [Schedule()], [0])[0]
     if options.adapter:
         model = attach_adapter(model, options.adapter, options.adapter_revision)
         run = plan.plan_adapter(common, options.adapter, model)
     lines, runs = plan.split_off_made([run], output, processes)
-    share, bar = processes.share(range(first, last)), partial(tqdm, disable=not _drawn(processes), leave=False)
+    share, bar = (
+        processes.share(range(first, last)),
+        partial(tqdm, disable=not _drawn(processes), leave=False),
+    )
     for run in runs:
         cases = in_order(processes.gather(lambda: ask(model, tokenizer, items, share, bar)))
         lines.append(plan.result_line(run.head, cases, (), _command_line()))
@@ -171,12 +141,9 @@ def _asking(
     return lines
 
 
-def _loaded(options: BenchOptions, subject: _Subject, processes: Processes) -> tuple[Any, Any]:
+def _loaded(subject: Subject, processes: Processes) -> tuple[Any, Any]:
     locate_model(subject.model, subject.revision)
-    if not processes.first:
-        return load_base(subject.model, subject.revision, options.dtype, subject.device)
-    with doing(f"loading {subject.model}"):
-        return load_base(subject.model, subject.revision, options.dtype, subject.device)
+    return subject.load_base(shown=processes.first)
 
 
 def _drawn(processes: Processes) -> bool:
@@ -184,21 +151,26 @@ def _drawn(processes: Processes) -> bool:
 
 
 def _common(
-    options: BenchOptions, subject: _Subject, base: Any, tokenizer: Any, file: Path, rows: tuple[int, int]
+    options: BenchCommand,
+    subject: Subject,
+    base: Any,
+    tokenizer: Any,
+    file: Path,
+    rows: tuple[int, int],
 ) -> dict[str, Any]:
-    """What all lines of a command share; a revision stands in them where one was asked for."""
+    """Return what all lines of a command share; a revision stands in them where one was asked for."""
     model = described_model(subject.model, base, tokenizer)
     return {
         "benchmark": options.benchmark,
         "model": model if subject.revision is None else model | {"revision": subject.revision},
         "data": described_file(file) | {"rows": list(rows)},
-        "protocol": plan.described_protocol(options.template, options.also),
+        "protocol": plan.described_protocol(options.template, _also(options)),
         "versions": versions(),
     }
 
 
 def _rows(text: str | None, count: int) -> tuple[int, int]:
-    """`A:B` to the numbers A and B, either of which may be left out."""
+    """Return the numbers of `A:B`, either of which may be left out."""
     first, colon, last = (text or ":").partition(":")
     try:
         rows = int(first or 0), int(last or count)
@@ -209,8 +181,8 @@ def _rows(text: str | None, count: int) -> tuple[int, int]:
     return rows
 
 
-def _schedules(options: BenchOptions) -> list[Schedule]:
-    """The ladder of --edits in the chosen schedule."""
+def _schedules(options: BenchCommand) -> list[Schedule]:
+    """Return a schedule for each number of --edits."""
     try:
         ladder = [int(edits) for edits in (options.edits or DEFAULT_EDITS[options.schedule]).split(",")]
     except ValueError:

@@ -7,25 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from peft_baft.editing.journal import LINES, EditLine, Journal
+from peft_baft_cli.errors import DONE
+from peft_baft_cli.options import LogCommand, RollbackCommand
 from peft_baft_cli.screen import print_table
 
 
-def log(adapter: Path, json: bool = False) -> int:
-    """Print the edits of the adapter in a folder, as a table or as JSON; the exit code."""
-    journal = _journal(adapter)
+def log(options: LogCommand) -> int:
+    """Print the edits of the adapter in a folder, as a table or as JSON; return the exit code."""
+    journal = _journal(options.adapter)
     snapshots = set(journal.snapshots())
     edits = [_described(line, snapshots) for line in journal.edits()]
-    if json:
-        print(dumps({"adapter": str(adapter), "edits": edits}, indent=2))
+    if options.json:
+        print(dumps({"adapter": str(options.adapter), "edits": edits}, indent=2))
     else:
         print_table(
-            ("edit", "facts", "steps", "learned when made", "state", "snapshot"), [_row(edit) for edit in edits]
+            ("edit", "facts", "steps", "learned when made", "state", "snapshot"),
+            [_row(edit) for edit in edits],
         )
-    return 0
+    return DONE
 
 
 def _described(line: EditLine, snapshots: set[int]) -> dict[str, Any]:
-    """A line of the journal as `baft log --json` gives it."""
+    """Return an edit of the journal as `baft log --json` prints it."""
     facts = [{"prompt": prompt, "target": target} for prompt, target in line.facts]
     measured = {name: getattr(line, name) for name in ("steps", "loss", "seconds", "learned", "problem", "kept")}
     return {"edit": line.edit, "facts": facts, **measured, "snapshot": line.edit in snapshots}
@@ -43,11 +46,12 @@ def _row(edit: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def rollback(adapter: Path, to: int) -> int:
-    """Bring the adapter in a folder back to what it was after edit `to`; the exit code."""
-    _journal(adapter).roll_back(to)
-    print(f"{adapter} is as it was after edit {to}." if to else f"{adapter} is as it was before its first edit.")
-    return 0
+def rollback(options: RollbackCommand) -> int:
+    """Bring the adapter in a folder back to what it was after one of its edits; return the exit code."""
+    _journal(options.adapter).roll_back(options.to)
+    state = f"after edit {options.to}" if options.to else "before its first edit"
+    print(f"{options.adapter} is as it was {state}.")
+    return DONE
 
 
 def _journal(adapter: Path) -> Journal:

@@ -1,0 +1,121 @@
+"""Fit a config to a model: which modules are edited, and whether all of them can be. The model is not touched yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from peft_baft.adapter.blocks import block_names, configured_width, missing_targets
+from peft_baft.adapter.coexistence import own_modules, require_free
+from peft_baft.adapter.config import BaftConfig
+from peft_baft.adapter.layer import CHILD, BaftLayer
+from peft_baft.adapter.parameters import GATE_NORMS
+from peft_baft.adapter.supported import require_decoder, require_editable
+
+
+def prepare_config(model: nn.Module, config: BaftConfig, earlier: Iterable[PeftConfig]) -> BaftConfig:
+    """Spell out in a config which modules are edited, so that the saved config depends on no default.
+
+    Args:
+        earlier: the configs of the adapters that `model` carries already.
+
+    Raises:
+        TypeError, ValueError: the config does not fit the model, or the model cannot be edited.
+    """
+    require_decoder(model)
+    if config.target_modules is None:
+        config.target_modules = block_names(model, config.layers_to_transform, config.layers_pattern)
+    absent = missing_targets(model, config)
+    if absent:
+        raise ValueError(
+            f"{type(model).__name__} has no {', '.join(absent)}: the adapter was made for another model "
+            f"({config.base_model_name_or_path or 'of unknown name'}), or target_modules is misspelt."
+        )
+    widths = _target_widths(model, config)
+    require_free(model, widths, config, own_modules(model, earlier))
+    require_editable(model, list(widths))
+    _fit_width(config, widths, model)
+    _require_saved_shapes(config.saved_shapes, widths, model)
+    chosen_by_expression = isinstance(config.target_modules, str) or config.exclude_modules
+    if widths and chosen_by_expression:
+        config.target_modules, config.exclude_modules = list(widths), None
+    return config
+
+
+def is_target(config: BaftConfig, name: str) -> bool:
+    """Whether a config names this module, by PEFT's matching of names; parts of BaFT adapters are none.
+
+    PEFT's `layers_to_transform` is left out of the matching: there it picks modules inside blocks, and never a block.
+    """
+    if f".{CHILD}." in f".{name}.":
+        return False
+    indices, config.layers_to_transform = config.layers_to_transform, None
+    pattern, config.layers_pattern = config.layers_pattern, None
+    try:
+        return bool(BaseTuner._check_target_module_exists(config, name))
+    finally:
+        config.layers_to_transform, config.layers_pattern = indices, pattern
+
+
+def require_adapter_name(name: str, block_name: str) -> None:
+    """Raise a ValueError if an adapter's name also names a part of the model or of an adapter.
+
+    PEFT tells adapters apart by searching for their names in the names of parameters, and loses tensors where one matches.
+    """
+    taken = {*block_name.split("."), CHILD, *BaftLayer.adapter_layer_names, *BaftLayer.other_param_names}
+    taken |= {"base_model", "model", "weight", "bias"}
+    taken |= {vector for gate_norm in GATE_NORMS.values() for vector in gate_norm.learned_vectors}
+    if name in taken:
+        raise ValueError(
+            f"The adapter name {name!r} also names a part of the model, which PEFT mixes up; choose another."
+        )
+
+
+def _target_widths(model: nn.Module, config: BaftConfig) -> dict[str, int]:
+    """Return the width of the output of each module that the config targets, by name."""
+    names = [name for name, _ in model.named_modules() if name and is_target(config, name)]
+    return {name: configured_width(model, model.get_submodule(name)) for name in names}
+
+
+def _fit_width(config: BaftConfig, widths: Mapping[str, int], model: nn.Module) -> None:
+    """Raise a ValueError unless every target can be edited; write their common width into the config."""
+    for name, width in widths.items():
+        if config.hidden_size not in (None, width):
+            raise ValueError(
+                f"This adapter edits hidden vectors of width {config.hidden_size}, but {name} of {type(model).__name__} "
+                f"gives width {width}. Load it on the model that it was made for "
+                f"({config.base_model_name_or_path or 'its name was not recorded'})."
+            )
+        if config.r > width:
+            raise ValueError(
+                f"r={config.r} is more than the {width} dimensions of the output of {name}; choose r <= {width}."
+            )
+    if len(set(widths.values())) == 1:
+        config.hidden_size = next(iter(widths.values()))
+
+
+def _require_saved_shapes(shapes: Mapping[str, tuple[int, ...]], widths: Mapping[str, int], model: nn.Module) -> None:
+    """Raise a ValueError unless a model can take tensors of these names and shapes.
+
+    This is checked before the model is touched: PEFT would first attach the adapter.
+    """
+    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    # A module that an earlier adapter saves is wrapped by PEFT, and the model's own tensors then lie one name deeper.
+    of_model = {name.replace(".original_module.", "."): tuple(tensor.shape) for name, tensor in tensors}
+    for name, shape in shapes.items():
+        block, _, part = name.rpartition(f".{CHILD}.baft_")
+        if block:
+            # The basis stands for its block: tensors of one adapter whose shapes disagree were refused with the file.
+            is_basis = part == "basis.weight"
+            fits = not is_basis or shape[1] == widths.get(block)
+        else:  # the tensor of a module in `modules_to_save`
+            fits = of_model.get(name) == shape
+        if not fits:
+            raise ValueError(
+                f"The adapter's file holds {name} of shape {shape}, which does not fit {type(model).__name__}. Load it on the "
+                "model that it was made for; if it was, the file is damaged."
+            )

@@ -1,5 +1,0 @@
-import sys
-
-from peft_baft_cli import main
-
-sys.exit(main())

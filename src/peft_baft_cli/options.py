@@ -1,0 +1,284 @@
+"""Each command with its options, as a frozen dataclass.
+
+Typer reads the options of a command from the signature of a callable. Here that is the class itself, so that typer's result
+is an instance of it. Its `run` imports the work of the command, and torch with it, once the command line is known to be good.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Protocol
+
+from typer import Argument
+
+from peft_baft_cli.values import (
+    LARGEST_SEED,
+    choice,
+    flag,
+    number_above_zero,
+    share,
+    text,
+    whole_number,
+)
+
+MODEL, TRAINING, JOURNAL = "The model", "Training", "Journal and checks"  # headings in help
+
+# A test compares these with the package, whose import takes seconds. Names of its tables stand there alone: `baft list`.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SCHEDULES = ("single", "continual", "batched")
+TEMPLATES = ("raw", "chat")
+WHEN = ("after_all", "immediate")
+SPLITS = ("blocks", "facts")
+
+MODEL_NAME = "Hub id, local folder, GGUF file, or smollm2"
+TORCHRUN = "start them with torchrun --nproc_per_node N -m peft_baft_cli ..."
+
+AdapterRevision = Annotated[str | None, text("REV", "branch, tag or commit of an adapter on the Hub")]
+Json = Annotated[bool, flag("--json", "write one JSON object to standard output, nothing else")]
+Processes = Annotated[int | None, whole_number(f"fail unless N processes run; {TORCHRUN}")]
+
+
+class Command(Protocol):
+    """What the command line becomes: the options of one command, and its work."""
+
+    def run(self) -> int:
+        """Do what the command is for; return its exit code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which base model, and how it is loaded."""
+
+    model: Annotated[
+        str | None,
+        text("NAME", f"{MODEL_NAME}; by default the one that the adapter was made for", MODEL),
+    ] = None
+    revision: Annotated[str | None, text("REV", "branch, tag or commit of a model on the Hub", MODEL)] = None
+    dtype: Annotated[str, choice(DTYPES, "type of the model's weights", MODEL)] = "auto"
+    device: Annotated[
+        str | None,
+        text(
+            "DEVICE",
+            "such as cpu or cuda:1, or auto for all; by default cuda where there is one",
+            MODEL,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How an edit is trained; None leaves a setting to the preset."""
+
+    preset: Annotated[str, text("NAME", "settings that `baft list` shows", TRAINING)] = "default"
+    r: Annotated[int | None, whole_number("rank of a new adapter", panel=TRAINING)] = None
+    lr: Annotated[float | None, number_above_zero("LR", "learning rate", TRAINING)] = None
+    max_steps: Annotated[int | None, whole_number("at most so many steps an edit", panel=TRAINING)] = None
+    unrelated: Annotated[
+        str | None,
+        text("FILE", "text to leave alone while training: a file, `general` or `none`", TRAINING),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditCommand(TrainingOptions, ModelOptions):
+    """Teach the facts of a file to a model and save the adapter."""
+
+    edits: Annotated[
+        Path,
+        text(
+            "FILE",
+            "facts: .jsonl, .json or .csv with prompt, target and optionally rephrase, unrelated",
+        ),
+    ]
+    output: Annotated[Path, text("FOLDER", "folder for the adapter")]
+    model: Annotated[str, text("NAME", MODEL_NAME, MODEL)] = field()  # required, unlike elsewhere
+    adapter: Annotated[str | None, text("ADAPTER", "an adapter to continue: folder or Hub id")] = None
+    adapter_revision: AdapterRevision = None
+    batch_size: Annotated[int, whole_number("facts learned at once; 1 is one after another")] = 1
+    seed: Annotated[int, whole_number("of a new adapter's first weights", least=0, most=LARGEST_SEED)] = 0
+    overwrite: Annotated[bool, flag("--overwrite", "replace an adapter in the output folder")] = False
+    strict: Annotated[bool, flag("--strict", "exit with 3 unless every fact is known at the end")] = False
+    json: Json = False
+    processes: Processes = None
+    resume: Annotated[bool, flag("--resume", "go on with the output folder's interrupted run", JOURNAL)] = False
+    snapshot_every: Annotated[int, whole_number("keep the adapter after every K edits", metavar="K", panel=JOURNAL)] = 1
+    min_agreement: Annotated[
+        float | None,
+        share("A", "an edit does harm if canaries agree less than this, 0 to 1", JOURNAL),
+    ] = None
+    canaries: Annotated[
+        Path | None,
+        text("FILE", "questions whose answers should stay; by default the package's own", JOURNAL),
+    ] = None
+    keep_only_good: Annotated[
+        bool,
+        flag("--keep-only-good", "take edits back that were not learned or did harm", JOURNAL),
+    ] = False
+
+    def run(self) -> int:
+        from peft_baft_cli.work.edit import edit
+
+        return edit(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskCommand(ModelOptions):
+    """Answer prompts without and with the edits, side by side."""
+
+    prompts: Annotated[list[str], Argument(metavar="PROMPT")]
+    adapter: Annotated[str, text("ADAPTER", "the adapter: folder or Hub id")]
+    adapter_revision: AdapterRevision = None
+    max_new_tokens: Annotated[int, whole_number("length of an answer")] = 16
+    json: Json = False
+
+    def run(self) -> int:
+        from peft_baft_cli.work.ask import ask
+
+        return ask(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogCommand:
+    """List the edits of an adapter."""
+
+    adapter: Annotated[Path, Argument(metavar="ADAPTER", help="folder of the adapter")]
+    json: Json = False
+
+    def run(self) -> int:
+        from peft_baft_cli.work.journal import log
+
+        return log(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollbackCommand:
+    """Bring an adapter back to what it was after one of its edits; 0 is before the first."""
+
+    adapter: Annotated[Path, Argument(metavar="ADAPTER", help="folder of the adapter")]
+    to: Annotated[int, whole_number("number of the last edit to keep", least=0)]
+
+    def run(self) -> int:
+        from peft_baft_cli.work.journal import rollback
+
+        return rollback(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchCommand(TrainingOptions, ModelOptions):
+    """Measure editing methods, or an adapter, on a benchmark or on your own facts."""
+
+    benchmark: Annotated[str, Argument(metavar="BENCHMARK", help="what is asked; `baft list` shows the names")]
+    data: Annotated[
+        str | None,
+        text("FILE", "the benchmark's file, or a file name of the Hub data set zjunlp/KnowEdit"),
+    ] = None
+    method: Annotated[str, text("NAMES", "names of `baft list`, with commas; settings as in baft:lr=0.001;r=4")] = (
+        "baft"
+    )
+    adapter: Annotated[
+        str | None,
+        text(
+            "ADAPTER",
+            "judge this adapter, of any PEFT type (folder or Hub id), instead of editing",
+        ),
+    ] = None
+    adapter_revision: AdapterRevision = None
+    schedule: Annotated[str, choice(SCHEDULES, "how edits follow each other")] = "single"
+    edits: Annotated[str | None, text("T", "edits (or batches) of one adapter; several with commas")] = None
+    batch_size: Annotated[int, whole_number("facts of a batch, with --schedule batched")] = 1
+    when: Annotated[str, choice(WHEN, "ask after all T edits, or right after each")] = "after_all"
+    rows: Annotated[str | None, text("A:B", "rows of the data from 0, B excluded; by default all")] = None
+    seeds: Annotated[int, whole_number("repeat with so many seeds")] = 1
+    template: Annotated[str, choice(TEMPLATES, "raw text or the chat template")] = "raw"
+    also: Annotated[str, text("NAMES", "further metrics of `baft list`, with commas")] = ""
+    split: Annotated[str, choice(SPLITS, "what processes share: blocks, or the facts of each batch")] = "blocks"
+    processes: Processes = None
+    output: Annotated[
+        Path | None,
+        text(
+            "FILE",
+            "result lines are added here; runs that are there are not repeated. By default runs/BENCHMARK.jsonl",
+        ),
+    ] = None
+
+    def run(self) -> int:
+        from peft_baft_cli.work.bench import bench
+
+        return bench(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListCommand:
+    """Show the benchmarks, methods, metrics and presets that other commands take by name."""
+
+    def run(self) -> int:
+        from peft_baft_cli.work.names import print_names
+
+        return print_names()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotCommand:
+    """Turn result lines into tables (markdown, csv) and figures."""
+
+    results: Annotated[list[Path], Argument(metavar="RESULTS", help="files of result lines, from `baft bench`")]
+    output: Annotated[Path, text("FOLDER", "folder for tables and figures")] = Path("figures")
+    no_figures: Annotated[bool, flag("--no-figures", "tables alone, which need no matplotlib")] = False
+
+    def run(self) -> int:
+        from peft_baft_cli.work.plot import plot
+
+        return plot(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectCommand(ModelOptions):
+    """Draw what an adapter does to a prompt: gates and updates by token and block, and the changed next tokens."""
+
+    prompt: Annotated[str, Argument(metavar="PROMPT")]
+    adapter: Annotated[str, text("ADAPTER", "a BaFT adapter: folder or Hub id")]
+    adapter_revision: AdapterRevision = None
+    max_new_tokens: Annotated[int, whole_number("length of the answer")] = 12
+    output: Annotated[
+        Path | None,
+        text("FILE", "the HTML page; the PNG goes beside it. By default inspect/PROMPT.html"),
+    ] = None
+
+    def run(self) -> int:
+        from peft_baft_cli.work.inspect import inspect
+
+        return inspect(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckCommand(ModelOptions):
+    """Prove on a model that edits are trained, kept and applied at the right tokens; takes about a minute."""
+
+    adapter: Annotated[
+        str | None,
+        text(
+            "ADAPTER",
+            "a BaFT adapter to check with: folder or Hub id; by default a random one",
+        ),
+    ] = None
+    adapter_revision: AdapterRevision = None
+    json: Json = False
+
+    def run(self) -> int:
+        from peft_baft_cli.work.check import check
+
+        return check(self)
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "edit": EditCommand,
+    "ask": AskCommand,
+    "log": LogCommand,
+    "rollback": RollbackCommand,
+    "bench": BenchCommand,
+    "list": ListCommand,
+    "plot": PlotCommand,
+    "inspect": InspectCommand,
+    "check": CheckCommand,
+}

@@ -1,0 +1,104 @@
+"""Reads the command line with typer, and words its complaints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from peft_baft_cli.errors import EXIT_CODES
+from peft_baft_cli.options import COMMANDS, Command
+from peft_baft_cli.screen import for_people, shown
+from peft_baft_cli.values import flag
+from peft_baft_cli.version import installed_versions
+
+WIDEST = 120  # columns of help
+
+
+def parse(words: Sequence[str]) -> Command | int:
+    """Return the command that the words after `baft` mean; an exit code where typer has done what they ask for.
+
+    That is `--help`, `--version`, and what belongs to the completion of a shell.
+
+    Raises:
+        typer.TyperException: The words cannot be understood.
+    """
+    command = typer.main.get_command(_grammar(words))
+    return command.main(list(words), prog_name="baft", standalone_mode=False)
+
+
+def complaint(error: typer.TyperException, words: Sequence[str]) -> str:
+    """Return what is wrong with the command line, in one line that names the command; all of the help without words."""
+    if not words:
+        return error.message
+    command = f"baft {words[0]}" if words[0] in COMMANDS else "baft"
+    if isinstance(error, typer.BadParameter) and error.param is not None:
+        name = error.param.opts[0] if error.param.param_type_name == "option" else error.param.metavar
+        text = f"argument {name}: {error.message}" if error.message else f"argument {name} is missing"
+    else:
+        text = error.message.replace("No such option:", "unknown:")
+        if similar := getattr(error, "possibilities", None):
+            text += f". Did you mean {' or '.join(similar)}?"
+    text = text if text.endswith((".", "?")) else f"{text}."
+    return f"{command}: {shown(text)} See {command} --help."
+
+
+def _grammar(words: Sequence[str]) -> typer.Typer:
+    """Return what the words are read by, with help that rich draws in colours and panels on a terminal."""
+    app = typer.Typer(
+        cls=_PlainGroup,
+        rich_markup_mode="rich" if words and for_people() else None,
+        no_args_is_help=True,
+        epilog="\n\n".join(["Exit codes:", *(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())]),
+        context_settings={"max_content_width": WIDEST},
+    )
+    app.callback()(_baft)
+    for name, command in COMMANDS.items():
+        app.command(name, cls=_PlainCommand, short_help=command.__doc__)(command)
+    return app
+
+
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        print(installed_versions())
+        raise typer.Exit()
+
+
+def _baft(
+    version: Annotated[
+        bool,
+        flag(
+            "--version",
+            help="show the versions that matter, and end",
+            is_eager=True,
+            callback=_show_versions,
+        ),
+    ] = False,
+) -> None:
+    """Change what a language model knows, and keep the change as a PEFT adapter."""
+
+
+class _PlainCommand(TyperCommand):
+    """A command whose plain help has options under the headings that rich draws as panels."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            heading = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(parameter, "rich_help_panel", None) or heading, []).append(record)
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+
+class _PlainGroup(TyperGroup):
+    """The command `baft`, whose plain help ends in a table of exit codes."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), meaning) for code, meaning in EXIT_CODES.items()])
