@@ -47,9 +47,11 @@ FILES: dict[str, list[str]] = {
     "span.py": ["test_prompt_lengths.py", "test_span.py", "adapter/test_positions.py"],
     "adapter/context.py": ["adapter/test_positions.py", "adapter/test_adapter.py", "adapter/test_model_call.py"],
     "adapter/layer.py": ["adapter/test_adapter.py", "adapter/test_blocks.py", "adapter/test_balance.py"],
-    "adapter/parameters.py": ["adapter/test_adapter.py", "adapter/test_saving.py"],
-    "adapter/weights.py": ["adapter/test_saving.py", "adapter/test_corruption.py"],
+    "adapter/parameters.py": ["adapter/test_gate_kinds.py", "adapter/test_adapter.py", "test_intervention.py"],
+    "adapter/weights.py": ["adapter/test_saved_format.py", "adapter/test_saving.py", "adapter/test_corruption.py"],
     "adapter/blocks.py": ["adapter/test_blocks.py", "adapter/test_adapter.py"],
+    "adapter/state.py": ["editing/test_editing.py", "adapter/test_beside_lora.py"],
+    "editing/answers.py": ["editing/test_lanes.py", "editing/acceleration/test_prefix_cache.py"],
     "editing/train.py": ["editing/test_train.py", "editing/test_editing.py"],
     "editing/lanes.py": ["editing/test_lanes.py", "editing/test_editing.py"],
     "editing/objective.py": ["test_losses.py", "editing/test_presets.py", "editing/test_editing.py"],
@@ -335,6 +337,8 @@ def report(mutants: dict[str, list[Mutant]], sample: int, seed: int) -> str:
     """Return docs/mutants.md."""
     explanations = read_explanations()
     command = f"make mutants SAMPLE={sample} SEED={seed}" if sample else "make mutants SAMPLE=0"
+    if len(mutants) < len(FILES):
+        command = f"scripts/mutants.py --sample {sample} --seed {seed} --files {' '.join(mutants)}"
     extent = f"About {sample} of them are drawn at random (seed {seed})" if sample else "All of them are tried"
     everything = [mutant for of_file in mutants.values() for mutant in of_file]
     survivors = [mutant for mutant in everything if not mutant.noticed]

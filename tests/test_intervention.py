@@ -145,6 +145,11 @@ def test_a_normalised_vector_has_direction_but_no_size() -> None:
     torch.testing.assert_close(rms_normalise(100 * h), rms_normalise(h), atol=1e-5, rtol=0)
 
 
+def test_a_vector_of_zeros_stays_zero_and_eps_adds_to_the_mean_square() -> None:
+    assert rms_normalise(torch.zeros(2, D)).equal(torch.zeros(2, D))
+    assert rms_normalise(torch.full((4,), 2.0), eps=5.0).tolist() == pytest.approx([2 / 3] * 4)  # 2 / √(4 + 5)
+
+
 # --- Φ ----------------------------------------------------------------------------------------------------------------
 
 
