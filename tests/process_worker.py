@@ -166,11 +166,15 @@ SCHEDULES = {
 }
 
 
+# What all lines of a command share; nothing of it matters here.
+COMMON: dict[str, Any] = {"benchmark": "toy", "model": {}, "data": {}, "protocol": {}, "versions": {}}
+
+
 def line(rows: Runner, schedule: Schedule | None, output: Path) -> Found:
     """What the line of one run says but for the seconds; it is kept in a file."""
-    run = plan.plan_runs({}, [METHOD if schedule else None], [schedule or Schedule()], [0])[0]
+    run = plan.plan_runs(COMMON, [METHOD if schedule else None], [schedule or Schedule()], [0])[0]
     found = plan.perform(rows, run, ("reliability",), output, "")
-    parts = {"cases": found["cases"], "blocks": found.get("blocks", []), "scores": [found["scores"]]}
+    parts = {"cases": found.cases, "blocks": found.blocks or [], "scores": [found.scores]}
     return {name: [one | {"seconds": 0, "edit_seconds": 0} for one in part] for name, part in parts.items()}
 
 

@@ -155,7 +155,7 @@ def test_the_command_says_how_many_run_and_fails_with_fewer(folder: Path, of_two
     assert printed.count("2 processes: the facts of each batch, and questions split over them") == 2
     assert printed.count("1 result lines in") == 1
     (line,) = read_results([folder / "c.jsonl"])
-    assert line["scores"]["reliability"] == 1 and len(line["cases"]) == 3
+    assert line.scores["reliability"] == 1 and len(line.cases) == 3
     monkeypatch.setattr("peft_baft_cli.work.common.load_model", lambda *_, **__: 1 / 0)
     begin = ["bench", "facts", "--model", "m", "--data", str(folder / "facts.jsonl")]
     assert cli.main([*begin, "--processes", "2"]) == 2

@@ -14,13 +14,14 @@ import pytest
 
 import peft_baft.benchmark.report.tables
 from peft_baft.benchmark.report.comparable import comparable, score
-from peft_baft.benchmark.report.tables import Table, read_lines, tables
+from peft_baft.benchmark.report.tables import Table, tables
+from peft_baft.benchmark.results import ResultLine, read_results
 
 BAFT = {"config": {"r": 12}, "objective": {"alpha": 0.05}, "descent": {"lr": 2e-3}, "batch_descent": {"lr": 1e-4}}
 FIXED = {"none": {}, "adapter": {"adapter": "runs/mine", "peft_type": "LORA", "sha256": "ab"}}
 
 
-def line(method: str = "baft", edits: int = 1, seed: int = 0, rel: float | None = None, **other: Any) -> dict[str, Any]:
+def line(method: str = "baft", edits: int = 1, seed: int = 0, rel: float | None = None, **other: Any) -> ResultLine:
     """A result line as `baft bench` writes it; `rel` gives all of ZsRE's scores."""
     fixed, batch_size = method in FIXED, other.pop("batch_size", 1)
     name = "none" if fixed else "batched" if batch_size > 1 else "continual" if edits > 1 else "single"
@@ -28,7 +29,7 @@ def line(method: str = "baft", edits: int = 1, seed: int = 0, rel: float | None 
     zsre = (
         {} if rel is None else {"reliability": rel, "generality": rel / 2, "locality": 0.75, "average": rel / 2 + 0.25}
     )
-    return {
+    values = {
         "format": 1,
         "benchmark": "zsre",
         "method": method,
@@ -39,15 +40,19 @@ def line(method: str = "baft", edits: int = 1, seed: int = 0, rel: float | None 
         "model": {"name": "tiny", "dtype": "float32", "fingerprint": "f00", "tokenizer": "70c"},
         "data": {"file": "zsre_edit.json", "sha256": "5a", "rows": [0, 20]},
         "unrelated": {"file": "general"},
+        "versions": {},
+        "command": "baft bench",
         "scores": zsre,
-    } | other
+        "cases": [],
+    }
+    return ResultLine.from_json(values | other)
 
 
 def rows(table: Table) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
 
 
-def figure(lines: list[dict[str, Any]], name: str) -> Any:
+def figure(lines: list[ResultLine], name: str) -> Any:
     matplotlib = pytest.importorskip("matplotlib")
     from peft_baft.benchmark.report.plot_style import STYLE
     from peft_baft.benchmark.report.plots import figures
@@ -129,7 +134,7 @@ def test_what_may_not_be_compared_stands_apart(other: dict[str, Any]) -> None:
 
 
 def test_a_smaller_T_on_fewer_of_the_first_rows_stands_beside_the_larger_one() -> None:
-    def of_rows(edits: int, *span: int) -> dict[str, Any]:
+    def of_rows(edits: int, *span: int) -> ResultLine:
         data = {"file": "zsre_edit.json", "sha256": "5a", "rows": list(span)}
         return line(rel=edits / 10, edits=edits, data=data)
 
@@ -235,8 +240,8 @@ def test_csv_holds_every_cell() -> None:
 
 def test_tables_of_files(tmp_path: Path) -> None:
     for name, rel in (("a.jsonl", 0.2), ("b.jsonl", 0.4)):
-        (tmp_path / name).write_text(json.dumps(line(name[0], rel=rel)) + "\n")
-    (table,) = tables(read_lines([tmp_path / "a.jsonl", tmp_path / "b.jsonl"]))
+        (tmp_path / name).write_text(json.dumps(line(name[0], rel=rel).to_json()) + "\n")
+    (table,) = tables(read_results([tmp_path / "a.jsonl", tmp_path / "b.jsonl"]))
     assert list(rows(table)) == ["a", "b"]
 
 

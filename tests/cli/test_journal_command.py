@@ -210,7 +210,7 @@ def test_adapters_and_models_on_the_hub_are_taken_in_the_revision_that_was_asked
     bench = ["bench", "facts", "--data", str(folder / "facts.jsonl"), "--model", "someone/toy", "--revision", "v1"]
     assert cli.main([*bench, *continued, "--output", str(hub / "r.jsonl")]) == 0
     (line,) = read_results([hub / "r.jsonl"])
-    assert line["model"]["revision"] == "v1" and line["scores"]["reliability"] == 1
+    assert line.model["revision"] == "v1" and line.scores["reliability"] == 1
     assert cli.main(["inspect", prompt, *continued, "--output", str(hub / "page.html")]) == 0
     assert new in (hub / "page.html").read_text()
 

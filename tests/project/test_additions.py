@@ -80,11 +80,11 @@ def test_a_user_adds_a_benchmark_with_one_entry_and_runs_it(
     TASKS["mine"] = Task(read_knowedit, ("reliability", "portability", "locality"), "my own")
     assert main(command) == 0
     unedited, edited = read_results([output])
-    assert edited["benchmark"] == "mine" and edited["unrelated"] == {"file": "none"}
-    assert unedited["scores"]["reliability"] == 0 < edited["scores"]["reliability"]
-    parts = [edited["scores"][kind] for kind in ("reliability", "portability", "locality")]
-    assert edited["scores"]["average"] == pytest.approx(sum(parts) / 3)
-    assert {probe["topic"] for probe in edited["cases"][0]["probes"]} == {"", "Two words", "Food"}
+    assert edited.benchmark == "mine" and edited.unrelated == {"file": "none"}
+    assert unedited.scores["reliability"] == 0 < edited.scores["reliability"]
+    parts = [edited.scores[kind] for kind in ("reliability", "portability", "locality")]
+    assert edited.scores["average"] == pytest.approx(sum(parts) / 3)
+    assert {probe["topic"] for probe in edited.cases[0]["probes"]} == {"", "Two words", "Food"}
     assert "**mine, " in capsys.readouterr().out
 
 
@@ -97,8 +97,8 @@ def test_the_documented_benchmark_runs_as_it_stands(
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S))
     exec(compile(code, str(PAGE), "exec"), {})
     unedited, edited = read_results([tmp_path / "runs" / "two_hops.jsonl"])
-    assert edited["scores"]["reliability"] > unedited["scores"]["reliability"]
-    assert {"portability_by_topic", "locality_by_topic", "average"} <= edited["scores"].keys()
+    assert edited.scores["reliability"] > unedited.scores["reliability"]
+    assert {"portability_by_topic", "locality_by_topic", "average"} <= edited.scores.keys()
     assert "**two_hops, smollm2" in capsys.readouterr().out
 
 

@@ -15,7 +15,7 @@ from peft_baft.benchmark import plan
 from peft_baft.benchmark.methods import methods
 from peft_baft.benchmark.metrics import METRICS
 from peft_baft.benchmark.report.tables import tables
-from peft_baft.benchmark.results import described_file, described_model, in_order, versions
+from peft_baft.benchmark.results import ResultLine, described_file, described_model, in_order, versions
 from peft_baft.benchmark.runner import Runner
 from peft_baft.benchmark.schedule import Schedule
 from peft_baft.benchmark.tasks import locate, read_benchmark, task_of
@@ -71,7 +71,7 @@ def _also(options: BenchCommand) -> list[str]:
     return [name for name in options.also.split(",") if name]
 
 
-def _show(lines: list[dict[str, Any]], output: Path) -> None:
+def _show(lines: list[ResultLine], output: Path) -> None:
     for table in tables(lines):
         print(f"\n{table.markdown()}")
     print(f"\n{len(lines)} result lines in {output}. Figures: baft plot {output}")
@@ -79,7 +79,7 @@ def _show(lines: list[dict[str, Any]], output: Path) -> None:
 
 def _editing(
     options: BenchCommand, subject: Subject, file: Path, output: Path, processes: Processes
-) -> list[dict[str, Any]]:
+) -> list[ResultLine]:
     """Return the lines of methods that edit, or of an adapter that was edited before, on the facts of a file."""
     task = task_of(options.benchmark)
     cases = task.prepared(read_benchmark(options.benchmark, file))
@@ -115,7 +115,7 @@ def _editing(
 
 def _asking(
     options: BenchCommand, subject: Subject, file: Path, output: Path, processes: Processes
-) -> list[dict[str, Any]]:
+) -> list[ResultLine]:
     """Return the line of the unedited model, or of an adapter, on a benchmark that edits nothing."""
     ask = task_of(options.benchmark).ask
     assert ask is not None, "the benchmark asks a model as it is"
@@ -137,7 +137,7 @@ def _asking(
         lines.append(plan.result_line(run.head, cases, (), _command_line()))
         with processes.together():
             if processes.first:
-                append_line(output, lines[-1])
+                append_line(output, lines[-1].to_json())
     return lines
 
 

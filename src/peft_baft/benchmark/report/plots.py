@@ -61,7 +61,7 @@ def figures(lines: Iterable[Line]) -> Iterator[tuple[str, Figure]]:
     groups = comparable(lines)
     looks = _looks(groups)
     for group in groups:
-        name = f"{group.sample['benchmark']}-{group.schedule}"
+        name = f"{group.sample.benchmark}-{group.schedule}"
         styles = {row: looks.get(row, UNEDITED) for row in group.rows}
         if group.measures & set(SCORES):
             yield f"{name}-scores", ladder(group, styles) if len(group.edits) > 1 else bars(group, styles)
@@ -69,10 +69,10 @@ def figures(lines: Iterable[Line]) -> Iterator[tuple[str, Figure]]:
             yield f"{name}-tradeoff", tradeoff(group, styles)
         for row, lines_of_row in group.rows.items():
             for line in lines_of_row:
-                if line.get("gates"):
-                    title = f"{group.title}\n{row}, T={line['schedule']['edits']}, seed {line['seed']}"
-                    yield f"{name}-gates", gates(line["gates"], title)
-    with_removals = [group for group in groups if any(line.get("kept") for line in group.lines)]
+                if line.gates:
+                    title = f"{group.title}\n{row}, T={line.schedule['edits']}, seed {line.seed}"
+                    yield f"{name}-gates", gates(line.gates, title)
+    with_removals = [group for group in groups if any(line.kept for line in group.lines)]
     for question in dict.fromkeys(map(_question, with_removals)):
         yield "redundancy", redundancy([group for group in with_removals if _question(group) == question])
 
@@ -82,7 +82,7 @@ def _looks(groups: Sequence[Group]) -> dict[str, Look]:
     edited_rows: list[str] = []
     for group in groups:
         for row, lines in group.rows.items():
-            if lines[0]["settings"] and row not in edited_rows:
+            if lines[0].settings and row not in edited_rows:
                 edited_rows.append(row)
     return {row: look(i) for i, row in enumerate(edited_rows)}
 
@@ -166,7 +166,7 @@ def redundancy(groups: Sequence[Group]) -> Figure:
     styles = {text: look(i) for i, text in enumerate(shown)}
     methods = dict.fromkeys(curve.distinguishing["method"] for curve in curves)
     seeds = _seeds(len(curve.seeds) for curve in shown.values())
-    figure = new_figure(", ".join((groups[0].sample["model"]["name"], *methods)) + seeds, 1.9)
+    figure = new_figure(", ".join((groups[0].sample.model["name"], *methods)) + seeds, 1.9)
     axes = figure.subplots()
     axes.set(xlabel="Dimensions taken away, the least used first", ylabel="Reliability", ylim=(0, 1.04))
     for text, curve in shown.items():
@@ -193,14 +193,14 @@ def _removal_curves(group: Group) -> Iterator[RemovalCurve]:
     for row, lines_of_row in group.rows.items():
         lines_at: dict[int, list[Line]] = {}
         for line in lines_of_row:
-            if line.get("kept"):
-                lines_at.setdefault(line["schedule"]["edits"], []).append(line)
+            if line.kept:
+                lines_at.setdefault(line.schedule["edits"], []).append(line)
         for edits, lines in sorted(lines_at.items()):
             first = lines[0]
-            distinguishing = {"method": row, "T": edits, **first["data"]}
-            distinguishing["unrelated"] = first.get("unrelated", {}).get("file")
-            distinguishing |= {key: first["schedule"][key] for key in ("batch_size", "when")}
-            yield RemovalCurve(first["benchmark"], distinguishing, [_kept(line["kept"]) for line in lines])
+            distinguishing = {"method": row, "T": edits, **first.data}
+            distinguishing["unrelated"] = (first.unrelated or {}).get("file")
+            distinguishing |= {key: first.schedule[key] for key in ("batch_size", "when")}
+            yield RemovalCurve(first.benchmark, distinguishing, [_kept(line.kept) for line in lines])
 
 
 def gates(values: dict[str, Any], title: str) -> Figure:
@@ -249,7 +249,7 @@ def _path(axes: Axes, points: Sequence[tuple[Summary, Summary, float]], style: L
 
 def _effects(group: Group) -> list[str]:
     """List the scores of an edit's effect: of those in the average, all but locality."""
-    task = TASKS.get(group.sample["benchmark"])
+    task = TASKS.get(group.sample.benchmark)
     averaged = REPHRASED if task is None else task.averaged  # a benchmark of the user's own may not be registered here
     return [name for name in averaged if name != "locality" and name in group.measures]
 
@@ -274,7 +274,7 @@ def _kept(values: dict[str, float] | list[float]) -> list[float]:
 
 def _question(group: Group) -> tuple[str, str]:
     """Identify how which model is asked: equal for data sets whose curves may stand beside each other."""
-    return asking_of(group.sample), group.sample["model"]["fingerprint"]
+    return asking_of(group.sample), group.sample.model["fingerprint"]
 
 
 def _measures(group: Group) -> list[str]:
@@ -282,7 +282,7 @@ def _measures(group: Group) -> list[str]:
 
 
 def _steps(group: Group) -> str:
-    batch_size = group.sample["schedule"]["batch_size"]
+    batch_size = group.sample.schedule["batch_size"]
     return "T edits" if batch_size == 1 else f"T batches of {batch_size}"
 
 

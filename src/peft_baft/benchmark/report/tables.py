@@ -10,10 +10,7 @@ from itertools import product
 from textwrap import fill
 
 from peft_baft.benchmark.report.comparable import Group, Line, Summary, comparable, score
-from peft_baft.benchmark.results import read_results as read_lines
 from peft_baft.benchmark.tasks import TASKS
-
-__all__ = ["Table", "read_lines", "tables"]
 
 FORCED = {"reliability": "Rel", "generality": "Gen", "portability": "Por", "locality": "Loc", "average": "Avg"}
 BY_TOPIC = {f"{kind}_by_topic": f"{short} by topic" for kind, short in FORCED.items()}
@@ -121,9 +118,9 @@ def _seeds(group: Group, label: str) -> str:
 
 def _note(group: Group, measures: Sequence[str]) -> str:
     """Write what all rows share, and how to read them."""
-    batch_size = group.sample["schedule"]["batch_size"]
+    batch_size = group.sample.schedule["batch_size"]
     sentences = [f"{_shared(group)}."]
-    sentences += _meanings(group.sample["benchmark"], set(measures))
+    sentences += _meanings(group.sample.benchmark, set(measures))
     if any(len(group.at(row, edits)) > 1 for row, edits in product(group.rows, group.edits)):
         sentences.append("a ±b: mean and sample standard deviation over seeds.")
     if batch_size > 1:
@@ -160,7 +157,7 @@ def _meanings(benchmark: str, measures: set[str]) -> list[str]:
 def _shared(group: Group) -> str:
     """Write which model, data and way of asking all rows have in common."""
     line = group.sample
-    model, data, schedule = line["model"], line["data"], line["schedule"]
+    model, data, schedule = line.model, line.data, line.schedule
     ranges = {edits: "{}:{}".format(*group.rows_at(edits)) for edits in group.edits}
     rows = ranges[schedule["edits"]]
     if len(set(ranges.values())) > 1:
@@ -168,10 +165,10 @@ def _shared(group: Group) -> str:
     parts = [
         f"Model {model['name']} ({model['dtype']}, {model['fingerprint']})",
         f"{data['file']} ({data['sha256']}) rows {rows}",
-        f"template {line['protocol']['template']}",
+        f"template {line.protocol['template']}",
     ]
     if schedule["edits"]:
-        parts += [f"unrelated text {line.get('unrelated', {}).get('file', 'none')}", ASKED[schedule["when"]]]
+        parts += [f"unrelated text {(line.unrelated or {}).get('file', 'none')}", ASKED[schedule["when"]]]
     return "; ".join(parts)
 
 
@@ -180,7 +177,7 @@ def _left_out(group: Group) -> str:
     parts = []
     for edits in filter(None, group.edits):
         first, last = group.rows_at(edits)
-        unfinished = (last - first) % (edits * group.sample["schedule"]["batch_size"])
+        unfinished = (last - first) % (edits * group.sample.schedule["batch_size"])
         if unfinished:
             parts.append(f"{last - first - unfinished} of {last - first} rows at T={edits}")
     return ", ".join(parts)
