@@ -14,7 +14,7 @@ from peft_baft_cli.screen import for_people, shown
 from peft_baft_cli.values import flag
 from peft_baft_cli.version import installed_versions
 
-WIDEST = 120  # columns of help
+CONTEXT = {"max_content_width": 120, "help_option_names": ["-h", "--help"]}
 
 
 def parse(words: Sequence[str]) -> Command | int:
@@ -25,8 +25,12 @@ def parse(words: Sequence[str]) -> Command | int:
     Raises:
         typer.TyperException: The words cannot be understood.
     """
-    command = typer.main.get_command(_grammar(words))
-    return command.main(list(words), prog_name="baft", standalone_mode=False)
+    baft: Any = typer.main.get_command(_grammar(words))
+    if not words or words[0] not in COMMANDS:
+        return baft.main(list(words), prog_name="baft", standalone_mode=False)
+    # The way to a command through `baft` would process the options of `baft`, for which typer imports pydantic.
+    command, name = baft.commands[words[0]], f"baft {words[0]}"
+    return command.main(list(words[1:]), prog_name=name, standalone_mode=False)
 
 
 def complaint(error: typer.TyperException, words: Sequence[str]) -> str:
@@ -52,11 +56,11 @@ def _grammar(words: Sequence[str]) -> typer.Typer:
         rich_markup_mode="rich" if words and for_people() else None,
         no_args_is_help=True,
         epilog="\n\n".join(["Exit codes:", *(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())]),
-        context_settings={"max_content_width": WIDEST},
+        context_settings=CONTEXT,
     )
     app.callback()(_baft)
     for name, command in COMMANDS.items():
-        app.command(name, cls=_PlainCommand, short_help=command.__doc__)(command)
+        app.command(name, cls=_PlainCommand, short_help=command.__doc__, context_settings=CONTEXT)(command)
     return app
 
 

@@ -144,6 +144,22 @@ def test_every_name_of_the_tables_is_listed(capsys) -> None:
     assert [name for name in listed if name in names] == list(names)
 
 
+def test_help_has_a_short_name_and_options_are_known_by_whole_names_alone(capsys) -> None:
+    for words in (["-h"], ["edit", "-h"]):
+        assert cli.main(words) == 0
+        short = capsys.readouterr().out
+        assert cli.main([*words[:-1], "--help"]) == 0 and capsys.readouterr().out == short
+    assert cli.main([]) == 2
+    printed = capsys.readouterr()
+    assert "Commands:" in printed.err and not printed.out
+    assert cli.main(["edit", "--outpu", "x"]) == 2
+    assert capsys.readouterr().err.startswith("baft edit: unknown: --outpu. Did you mean --output?")
+    assert cli.main(["edit", "--edits", "x", "--output", "y"]) == 2
+    assert capsys.readouterr().err == "baft edit: argument --model is missing. See baft edit --help.\n"
+    assert cli.main(["edti"]) == 2
+    assert capsys.readouterr().err == "baft: No such command 'edti'. Did you mean 'edit'? See baft --help.\n"
+
+
 def test_the_version_names_every_package_that_moves_a_result(capsys) -> None:
     assert cli.main(["--version"]) == 0
     told = capsys.readouterr().out
@@ -286,7 +302,9 @@ def test_help_in_a_pipe_is_plain_text_with_every_option(command: str, monkeypatc
     abouts = {name: hint.__metadata__[0] for name, hint in hints.items()}
     wanted = [f"--{name.replace('_', '-')}" for name, about in abouts.items() if isinstance(about, OptionInfo)]
     wanted += [about.help for about in abouts.values() if about.help]
-    wanted += ["--version", "130 interrupted", *(c.__doc__ for c in options.COMMANDS.values())] if not command else []
+    wanted += (
+        ["--version", "130 interrupted", *(c.__doc__ or "" for c in options.COMMANDS.values())] if not command else []
+    )
     assert not [part for part in wanted if part not in " ".join(text.split())]
 
 

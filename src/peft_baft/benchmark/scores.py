@@ -1,4 +1,4 @@
-"""From single replies to the means of a table. Pure arithmetic on the values of a result line."""
+"""Average single replies to the scores of a table. Pure arithmetic on the values of a result line."""
 
 from __future__ import annotations
 
@@ -7,45 +7,46 @@ from statistics import mean
 from typing import Any
 
 FORCED = ("reliability", "generality", "portability", "locality")
-KNOWN = {"row", "block", "steps", "seconds", "learned"}  # of a case; other numbers are further measures, by their name
+KNOWN = {"row", "block", "steps", "seconds", "learned"}  # of a case; other numbers are further metrics, by their name
 Value = Callable[[dict[str, Any]], float]
 
 
 def scores(cases: Sequence[dict[str, Any]], averaged: Sequence[str]) -> dict[str, float]:
-    """Means over the cases of a result line; what nothing was asked about is absent.
+    """Average over the cases of a result line; what nothing was asked about is absent.
 
     `reliability`, `generality`, `portability`, `locality`: teacher-forced token match, by KnowEdit's first rule: the mean over
     the cases that have such probes, of the mean over their topics, of the mean over a topic's probes.
     `*_by_topic`: its second rule, the mean over topics, of the mean over the cases that have it.
     `*_exact`, `*_prefix`, `locality_text`: the free answers, by the first rule.
-    `average`: the mean of the measures `averaged` that are there. Further measures of the cases: by their names.
+    `average`: the mean of the scores `averaged` that are there. Further metrics of the cases: by their names.
     """
-    found: dict[str, float | None] = {}
+    means: dict[str, float | None] = {}
     for kind in FORCED:
         asked = [[probe for probe in case["probes"] if probe["kind"] == kind] for case in cases]
-        found[kind] = by_case(asked, lambda probe: probe["match"])
+        means[kind] = by_case(asked, lambda probe: probe["match"])
         if any(probe["topic"] for probes in asked for probe in probes):
-            found[f"{kind}_by_topic"] = by_topic(asked, lambda probe: probe["match"])
+            means[f"{kind}_by_topic"] = by_topic(asked, lambda probe: probe["match"])
         if kind == "locality":
-            found["locality_text"] = by_case(asked, lambda probe: probe["unchanged"])
+            means["locality_text"] = by_case(asked, lambda probe: probe["unchanged"])
         else:
-            found[f"{kind}_exact"] = by_case(asked, lambda probe: probe["exact"])
-            found[f"{kind}_prefix"] = by_case(asked, lambda probe: probe["prefix"])
-    found["average"] = _mean(found[kind] for kind in averaged if found[kind] is not None)
+            means[f"{kind}_exact"] = by_case(asked, lambda probe: probe["exact"])
+            means[f"{kind}_prefix"] = by_case(asked, lambda probe: probe["prefix"])
+    means["average"] = _mean(means[kind] for kind in averaged if means[kind] is not None)
     for name, key in (("steps", "steps"), ("edit_seconds", "seconds"), ("learned", "learned")):
-        found[name] = _mean(case[key] for case in cases if case.get(key) is not None)
-    for name in sorted({name for case in cases for name in case} - KNOWN):
-        found[name] = _mean(case[name] for case in cases if isinstance(case.get(name), int | float))
-    return {name: value for name, value in found.items() if value is not None}
+        means[name] = _mean(case[key] for case in cases if case.get(key) is not None)
+    names = {name for case in cases for name in case}
+    for name in sorted(names - KNOWN):
+        means[name] = _mean(case[name] for case in cases if isinstance(case.get(name), int | float))
+    return {name: value for name, value in means.items() if value is not None}
 
 
 def by_case(asked: Sequence[Sequence[dict[str, Any]]], value: Value) -> float | None:
-    """Mean over cases of the mean over topics of the mean over probes; cases without probes are passed over."""
+    """Average over cases the mean over topics of the mean over probes; cases without probes are passed over."""
     return _mean(_mean(_topics(probes, value).values()) for probes in asked if probes)
 
 
 def by_topic(asked: Sequence[Sequence[dict[str, Any]]], value: Value) -> float | None:
-    """Mean over topics of the mean over the cases that have it, of the mean over probes."""
+    """Average over topics the mean over the cases that have it, of the mean over probes."""
     topics: dict[str, list[float]] = {}
     for probes in asked:
         for topic, of_case in _topics(probes, value).items():
@@ -54,7 +55,7 @@ def by_topic(asked: Sequence[Sequence[dict[str, Any]]], value: Value) -> float |
 
 
 def _topics(probes: Sequence[dict[str, Any]], value: Value) -> dict[str, float]:
-    """One case: for each topic, the mean over its probes."""
+    """Average over the probes of each topic of one case."""
     topics: dict[str, list[float]] = {}
     for probe in probes:
         topics.setdefault(probe["topic"], []).append(float(value(probe)))

@@ -1,4 +1,4 @@
-"""(prompt, answer) texts to padded batches whose labels mark the answers."""
+"""Turn (prompt, answer) texts into padded batches whose labels mark the answers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ def encode(tokenizer: Any, prompt: str, answer: str, *, chat: bool = False) -> T
         ValueError: no token is left for the prompt or for the answer, or there is no chat template.
     """
     answer = answer.strip()
-    prompt, gap = (in_chat(tokenizer, prompt), "") if chat else (prompt.strip(), " ")
+    if chat:
+        prompt, gap = in_chat(tokenizer, prompt), ""
+    else:
+        prompt, gap = prompt.strip(), " "
     ids, ends = _tokens_and_ends(tokenizer, f"{prompt}{gap}{answer}", template=chat)
     start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ends))
     if not any(ends[:start]):
@@ -47,15 +50,16 @@ def encode(tokenizer: Any, prompt: str, answer: str, *, chat: bool = False) -> T
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tokens:
-    """The prompt alone, as `encode` would begin with it; its answer is empty."""
+    """Tokenise the prompt alone, as `encode` would begin with it; its answer is empty."""
     text = in_chat(tokenizer, prompt) if chat else prompt.strip()
     ids, _ = _tokens_and_ends(tokenizer, text, template=chat)
     return Tokens(ids, len(ids))
 
 
 def encode_fitting(model: Any, tokenizer: Any, prompt: str, answer: str, *, chat: bool = False) -> Tokens:
-    """`encode`, with a ValueError if the text is longer than the model's context window."""
-    row, window = encode(tokenizer, prompt, answer, chat=chat), context_window(model)
+    """Do as `encode`, with a ValueError if the text is longer than the model's context window."""
+    row = encode(tokenizer, prompt, answer, chat=chat)
+    window = context_window(model)
     if window is not None and len(row.ids) > window:
         raise ValueError(
             f"{prompt[:40]!r}… has {len(row.ids)} tokens with its answer, but the model reads at most {window}."
@@ -64,7 +68,7 @@ def encode_fitting(model: Any, tokenizer: Any, prompt: str, answer: str, *, chat
 
 
 def in_chat(tokenizer: Any, prompt: str) -> str:
-    """The prompt as a user's message in the tokenizer's chat template, up to where the reply begins.
+    """Put the prompt as a user's message into the tokenizer's chat template, up to where the reply begins.
 
     Raises:
         ValueError: the tokenizer has no chat template.
@@ -76,7 +80,7 @@ def in_chat(tokenizer: Any, prompt: str) -> str:
 
 
 def _tokens_and_ends(tokenizer: Any, text: str, template: bool) -> tuple[tuple[int, ...], list[int]]:
-    """Token ids, and for each the character it ends before (0 for special ones); those behind the text are left out.
+    """Tokenise to ids, and for each the character it ends before (0 for special ones); those behind the text are left out.
 
     template: the text holds its special tokens already, so none are added and those in it count as text.
     """
@@ -119,11 +123,11 @@ def collate(rows: Sequence[Tokens], pad_token_id: int, side: str = "right") -> d
 
 
 def padding_id(tokenizer: Any) -> int:
-    """A token id to pad with; any will do, since the mask marks padding and nothing here infers it from ids."""
+    """Choose a token id to pad with; any will do, since the mask marks padding and nothing here infers it from ids."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def context_window(model: Any) -> int | None:
-    """How many tokens the model can read, by its config; None if that does not say."""
+    """Look up how many tokens the model can read, by its config; None if that does not say."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     return getattr(config, "max_position_embeddings", None)

@@ -1,4 +1,4 @@
-"""Files of a user's facts, and of text that edits should leave alone. Every complaint names its place in the file."""
+"""Read files of a user's facts, and of text that edits should leave alone. Every complaint names its place in the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNRELATED_FIELDS = ("prompt", "answer", "ground_truth")
 
 
 def read_cases(path: str | Path) -> list[Case]:
-    """The facts of a file, in its order.
+    """Read the facts of a file, in its order.
 
     A record has `prompt` and `target`; `rephrase` (a text or a list of them), `unrelated` and `portability` (an object
     with prompt and answer, or a list of them) may be absent. A .csv has a header row of the columns prompt, target,
@@ -39,17 +39,17 @@ def read_cases(path: str | Path) -> list[Case]:
 
 
 def read_unrelated(path: str | Path) -> list[Unrelated]:
-    """Text that edits should leave alone: records, or rows of a .csv, with `prompt` and `answer` (or `ground_truth`).
+    """Read text that edits should leave alone: records, or rows of a .csv, with `prompt` and `answer` (or `ground_truth`).
 
     Raises:
         ValueError, FileNotFoundError: as `read_cases`.
     """
-    found = records(Path(path), UNRELATED_FIELDS, ("prompt",))
-    return [placed(place, _unrelated, record) for place, record in found]
+    placed_records = records(Path(path), UNRELATED_FIELDS, ("prompt",))
+    return [placed(place, _unrelated, record) for place, record in placed_records]
 
 
 def zsre_case(record: Any) -> Case:
-    """A record of the ZsRE editing benchmark; fields that are not needed are passed over."""
+    """Read a record of the ZsRE editing benchmark; fields that are not needed are passed over."""
     require_object(record, "a record")
     edit = Edit(text(record, "src"), text(record, "alt"))
     probes = []
@@ -58,9 +58,9 @@ def zsre_case(record: Any) -> Case:
     if "loc" in record:
         probes.append(Probe("locality", text(record, "loc"), text(record, "loc_ans")))
     if record.get("portability") is not None:
-        asked = record["portability"]
-        require_object(asked, "portability")
-        probes.append(Probe("portability", text(asked, "New Question"), text(asked, "New Answer")))
+        question = record["portability"]
+        require_object(question, "portability")
+        probes.append(Probe("portability", text(question, "New Question"), text(question, "New Answer")))
     return Case(edit, tuple(probes))
 
 

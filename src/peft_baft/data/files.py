@@ -1,4 +1,4 @@
-"""Files to records: JSONL, JSON and CSV, with the place of every record, and fields that are read with a complaint."""
+"""Read records from JSONL, JSON and CSV files, each with its place, and fields from records. Complaints say what to mend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Placed = tuple[str, Any]  # where a record stands, as "path:line" or "path: reco
 
 
 def records(path: Path, columns: tuple[str, ...] = (), needed: tuple[str, ...] = ()) -> list[Placed]:
-    """The records of a file with their places: `path:line`, or for a .json `path: record N`, from 1.
+    """Read the records of a file with their places: `path:line`, or for a .json `path: record N`, from 1.
 
     columns, needed: of a .csv, the ones known and the ones required; without columns, no .csv is read.
 
@@ -30,14 +30,14 @@ def records(path: Path, columns: tuple[str, ...] = (), needed: tuple[str, ...] =
     if path.suffix.lower() not in readers:
         wanted = ".jsonl, .json or .csv" if columns else ".jsonl or .json"
         raise ValueError(f"{path}: wanted a file that ends in {wanted}, not {path.suffix or 'nothing'}.")
-    found = list(readers[path.suffix.lower()](path, text_of(path)))
-    if not found:
+    placed_records = list(readers[path.suffix.lower()](path, text_of(path)))
+    if not placed_records:
         raise ValueError(f"{path}:1: the file holds no record; it needs at least one.")
-    return found
+    return placed_records
 
 
 def placed(place: str, make: Callable[[Any], T], record: Any) -> T:
-    """`make(record)`, with the place in front of every complaint."""
+    """Call `make(record)`, and put the place in front of every complaint."""
     try:
         return make(record)
     except (TypeError, ValueError) as error:
@@ -45,7 +45,7 @@ def placed(place: str, make: Callable[[Any], T], record: Any) -> T:
 
 
 def text_of(path: Path) -> str:
-    """The text of a file in UTF-8, with plain line breaks and no byte order mark."""
+    """Read a file as UTF-8 text, with plain line breaks and no byte order mark."""
     data = path.read_bytes()
     try:
         content = data.decode("utf-8-sig")
@@ -62,10 +62,10 @@ def _jsonl(path: Path, content: str) -> Iterator[Placed]:
 
 
 def _json(path: Path, content: str) -> Iterator[Placed]:
-    found = _parsed(path, content) if content.strip() else []
-    if not isinstance(found, list):
-        raise ValueError(f"{path}:1: wanted a list of records, [{{…}}, {{…}}], not {shown(found)}.")
-    for number, record in enumerate(found, start=1):
+    value = _parsed(path, content) if content.strip() else []
+    if not isinstance(value, list):
+        raise ValueError(f"{path}:1: wanted a list of records, [{{…}}, {{…}}], not {shown(value)}.")
+    for number, record in enumerate(value, start=1):
         yield f"{path}: record {number}", record
 
 
@@ -98,13 +98,18 @@ def _header(columns: tuple[str, ...], needed: tuple[str, ...], row: list[str]) -
 
 
 def _record_of_row(header: list[str], row: list[str]) -> dict[str, Any]:
-    """A CSV row in the shape of a JSON record; empty cells are absent."""
+    """Turn a CSV row into the shape of a JSON record; empty cells are absent."""
     if len(row) != len(header):
         raise ValueError(f"{len(row)} cells, but {len(header)} columns; put texts with commas in double quotes")
     record: dict[str, Any] = {name: cell for name, cell in zip(header, row, strict=True) if cell.strip()}
-    parts = [(part, record.pop(f"unrelated_{part}", None)) for part in ("prompt", "answer")]
-    nearby = {part: cell for part, cell in parts if cell is not None}
-    return record | ({"unrelated": nearby} if nearby else {})
+    unrelated = {}
+    for part in ("prompt", "answer"):
+        cell = record.pop(f"unrelated_{part}", None)
+        if cell is not None:
+            unrelated[part] = cell
+    if unrelated:
+        record["unrelated"] = unrelated
+    return record
 
 
 class _Repeated(dict):
@@ -114,6 +119,7 @@ class _Repeated(dict):
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of a JSON object; one that names a field twice is marked, and refused where its place is known."""
     names = [name for name, _ in pairs]
     if len(set(names)) == len(names):
         return dict(pairs)
@@ -123,24 +129,27 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parsed(path: Path, content: str, line: int = 1) -> Any:
-    """The JSON value of `content`, which begins at `line` of the file."""
+    """Parse the JSON value of `content`, which begins at `line` of the file."""
     try:
         return json.loads(content, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        place, lines = f"{path}:{line + error.lineno - 1}", error.msg == "Extra data" and path.suffix.lower() == ".json"
-        hint = " (one record a line belongs into a .jsonl)" if lines else ""
+        place = f"{path}:{line + error.lineno - 1}"
+        is_jsonl = error.msg == "Extra data" and path.suffix.lower() == ".json"
+        hint = " (one record a line belongs into a .jsonl)" if is_jsonl else ""
         raise ValueError(f"{place}: this is not JSON: {error.msg} at column {error.colno}{hint}.") from None
     except (ValueError, RecursionError) as error:  # a number of too many digits, or too deep a nesting
         raise ValueError(f"{path}:{line}: this JSON cannot be read: {error}.") from None
 
 
 def listed(value: Any) -> list[Any]:
-    """The items of a field that may hold one, a list of them, or null for none."""
-    return [] if value is None else value if isinstance(value, list) else [value]
+    """List the items of a field that may hold one, a list of them, or null for none."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def text(record: dict[str, Any], name: str) -> str:
-    """The field `name`, a text that is not empty, without white space around it."""
+    """Read the field `name`, a text that is not empty, without white space around it."""
     value = field(record, name)
     if not isinstance(value, str):
         hint = "; put it in double quotes" if isinstance(value, int | float) else ""
@@ -151,19 +160,19 @@ def text(record: dict[str, Any], name: str) -> str:
 
 
 def texts(record: dict[str, Any], name: str) -> list[str]:
-    """The texts of a field that may hold one or a list of them, or be absent."""
+    """Read the texts of a field that may hold one or a list of them, or be absent."""
     return [text({name: item}, name) for item in listed(record.get(name))]
 
 
 def field(record: dict[str, Any], name: str) -> Any:
-    """The field `name`, whatever it holds."""
+    """Read the field `name`, whatever it holds."""
     if name not in record:
         raise ValueError(f"the field {name!r} is missing")
     return record[name]
 
 
 def require_object(value: Any, what: str) -> None:
-    """A complaint unless `value` is a JSON object that names no field twice."""
+    """Refuse a value that is no JSON object, or one that names a field twice."""
     if not isinstance(value, dict):
         raise ValueError(f'{what} must be an object, {{"prompt": …}}, not {shown(value)}')
     if isinstance(value, _Repeated):
@@ -171,7 +180,7 @@ def require_object(value: Any, what: str) -> None:
 
 
 def require_known(names: Iterable[str], known: tuple[str, ...], what: str = "field") -> None:
-    """A complaint about the first name that is not known, with the one perhaps meant."""
+    """Refuse names that are not known, with the one perhaps meant."""
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, 1)
@@ -180,7 +189,7 @@ def require_known(names: Iterable[str], known: tuple[str, ...], what: str = "fie
 
 
 def shown(value: Any) -> str:
-    """A value for a message: as JSON writes it, cut short."""
+    """Write a value for a message: as JSON writes it, cut short."""
     try:
         written = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=True)
     except RecursionError:

@@ -121,13 +121,15 @@ def _cases(path: Path, case_of_record: Callable[[Any], Case]) -> list[Case]:
 def _knowedit_case(prompt: str, target: str, record: Any) -> Case:
     require_object(record, "a record")
     edit = Edit(text(record, prompt), _answer(record, target))
-    names = [name for name in ("rephrase_prompt", "rephrase") if record.get(name) not in (None, "")]
-    probes = [Probe("generality", asked, edit.target) for name in names for asked in texts(record, name)]
+    probes = []
+    for name in ("rephrase_prompt", "rephrase"):
+        if record.get(name) not in (None, ""):
+            probes += [Probe("generality", rephrasing, edit.target) for rephrasing in texts(record, name)]
     return Case(edit, (*probes, *_topics("portability", record), *_topics("locality", record)))
 
 
 def _topics(kind: str, record: dict[str, Any]) -> Iterator[Probe]:
-    """The probes of one kind, without those that have no answer."""
+    """Read the probes of one kind, without those that have no answer."""
     topics = record.get(kind)
     if topics in (None, [], {}):
         return
@@ -146,7 +148,7 @@ def _probe(kind: str, topic: str, item: Any) -> Probe | None:
 
 
 def _answer(record: dict[str, Any], name: str) -> str:
-    """The first alias of the first answer, the only one that counts; empty if there is none. A whole number is text."""
+    """Read the first alias of the first answer, the only one that counts; empty if there is none. A whole number is text."""
     value = field(record, name)
     while isinstance(value, list):
         value = value[0] if value else None
@@ -158,7 +160,7 @@ def _answer(record: dict[str, Any], name: str) -> str:
 
 
 def _counterfact_case(record: Any) -> Case:
-    """A record of CounterFact, as ROME published it, or flat as EasyEdit has it."""
+    """Read a record of CounterFact, as ROME published it, or flat as EasyEdit has it."""
     require_object(record, "a record")
     if "requested_rewrite" not in record:
         edit = Edit(text(record, "prompt"), text(record, "target_new"))
@@ -174,11 +176,12 @@ def _counterfact_case(record: Any) -> Case:
         rephrased, nearby = texts(record, "paraphrase_prompts"), texts(record, "neighborhood_prompts")
         truth = _worded(rewrite, "target_true") if nearby else ""
     probes = [Probe("generality", prompt, edit.target) for prompt in rephrased]
-    return Case(edit, (*probes, *(Probe("locality", prompt, truth) for prompt in nearby)))
+    probes += [Probe("locality", prompt, truth) for prompt in nearby]
+    return Case(edit, tuple(probes))
 
 
 def _worded(rewrite: dict[str, Any], name: str) -> str:
-    """The text of a target, which ROME keeps beside its Wikidata id."""
+    """Read the text of a target, beside which ROME has its Wikidata id."""
     target = field(rewrite, name)
     require_object(target, name)
     return text(target, "str")
@@ -190,7 +193,10 @@ def _convsent_case(row: int, record: Any) -> ConvSentCase:
     positive, negative = (tuple(texts(record, side)) for side in ("pos", "neg"))
     if not positive or not negative:
         raise ValueError(f"the field {'neg' if positive else 'pos'!r} must hold at least one answer")
-    wanted, adverb, answers = [("positive", "postively", positive), ("negative", "negatively", negative)][row % 2]
+    if row % 2 == 0:
+        wanted, adverb, answers = "positive", "postively", positive  # the data set's spelling
+    else:
+        wanted, adverb, answers = "negative", "negatively", negative
     edit = Edit(CONVSENT_PROMPT.format(question, adverb), answers[0])
     return ConvSentCase(edit=edit, question=question, wanted=wanted, positive=positive, negative=negative)
 

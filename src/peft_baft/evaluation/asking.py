@@ -1,4 +1,4 @@
-"""Putting the questions of a benchmark to a model: teacher forced and free, before and after."""
+"""Ask a model the questions of a benchmark: teacher forced and freely, before and after it is edited."""
 
 from __future__ import annotations
 
@@ -44,28 +44,33 @@ class Reply:
 
 
 def questions_of(row: int, case: Case) -> list[Question]:
-    """The edit, then its probes in their order."""
-    asked = [Question(row, probe.kind, probe.topic, probe.prompt, probe.answer) for probe in case.probes]
-    return [Question(row, "reliability", "", case.edit.prompt, case.edit.target), *asked]
+    """List what to ask about a row: the edit, then its probes in their order."""
+    probes = [Question(row, probe.kind, probe.topic, probe.prompt, probe.answer) for probe in case.probes]
+    return [Question(row, "reliability", "", case.edit.prompt, case.edit.target), *probes]
 
 
 def ask(
     model: Any, tokenizer: Any, questions: Sequence[Question], template: str = "raw", batched: Batched = one_model
 ) -> list[Reply]:
-    """Every question asked twice: given the answer so far (teacher forcing), and freely.
+    """Ask every question twice: given the answer so far (teacher forcing), and freely.
 
     Args:
         template: `raw` text, or `chat`: the tokenizer's chat template for everything but locality, as EasyEdit has it.
         batched: given the numbers of the questions of a batch, a context to ask it in.
     """
-    if batched is one_model and len(once := list(dict.fromkeys(map(_what, questions)))) < len(questions):
-        places = {what: i for i, what in enumerate(once)}  # one model answers equal questions alike
-        replies = ask(model, tokenizer, [Question(0, kind, "", *texts) for kind, *texts in once], template)
-        return [replies[places[_what(question)]] for question in questions]
-    return _ask_each(model, tokenizer, questions, template, batched)
+    if batched is not one_model:
+        return _ask_each(model, tokenizer, questions, template, batched)
+    # one model answers equal questions alike, so each is asked once, whichever rows and topics it belongs to
+    different: dict[tuple[str, str, str], Question] = {}
+    for question in questions:
+        different.setdefault(_texts(question), question)
+    replies = _ask_each(model, tokenizer, list(different.values()), template, batched)
+    reply_to = dict(zip(different, replies, strict=True))
+    return [reply_to[_texts(question)] for question in questions]
 
 
-def _what(question: Question) -> tuple[str, str, str]:
+def _texts(question: Question) -> tuple[str, str, str]:
+    """What decides the reply: the kind, since it decides about the chat template, and the texts."""
     return question.kind, question.prompt, question.answer
 
 
@@ -83,27 +88,29 @@ def _ask_each(
 
         tokens = predicted_tokens(model, tokenizer, pairs, chat=chat, batched=context)
         texts = free_answers(model, tokenizer, [prompt for prompt, _ in pairs], lengths, chat=chat, batched=context)
-        replies |= {i: Reply(*found, text) for i, found, text in zip(chosen, tokens, texts, strict=True)}
+        for i, (said, wanted), text in zip(chosen, tokens, texts, strict=True):
+            replies[i] = Reply(said, wanted, text)
     return [replies[i] for i in range(len(questions))]
 
 
 def judged(question: Question, reply: Reply, before: Reply | None) -> dict[str, Any]:
-    """One reply as it stands in a result line.
+    """Judge one reply, as it stands in a result line.
 
     before: what the unedited model replied; needed for locality, which asks whether the reply is still the same.
     """
-    known = {"kind": question.kind, "topic": question.topic}
+    entry: dict[str, Any] = {"kind": question.kind, "topic": question.topic}
     if question.kind == "locality":
         assert before is not None, "locality compares with the unedited model"
-        found = {"match": reply.match(before.said), "unchanged": reply.text == before.text}
+        entry |= {"match": reply.match(before.said), "unchanged": reply.text == before.text}
     else:
-        exact, prefix = exact_match(reply.text, question.answer), prefix_match(reply.text, question.answer)
-        found = {"match": reply.match(reply.wanted), "exact": exact, "prefix": prefix}
-    return known | found | {"said": reply.text}
+        entry["match"] = reply.match(reply.wanted)
+        entry["exact"] = exact_match(reply.text, question.answer)
+        entry["prefix"] = prefix_match(reply.text, question.answer)
+    return entry | {"said": reply.text}
 
 
 class Unedited:
-    """The unedited model's replies, each asked for once, however many runs compare with it."""
+    """Keep the unedited model's replies, each asked for once, however many runs compare with it."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -117,5 +124,5 @@ class Unedited:
         self._replies |= {(q.prompt, q.answer): reply for q, reply in zip(missing, replies, strict=True)}
 
     def reply(self, question: Question) -> Reply | None:
-        """What it said, None where it was not asked."""
+        """Give what it said, None where it was not asked."""
         return self._replies.get((question.prompt, question.answer))

@@ -1,4 +1,4 @@
-"""Does a model still write like before? The variety of the words in what it writes by itself (KnowEdit's fluency)."""
+"""Measure the variety of the words in what a model writes by itself: KnowEdit's fluency, which an edit should not lower."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def n_gram_entropy(text: str) -> float:
 
 
 def _entropy(words: Sequence[str], n: int) -> float:
-    """Of the n-grams, in bits; 0 where there are none."""
+    """Entropy of the n-grams, in bits; 0 where there are none."""
     counts = Counter(zip(*(words[i:] for i in range(n)), strict=False)).values()
     total = sum(counts)
     return sum(count / total * math.log2(total / count) for count in counts)
@@ -51,7 +51,7 @@ def sampled_texts(
     top_k: int = TOP_K,
     batch_size: int = BATCH_SIZE,
 ) -> list[str]:
-    """Each prompt with a continuation that is drawn token by token among the `top_k` likeliest, past any end of text.
+    """Continue each prompt with what is drawn token by token among the `top_k` likeliest, past any end of text.
 
     What is drawn depends on the seed and the prompt alone; the caller's random numbers stay as they are.
 

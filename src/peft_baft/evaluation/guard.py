@@ -1,4 +1,4 @@
-"""Whether an edit did harm: answers that should have stayed."""
+"""Check whether an edit did harm: answers that should have stayed."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def canary_check(
         before = predicted_tokens(model, tokenizer, pairs)
 
     def check() -> str | None:
-        found = mean(agreement(before, predicted_tokens(model, tokenizer, pairs)))
-        if found >= threshold:
+        now = mean(agreement(before, predicted_tokens(model, tokenizer, pairs)))
+        if now >= threshold:
             return None
-        return f"canaries agree with the unedited model in {found:.3f} of their tokens, below {threshold:g}"
+        return f"canaries agree with the unedited model in {now:.3f} of their tokens, below {threshold:g}"
 
     return check

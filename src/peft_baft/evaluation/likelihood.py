@@ -1,4 +1,4 @@
-"""How probable a model finds given answers."""
+"""Measure how probable a model finds given answers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""PIQA: which of two ways to reach a goal a model finds more probable."""
+"""PIQA: find out which of two ways to reach a goal a model finds more probable."""
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from peft_baft.data.formats import PiqaItem
@@ -11,7 +12,7 @@ QUESTION = "Question: {}\nAnswer:"  # as lm-evaluation-harness asks
 
 
 def right_choices(model: Any, tokenizer: Any, item: PiqaItem) -> dict[str, bool]:
-    """Whether the model prefers the right solution, by four rules.
+    """Judge by four rules whether the model prefers the right solution.
 
     An adapter acts on the end of the prompt and on the solution. Equal values count as the first solution; values that
     are not numbers as the wrong one.
@@ -25,12 +26,17 @@ def right_choices(model: Any, tokenizer: Any, item: PiqaItem) -> dict[str, bool]
     """
     solutions = (item.sol1, item.sol2)
     prompts = (item.goal, QUESTION.format(item.goal))
-    found = log_probabilities(model, tokenizer, [(prompt, solution) for prompt in prompts for solution in solutions])
-    plain, asked = found[:2], found[2:]
+    pairs = list(product(prompts, solutions))
+    by_token = log_probabilities(model, tokenizer, pairs)
+    after_goal, after_question = by_token[:2], by_token[2:]
+    characters = [len(solution.strip()) for solution in solutions]
     values = {
-        "accuracy": [x.mean().item() for x in plain],
-        "accuracy_sum": [x.sum().item() for x in plain],
-        "lm_eval_acc": [x.sum().item() for x in asked],
-        "lm_eval_acc_norm": [x.sum().item() / len(text.strip()) for x, text in zip(asked, solutions, strict=True)],
+        "accuracy": [tokens.mean().item() for tokens in after_goal],
+        "accuracy_sum": [tokens.sum().item() for tokens in after_goal],
+        "lm_eval_acc": [tokens.sum().item() for tokens in after_question],
+        "lm_eval_acc_norm": [
+            tokens.sum().item() / count for tokens, count in zip(after_question, characters, strict=True)
+        ],
     }
+    # comparisons with NaN are false, so that values which are not numbers count as wrong
     return {name: second > first if item.label else first >= second for name, (first, second) in values.items()}

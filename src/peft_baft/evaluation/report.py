@@ -1,4 +1,4 @@
-"""What a user wants to know after editing: did each edit take, do rephrasings follow, what else changed."""
+"""Report after editing: did each edit take, do rephrasings follow, what else changed."""
 
 from __future__ import annotations
 
@@ -43,21 +43,23 @@ def watch(model: Any, tokenizer: Any, cases: Sequence[Case]) -> Callable[[], Rep
     Locality is asked with the cases' own locality probes and a few general questions that no edit is trained on.
     """
     edits = [(case.edit.prompt, case.edit.target) for case in cases]
-    rephrased = [(probe.prompt, probe.answer) for case in cases for probe in case.of_kind("generality")]
-    nearby = [
-        (p.prompt, p.answer) for p in (*(probe for case in cases for probe in case.of_kind("locality")), *CANARIES)
-    ]
     prompts = [prompt for prompt, _ in edits]
-    said_before, nearby_before = greedy_answers(model, tokenizer, prompts), predicted_tokens(model, tokenizer, nearby)
+    rephrased = [(probe.prompt, probe.answer) for case in cases for probe in case.of_kind("generality")]
+    nearby = [(probe.prompt, probe.answer) for case in cases for probe in case.of_kind("locality")]
+    nearby += [(canary.prompt, canary.answer) for canary in CANARIES]
+    said_before = greedy_answers(model, tokenizer, prompts)
+    nearby_before = predicted_tokens(model, tokenizer, nearby)
 
     def report() -> Report:
-        said = greedy_answers(model, tokenizer, prompts)
-        answers = [Answered(p, b, a, t) for (p, t), b, a in zip(edits, said_before, said, strict=True)]
+        said_now = greedy_answers(model, tokenizer, prompts)
+        answers = []
+        for (prompt, target), before, after in zip(edits, said_before, said_now, strict=True):
+            answers.append(Answered(prompt, before, after, wanted=target))
         return Report(
             answers,
-            mean(token_match(model, tokenizer, edits)),
-            mean(token_match(model, tokenizer, rephrased)) if rephrased else None,
-            mean(agreement(nearby_before, predicted_tokens(model, tokenizer, nearby))),
+            reliability=mean(token_match(model, tokenizer, edits)),
+            generality=mean(token_match(model, tokenizer, rephrased)) if rephrased else None,
+            locality=mean(agreement(nearby_before, predicted_tokens(model, tokenizer, nearby))),
         )
 
     return report

@@ -1,4 +1,4 @@
-"""Asking a model: teacher-forced token match, and what it says by itself. Greedy, batched, the same at any batch size."""
+"""Score answers: teacher-forced token match, and what a model says by itself. The same at any batch size."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def predicted_tokens(
     chat: bool = False,
     batched: Batched = one_model,
 ) -> list[tuple[Tensor, Tensor]]:
-    """What the model would say at each answer token of (prompt, answer) pairs, given the answer so far.
+    """Find what the model would say at each answer token of (prompt, answer) pairs, given the answer so far.
 
     The prompt's end is told to the adapter by the labels, so an edit acts here on the tokens it acts on in `generate`.
 
@@ -59,8 +59,8 @@ def token_match(
     model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int = BATCH_SIZE, *, chat: bool = False
 ) -> list[float]:
     """Share of each answer's tokens that the model would say itself: reliability, generality, portability."""
-    found = predicted_tokens(model, tokenizer, pairs, batch_size, chat=chat)
-    return [(said == wanted).float().mean().item() for said, wanted in found]
+    predicted = predicted_tokens(model, tokenizer, pairs, batch_size, chat=chat)
+    return [(said == wanted).float().mean().item() for said, wanted in predicted]
 
 
 def agreement(before: Sequence[tuple[Tensor, Tensor]], after: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
@@ -69,7 +69,10 @@ def agreement(before: Sequence[tuple[Tensor, Tensor]], after: Sequence[tuple[Ten
     Args:
         before, after: `predicted_tokens` of the same pairs, of the unedited and the edited model.
     """
-    return [(said == now).float().mean().item() for (said, _), (now, _) in zip(before, after, strict=True)]
+    shares = []
+    for (said_before, _), (said_after, _) in zip(before, after, strict=True):
+        shares.append((said_before == said_after).float().mean().item())
+    return shares
 
 
 def free_answers(
@@ -82,7 +85,7 @@ def free_answers(
     chat: bool = False,
     batched: Batched = one_model,
 ) -> list[str]:
-    """The model's own greedy continuation of each prompt, up to its first line break.
+    """Let the model continue each prompt greedily, up to its first line break.
 
     Args:
         max_new_tokens: for each prompt, how many tokens at most; fewer where the context window ends before.
@@ -99,27 +102,27 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_t
 
 
 def free_length(tokenizer: Any, answer: str) -> int:
-    """How many tokens to let the model say where `answer` is wanted."""
+    """Count the tokens that the model may say where `answer` is wanted."""
     return len(tokenizer(f" {answer.strip()}", add_special_tokens=False)["input_ids"]) + EXTRA_TOKENS
 
 
 def first_line(tokenizer: Any, tokens: Tensor) -> str:
-    """The first line that is not empty."""
+    """Decode the first line that is not empty."""
     return tokenizer.decode(tokens, skip_special_tokens=True).lstrip().split("\n")[0].strip()
 
 
 def normalised(text: str) -> list[str]:
-    """Words in lower case without punctuation and articles, as answers are compared in question answering."""
+    """Split into words in lower case without punctuation and articles, as answers are compared in question answering."""
     words = re.sub(f"[{re.escape(string.punctuation)}]", " ", text.casefold()).split()
     return [word for word in words if word not in ARTICLES] or text.casefold().split()
 
 
 def exact_match(said: str, wanted: str) -> bool:
-    """The free answer is the wanted one and nothing more, normalised."""
+    """Tell whether the free answer is the wanted one and nothing more, normalised."""
     return normalised(said) == normalised(wanted)
 
 
 def prefix_match(said: str, wanted: str) -> bool:
-    """The free answer begins with the wanted one, normalised."""
+    """Tell whether the free answer begins with the wanted one, normalised."""
     words = normalised(wanted)
     return normalised(said)[: len(words)] == words

@@ -1,4 +1,4 @@
-"""ConvSent: has an edit of a model's opinion turned what it would say, and does that still belong to the topic?"""
+"""ConvSent: measure whether an edit of an opinion turned what a model would say, and kept it to the topic."""
 
 from __future__ import annotations
 
@@ -34,10 +34,12 @@ def edit_success(model: Any, tokenizer: Any, question: str, wanted: Sequence[str
     after = log_probabilities(model, tokenizer, answers)
     with without_adapters(model) if isinstance(model, PeftModel) else nullcontext():
         before = log_probabilities(model, tokenizer, answers[: len(wanted)])
-    for_it, against, for_it_before = map(_mean, (after[: len(wanted)], after[len(wanted) :], before))
-    return (for_it - against).sigmoid().item() * (for_it - for_it_before).exp().clamp(max=1).item()
+    for_it, against = _mean(after[: len(wanted)]), _mean(after[len(wanted) :])
+    turn_of_opinion = (for_it - against).sigmoid().item()
+    hold_on_topic = (for_it - _mean(before)).exp().clamp(max=1).item()
+    return turn_of_opinion * hold_on_topic
 
 
 def _mean(answers: Sequence[Tensor]) -> Tensor:
-    """() over all tokens of all answers."""
+    """Average over all tokens of all answers, ()."""
     return torch.cat(list(answers)).mean()

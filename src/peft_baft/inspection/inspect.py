@@ -116,7 +116,7 @@ def inspect(model: PeftModel, tokenizer: Any, prompt: str, max_new_tokens: int =
         FloatingPointError: the model's arithmetic broke down on this prompt.
     """
     layers = _active_layers(model)
-    row, limit = _checked(model, tokenizer, prompt, max_new_tokens, top)
+    row, limit = _encoded(model, tokenizer, prompt, max_new_tokens, top)
     with evaluating(model):
         after, said = _answer(model, tokenizer, row, limit)
         ids = [*row.ids, *said]
@@ -129,9 +129,13 @@ def inspect(model: PeftModel, tokenizer: Any, prompt: str, max_new_tokens: int =
             before = greedy_answers(model, tokenizer, [prompt], limit)[0]
     tokens = []
     for i, token in enumerate(ids):
-        acted = any(block.cells[i].gates for block in blocks)
-        moved, changes = _next_token(tokenizer, plain[i], logits[i], ids[i + 1 : i + 2], top) if acted else (0.0, ())
-        tokens.append(Token(token, token_text(tokenizer, token), i >= len(row.ids), acted, moved, changes))
+        is_edited = any(block.cells[i].gates for block in blocks)
+        moved = 0.0
+        changes: tuple[Change, ...] = ()
+        if is_edited:
+            moved, changes = _next_token(tokenizer, plain[i], logits[i], ids[i + 1 : i + 2], top)
+        is_answer = i >= row.prompt_length
+        tokens.append(Token(token, token_text(tokenizer, token), is_answer, is_edited, moved, changes))
     return Inspection(prompt, before, after, _adapters(layers), tuple(tokens), blocks)
 
 
@@ -158,8 +162,8 @@ def _adapters(layers: Sequence[BaftLayer]) -> tuple[Adapter, ...]:
     return tuple(Adapter(name, c.r, c.weighting, c.prompt_positions) for name, c in configs.items())
 
 
-def _checked(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, top: int) -> tuple[Tokens, int]:
-    """The prompt's tokens, and how many may follow them."""
+def _encoded(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, top: int) -> tuple[Tokens, int]:
+    """Encode the prompt, and find how many tokens may follow it; or refuse it."""
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError(f"The prompt holds half a character, which no tokenizer can read: {prompt!r:.60}.")
     if max_new_tokens < 1 or top < 1:
@@ -175,7 +179,7 @@ def _checked(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, top: 
 
 
 def _answer(model: Any, tokenizer: Any, row: Tokens, limit: int) -> tuple[str, list[int]]:
-    """The greedy answer, one line as `greedy_answers` gives it, and as many token ids as it takes to say it."""
+    """Generate the answer, one line as `greedy_answers` gives it, and as many token ids as it takes to say it."""
     new = greedy_tokens(model, tokenizer, [row], [limit])[0]
     line = first_line(tokenizer, new)
     length = next(n for n in range(len(new) + 1) if first_line(tokenizer, new[:n]) == line)
@@ -183,7 +187,7 @@ def _answer(model: Any, tokenizer: Any, row: Tokens, limit: int) -> tuple[str, l
 
 
 def _logits(model: Any, tokenizer: Any, text: Tokens) -> Tensor:
-    """(tokens, vocabulary) of one forward over prompt and answer."""
+    """Compute the logits (tokens, vocabulary) of one forward over prompt and answer."""
     logits = logits_of_rows(model, tokenizer, [text])[0]
     if logits.isnan().any():
         raise FloatingPointError("The model's output on this prompt is not a number; try --dtype float32.")
@@ -208,28 +212,35 @@ def _watching(layers: Iterable[BaftLayer]) -> Iterator[dict[nn.Module, tuple[Ten
 
 
 def _block(layer: BaftLayer, seen: dict[nn.Module, tuple[Tensor, Tensor]]) -> Block:
-    """Sizes and gates of one block, from what was seen of it in one forward."""
+    """Measure sizes and gates of one block, from what was seen of it in one forward."""
     h, out = (x.float() for x in seen[layer])
     sizes = (out - h).norm(dim=-1) / h.norm(dim=-1).clamp_min(torch.finfo(h.dtype).tiny)
     relative_positions = layer.context.relative_positions
     assert relative_positions is not None, "the model was given tokens"
     gates: list[dict[str, tuple[float, ...]]] = [{} for _ in sizes]
     for name in _active(layer):
-        config, gate = layer.configs[name], dict(layer.baft_gate).get(name)
-        w = torch.ones(len(h), config.r) if gate is None else seen[gate][1]
+        config = layer.configs[name]
+        has_gate = name in layer.baft_gate
+        w = seen[layer.baft_gate[name]][1] if has_gate else torch.ones(len(h), config.r)
         for i in edited(relative_positions[0], config.prompt_positions).nonzero()[:, 0].tolist():
             gates[i][name] = tuple(w[i].tolist())
-    return Block(layer.name, tuple(Cell(size, g) for size, g in zip(sizes.tolist(), gates, strict=True)))
+    cells = [Cell(size, gates_of_token) for size, gates_of_token in zip(sizes.tolist(), gates, strict=True)]
+    return Block(layer.name, tuple(cells))
 
 
 def _next_token(
     tokenizer: Any, plain: Tensor, logits: Tensor, said: Sequence[int], top: int
 ) -> tuple[float, tuple[Change, ...]]:
-    """How far the next token's probabilities moved, and its candidates: both favourites, what was said, most changed."""
-    before, after = (x.float().softmax(-1).cpu() for x in (plain, logits))
+    """Measure how far the next token's probabilities moved, and list candidates for it.
+
+    These are both favourites and the token that does come, always, and then those that changed most.
+    """
+    before = plain.float().softmax(-1).cpu()
+    after = logits.float().softmax(-1).cpu()
     change = after - before
-    known = [int(before.argmax()), int(after.argmax()), *said]
-    found = dict.fromkeys([*known, *change.abs().topk(min(top, len(change))).indices.tolist()])
-    ids = sorted(list(found)[: max(top, len(set(known)))], key=lambda i: -change[i].item())
+    always = list(dict.fromkeys([int(before.argmax()), int(after.argmax()), *said]))
+    most_changed = change.abs().topk(min(top, len(change))).indices.tolist()
+    candidates = list(dict.fromkeys([*always, *most_changed]))[: max(top, len(always))]
+    ids = sorted(candidates, key=lambda i: -change[i].item())
     changes = tuple(Change(i, token_text(tokenizer, i), before[i].item(), after[i].item()) for i in ids)
     return change.clamp_min(0).sum().item(), changes

@@ -20,46 +20,50 @@ Subspace = tuple[BaftLayer, str]  # an edited block and the name of the adapter 
 
 
 def subspaces(model: nn.Module) -> list[Subspace]:
-    """The edited blocks with the BaFT adapter that is active there; none where there is no such adapter."""
+    """List the edited blocks with the BaFT adapter that is active there; none where there is no such adapter."""
     layers = [layer for layer in baft_layers(model) if not layer.disable_adapters]
     return [(layer, name) for layer in layers for name in layer.active_adapters if name in layer.configs]
 
 
 def has_gates(model: nn.Module) -> bool:
-    """A BaFT adapter with gates is active, not ReFT."""
+    """Tell whether a BaFT adapter with gates is active, and not ReFT."""
     return any(name in layer.baft_gate for layer, name in subspaces(model))
 
 
 @torch.no_grad()
 def removal_ladder(model: nn.Module, tokenizer: Any, case: Case) -> list[float]:
-    """Token match of the edit after the M least used dimensions of every block were taken away: the paper's Fig. 1.
+    """Ask for the edit without the M least used dimensions of every block: the paper's Fig. 1.
 
     A dimension's use is the mean size of its coefficient w_k (A h + b - R h)_k over the edited tokens, prompt end and
     answer. Taken away, it moves the hidden vectors no more; the adapter itself is not touched.
 
     Returns:
-        r + 1 values, for M = 0 … r; the last is that of the unedited model.
+        r + 1 token matches of the edit, for M = 0 … r; the last is that of the unedited model.
 
     Raises:
         TypeError: the model carries no BaFT adapter. ValueError: not exactly one is active.
     """
     blocks = _one_adapter(model)
-    edit, rows = [(case.edit.prompt, case.edit.target)], blocks[0][0].configs[blocks[0][1]].r + 1
-    kept: dict[nn.Module, Tensor] = {}
+    edit = [(case.edit.prompt, case.edit.target)]
+    first_layer, adapter_name = blocks[0]
+    rows = first_layer.configs[adapter_name].r + 1
+    remaining: dict[nn.Module, Tensor] = {}  # (rows, r) of each block's source: which dimensions row M still has
     for (layer, name), (shift, w) in zip(blocks, _at_edited_tokens(model, tokenizer, edit, blocks), strict=True):
-        place = (shift.abs() * w).mean(0).argsort(stable=True).argsort()  # 0 for the least used
-        kept[layer.baft_source[name]] = place >= torch.arange(rows)[:, None]
+        use = (shift.abs() * w).mean(0)
+        rank_of_dimension = use.argsort(stable=True).argsort()  # 0 for the least used
+        remaining[layer.baft_source[name]] = rank_of_dimension >= torch.arange(rows)[:, None]
 
     def take_away(source: nn.Module, _: Any, shift: Tensor) -> Tensor:
-        return torch.where(kept[source].to(shift.device)[:, None], shift, 0)  # row M of the batch lacks M dimensions
+        return torch.where(remaining[source].to(shift.device)[:, None], shift, 0)
 
-    with _hooked(kept, take_away):
+    # the edit is asked in all r + 1 ways at once: row M of the batch lacks M dimensions
+    with _hooked(remaining, take_away):
         return token_match(model, tokenizer, edit * rows, batch_size=rows)
 
 
 @torch.no_grad()
 def mean_gates(model: nn.Module, tokenizer: Any, case: Case) -> dict[str, Any]:
-    """Mean gates of every block over the edited tokens of the edit and of its probes: the paper's Fig. 2.
+    """Average the gates of every block over the edited tokens of the edit and of its probes: the paper's Fig. 2.
 
     Returns:
         blocks: their names. edit, generality, locality: for each block, its mean gates: r of them, or the one of an
@@ -71,12 +75,15 @@ def mean_gates(model: nn.Module, tokenizer: Any, case: Case) -> dict[str, Any]:
     blocks = _one_adapter(model)
     if not has_gates(model):
         raise ValueError("The active adapter has no gates (weighting='none', which is ReFT); take one that has.")
-    found: dict[str, Any] = {"blocks": [layer.name for layer, _ in blocks]}
-    asked = {kind: [(p.prompt, p.answer) for p in case.of_kind(kind)] for kind in ("generality", "locality")}
-    for kind, pairs in {"edit": [(case.edit.prompt, case.edit.target)], **asked}.items():
-        if pairs:
-            found[kind] = [w.mean(0).tolist() for _, w in _at_edited_tokens(model, tokenizer, pairs, blocks)]
-    return found
+    pairs = {"edit": [(case.edit.prompt, case.edit.target)]}
+    for kind in ("generality", "locality"):
+        pairs[kind] = [(probe.prompt, probe.answer) for probe in case.of_kind(kind)]
+    means: dict[str, Any] = {"blocks": [layer.name for layer, _ in blocks]}
+    for kind, pairs_of_kind in pairs.items():
+        if pairs_of_kind:
+            of_blocks = _at_edited_tokens(model, tokenizer, pairs_of_kind, blocks)
+            means[kind] = [w.mean(0).tolist() for _, w in of_blocks]
+    return means
 
 
 def _one_adapter(model: nn.Module) -> list[Subspace]:
@@ -85,17 +92,21 @@ def _one_adapter(model: nn.Module) -> list[Subspace]:
             f"The dimensions and gates of a BaFT adapter were asked for, but this {type(model).__name__} carries none; "
             "load one with PeftModel.from_pretrained(model, folder)."
         )
-    found = subspaces(model)
-    names = {name for _, name in found}
+    blocks = subspaces(model)
+    names = {name for _, name in blocks}
     if len(names) != 1:
         raise ValueError(f"One BaFT adapter must be active, not {sorted(names)}; use set_adapter.")
-    return found
+    return blocks
 
 
 def _at_edited_tokens(
     model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], blocks: Sequence[Subspace]
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each block, at all n edited tokens of all pairs: A h + b - R h (n, r), and the gates (n, r), or (n, 1) if shared."""
+    """Collect what each block does at all n edited tokens of all pairs.
+
+    Returns:
+        For each block, A h + b - R h (n, r), and the gates (n, r), or (n, 1) if shared.
+    """
     with _watching(blocks) as seen:
 
         def read(rows: Sequence[Tokens], _: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
@@ -111,7 +122,7 @@ def _at_edited_tokens(
 
 
 def _of_rows(layer: BaftLayer, name: str, seen: dict[nn.Module, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shift and gates of one block at the edited tokens of each row of the last forward; gates of 1 where there are none."""
+    """Give shift and gates of one block at the edited tokens of each row of the last forward; 1 where it has no gates."""
     relative_positions = layer.context.relative_positions
     assert relative_positions is not None, "the model was given tokens"
     masks = edited(relative_positions, layer.configs[name].prompt_positions).cpu()

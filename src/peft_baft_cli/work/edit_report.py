@@ -23,7 +23,7 @@ MOVED = 0.9  # a locality below which the report says what can be done
 def summary(report: Report, records: Sequence[EditRecord]) -> dict[str, Any]:
     """Return what became of each fact and of the model, in a form that JSON keeps.
 
-    A fact is `learned` if its loss fell below the stop when it was records, and `known` if the model's own answer begins with
+    A fact is `learned` if its loss fell below the stop when it was made, and `known` if the model's own answer begins with
     it at the end: later edits may have overwritten it. `kept` is False for one that was taken back.
     """
     batches = [batch for batch in records for _ in batch.edits]
