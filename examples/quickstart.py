@@ -21,20 +21,20 @@ def complete(model: Any, tokenizer: Any, prompt: str) -> str:
 
 def main(model_name: str = "smollm2", folder: str = "edits/quickstart") -> None:
     base, tokenizer = peft_baft.load_model(model_name)
-    print(f"before:   {PROMPT}{complete(base, tokenizer, PROMPT)}")
+    print(f"before:   {PROMPT} -> {complete(base, tokenizer, PROMPT)!r}")
 
     model = get_peft_model(base, peft_baft.BaftConfig(task_type="CAUSAL_LM"))
     editor = peft_baft.BaftEditor(model, tokenizer, unrelated=peft_baft.GENERAL)
     result = editor.edit([peft_baft.Edit(PROMPT, TARGET)])
     print(f"edited:   learned {result.learned}, {result.steps} steps, {result.seconds:.1f} s")
-    print(f"after:    {PROMPT}{complete(model, tokenizer, PROMPT)}")
+    print(f"after:    {PROMPT} -> {complete(model, tokenizer, PROMPT)!r}")
 
     model.save_pretrained(folder)  # adapter_config.json and adapter_model.safetensors
     base = model.unload()  # the unedited model again, bit for bit
-    print(f"unloaded: {PROMPT}{complete(base, tokenizer, PROMPT)}")
+    print(f"unloaded: {PROMPT} -> {complete(base, tokenizer, PROMPT)!r}")
 
     edited = PeftModel.from_pretrained(base, folder)
-    print(f"loaded:   {PROMPT}{complete(edited, tokenizer, PROMPT)}")
+    print(f"loaded:   {PROMPT} -> {complete(edited, tokenizer, PROMPT)!r}")
 
 
 if __name__ == "__main__":
