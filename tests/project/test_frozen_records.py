@@ -16,7 +16,6 @@ import peft_baft
 CHANGING = {
     "BaftConfig": "PEFT sets fields of a config, as inference_mode",
     "Lane": "an edit under way",
-    "CachedPrefix": "an edit under way",
     "PreparedModel": "filled by the edits that share it",
     "Generation": "one call of generate under way",
     "Progress": "a run under way",

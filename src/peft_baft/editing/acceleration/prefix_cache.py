@@ -40,7 +40,7 @@ SLOWER = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class CachedPrefix:
     """The fast way: a forward computes the last P prompt tokens and the answers, and goes on from a cache of the rest.
 
