@@ -30,7 +30,12 @@ def public_dataclasses() -> Iterator[type]:
         module = importlib.import_module(module_info.name)
         for name, value in vars(module).items():
             own = getattr(value, "__module__", None) == module.__name__
-            if own and isinstance(value, type) and dataclasses.is_dataclass(value) and not name.startswith("_"):
+            if (
+                own
+                and isinstance(value, type)
+                and dataclasses.is_dataclass(value)
+                and not name.startswith("_")
+            ):
                 yield value
 
 
@@ -50,9 +55,14 @@ def test_a_field_cannot_be_assigned_or_deleted(record: Any) -> None:
 
 
 def test_the_records_that_users_get_are_among_them() -> None:
-    exported = {name for name in peft_baft.__all__ if dataclasses.is_dataclass(getattr(peft_baft, name))}
+    exported = {
+        name for name in peft_baft.__all__ if dataclasses.is_dataclass(getattr(peft_baft, name))
+    }
     names = {record.__name__ for record in RECORDS}
-    assert len(names) > 20 and {"Edit", "Case", "DescentConfig", "Objective", "Preset"} <= exported <= names
+    assert (
+        len(names) > 20
+        and {"Edit", "Case", "DescentConfig", "Objective", "Preset"} <= exported <= names
+    )
 
 
 def test_a_record_that_is_no_longer_frozen_would_be_noticed() -> None:

@@ -48,7 +48,10 @@ class PlannedRun:
 
 
 def plan_runs(
-    common: dict[str, Any], methods: Sequence[Method | None], schedules: Sequence[Schedule], seeds: Iterable[int]
+    common: dict[str, Any],
+    methods: Sequence[Method | None],
+    schedules: Sequence[Schedule],
+    seeds: Iterable[int],
 ) -> list[PlannedRun]:
     """Plan every schedule with every seed and method; the unedited model once.
 
@@ -66,9 +69,13 @@ def plan_runs(
     return list(runs.values())
 
 
-def _planned_run(common: dict[str, Any], method: Method | None, schedule: Schedule, seed: int) -> PlannedRun:
+def _planned_run(
+    common: dict[str, Any], method: Method | None, schedule: Schedule, seed: int
+) -> PlannedRun:
     if method is None:
-        return PlannedRun(RunHead(**common, method=UNEDITED, settings={}, schedule=NO_SCHEDULE, seed=0))
+        return PlannedRun(
+            RunHead(**common, method=UNEDITED, settings={}, schedule=NO_SCHEDULE, seed=0)
+        )
     settings, described = method.settings.described(), schedule.described()
     head = RunHead(**common, method=method.name, settings=settings, schedule=described, seed=seed)
     return PlannedRun(head, method, schedule)
@@ -92,14 +99,18 @@ def described_protocol(template: str, also: Sequence[str]) -> dict[str, Any]:
     return {
         "template": template,
         "aliases": "first",
-        "join": "one space; texts stripped" if template == "raw" else "chat template; texts stripped",
+        "join": "one space; texts stripped"
+        if template == "raw"
+        else "chat template; texts stripped",
         "positions": "prompt end and answer of each probe",
         "generation": {"greedy": True, "stop": "first line break", "extra_tokens": EXTRA_TOKENS},
         "also": list(also),
     }
 
 
-def perform(runner: Runner, run: PlannedRun, averaged: Sequence[str], output: Path, command: str) -> ResultLine:
+def perform(
+    runner: Runner, run: PlannedRun, averaged: Sequence[str], output: Path, command: str
+) -> ResultLine:
     """Make a run, going on where an earlier process was interrupted, and add its line to `output`."""
     if run.method is not None and run.schedule is not None:
         progress = _load_progress(runner, run, run.schedule, output)
@@ -117,7 +128,9 @@ def perform(runner: Runner, run: PlannedRun, averaged: Sequence[str], output: Pa
     return line
 
 
-def result_line(head: RunHead, cases: list[dict[str, Any]], averaged: Sequence[str], command: str) -> ResultLine:
+def result_line(
+    head: RunHead, cases: list[dict[str, Any]], averaged: Sequence[str], command: str
+) -> ResultLine:
     """Make a result line: what was measured, its means, and every case."""
     blocks = None
     numbers = sorted({case["block"] for case in cases if "block" in case})
@@ -132,7 +145,12 @@ def result_line(head: RunHead, cases: list[dict[str, Any]], averaged: Sequence[s
         if values:
             means[name] = mean_of(values)
     return ResultLine(
-        **vars(head), command=command, scores=scores(cases, averaged), cases=cases, blocks=blocks, **means
+        **vars(head),
+        command=command,
+        scores=scores(cases, averaged),
+        cases=cases,
+        blocks=blocks,
+        **means,
     )
 
 
@@ -179,7 +197,9 @@ def _load_progress(runner: Runner, run: PlannedRun, schedule: Schedule, output: 
                 made_by_others |= {case["row"]: case for case in cases if case["row"] in missing}
         if not made_by_others:
             return progress
-        return Progress(own_file, progress.cases + [made_by_others[row] for row in sorted(made_by_others)])
+        return Progress(
+            own_file, progress.cases + [made_by_others[row] for row in sorted(made_by_others)]
+        )
 
     if runner.split != "facts":
         return load()

@@ -71,7 +71,11 @@ class ResultLine(RunHead):
         """Give the line as it stands in a file, without what is not there."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         cases = values.pop("cases")  # they come last: they are long
-        return {"format": FORMAT, **{k: v for k, v in values.items() if v is not None}, "cases": cases}
+        return {
+            "format": FORMAT,
+            **{k: v for k, v in values.items() if v is not None},
+            "cases": cases,
+        }
 
     @classmethod
     def from_json(cls, value: Any) -> ResultLine:
@@ -120,7 +124,9 @@ def versions() -> dict[str, str]:
     """Give the versions of everything that can move a number."""
     import peft_baft
 
-    packages = {module.__name__: module.__version__ for module in (peft_baft, torch, transformers, peft)}
+    packages = {
+        module.__name__: module.__version__ for module in (peft_baft, torch, transformers, peft)
+    }
     return packages | {"python": platform.python_version()}
 
 

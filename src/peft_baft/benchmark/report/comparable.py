@@ -145,7 +145,9 @@ def _ladders(lines: Sequence[Line]) -> Callable[[Line], list[int]]:
     A ladder is a series of T of one question and one way of editing that begins at one row and has one range of rows at each T.
     All its lines get the longest range, so that they are compared; any other line has the rows it has.
     """
-    ranges: dict[tuple[str, str], dict[int, set[tuple[int, int]]]] = {}  # the ranges of rows at each T
+    ranges: dict[
+        tuple[str, str], dict[int, set[tuple[int, int]]]
+    ] = {}  # the ranges of rows at each T
     for line in lines:
         edits = line.schedule["edits"]
         if edits:
@@ -176,12 +178,16 @@ def _editing(line: Line) -> str:
     if not schedule["edits"]:
         return ""
     unrelated = line.unrelated or {}
-    return _key(unrelated.get("sha256", unrelated.get("file")), schedule["batch_size"], schedule["when"])
+    return _key(
+        unrelated.get("sha256", unrelated.get("file")), schedule["batch_size"], schedule["when"]
+    )
 
 
 def _group(lines: Sequence[Line]) -> Group:
     """Label the rows, each method with each of its settings, and take every run once: the last line that tells it."""
-    runs: dict[tuple[str, str], dict[tuple[int, int], Line]] = {}  # by method and settings; then by T and seed
+    runs: dict[
+        tuple[str, str], dict[tuple[int, int], Line]
+    ] = {}  # by method and settings; then by T and seed
     for line in lines:
         runs_of_row = runs.setdefault((_name(line), _key(settings_of(line))), {})
         runs_of_row[line.schedule["edits"], line.seed] = line

@@ -12,9 +12,19 @@ from textwrap import fill
 from peft_baft.benchmark.report.comparable import Group, Line, Summary, comparable, score
 from peft_baft.benchmark.tasks import TASKS
 
-FORCED = {"reliability": "Rel", "generality": "Gen", "portability": "Por", "locality": "Loc", "average": "Avg"}
+FORCED = {
+    "reliability": "Rel",
+    "generality": "Gen",
+    "portability": "Por",
+    "locality": "Loc",
+    "average": "Avg",
+}
 BY_TOPIC = {f"{kind}_by_topic": f"{short} by topic" for kind, short in FORCED.items()}
-FREE = {f"{kind}_{how}": f"{FORCED[kind]} {how}" for kind in list(FORCED)[:3] for how in ("exact", "prefix")}
+FREE = {
+    f"{kind}_{how}": f"{FORCED[kind]} {how}"
+    for kind in list(FORCED)[:3]
+    for how in ("exact", "prefix")
+}
 FREE |= {"locality_text": "Loc text"}
 COST = {"steps": "Steps", "edit_seconds": "Seconds", "learned": "Learned"}
 SHORT = FORCED | BY_TOPIC | FREE | COST
@@ -58,7 +68,9 @@ def tables(lines: Iterable[Line]) -> list[Table]:
     """
     every_table = []
     for group in comparable(lines):
-        measures = [name for name in SHORT if name in group.measures] + sorted(group.measures - set(SHORT))
+        measures = [name for name in SHORT if name in group.measures] + sorted(
+            group.measures - set(SHORT)
+        )
         if len(group.edits) == 1:
             every_table.append(_wide(group, measures))
             continue
@@ -75,7 +87,9 @@ def _wide(group: Group, measures: Sequence[str]) -> Table:
     """Make a row for each method, with a column for each T and measure."""
     short = dict(SHORT)
     if "portability" in measures and "generality" not in group.measures:
-        short["reliability"] = "Edit Succ"  # KnowEdit's word, for a data set that asks what KnowEdit asks
+        short["reliability"] = (
+            "Edit Succ"  # KnowEdit's word, for a data set that asks what KnowEdit asks
+        )
     columns = list(product(group.edits, measures))
     header = []
     for edits, name in columns:
@@ -168,7 +182,10 @@ def _shared(group: Group) -> str:
         f"template {line.protocol['template']}",
     ]
     if schedule["edits"]:
-        parts += [f"unrelated text {(line.unrelated or {}).get('file', 'none')}", ASKED[schedule["when"]]]
+        parts += [
+            f"unrelated text {(line.unrelated or {}).get('file', 'none')}",
+            ASKED[schedule["when"]],
+        ]
     return "; ".join(parts)
 
 
