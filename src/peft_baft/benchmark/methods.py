@@ -157,10 +157,15 @@ def _own_and_nested(settings: Any) -> tuple[list[str], list[str]]:
 
     The fields of an AdapterMethod itself say what the method is, and none of them is for the user.
     """
-    nested = [f.name for f in fields(settings) if is_dataclass(getattr(settings, f.name))]
+    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    nested = [
+        name
+        for name, value in values.items()
+        if is_dataclass(value) and not isinstance(value, type)
+    ]
     if isinstance(settings, AdapterMethod):
         return [], nested
-    return [f.name for f in fields(settings) if f.name not in nested], nested
+    return [name for name in values if name not in nested], nested
 
 
 def _setting_names(settings: Any) -> set[str]:
