@@ -35,9 +35,8 @@ def main(model_name: str = "smollm2", folder: str = "edits/journal") -> None:
     print("stopped after two, as a crash would")
 
     editor = fresh_editor(model_name)
-    check = peft_baft.canary_check(
-        editor.model, editor.tokenizer, 0.5
-    )  # what to do if something else changes
+    # What to do if something else changes.
+    check = peft_baft.canary_check(editor.model, editor.tokenizer, 0.5)
     for record in peft_baft.edit_continually(
         editor, FACTS, journal=journal, resume=True, check=check
     ):
@@ -50,9 +49,8 @@ def main(model_name: str = "smollm2", folder: str = "edits/journal") -> None:
         f"the journal holds {len(journal.edits())} edits, and the adapter after {journal.snapshots()}"
     )
     journal.roll_back(1)
-    PeftModel.from_pretrained(
-        peft_baft.load_model(model_name)[0], folder
-    )  # with the first edit alone
+    # With the first edit alone.
+    PeftModel.from_pretrained(peft_baft.load_model(model_name)[0], folder)
     print(f"rolled back: the journal holds {len(journal.edits())} edit")
 
 

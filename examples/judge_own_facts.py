@@ -13,13 +13,12 @@ from peft import get_peft_model
 import peft_baft
 from peft_baft.evaluation.report import watch
 
+# The edit in other words.
 CASES = [
     peft_baft.Case(
         peft_baft.Edit("The capital of France is", "Lyon"),
         (
-            peft_baft.Probe(
-                "generality", "France's capital city is", "Lyon"
-            ),  # the edit in other words
+            peft_baft.Probe("generality", "France's capital city is", "Lyon"),
             peft_baft.Probe("locality", "The capital of Italy is", "Rome"),  # what should stay
         ),
     ),

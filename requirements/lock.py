@@ -94,9 +94,8 @@ def resolve(python: str, torch: str) -> tuple[Python, dict[str, str]]:
             subprocess.run([*pip, *what], check=True)
             for package in json.loads(report.read_text(encoding="utf-8"))["install"]:
                 name, version = package["metadata"]["name"], package["metadata"]["version"]
-                versions[canonical(name)] = version.partition("+")[
-                    0
-                ]  # without a build's label, such as +cpu
+                # Without a build's label, such as +cpu.
+                versions[canonical(name)] = version.partition("+")[0]
         query = "import sys; print(*sys.version_info[:2])"
         major, minor = subprocess.check_output([inside, "-c", query], text=True).split()
     return (int(major), int(minor)), versions

@@ -50,17 +50,19 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "training_gradient_checkpointing": [{"use_reentrant": True}, {"use_reentrant": False}],
     "passing_input_embeds_works": [{"test_name": "baft"}],
 }
+# Keep init_weights=True.
 AT_IDENTITY = (
     "training",
     "prepare_for_training",
     "model_attr",
     "adapter_name",
     "delete",
-)  # keep init_weights=True
+)
+# Called by another one.
 HELPERS = (
     "weighted_combination_of_adapters_lora",
     "weighted_combination_of_adapters_ia3",
-)  # called by another one
+)
 MERGING = "cannot be merged"  # what BaFT's own refusal says
 REASONS = {  # of what does not pass: by a piece of its message, or by its name
     MERGING: "BaFT cannot be merged, and says so: its update depends on the hidden vector",
@@ -277,9 +279,8 @@ def replace_lists(module: Any, models: dict[str, str], adapter: Path) -> None:
 def run_files(folder: Path, models: dict[str, str], cache: Path) -> list[Row]:
     """Run whole files of PEFT's tests."""
     adapter = cache / "adapter"
-    peft.LoraConfig().save_pretrained(
-        adapter
-    )  # a file of another method, as PEFT's tests of configurations want
+    # A file of another method, as PEFT's tests of configurations want.
+    peft.LoraConfig().save_pretrained(adapter)
     for name in FILES:
         replace_lists(importlib.import_module(f"tests.{name}"), models, adapter)
     collector = Collector()

@@ -295,9 +295,8 @@ def try_mutants(file: str, session: Session, copy: Path, python: str) -> None:
         "no:cacheprovider",
         *names,
     ]
-    shutil.copy2(
-        ROOT / SOURCE / file, copy / SOURCE / file
-    )  # a run that was killed may have left a mutant here
+    # A run that was killed may have left a mutant here.
+    shutil.copy2(ROOT / SOURCE / file, copy / SOURCE / file)
     begin = time.monotonic()
     done = subprocess.run(command, cwd=copy, env=environment(copy), capture_output=True, text=True)
     if done.returncode:
@@ -496,9 +495,8 @@ def main() -> int:
     options = parser.parse_args()
     os.chdir(ROOT)  # cosmic-ray names files as they are given
     sessions = prepare_sessions(options.files, options.sample, options.seed)
-    python = str(
-        Path(options.python).absolute()
-    )  # not resolved: a link into an environment must stay there
+    # Not resolved: a link into an environment must stay there.
+    python = str(Path(options.python).absolute())
     problems = [] if options.report_only else try_all(sessions, python, options.jobs)
     mutants = {file: results(file, session) for file, session in sessions.items()}
     if options.write_unexplained:

@@ -97,10 +97,11 @@ def work(python: str, what: str, folder: str, overlay: str | None = None) -> str
     """Run this file's worker under another interpreter, and return what it prints."""
     paths = [overlay, str(ROOT / "src"), str(ROOT / "tests")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    # As many threads everywhere: sums keep their order.
     environment |= {
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
-    }  # as many threads everywhere: sums keep their order
+    }
     command = [python, __file__, "--worker", what, "--folder", folder]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

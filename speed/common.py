@@ -28,11 +28,12 @@ from peft_baft.editing import baft
 from peft_baft.editing.acceleration.packed_linear import packed_weight, product
 from peft_baft.editing.acceleration.prefix_cache import open_forward
 
+# Fewest steps on ZsRE rows 900-909, `peers.py --sweep`.
 BEST_LR = {
     "baft": 2e-3,
     "reft": 1e-2,
     "lora": 5e-3,
-}  # fewest steps on ZsRE rows 900-909, `peers.py --sweep`
+}
 LLAMA_3_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
@@ -169,9 +170,8 @@ def products(model: PeftModel, step: Callable[[], Any]) -> list[tuple[nn.Linear,
     def note(layer: nn.Linear, given: tuple, _: Any) -> None:
         seen.append((layer, given[0].shape[:-1].numel()))
 
-    linear = [
-        m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.shape[0] > 64
-    ]  # not the adapter's
+    # Not the adapter's.
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.shape[0] > 64]
     hooks = [layer.register_forward_hook(note) for layer in linear]
     step()
     for hook in hooks:

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 POSITIONS, RANK, MAX_STEPS, STOP = 3, 12, 40, 0.01
+# One step costs a sixth of what lies between so many: nothing that is done once an edit.
 FEW_AND_MORE = (
     2,
     8,
-)  # one step costs a sixth of what lies between so many: nothing that is done once an edit
+)
 PEERS_DECAY = 0.0  # their orthogonal parametrisation keeps signs in parameters: any weight decay makes it zero
 
 

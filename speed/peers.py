@@ -24,12 +24,13 @@ from safetensors.torch import save_file
 from peft_baft.data.batching import encode
 
 WORKER = Path(__file__).with_name("peer_worker.py")
+# As `--sweep 1` found them.
 BEST = {
     "peft_baft": 1e-2,
     "peft_lora": 5e-3,
     "pyreft": 2e-3,
     "adapters": 2e-3,
-}  # as `--sweep 1` found them
+}
 RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 
 

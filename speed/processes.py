@@ -37,9 +37,8 @@ def wall_seconds(options, model: str, processes: int, rows: int) -> float:
 def saved(options, folder: str) -> str:
     """The model as a plain checkpoint."""
     model, tokenizer = load(options)
-    vars(model.config).pop(
-        "quantization_config", None
-    )  # of a GGUF file: its weights are plain by now
+    # Of a GGUF file: its weights are plain by now.
+    vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -148,9 +148,8 @@ def stopped(toy: FactModel, processes: Processes, _: Path) -> Found:
             time.sleep(0.01)
         ended.append(processes.rank)
 
-    errors = [
-        told(lambda: processes.gather(work)) for _ in range(2)
-    ]  # the second is not stopped by the first's alarm
+    # The second is not stopped by the first's alarm.
+    errors = [told(lambda: processes.gather(work)) for _ in range(2)]
     return {"errors": errors, "ended": ended}
 
 

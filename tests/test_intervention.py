@@ -46,9 +46,8 @@ def test_rows_become_orthonormal_and_keep_their_span(shape: tuple[int, int]) -> 
     R = orthonormal_rows(weight)
     identity = torch.eye(shape[0], dtype=R.dtype)
     torch.testing.assert_close(R @ R.T, identity)
-    torch.testing.assert_close(
-        weight @ R.T @ R, weight
-    )  # nothing of the rows lies outside the span of R
+    # Nothing of the rows lies outside the span of R.
+    torch.testing.assert_close(weight @ R.T @ R, weight)
     assert not torch.allclose(weight @ weight.T, identity)
 
 
@@ -112,9 +111,8 @@ def test_a_training_step_renews_the_cached_basis() -> None:
     with torch.no_grad():
         before = basis()
     (basis() * draw(RANK, D, dtype=torch.float32)).sum().backward()
-    basis.weight.data -= (
-        basis.weight.grad
-    )  # as sharding and old optimisers do: the weight's version stays the same
+    # As sharding and old optimisers do: the weight's version stays the same.
+    basis.weight.data -= basis.weight.grad
     with torch.no_grad():
         assert not torch.allclose(basis(), before)
 
@@ -167,9 +165,8 @@ def test_a_normalised_vector_has_direction_but_no_size() -> None:
 
 def test_a_vector_of_zeros_stays_zero_and_eps_adds_to_the_mean_square() -> None:
     assert rms_normalise(torch.zeros(2, D)).equal(torch.zeros(2, D))
-    assert rms_normalise(torch.full((4,), 2.0), eps=5.0).tolist() == pytest.approx(
-        [2 / 3] * 4
-    )  # 2 / √(4 + 5)
+    # 2 / √(4 + 5)
+    assert rms_normalise(torch.full((4,), 2.0), eps=5.0).tolist() == pytest.approx([2 / 3] * 4)
 
 
 # --- Φ ----------------------------------------------------------------------------------------------------------------
@@ -195,9 +192,8 @@ def test_with_open_gates_baft_is_reft() -> None:
     reft = h + (h @ A.T + b - h @ R.T) @ R
     torch.testing.assert_close(intervene(h, R, A, b), reft)
     torch.testing.assert_close(intervene(h, R, A, b, torch.ones_like(w)), reft)
-    torch.testing.assert_close(
-        intervene(h, R, A, b) @ R.T, h @ A.T + b
-    )  # the new coordinates are the learned ones
+    # The new coordinates are the learned ones.
+    torch.testing.assert_close(intervene(h, R, A, b) @ R.T, h @ A.T + b)
 
 
 def test_with_closed_gates_nothing_moves() -> None:
@@ -233,9 +229,8 @@ def test_theorem_2_3_a_linear_edit_that_fits_moves_the_stable_ball_and_a_gated_o
     2ρ long, is 2ρ/g times s(h_edit) - s(e). If every shift in the ball is < δ, then |s(h_edit)| < δ + 2δ g/2ρ.
     """
     radius, gap, wanted = 4.0, 1.0, 1.0  # ρ, g, and the shift ε that the edit needs
-    allowed = (
-        0.9 * wanted / (1 + gap / radius)
-    )  # δ: below what the bound leaves to any linear update
+    # δ: below what the bound leaves to any linear update
+    allowed = 0.9 * wanted / (1 + gap / radius)
     R, direction = orthonormal_rows(draw(1, D, seed=2)), rms_normalise(draw(D, seed=6)) / D**0.5
     h_ir = draw(D, seed=7)
     h_edit = h_ir + (radius + gap) * direction
@@ -245,9 +240,8 @@ def test_theorem_2_3_a_linear_edit_that_fits_moves_the_stable_ball_and_a_gated_o
         fit = wanted / update(h_edit @ (A - R).T + b, R).norm()
         A, b = R + (A - R) * fit, b * fit
         assert max((intervene(h, R, A, b) - h).norm() for h in diameter) > allowed
-    points = torch.stack(
-        [*diameter, h_edit]
-    )  # and the best one in the sense of least squares, the edit weighing most
+    # And the best one in the sense of least squares, the edit weighing most.
+    points = torch.stack([*diameter, h_edit])
     weights = torch.tensor([*[1.0] * 41, 1e4], dtype=R.dtype)[:, None]
     columns, goal = (
         torch.cat([points, torch.ones(42, 1, dtype=R.dtype)], 1),
@@ -261,20 +255,22 @@ def test_theorem_2_3_a_linear_edit_that_fits_moves_the_stable_ball_and_a_gated_o
     )
     assert moved[:-1].norm(dim=-1).max() > allowed
 
+    # A gate between ball and edit.
     U, c = (
         20 * direction[None],
         -20 * (h_ir @ direction + radius + gap / 2).reshape(1),
-    )  # a gate between ball and edit
+    )
     inside = (
         torch.nn.functional.normalize(draw(2000, D, seed=8), dim=-1)
         * torch.rand(2000, 1, dtype=R.dtype)
         * radius
     )
     ball = torch.cat([h_ir + inside, torch.stack(diameter)])
+    # The same constant shift for all: only the gate tells apart.
     A, b = (
         R,
         torch.tensor([1.01 * wanted], dtype=R.dtype),
-    )  # the same constant shift for all: only the gate tells apart
+    )
     assert (intervene(h_edit, R, A, b, gates(h_edit, U, c)) - h_edit).norm() >= wanted
     assert (intervene(ball, R, A, b, gates(ball, U, c)) - ball).norm(dim=-1).max() < allowed / 100
 

@@ -56,9 +56,8 @@ def test_the_balance_is_zero_exactly_where_all_gates_are_used_alike(level: float
 
 
 def test_the_balance_has_the_value_worked_by_hand() -> None:
-    w = torch.tensor(
-        [[0.2, 0.4], [0.4, 0.8]]
-    )  # mean use 0.3 and 0.6, mean 0.45: 2 * 0.15² / (1 * 0.45)
+    # Mean use 0.3 and 0.6, mean 0.45: 2 * 0.15² / (1 * 0.45).
+    w = torch.tensor([[0.2, 0.4], [0.4, 0.8]])
     assert load_balance(w, *no_history(2)) == pytest.approx(0.1)
 
 
@@ -82,9 +81,8 @@ def test_only_the_present_edit_carries_a_gradient_and_it_is_the_formulas() -> No
     use = (past.detach() + w.detach().sum(0)) / n
     mean = use.mean()
     spread = (use - mean).square().sum()
-    by_use = (2 * (use - mean) / mean - spread / (r * mean**2)) / (
-        r - 1
-    )  # d/d use of Σ(use - mean)² / ((r - 1) mean)
+    # D/d use of Σ(use - mean)² / ((r - 1) mean).
+    by_use = (2 * (use - mean) / mean - spread / (r * mean**2)) / (r - 1)
     torch.testing.assert_close(w.grad, (by_use / n).expand(2, 3))
 
 
@@ -156,9 +154,8 @@ def test_a_rescaled_term_has_the_magnitude_of_its_reference(term: float, referen
 def test_the_factor_is_a_constant_to_the_gradient() -> None:
     x, y = torch.tensor(0.5, requires_grad=True), torch.tensor(2.0, requires_grad=True)
     rescaled(x.square(), y.square(), 100.0).backward()
-    assert y.grad is None and x.grad == pytest.approx(
-        4.0 / 0.25 * 2 * 0.5
-    )  # factor times the term's own gradient
+    # Factor times the term's own gradient.
+    assert y.grad is None and x.grad == pytest.approx(4.0 / 0.25 * 2 * 0.5)
 
 
 def test_the_factor_has_a_ceiling() -> None:

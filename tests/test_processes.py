@@ -105,9 +105,8 @@ def test_facts_of_a_batch_shared_by_two_processes_are_learned_as_by_one(
 ) -> None:
     one, found = getattr(worker, name)(toy, Processes(), Path()), of_two(name)
     require_same_edit(found[0], one)
-    assert all(
-        map(torch.equal, found[0]["tensors"], found[1]["tensors"])
-    )  # to the bit: they take the same steps
+    # To the bit: they take the same steps.
+    assert all(map(torch.equal, found[0]["tensors"], found[1]["tensors"]))
 
 
 def test_what_is_gathered_is_in_order(of_two) -> None:
@@ -176,9 +175,8 @@ def test_what_two_processes_began_one_goes_on_with(
         worker.SCHEDULES["continual"],
     )
     resumed = worker.line(rows, schedule, folder / "interrupted.jsonl")
-    assert (
-        ticks[0] in (2, 4) and sum(ticks) == 6
-    )  # a block of the first, and the second's if it came so far
+    # A block of the first, and the second's if it came so far.
+    assert ticks[0] in (2, 4) and sum(ticks) == 6
     assert resumed == worker.line(rows, schedule, tmp_path / "whole.jsonl")
     assert not list((folder / "interrupted.progress").iterdir())
 

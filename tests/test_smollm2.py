@@ -108,9 +108,8 @@ def test_commands_edit_continue_and_ask(tmp_path: Path, capfd) -> None:
     folder = str(tmp_path / "edits")
     assert main(["edit", "--model", "smollm2", "--edits", str(first), "--output", folder]) == 0
     assert "1 of 1 learned when made, all known" in capfd.readouterr().out
-    assert (
-        main(["edit", "--model", "smollm2", "--edits", str(second), "--output", folder]) == 2
-    )  # would lose the first
+    # Would lose the first.
+    assert main(["edit", "--model", "smollm2", "--edits", str(second), "--output", folder]) == 2
     assert "--adapter" in capfd.readouterr().err
     assert (
         main(

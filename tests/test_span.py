@@ -133,9 +133,8 @@ def test_tokens_after_the_first_label_belong_to_the_answer_as_in_a_chat_of_many_
 def test_with_a_filled_cache_every_new_token_is_an_answer_token(past: int | Tensor) -> None:
     real = torch.ones(2, 3, dtype=torch.bool)
     assert (relative_positions_of_input(real, past) >= 0).all()
-    assert (
-        relative_positions_of_input(real).tolist() == [[-3, -2, -1]] * 2
-    )  # the control: an empty cache
+    # The control: an empty cache.
+    assert relative_positions_of_input(real).tolist() == [[-3, -2, -1]] * 2
 
 
 def test_prompt_lengths_outrank_labels() -> None:

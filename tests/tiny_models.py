@@ -70,6 +70,7 @@ _INDEXER = {
 }  # fmt: skip
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 _ROPE_BY_KIND = {"full_attention": _ROPE, "sliding_attention": _ROPE}
+# Fewer, and the unedited model's cache is not its full forward.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "blenderbot": {"encoder_layers": DEPTH},
@@ -106,9 +107,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "ministral": {"head_dim": 8},
-    "moshi": {
-        "sliding_window": 64
-    },  # fewer, and the unedited model's cache is not its full forward
+    "moshi": {"sliding_window": 64},
     "nemotron": {"num_key_value_heads": 2},
     "prophetnet": {"num_encoder_layers": DEPTH},
     "qwen4_exp": {"text_config": _INDEXER},
@@ -217,9 +216,8 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     """A tiny random model in float32 and evaluation mode, with weights large enough to make its layers matter."""
     config = tiny_config(model_type, **overrides)
     model_class = getattr(tr, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
-    if not isinstance(
-        config, model_class.config_class
-    ):  # of pictures and text, where the class reads the text alone
+    # Of pictures and text, where the class reads the text alone.
+    if not isinstance(config, model_class.config_class):
         config = config.get_text_config(decoder=True)
     torch.manual_seed(seed)
     with torch.device("cpu"):

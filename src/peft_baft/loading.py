@@ -12,10 +12,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SMOLLM2 = "smollm2"
+# Transformers loads an adapter's folder with its base model.
 MODEL_FILES = (
     "config.json",
     "adapter_config.json",
-)  # transformers loads an adapter's folder with its base model
+)
 
 
 def load_model(
@@ -58,9 +59,8 @@ def load_model(
             raise
         raise OSError(_not_on_the_hub(name, error)) from error
     if gguf is not None and hasattr(model.config, "quantization_config"):
-        del (
-            model.config.quantization_config
-        )  # the weights are dequantised; with it left, the model refuses to be saved
+        # The weights are dequantised; with it left, the model refuses to be saved.
+        del model.config.quantization_config
     return model.eval(), tokenizer
 
 

@@ -15,9 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
-PATIENCE = timedelta(
-    days=30
-)  # shares of independent work may end hours apart; a process that dies is noticed at once
+# Shares of independent work may end hours apart; a process that dies is noticed at once.
+PATIENCE = timedelta(days=30)
 
 
 class Processes:

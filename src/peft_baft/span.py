@@ -84,9 +84,8 @@ def _sequences(index: Tensor, real: Tensor, positions: Tensor | None) -> tuple[T
     shift = torch.where(real, positions - index, torch.iinfo(index.dtype).max).cummin(1).values
     begins = torch.zeros_like(real)
     begins[:, 1:] = shift[:, 1:] < shift[:, :-1]
-    begins &= (
-        index > 0
-    )  # the first real token of a row opens sequence 0, however much padding precedes it
+    # The first real token of a row opens sequence 0, however much padding precedes it.
+    begins &= index > 0
     return begins.cumsum(1), torch.where(begins, index, 0).cummax(1).values
 
 

@@ -228,6 +228,5 @@ def test_a_model_that_embeds_no_tokens_takes_integers_for_numbers() -> None:
     model = get_peft_model(Numbers(), BaftConfig(r=2, target_modules=["wide"]))
     before = model(numbers)
     randomise(model)
-    assert (
-        before.shape == (3, 2) and (model(numbers) != before).any(1).all()
-    )  # every vector is edited
+    # Every vector is edited.
+    assert before.shape == (3, 2) and (model(numbers) != before).any(1).all()

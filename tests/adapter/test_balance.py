@@ -143,9 +143,8 @@ def test_forwards_leave_the_statistics_alone(tokens, labels) -> None:
     for layer in baft_layers(model):
         layer.baft_gate_usage["default"].copy_(torch.tensor([0.0, 9.0, 0.0, 0.0, 20.0]))
     other = balanced_model()
-    assert (
-        model(tokens, labels=labels).loss != other(tokens, labels=labels).loss
-    )  # but they are what it is balanced with
+    # But they are what it is balanced with.
+    assert model(tokens, labels=labels).loss != other(tokens, labels=labels).loss
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -195,9 +194,8 @@ def test_copies_have_a_term_of_their_own_and_unload_takes_it_off(tokens, labels)
         assert torch.equal(twin(tokens, labels=labels).loss, loss)
         assert is_bare(twin.unload())
     model.add_adapter("second", config(balance_weight=1.0))
-    assert torch.equal(
-        model(tokens, labels=labels).loss, loss
-    )  # once, however many adapters ask for it
+    # Once, however many adapters ask for it.
+    assert torch.equal(model(tokens, labels=labels).loss, loss)
     assert is_bare(model.unload())
 
 

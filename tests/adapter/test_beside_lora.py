@@ -107,9 +107,8 @@ def test_an_edit_beside_a_lora_is_learned_saved_and_taken_off_and_the_lora_stays
         "input_ids"
     ]
     lora, before = lora_state(base), logits(base, ids)
-    assert not torch.equal(
-        before, logits(fact_model.base, ids)
-    )  # the control: the LoRA does something
+    # The control: the LoRA does something.
+    assert not torch.equal(before, logits(fact_model.base, ids))
 
     torch.manual_seed(0)
     model = get_peft_model(
@@ -369,7 +368,6 @@ def test_a_lora_that_transformers_loaded_stays_and_so_does_one_loaded_beside_a_l
     assert set(base.peft_config) == {"default", "facts"}
     for module in base.modules():
         if isinstance(module, LoraLayer):
-            module.set_adapter(
-                "default"
-            )  # transformers switches all layers to the adapter that it loaded last
+            # Transformers switches all layers to the adapter that it loaded last.
+            module.set_adapter("default")
     assert torch.equal(logits(base, tokens), both)

@@ -156,9 +156,8 @@ def running_nothing() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory) -> Trial:
     made = Trial(tmp_path_factory.mktemp("whole"))
-    made.load_alone(
-        made.folder, True
-    )  # what torch and transformers import and compile at first use may run
+    # What torch and transformers import and compile at first use may run.
+    made.load_alone(made.folder, True)
     return made
 
 
@@ -642,9 +641,8 @@ def test_a_module_beside_the_adapter_that_does_not_fit_is_refused_before_the_mod
     set_tensors(lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(64, 32)}))(
         tmp_path
     )
-    model.load_adapter(
-        tmp_path, "second"
-    )  # its control: of the right shape it loads, also beside another
+    # Its control: of the right shape it loads, also beside another.
+    model.load_adapter(tmp_path, "second")
 
 
 def test_a_width_that_the_config_leaves_open_is_checked_against_the_model(

@@ -216,9 +216,8 @@ def test_a_cache_is_found_by_what_it_is_under_an_invented_name() -> None:
         )
     base = model.get_base_model()
     base(torch.tensor([[7]]), remembrance=base(torch.tensor([PROMPT]), use_cache=True).remembrance)
-    assert find_context(model).relative_positions.tolist() == [
-        [len(PROMPT)]
-    ]  # outside generate: after the cached tokens, so edited
+    # Outside generate: after the cached tokens, so edited.
+    assert find_context(model).relative_positions.tolist() == [[len(PROMPT)]]
 
 
 @torch.no_grad()
@@ -248,9 +247,8 @@ def test_what_a_mask_and_a_cache_say_must_agree() -> None:
             model(torch.tensor([[7]]), attention_mask=torch.ones(1, 9), **with_cache(model, cache))
         with pytest.raises(UnknownPositionError, match="covers 3 tokens before"):
             model(torch.tensor([[7]]), attention_mask=torch.ones(1, 4))
-        model(
-            torch.tensor([[7]]), attention_mask=torch.ones(1, 7), **with_cache(model, cache)
-        )  # the control
+        # The control.
+        model(torch.tensor([[7]]), attention_mask=torch.ones(1, 7), **with_cache(model, cache))
 
 
 def test_two_caches_and_a_tuple_of_tensors_are_refused() -> None:
@@ -272,9 +270,8 @@ def test_a_recurrent_state_outside_generate_needs_a_mask_where_lengths_are_state
             cached_columns(cache) is None and cached_columns(type(cache)(config=base.config)) == 0
         )
         model(torch.tensor([[7]]), **with_cache(model, fork(cache)))
-        assert (
-            find_context(model).relative_positions.min() >= 0
-        )  # edited, as every token after a filled cache
+        # Edited, as every token after a filled cache.
+        assert find_context(model).relative_positions.min() >= 0
         with pytest.raises(UnknownPositionError, match="does not tell how much it holds"):
             model(torch.tensor([[7]]), **with_cache(model, fork(cache)), prompt_lengths=[4])
 

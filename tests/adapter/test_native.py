@@ -91,6 +91,5 @@ def test_native_adding_works_or_leaves_the_model_bare_and_lora_fares_no_better(
     before = logits(model, tokens)
     model.add_adapter(config())
     beside.add_adapter(LoraConfig())
-    assert not is_bare(model) and torch.equal(
-        logits(model, tokens), before
-    )  # a fresh adapter changes nothing
+    # A fresh adapter changes nothing.
+    assert not is_bare(model) and torch.equal(logits(model, tokens), before)

@@ -63,9 +63,8 @@ def adapted(model: tr.PreTrainedModel) -> PeftModel:
 def offloaded() -> tr.PreTrainedModel:
     model = base()
     cpu_offload(model, torch.device("cpu"))
-    assert (
-        model.get_input_embeddings().weight.is_meta
-    )  # the control: no device to put tokens on can be read there
+    # The control: no device to put tokens on can be read there.
+    assert model.get_input_embeddings().weight.is_meta
     return model
 
 

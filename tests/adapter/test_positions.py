@@ -264,9 +264,8 @@ def test_labels_lengths_and_the_context_manager_say_the_same(architecture: str, 
         "input_ids"
     ]
     labels = labels.masked_fill(~real, -100)
-    if (
-        side == "left" and architecture != "bloom"
-    ):  # a bare forward of some models counts positions from the padding
+    # A bare forward of some models counts positions from the padding.
+    if side == "left" and architecture != "bloom":
         batch["position_ids"] = (real.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         seen = [model(**batch, labels=labels).logits, model(**batch, prompt_lengths=lengths).logits]
@@ -303,9 +302,8 @@ def test_a_packed_row_has_the_relative_positions_of_its_sequences() -> None:
         )
         == expected
     )
-    assert (
-        relative_positions_after(model, input_ids=ids, labels=labels) != expected
-    )  # the control: position ids are needed
+    # The control: position ids are needed.
+    assert relative_positions_after(model, input_ids=ids, labels=labels) != expected
 
 
 def test_padding_in_a_cache_is_not_counted() -> None:
@@ -363,22 +361,22 @@ def test_training_without_labels_or_lengths_is_warned_of_once(
     ] and "prompt_lengths" in caplog.text
 
 
+# A request is put back, and its answer read as a prompt.
 SCHEDULES = {
     "whole prompts": {"num_blocks": 64},
     "prompts in pieces": {"num_blocks": 64, "max_batch_tokens": 4},
     "full cache": {
         "num_blocks": 7,
         "safety_margin": 0.0,
-    },  # a request is put back, and its answer read as a prompt
+    },
 }
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_continuous_batching_generates_what_generate_does(schedule: dict[str, Any]) -> None:
     model, prompts = adapted(), [draw(n, n) for n in (6, 3, 1)]
-    long = draw(
-        16, 9
-    )  # two that start alike, but what they share is edited in the shorter one only
+    # Two that start alike, but what they share is edited in the shorter one only.
+    long = draw(16, 9)
     prompts += [long[:9], long]
     greedy = tr.GenerationConfig(
         max_new_tokens=ANSWER, do_sample=False, eos_token_id=-1, pad_token_id=PAD

@@ -67,9 +67,10 @@ def stored(thing: Any, name: str = "") -> Iterator[tuple[str, torch.dtype, bytes
         for path, module in thing.named_modules():
             owners = (getattr(module, owner, None) for owner in ("weight", "state"))
             parts = {**module._parameters, **module._buffers}
+            # Goes from one to the other.
             parts["SCB"] = next(
                 (s.SCB for s in owners if getattr(s, "SCB", None) is not None), None
-            )  # goes from one to the other
+            )
             for part, inner in parts.items() if ".baft" not in path else ():
                 yield from stored(inner, f"{path}.{part}")
     elif hasattr(thing, "__tensor_flatten__"):

@@ -64,9 +64,8 @@ def test_a_fresh_editor_goes_on_from_the_state_of_another(toy: FactModel, name: 
     result = again.edit(edits(3))
     assert (result.steps, result.losses) == (second.steps, second.losses)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in again.state_dict().items())
-    assert not all(
-        torch.equal(state[key], expected[key]) for key in state
-    )  # the control: the second edit changed it
+    # The control: the second edit changed it.
+    assert not all(torch.equal(state[key], expected[key]) for key in state)
     again.remove()
 
 

@@ -272,9 +272,8 @@ def test_the_note_names_what_the_rows_share() -> None:
         "batches of 4",
     ):
         assert shared in table.note
-    assert (
-        "12 of 20 rows at T=3" in table.note and "T=1" not in table.note
-    )  # 5 blocks of 4 fill the rows, one of 12 does not
+    # 5 blocks of 4 fill the rows, one of 12 does not
+    assert "12 of 20 rows at T=3" in table.note and "T=1" not in table.note
 
 
 def test_markdown_reads_as_plain_text() -> None:
@@ -386,9 +385,8 @@ def test_the_tradeoff_draws_effect_against_locality() -> None:
     drawn = figure(LADDER, "zsre-continual-tradeoff")
     baft, *_ = (curve for curve in drawn.axes[0].get_lines() if len(curve.get_xdata()) == 3)
     assert list(baft.get_xdata()) == [0.75] * 3
-    assert list(baft.get_ydata()) == pytest.approx(
-        [1.05 * 0.75, 0.55 * 0.75, 0.3 * 0.75]
-    )  # rel and rel / 2
+    # Rel and rel / 2.
+    assert list(baft.get_ydata()) == pytest.approx([1.05 * 0.75, 0.55 * 0.75, 0.3 * 0.75])
     assert drawn.axes[0].get_ylabel() == "(Reliability + Generality) / 2"
 
 

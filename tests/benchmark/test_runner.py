@@ -257,9 +257,8 @@ def test_runs_are_named_before_they_are_made_and_made_once(
 ) -> None:
     common, ladder = common_of(fact_model), [Schedule(1), Schedule(2)]
     runs = plan.plan_runs(common, [None, toy_method()], ladder, range(3))
-    assert (
-        len(runs) == 1 + 2 * 3 and len({run.head.key for run in runs}) == 7
-    )  # the unedited model once
+    # The unedited model once.
+    assert len(runs) == 1 + 2 * 3 and len({run.head.key for run in runs}) == 7
     line = plan.result_line(runs[2].head, [], (), "baft bench")
     append_line(tmp_path / "r.jsonl", line.to_json())
     assert line.key == runs[2].head.key
@@ -345,14 +344,12 @@ def test_a_run_that_is_killed_goes_on_where_it_was_and_repeats_no_edit(
         )
     )
     assert all(a < b for a, b in pairwise([0, *kept])) and kept[-1] < 8
-    made = log.read_text().split().count("1") - kept.count(
-        1
-    )  # a process first ticks for all that was done before it
+    # A process first ticks for all that was done before it.
+    made = log.read_text().split().count("1") - kept.count(1)
     resumed = judged(bench, toy_method(), schedule, Progress.load(file))
     assert without_seconds(resumed) == without_seconds(whole)
-    assert (
-        made <= kept[-1]
-    )  # an edit that is being made when the process is killed has not taken place
+    # An edit that is being made when the process is killed has not taken place.
+    assert made <= kept[-1]
 
 
 @pytest.mark.slow

@@ -87,9 +87,8 @@ def test_a_benchmark_gives_lines_a_table_and_figures_and_is_not_repeated(
     assert not list(tmp_path.glob("*.progress/*"))
     table = capsys.readouterr().out
     assert "baft" in table and "reft" in table
-    monkeypatch.setattr(
-        asking, "predicted_tokens", lambda *_, **__: 1 / 0
-    )  # nothing is asked again
+    # Nothing is asked again.
+    monkeypatch.setattr(asking, "predicted_tokens", lambda *_, **__: 1 / 0)
     assert bench(folder, output, *more) == 0
     assert read_results([output]) == lines
     capsys.readouterr()

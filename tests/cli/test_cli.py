@@ -126,9 +126,8 @@ def test_neither_help_nor_version_nor_a_bad_option_imports_torch() -> None:
     code += "print(sorted({'torch', 'transformers', 'peft', 'peft_baft'} & set(sys.modules)), file=sys.stderr)"
     for words in (["--help"], ["--version"], ["edit", "--help"], ["bench", "zsre", "--lr", "nan"]):
         assert python("-c", code, *words).stderr.strip().endswith("[]")
-    assert (
-        "torch" in python("-c", code, "log", "nowhere").stderr.splitlines()[-1]
-    )  # what runs a command does
+    # What runs a command does.
+    assert "torch" in python("-c", code, "log", "nowhere").stderr.splitlines()[-1]
 
 
 def test_the_light_files_import_the_standard_library_and_typer_alone() -> None:
@@ -232,9 +231,8 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_made(
     told = capsys.readouterr().err
     assert complaint in told and told.startswith("baft edit: ") and told.count("\n") == 1
     assert not Path("out").exists()
-    assert (
-        edit(Path("facts.jsonl"), Path("out")) == 1
-    )  # control: without it, the command goes on to the model
+    # Control: without it, the command goes on to the model.
+    assert edit(Path("facts.jsonl"), Path("out")) == 1
     assert LOADED in capsys.readouterr().err
 
 

@@ -244,9 +244,8 @@ def test_adapters_and_models_on_the_hub_are_taken_in_the_revision_that_was_asked
     assert answers()["with"].startswith(old)  # of the branch main, which was rolled back
     assert answers("--adapter-revision", "v1")["with"].startswith(new)
     assert answers("--model", "someone/toy", "--revision", "v1")["without"].startswith(old)
-    assert (
-        cli.main(["ask", prompt, "--adapter", "someone/edits", "--model", "someone/toy"]) == 2
-    )  # it has no main
+    # It has no main.
+    assert cli.main(["ask", prompt, "--adapter", "someone/edits", "--model", "someone/toy"]) == 2
     assert "no model of that name could be had" in capsys.readouterr().err
     continued = ["--adapter", "someone/edits", "--adapter-revision", "v1"]
     data = ["--model", "someone/toy", "--revision", "v1", "--edits", str(folder / "facts.jsonl")]
@@ -265,9 +264,8 @@ def test_adapters_and_models_on_the_hub_are_taken_in_the_revision_that_was_asked
         )
         == 0
     )
-    assert (
-        json.loads((hub / "out" / "journal.jsonl").read_text().split("\n")[1])["steps"] == 0
-    )  # all were known
+    # All were known.
+    assert json.loads((hub / "out" / "journal.jsonl").read_text().split("\n")[1])["steps"] == 0
     bench = [
         "bench",
         "facts",

@@ -172,6 +172,7 @@ def test_any_bytes_are_refused_with_their_place_or_read(tmp_path: Path) -> None:
 
 GOOD = '{"prompt": "a", "target": "b"}'
 DEEP = "[" * 10_000 + "]" * 10_000
+# The csv module's limit.
 HOSTILE = {
     "deep": ("f.json", DEEP, ":1: "),
     "deep and open": ("f.jsonl", f"{GOOD}\n" + '{"prompt":' * 10_000, ":2: "),
@@ -213,7 +214,7 @@ HOSTILE = {
         "f.csv",
         f"prompt,target\na,{'b' * 2**20}",
         ":2: ",
-    ),  # the csv module's limit
+    ),
     "an open quote": ("f.csv", 'prompt,target\na,b\n"c,d\n' + "e,f\n" * 100, ":3: "),
     "prototype names": (
         "f.jsonl",

@@ -151,9 +151,8 @@ def test_the_paraphrase_follows_and_other_countries_do_not(fact_model: FactModel
 def test_gates_and_unrelated_text_keep_more_of_the_rest_than_reft(fact_model: FactModel) -> None:
     kept: dict[str, list[float]] = {"basis": [], "none": []}
     for n in range(4):
-        others = questions(
-            [*MEALS[12:], *CAPITALS[:n], *CAPITALS[n + 1 :]]
-        )  # none of the text shown while editing
+        # None of the text shown while editing.
+        others = questions([*MEALS[12:], *CAPITALS[:n], *CAPITALS[n + 1 :]])
         for weighting, shares in kept.items():
             model = adapted(fact_model.base, seed=n, weighting=weighting)
             before = predicted_tokens(model, fact_model.tokenizer, others)
@@ -300,9 +299,8 @@ def test_statistics_sum_the_gates_over_the_edited_tokens_of_all_edits(baft: Sett
 
 def test_past_use_counts_in_the_balance_of_the_next_edit(baft: Setting) -> None:
     model, _ = baft
-    editor = editor_of(
-        model, descent=DescentConfig(stop_loss=1e9)
-    )  # done before the first step: a mere evaluation
+    # Done before the first step: a mere evaluation.
+    editor = editor_of(model, descent=DescentConfig(stop_loss=1e9))
     with rolled_back(model):
         fresh = editor.edit(edits(0)).losses["balance"]
     for layer in baft_layers(model):
@@ -400,9 +398,8 @@ def test_a_reloaded_adapter_goes_on_exactly_as_if_it_had_stayed(
         outcomes = list(editor.edit_in_turn(edits(1, 4)))
         tensors = {name: t.clone() for name, t in model.state_dict().items() if "baft" in name}
         results.append((tensors, [(outcome.steps, outcome.losses) for outcome in outcomes]))
-        assert (
-            any(p.requires_grad for p in model.parameters()) is not interrupted
-        )  # frozen stays frozen
+        # Frozen stays frozen.
+        assert any(p.requires_grad for p in model.parameters()) is not interrupted
         model.unload()
     (stayed, outcomes), (came_back, outcomes_after) = results
     assert outcomes == outcomes_after
@@ -478,9 +475,8 @@ def test_an_editor_stays_with_its_adapter(baft: Setting) -> None:
     with pytest.raises(ValueError, match=r"edits 'default', but active is \['other'\]"):
         editor.edit(edits(0))
     before = {name: t.clone() for name, t in model.state_dict().items() if "default" in name}
-    assert (
-        editor_of(model).edit(edits(0)).steps
-    )  # control: an editor of the other adapter, which leaves ours alone
+    # Control: an editor of the other adapter, which leaves ours alone.
+    assert editor_of(model).edit(edits(0)).steps
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in before.items())
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="One adapter must be active"):
@@ -610,9 +606,8 @@ def test_parameters_that_became_infinite_are_not_kept_even_if_the_losses_are_fin
     def diverging(losses: Callable[[], torch.Tensor]) -> torch.Tensor:
         found = losses()
         seen.append(1)
-        if (
-            len(seen) == 3 + 3
-        ):  # the cache's check, then the losses before each of two steps and at the end
+        # The cache's check, then the losses before each of two steps and at the end.
+        if len(seen) == 3 + 3:
             source.data[0, 0] = torch.inf
         return found
 
@@ -701,9 +696,8 @@ def test_the_norm_of_the_gradient_can_be_bounded(baft: Setting) -> None:
     model, _ = baft
     with rolled_back(model):
         assert editor_of(model).edit(edits(0)).learned
-    bounded = DescentConfig(
-        lr=0.02, max_steps=60, stop_loss=0.02, clip_norm=1e-12
-    )  # far below AdamW's epsilon
+    # Far below AdamW's epsilon.
+    bounded = DescentConfig(lr=0.02, max_steps=60, stop_loss=0.02, clip_norm=1e-12)
     assert not editor_of(model, descent=bounded).edit(edits(0)).learned
 
 

@@ -89,9 +89,8 @@ def test_lanes_share_forwards(fact_model: FactModel, monkeypatch: pytest.MonkeyP
     steps = [outcome.steps for _, outcome in editor.edit_each(FACTS, parallel=5)]
     assert rows[:3] == [2, 2, 10]  # a check, then all of them
     assert len(rows) == 2 + max(steps) + 1  # as many as the longest takes alone
-    assert sum(rows[2:]) == 2 * sum(
-        taken + 1 for taken in steps
-    )  # and no row of an edit that is done
+    # And no row of an edit that is done.
+    assert sum(rows[2:]) == 2 * sum(taken + 1 for taken in steps)
 
 
 def test_a_lane_that_breaks_leaves_no_adapter_behind(fact_model: FactModel) -> None:

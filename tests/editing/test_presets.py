@@ -62,9 +62,8 @@ def test_the_papers_models_are_all_there() -> None:
 def test_the_papers_presets(name: str) -> None:
     preset = PRESETS[name]
     assert (preset.objective.alpha, preset.objective.beta, preset.objective.gamma) == TABLE_5[name]
-    assert preset.objective == Objective(
-        *TABLE_5[name]
-    )  # and nothing else differs from the defaults
+    # And nothing else differs from the defaults.
+    assert preset.objective == Objective(*TABLE_5[name])
     assert preset.config == {"r": 12, "prompt_positions": 3, "layers_to_transform": [8, 17, 23, 27]}
     assert asdict(preset.descent) == asdict(DescentConfig(lr=5e-4, max_steps=40, stop_loss=0.01))
     assert asdict(preset.batch_descent) == asdict(

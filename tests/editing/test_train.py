@@ -50,9 +50,8 @@ def test_as_many_steps_are_taken_as_allowed_and_no_more(steps: int) -> None:
         [Descent([parameter], DescentConfig(lr=0.01, max_steps=steps, weight_decay=0.0))], losses
     )
     assert result.steps == steps and len(evaluations) == steps + 1
-    assert parameter.item() == pytest.approx(
-        1 - 0.01 * steps, abs=1e-5
-    )  # Adam's step is lr where the slope is constant
+    # Adam's step is lr where the slope is constant
+    assert parameter.item() == pytest.approx(1 - 0.01 * steps, abs=1e-5)
 
 
 def test_what_the_last_step_reached_counts() -> None:

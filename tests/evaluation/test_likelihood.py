@@ -171,9 +171,8 @@ def test_a_model_that_knows_the_capital_chooses_it_and_an_edit_is_felt(
     assert [case["row"] for case in asked[0]] == list(range(2, 24))
     known, lost = (scores(cases, ()) for cases in asked)
     assert set(known) == {"accuracy", "accuracy_sum", "lm_eval_acc", "lm_eval_acc_norm"}
-    assert (
-        known["accuracy"] == 1 and lost["accuracy"] < 0.9
-    )  # control: the adapter is not passed by
+    # Control: the adapter is not passed by.
+    assert known["accuracy"] == 1 and lost["accuracy"] < 0.9
 
 
 def test_the_question_is_asked_as_in_the_evaluation_harness(monkeypatch) -> None:

@@ -95,9 +95,8 @@ def test_probabilities_are_the_models_own_without_and_with_the_edits(
         end.moved == pytest.approx((edited - without).abs().sum().item() / 2, abs=1e-5)
         and end.moved > 0.05
     )
-    most = (
-        (edited - without).abs().topk(8).indices.tolist()
-    )  # two of ten places may be taken by what must be shown
+    # Two of ten places may be taken by what must be shown.
+    most = (edited - without).abs().topk(8).indices.tolist()
     assert len(end.changes) == 10 and {*most, int(without.argmax()), int(edited.argmax())} <= {
         c.id for c in end.changes
     }

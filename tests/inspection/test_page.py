@@ -125,9 +125,8 @@ def test_the_page_refers_to_nothing_outside_itself() -> None:
     assert not names & {"src", "href", "srcset", "action", "style"} and not re.search(
         r"@import|url\(|fetch\(", html
     )
-    assert set(re.findall(r"https?://[^\s\"']+", html)) == {
-        "http://www.w3.org/2000/svg"
-    }  # a name, never fetched
+    # A name, never fetched.
+    assert set(re.findall(r"https?://[^\s\"']+", html)) == {"http://www.w3.org/2000/svg"}
     assert "default-src 'none'" in html and "prefers-color-scheme: dark" in html
 
 

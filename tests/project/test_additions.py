@@ -127,9 +127,8 @@ def test_a_method_stands_in_its_file_and_in_the_table() -> None:
     files = ["peft_baft/baselines/ft_m.py", "peft_baft/benchmark/methods.py"]
     assert "ft-m" in METHODS
     assert files_that_name("FineTuning") == files and set(files_that_name("ft-m")) == set(files)
-    assert (
-        len(files_that_name("BaftEditor")) > 2
-    )  # the control: what the package itself is about stands in many
+    # The control: what the package itself is about stands in many.
+    assert len(files_that_name("BaftEditor")) > 2
 
 
 def test_a_user_adds_a_method_with_one_class_and_one_entry(

@@ -42,9 +42,8 @@ def load(name: str) -> ModuleType:
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scripts save below the present folder, and one adds a method to the table."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(
-        METHODS, "norm", METHODS["baft"]
-    )  # so that the end of the test takes it out again
+    # So that the end of the test takes it out again.
+    monkeypatch.setitem(METHODS, "norm", METHODS["baft"])
     monkeypatch.delitem(METHODS, "norm")
 
 

@@ -52,9 +52,8 @@ def versions(name: str, python: str) -> dict[str, str]:
 def test_every_dependency_is_pinned_at_its_floor_or_above(python: str) -> None:
     tested = versions("tested.txt", python)
     floors = lock.floors(lock.read_project(), "dev")
-    assert {"torch", "gguf", "matplotlib", "torchao", "pytest", "mypy"} <= set(
-        floors
-    )  # every extra is among them
+    # Every extra is among them.
+    assert {"torch", "gguf", "matplotlib", "torchao", "pytest", "mypy"} <= set(floors)
     below = {
         name: tested.get(name)
         for name in floors
@@ -147,9 +146,8 @@ def test_the_workflow_and_the_script_run_what_the_makefile_offers() -> None:
     assert set(stages.split()) == STAGES
     assert STAGES <= called <= offered
     assert called - STAGES == {"check", "demo", "test-main"}
-    assert (
-        "github.event_name == 'schedule'" in workflow.partition("transformers-main:")[2]
-    )  # weekly
+    # Weekly.
+    assert "github.event_name == 'schedule'" in workflow.partition("transformers-main:")[2]
 
 
 def test_the_selection_names_files_that_exist() -> None:

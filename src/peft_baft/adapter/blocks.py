@@ -9,10 +9,11 @@ from torch import nn
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.model_call import takes_tokens
 
+# Counted from 1: Sec. 3.1, for a model of 32 blocks.
 PAPER_BLOCKS, PAPER_DEPTH = (
     (9, 18, 24, 28),
     32,
-)  # counted from 1: Sec. 3.1, for a model of 32 blocks
+)
 
 
 def default_blocks(depth: int) -> list[int]:

@@ -28,10 +28,11 @@ WITHOUT_PROMPT_LENGTHS = (
     "prompt_positions tokens are edited. State where prompts end, with model(..., prompt_lengths=...) or "
     "`with peft_baft.prompt_lengths(model, lengths):`."
 )
+# Methods of the base model that the context stands in for.
 GENERATION = (
     "generate",
     "init_continuous_batching",
-)  # methods of the base model that the context stands in for
+)
 
 
 @dataclass(frozen=True)

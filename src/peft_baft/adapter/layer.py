@@ -140,9 +140,8 @@ class BaftLayer(nn.Module, BaseTunerLayer):
                 f"{len(row_adapters)} and {hidden.shape[0]} respectively."
             )
         present = [name for name in dict.fromkeys(row_adapters) if name in self.configs]
-        rows_are_sequences = (
-            hidden.ndim == 3
-        )  # else a row is one vector, of a model that does not take tokens
+        # Else a row is one vector, of a model that does not take tokens.
+        rows_are_sequences = hidden.ndim == 3
         groups = (
             self._stackable_groups(present) if rows_are_sequences else [[name] for name in present]
         )

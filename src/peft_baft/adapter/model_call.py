@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 TESTED_TRANSFORMERS = (
     "5.24.0"  # the newest that the tests have passed with, as requirements/tested.txt has it
 )
-MEMORY_NAMES = re.compile(
-    r"(^|_)(past|cache|mems|state)(_|$)"
-)  # as in `past_buckets_states`, `cache_params`
+# As in `past_buckets_states`, `cache_params`.
+MEMORY_NAMES = re.compile(r"(^|_)(past|cache|mems|state)(_|$)")
+# In the order in which a signature is searched.
 CACHE_NAMES = (
     "cache",
     "past_key_values",
     "cache_params",
-)  # in the order in which a signature is searched
+)
 PAGED = "PagedAttentionCache"  # the cache of continuous batching, which is no `Cache`
 CONTINUOUS_BATCHING = (
     "Continuous batching with a BaFT adapter needs transformers 5.23 or later, a manager that was made after the "
@@ -372,9 +372,8 @@ def columns_before_in_generate(model: nn.Module, call: StackCall, seen: int) -> 
                 model, what, "Pass use_cache=False, which computes every token at each step."
             )
         return 0
-    if isinstance(
-        counted, Tensor
-    ):  # a static cache: comparing would wait for the device, and break a compiled graph
+    # A static cache: comparing would wait for the device, and break a compiled graph.
+    if isinstance(counted, Tensor):
         return counted
     if counted is not None and masked in (None, counted):
         return counted
@@ -588,8 +587,7 @@ def prompt_lengths_of_requests(manager: Any, width: int, device: torch.device) -
         raise NotImplementedError(CONTINUOUS_BATCHING)
     prompts = []
     for request in requests:
-        state = (
-            request.state
-        )  # one that was put out of the cache takes its answer for more of its prompt
+        # One that was put out of the cache takes its answer for more of its prompt.
+        state = request.state
         prompts.append(state._true_initial_tokens or len(state.initial_tokens))
     return torch.tensor(prompts, device=device).repeat_interleave(pieces)

@@ -112,9 +112,8 @@ class Gate(nn.Module):
         super().__init__()
         self.norm, self.offset = config.gate_norm, config.gate_offset
         self.shared = WEIGHTINGS[config.weighting].has_shared_gate
-        spread = (
-            0.1 if config.init_weights else 5.0
-        )  # of the logits, for a vector of unit root mean square
+        # Of the logits, for a vector of unit root mean square.
+        spread = 0.1 if config.init_weights else 5.0
         shapes: dict[str, Any] = gate_shapes(config, d)
         self.weight = nn.Parameter(torch.randn(shapes["weight"]) * spread * d**-0.5)
         self.bias = nn.Parameter(torch.zeros(shapes["bias"])) if "bias" in shapes else None

@@ -25,11 +25,12 @@ UNNUMBERED = (
 )
 BASE = "base_model.model."  # how PEFT begins the names of a model's tensors
 LARGEST = 1e9  # no training gets there: a number beyond it is a flipped bit, and would overflow in the model
+# Tasks for which PEFT adds names to modules_to_save, present or not.
 HEADS = (
     "SEQ_CLS",
     "TOKEN_CLS",
     "QUESTION_ANS",
-)  # tasks for which PEFT adds names to modules_to_save, present or not
+)
 
 
 def check_folder(folder: Path, config: BaftConfig) -> dict[str, tuple[int, ...]]:
@@ -145,8 +146,7 @@ def _expected_shapes(
             if f"{module}." in name.removeprefix(BASE)
         }
         if not of_module and config.task_type not in HEADS:
-            of_module = {
-                f"{BASE}{module}": ()
-            }  # a name that no file has: the module is reported as missing
+            # A name that no file has: the module is reported as missing.
+            of_module = {f"{BASE}{module}": ()}
         of_saved_modules |= of_module
     return of_saved_modules | of_adapter

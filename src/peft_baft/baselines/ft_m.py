@@ -90,9 +90,8 @@ class FineTuningEditor:
         before = self._weight.detach().clone()
 
         def losses(_: Sequence[Descent]) -> list[Terms]:
-            logits = full_logits(self.model, **batch)[
-                :, :-1
-            ]  # the logits before a token predict it
+            # The logits before a token predict it.
+            logits = full_logits(self.model, **batch)[:, :-1]
             of_answers = answer_losses(
                 logits[is_answer.to(logits.device)], labels[is_answer].to(logits.device)
             )

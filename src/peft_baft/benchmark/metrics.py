@@ -12,9 +12,8 @@ from peft_baft.evaluation.piqa import right_choices
 from peft_baft.evaluation.sentiment import edit_success
 from peft_baft.inspection.subspace import has_gates, mean_gates, removal_ladder, subspaces
 
-Metric = Callable[
-    [Any, Any, Case], dict[str, Any]
-]  # an edited model, its tokenizer, a case to values by name
+# An edited model, its tokenizer, a case to values by name.
+Metric = Callable[[Any, Any, Case], dict[str, Any]]
 
 
 def _fluency(model: Any, tokenizer: Any, case: Case) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from statistics import mean
 from typing import Any
 
 FORCED = ("reliability", "generality", "portability", "locality")
+# Of a case; other numbers are further metrics, by their name.
 KNOWN = {
     "row",
     "block",
     "steps",
     "seconds",
     "learned",
-}  # of a case; other numbers are further metrics, by their name
+}
 Value = Callable[[dict[str, Any]], float]
 
 

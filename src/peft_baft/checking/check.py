@@ -20,10 +20,11 @@ from peft_baft.checking.tools import flags_kept, in_words
 from peft_baft.checking.trials import findings_of
 from peft_baft.checking.tried_model import TriedModel
 
+# Of the adapter that is tried: its rank, and how much of a hidden vector it changes.
 RANK, UPDATE = (
     12,
     0.5,
-)  # of the adapter that is tried: its rank, and how much of a hidden vector it changes
+)
 ATTACHED = "an adapter can be attached"
 UNLOADS = "taken off, it leaves the model as it was"
 
@@ -133,9 +134,8 @@ def _attach(base: Any, adapter: str | None, revision: str | None) -> PeftModel:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if (
-                ".baft_source." in name
-            ):  # rows of unit length would change a vector by about its own length
+            # Rows of unit length would change a vector by about its own length.
+            if ".baft_source." in name:
                 noise = (
                     torch.randn(parameter.shape, generator=generator)
                     * UPDATE

@@ -21,9 +21,8 @@ CANNOT_TELL = (
     "Cannot tell: one edited token more or less changes the logits less than rounding, so the findings about places prove "
     "nothing. Check the base model without this adapter: it then gets a random one, whose edits are seen."
 )
-LogitPairs = list[
-    tuple[Tensor, Tensor]
-]  # logits (tokens, vocabulary) of the same tokens, had in two ways
+# Logits (tokens, vocabulary) of the same tokens, had in two ways.
+LogitPairs = list[tuple[Tensor, Tensor]]
 
 
 def runs(tried: TriedModel) -> Finding:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-Placed = tuple[
-    str, Any
-]  # where a record stands, as "path:line" or "path: record N", and the record
+# Where a record stands, as "path:line" or "path: record N", and the record.
+Placed = tuple[str, Any]
 
 
 def records(

@@ -58,9 +58,8 @@ def teacher_forced(
         ValueError: a text is longer than the model can read; raised before the first forward.
     """
     rows = [encode_fitting(model, tokenizer, prompt, answer, chat=chat) for prompt, answer in pairs]
-    order = sorted(
-        range(len(rows)), key=lambda number: len(rows[number].ids)
-    )  # texts of like length need little padding
+    # Texts of like length need little padding.
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
     values: dict[int, T] = {}
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]

@@ -16,12 +16,13 @@ INK, SOFT, LINE, PALE = "#1c2230", "#5a6272", "#dfdcd3", "#f6f5f1"
 EDIT, WAS, GATE = "#c2410c", "#8b92a0", "#2b3f87"
 UNEDITED = 3  # tokens before the first edited one that are drawn; nothing happens at those before
 CELL = 0.62  # inches: the unit of what follows, and of every coordinate
+# Names of blocks, candidates, what stands above the cells and below.
 SIDE, RIGHT, HEAD, FOOT = (
     2.0,
     6.3,
     3.0,
     1.0,
-)  # names of blocks, candidates, what stands above the cells and below
+)
 FONTS = (
     "DejaVu Sans",
     "Noto Sans CJK JP",
@@ -54,9 +55,8 @@ def draw(inspection: Inspection, path: str | Path) -> None:
     ):
         figure = _figure(inspection)
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Glyph .* missing from"
-            )  # such a letter is drawn as a box
+            # Such a letter is drawn as a box.
+            warnings.filterwarnings("ignore", "Glyph .* missing from")
             figure.savefig(path, dpi=200)
 
 

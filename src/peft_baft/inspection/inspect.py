@@ -125,9 +125,8 @@ def inspect(
         text = Tokens(tuple(ids), row.prompt_length)
         with _watching(layers) as seen, prompt_lengths(model, [row.prompt_length]):
             logits = _logits(model, tokenizer, text)
-        blocks = tuple(
-            _block(layer, seen) for layer in layers
-        )  # where tokens stand is known until the next forward
+        # Where tokens stand is known until the next forward.
+        blocks = tuple(_block(layer, seen) for layer in layers)
         with without_adapters(model):
             plain = _logits(model, tokenizer, text)
             before = greedy_answers(model, tokenizer, [prompt], limit)[0]

@@ -32,10 +32,11 @@ def page(inspection: Inspection) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
+    # Adapters keep their order.
     environment.policies["json.dumps_kwargs"] = {
         "allow_nan": False,
         "separators": (",", ":"),
-    }  # adapters keep their order
+    }
     return environment.from_string(_file("page.html")).render(
         style=_file("page.css"),
         script=script,

@@ -6,11 +6,12 @@ import re
 import unicodedata
 from typing import Any
 
+# Bytes that byte-level BPE writes as themselves.
 _PRINTABLE = {
     *range(33, 127),
     *range(161, 173),
     *range(174, 256),
-}  # bytes that byte-level BPE writes as themselves
+}
 _BYTES = {chr(b): b for b in _PRINTABLE}
 _BYTES |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
 _HEX = re.compile("[0-9a-f]{2}")
@@ -22,9 +23,8 @@ def token_text(tokenizer: Any, token: int) -> str:
     text, piece = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token) or ""
     if "\ufffd" in text:
         return _bytes_of(piece) or f"‹token {token}›"
-    if piece.startswith("▁") and not text.startswith(
-        " "
-    ):  # SentencePiece drops the space of what begins a text
+    # SentencePiece drops the space of what begins a text
+    if piece.startswith("▁") and not text.startswith(" "):
         text = f" {text}"
     return text or f"‹token {token}›"
 

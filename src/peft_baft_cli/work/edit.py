@@ -225,9 +225,8 @@ def _prepare_output(options: EditCommand) -> None:
         raise ValueError(
             f"{output} holds an unfinished run: go on with --resume, or begin anew with --overwrite."
         )
-    output.mkdir(
-        parents=True, exist_ok=True
-    )  # so that an unwritable folder stops the work before it begins
+    # So that an unwritable folder stops the work before it begins.
+    output.mkdir(parents=True, exist_ok=True)
 
 
 def _append(file: Path, text: str) -> None:

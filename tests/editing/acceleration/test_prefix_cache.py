@@ -29,10 +29,11 @@ fact_model = facts.fact_model
 CPU = torch.device("cpu")
 LEARNED = (0, 2, 3)
 GENERATOR = torch.Generator().manual_seed(0)
+# Prompts and answers of unequal length: padding on both sides of the cut.
 ROWS = [
     Tokens(tuple(torch.randint(3, 64, (length + answer,), generator=GENERATOR).tolist()), length)
     for length, answer in ((9, 3), (5, 2), (4, 4), (12, 1))
-]  # prompts and answers of unequal length: padding on both sides of the cut
+]
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -122,11 +123,12 @@ def test_logits_are_computed_where_an_answer_is_learned(model: PeftModel) -> Non
     few = session.select_rows([0])
     assert few.losses().shape == (3,)
     hook.remove()
+    # Of four rows rather than of three, which takes BLAS twice as long.
     assert shapes == [
         (0,),
         (3 + 4 + 1,),
         (4,),
-    ]  # of four rows rather than of three, which takes BLAS twice as long
+    ]
 
 
 def test_padding_is_not_computed(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,10 +143,11 @@ def test_padding_is_not_computed(model: PeftModel, monkeypatch: pytest.MonkeyPat
     loss, gradient, gates = outcome(
         model, CachedPrefix.build(model, ROWS, LEARNED, 0, CPU, prompt_positions=3)
     )
+    # Of 4 * 9 before and 4 * 7 after the cut.
     assert widths == {
         (9 + 5 + 4 + 12) - 4 * 3,
         4 * 3 + 3 + 2 + 4 + 1,
-    }  # of 4 * 9 before and 4 * 7 after the cut
+    }
     monkeypatch.undo()
     plain = outcome(model, CachedPrefix.build(model, ROWS, LEARNED, 0, CPU, prompt_positions=3))
     assert loss == pytest.approx(plain[0], rel=1e-5)
@@ -304,9 +307,8 @@ def test_an_error_of_a_model_whose_cache_was_right_before_is_not_swallowed(
 
 def test_what_lies_before_the_edited_tokens_decides_whether_there_is_a_cache() -> None:
     model = get_peft_model(make_model(), BaftConfig(task_type="CAUSAL_LM", r=4)).eval()
-    assert (
-        type(open_forward(model, [Tokens((4, 5, 6, 7), 3)], [0], 0, 3)) is FullForward
-    )  # nothing lies before the last 3
+    # Nothing lies before the last 3.
+    assert type(open_forward(model, [Tokens((4, 5, 6, 7), 3)], [0], 0, 3)) is FullForward
     assert type(open_forward(model, [ROW], [0], 0, None)) is FullForward
     assert type(open_forward(model, [ROW], [0], 0, 3)) is CachedPrefix
 

@@ -21,6 +21,7 @@ STYLE: Any = {
     "grid.linewidth": 0.4, "grid.color": "#DDDDDD", "legend.frameon": False, "legend.handlelength": 2.4,
     "legend.columnspacing": 1.2, "axes.titlelocation": "left", "savefig.dpi": 300,
 }  # fmt: skip
+# Okabe and Ito's, less yellow
 COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -29,7 +30,7 @@ COLOURS = (
     "#E69F00",
     "#56B4E9",
     "#000000",
-)  # Okabe and Ito's, less yellow
+)
 MARKERS = "os^Dv<>PXph*"
 DASHES = ("-", "--", ":")
 

@@ -137,9 +137,8 @@ def tradeoff(group: Group, styles: dict[str, Look]) -> Figure:
         sizes = {edits: 3.4 + 1.2 * i for i, edits in enumerate(group.edits)}
     else:
         sizes = {group.edits[0]: 4.0}
-        styles = {
-            row: style | {"linestyle": ""} for row, style in styles.items()
-        }  # one point makes no curve
+        # One point makes no curve.
+        styles = {row: style | {"linestyle": ""} for row, style in styles.items()}
     figure = new_figure(_title(group), 2.2)
     axes = figure.subplots()
     axes.set(xlabel="Locality", ylabel=" + ".join(name.capitalize() for name in effects))
@@ -284,9 +283,8 @@ def _path(axes: Axes, points: Sequence[tuple[Summary, Summary, float]], style: L
 def _effects(group: Group) -> list[str]:
     """List the scores of an edit's effect: of those in the average, all but locality."""
     task = TASKS.get(group.sample.benchmark)
-    averaged = (
-        REPHRASED if task is None else task.averaged
-    )  # a benchmark of the user's own may not be registered here
+    # A benchmark of the user's own may not be registered here.
+    averaged = REPHRASED if task is None else task.averaged
     return [name for name in averaged if name != "locality" and name in group.measures]
 
 

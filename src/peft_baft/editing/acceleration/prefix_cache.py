@@ -136,9 +136,8 @@ class CachedPrefix:
     def losses(self) -> Tensor:
         """Compute the cross entropy of each answer token that is learned, (n,)."""
         base = self.model.get_base_model()
-        cache = fork(
-            self.cache
-        )  # a forward adds its tokens to this one, not to the one that is kept
+        # A forward adds its tokens to this one, not to the one that is kept.
+        cache = fork(self.cache)
         not_known_yet = () if self.known_outputs else self.fixed_blocks
         known = {block: constant_forward(output) for block, output in self.known_outputs.items()}
         with (
