@@ -28,19 +28,31 @@ def fresh_editor(model_name: str) -> peft_baft.BaftEditor:
 
 def main(model_name: str = "smollm2", folder: str = "edits/journal") -> None:
     journal = peft_baft.Journal(folder)
-    for record in islice(peft_baft.edit_continually(fresh_editor(model_name), FACTS, journal=journal), 2):
+    for record in islice(
+        peft_baft.edit_continually(fresh_editor(model_name), FACTS, journal=journal), 2
+    ):
         print(f"made: {record.edits[0].prompt} {record.edits[0].target}, problem: {record.problem}")
     print("stopped after two, as a crash would")
 
     editor = fresh_editor(model_name)
-    check = peft_baft.canary_check(editor.model, editor.tokenizer, 0.5)  # what to do if something else changes
-    for record in peft_baft.edit_continually(editor, FACTS, journal=journal, resume=True, check=check):
-        print(f"made or recalled: {record.edits[0].prompt} {record.edits[0].target}, kept: {record.kept}")
+    check = peft_baft.canary_check(
+        editor.model, editor.tokenizer, 0.5
+    )  # what to do if something else changes
+    for record in peft_baft.edit_continually(
+        editor, FACTS, journal=journal, resume=True, check=check
+    ):
+        print(
+            f"made or recalled: {record.edits[0].prompt} {record.edits[0].target}, kept: {record.kept}"
+        )
     editor.model.save_pretrained(folder)
 
-    print(f"the journal holds {len(journal.edits())} edits, and the adapter after {journal.snapshots()}")
+    print(
+        f"the journal holds {len(journal.edits())} edits, and the adapter after {journal.snapshots()}"
+    )
     journal.roll_back(1)
-    PeftModel.from_pretrained(peft_baft.load_model(model_name)[0], folder)  # with the first edit alone
+    PeftModel.from_pretrained(
+        peft_baft.load_model(model_name)[0], folder
+    )  # with the first edit alone
     print(f"rolled back: the journal holds {len(journal.edits())} edit")
 
 

@@ -17,7 +17,9 @@ CASES = [
     peft_baft.Case(
         peft_baft.Edit("The capital of France is", "Lyon"),
         (
-            peft_baft.Probe("generality", "France's capital city is", "Lyon"),  # the edit in other words
+            peft_baft.Probe(
+                "generality", "France's capital city is", "Lyon"
+            ),  # the edit in other words
             peft_baft.Probe("locality", "The capital of Italy is", "Rome"),  # what should stay
         ),
     ),
@@ -38,8 +40,12 @@ def main(model_name: str = "smollm2") -> None:
     report = compare()  # asks again
 
     for answered in report.answers:
-        print(f"{answered.prompt} -> {answered.after!r}; before {answered.before!r}, wanted {answered.wanted!r}")
-    print(f"reliability {report.reliability:.2f}: share of the targets' tokens that the model predicts")
+        print(
+            f"{answered.prompt} -> {answered.after!r}; before {answered.before!r}, wanted {answered.wanted!r}"
+        )
+    print(
+        f"reliability {report.reliability:.2f}: share of the targets' tokens that the model predicts"
+    )
     print(f"generality {report.generality or 0:.2f}: the same, asked in other words")
     print(f"locality {report.locality:.2f}: share of the other answers' tokens that stayed")
 

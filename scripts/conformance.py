@@ -50,8 +50,17 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "training_gradient_checkpointing": [{"use_reentrant": True}, {"use_reentrant": False}],
     "passing_input_embeds_works": [{"test_name": "baft"}],
 }
-AT_IDENTITY = ("training", "prepare_for_training", "model_attr", "adapter_name", "delete")  # keep init_weights=True
-HELPERS = ("weighted_combination_of_adapters_lora", "weighted_combination_of_adapters_ia3")  # called by another one
+AT_IDENTITY = (
+    "training",
+    "prepare_for_training",
+    "model_attr",
+    "adapter_name",
+    "delete",
+)  # keep init_weights=True
+HELPERS = (
+    "weighted_combination_of_adapters_lora",
+    "weighted_combination_of_adapters_ia3",
+)  # called by another one
 MERGING = "cannot be merged"  # what BaFT's own refusal says
 REASONS = {  # of what does not pass: by a piece of its message, or by its name
     MERGING: "BaFT cannot be merged, and says so: its update depends on the hidden vector",
@@ -75,7 +84,16 @@ def tests_of_peft(cache: Path) -> Path:
     """Download the tests that belong to the installed PEFT; the folder on top of the package `tests`."""
     folder = cache / f"peft-{peft.__version__}-tests"
     if not (folder / "tests" / "__init__.py").exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+        ]
         subprocess.run([*command, f"peft=={peft.__version__}", "--dest", str(cache)], check=True)
         package = folder / "tests"
         package.mkdir(parents=True, exist_ok=True)
@@ -86,7 +104,9 @@ def tests_of_peft(cache: Path) -> Path:
                     assert content is not None, "a Python file in an archive has content"
                     text = content.read().decode()
                     # A tuple, which cannot be changed once pytest has seen it; lists are changed by `replace_lists`.
-                    text = text.replace(", ALL_CONFIG_CLASSES)", ", [(__import__('peft_baft').BaftConfig, {})])")
+                    text = text.replace(
+                        ", ALL_CONFIG_CLASSES)", ", [(__import__('peft_baft').BaftConfig, {})])"
+                    )
                     (package / Path(member.name).name).write_text(text)
         (package / "__init__.py").touch()
     return folder
@@ -94,7 +114,10 @@ def tests_of_peft(cache: Path) -> Path:
 
 def import_tests(folder: Path) -> Any:
     """Import PEFT's helpers without the packages that they name and do not need here, and without the Hub."""
-    for name, parts in {"datasets": ["load_dataset"], "diffusers": ["StableDiffusionPipeline"]}.items():
+    for name, parts in {
+        "datasets": ["load_dataset"],
+        "diffusers": ["StableDiffusionPipeline"],
+    }.items():
         if importlib.util.find_spec(name) is None:
             stub = types.ModuleType(name)
             stub.__spec__ = importlib.machinery.ModuleSpec(name, None)
@@ -117,7 +140,15 @@ def tiny_models(cache: Path) -> dict[str, str]:
     KNOWN.setdefault(
         "gptj",
         lambda: tr.GPTJForCausalLM(
-            tr.GPTJConfig(vocab_size=64, n_embd=32, n_layer=4, n_head=4, rotary_dim=4, n_positions=64, eos_token_id=2)
+            tr.GPTJConfig(
+                vocab_size=64,
+                n_embd=32,
+                n_layer=4,
+                n_head=4,
+                rotary_dim=4,
+                n_positions=64,
+                eos_token_id=2,
+            )
         ),
     )
     folders = {}
@@ -125,7 +156,9 @@ def tiny_models(cache: Path) -> dict[str, str]:
         folder = cache / "models" / tr.__version__ / name.replace("gpt", "g-p-t-")
         if not (folder / "config.json").exists():
             model = make_model(name)
-            model.generation_config = tr.GenerationConfig(pad_token_id=2, bos_token_id=1, eos_token_id=2)
+            model.generation_config = tr.GenerationConfig(
+                pad_token_id=2, bos_token_id=1, eos_token_id=2
+            )
             model.save_pretrained(folder)
         folders[name] = str(folder)
     return folders
@@ -147,7 +180,9 @@ def run_common(common: Any, models: dict[str, str]) -> list[Row]:
     for name in sorted(set(methods) - set(HELPERS)):
         for arguments in ARGUMENTS.get(name, [{}]):
             told = ", ".join(
-                f"{key}={value}".replace("torch.", "") for key, value in arguments.items() if key != "test_name"
+                f"{key}={value}".replace("torch.", "")
+                for key, value in arguments.items()
+                if key != "test_name"
             )
             for model, folder in models.items():
                 kind, why = outcome(common, Tester(), name, arguments, folder)
@@ -155,7 +190,9 @@ def run_common(common: Any, models: dict[str, str]) -> list[Row]:
     return rows
 
 
-def outcome(common: Any, tester: Any, name: str, arguments: dict[str, Any], folder: str) -> tuple[str, str]:
+def outcome(
+    common: Any, tester: Any, name: str, arguments: dict[str, Any], folder: str
+) -> tuple[str, str]:
     """The result of one method on one model, and the reason of any but a passed one."""
     settings = CONFIG if name.startswith(AT_IDENTITY) else {**CONFIG, "init_weights": False}
     given = dict(arguments)
@@ -166,7 +203,9 @@ def outcome(common: Any, tester: Any, name: str, arguments: dict[str, Any], fold
             for let_in in ("LoraConfig", "RoadConfig"):
                 patches.enter_context(mock.patch.object(common, let_in, peft_baft.BaftConfig))
         try:
-            getattr(tester, f"_test_{name}")(*first, folder, peft_baft.BaftConfig, dict(settings), **given)
+            getattr(tester, f"_test_{name}")(
+                *first, folder, peft_baft.BaftConfig, dict(settings), **given
+            )
         except pytest.skip.Exception as skipped:
             return "not applicable", f"PEFT's own: {skipped}"
         except NotImplementedError as refused:
@@ -185,17 +224,26 @@ class Collector:
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         def ours(item: Any) -> bool:
             parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
-            return any(p is peft_baft.BaftConfig or isinstance(p, peft_baft.BaftConfig) for p in parameters)
+            return any(
+                p is peft_baft.BaftConfig or isinstance(p, peft_baft.BaftConfig) for p in parameters
+            )
 
         items[:] = [item for item in items if ours(item)]
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when != "call" and not (report.when == "setup" and report.outcome != "passed"):
             return
-        file, name = Path(report.location[0]).stem, report.location[2].partition("[")[0].rpartition(".")[2]
+        file, name = (
+            Path(report.location[0]).stem,
+            report.location[2].partition("[")[0].rpartition(".")[2],
+        )
         why = ""
         if report.outcome != "passed":
-            why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr.reprcrash.message
+            why = (
+                report.longrepr[2]
+                if isinstance(report.longrepr, tuple)
+                else report.longrepr.reprcrash.message
+            )
         kind = "not applicable" if report.outcome == "skipped" or MERGING in why else report.outcome
         self.rows.append(Row(name.removeprefix("test_"), kind, (why.splitlines() or [""])[0], file))
 
@@ -212,8 +260,14 @@ def replace_lists(module: Any, models: dict[str, str], adapter: Path) -> None:
         "ALL_CONFIGS": [(ours, dict(CONFIG))],
         "PEFT_MODELS_TO_TEST": [(str(adapter), "main")],
         "TEST_CASES": [("BaFT", "MLP", ours, layer)],
-        "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": [("same", "BaFT", ours, *pair), ("other", "BaFT", ours, *other)],
-        "MIXED_ADAPTER_TEST_CASES": [("same", *(ours(**k) for k in pair)), ("other", *(ours(**k) for k in other))],
+        "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": [
+            ("same", "BaFT", ours, *pair),
+            ("other", "BaFT", ours, *other),
+        ],
+        "MIXED_ADAPTER_TEST_CASES": [
+            ("same", *(ours(**k) for k in pair)),
+            ("other", *(ours(**k) for k in other)),
+        ],
     }
     for name, content in lists.items():
         if isinstance(getattr(module, name, None), list):
@@ -223,7 +277,9 @@ def replace_lists(module: Any, models: dict[str, str], adapter: Path) -> None:
 def run_files(folder: Path, models: dict[str, str], cache: Path) -> list[Row]:
     """Run whole files of PEFT's tests."""
     adapter = cache / "adapter"
-    peft.LoraConfig().save_pretrained(adapter)  # a file of another method, as PEFT's tests of configurations want
+    peft.LoraConfig().save_pretrained(
+        adapter
+    )  # a file of another method, as PEFT's tests of configurations want
     for name in FILES:
         replace_lists(importlib.import_module(f"tests.{name}"), models, adapter)
     collector = Collector()
@@ -239,34 +295,56 @@ def run_files(folder: Path, models: dict[str, str], cache: Path) -> list[Row]:
         "-W",
         "ignore",
     ]
-    pytest.main([*(str(folder / "tests" / f"{name}.py") for name in FILES), *options], plugins=[collector])
+    pytest.main(
+        [*(str(folder / "tests" / f"{name}.py") for name in FILES), *options], plugins=[collector]
+    )
     return collector.rows
 
 
 def reason(row: Row) -> str | None:
     """Why a test does not pass, None where that is not known: a finding."""
-    known = next((why for key, why in REASONS.items() if key in row.why or row.test.startswith(key)), None)
+    known = next(
+        (why for key, why in REASONS.items() if key in row.why or row.test.startswith(key)), None
+    )
     return known or (row.why if row.kind == "not applicable" else None)
 
 
 def section(common: list[Row], files: list[Row]) -> str:
     """The part of the document that belongs to the installed versions."""
-    lines = [heading(), "", f"PEFT's common tester, on tiny models of {', '.join(ARCHITECTURES)}: on each model"]
-    counts = {model: Counter(row.kind for row in common if row.model == model) for model in ARCHITECTURES}
+    lines = [
+        heading(),
+        "",
+        f"PEFT's common tester, on tiny models of {', '.join(ARCHITECTURES)}: on each model",
+    ]
+    counts = {
+        model: Counter(row.kind for row in common if row.model == model) for model in ARCHITECTURES
+    }
     for told in sorted({counted(count) for count in counts.values()}):
         alike = [model for model, count in counts.items() if counted(count) == told]
-        lines[-1] += f" **{told}**" + ("" if len(alike) == len(counts) else f" ({', '.join(alike)})")
+        lines[-1] += f" **{told}**" + (
+            "" if len(alike) == len(counts) else f" ({', '.join(alike)})"
+        )
     lines += ["", "| does not pass | result | why |", "|---|---|---|"]
     for (test, kind, why), models in grouped(common).items():
         where = "" if len(models) == len(ARCHITECTURES) else f" on {', '.join(models)}"
         lines.append(f"| `_test_{test}`{where} | {kind} | {why} |")
-    passed = sorted({row.test for row in common} - {row.test for row in common if row.kind != "passed"})
+    passed = sorted(
+        {row.test for row in common} - {row.test for row in common if row.kind != "passed"}
+    )
     lines += ["", f"Passed on all: {', '.join(f'`{test}`' for test in passed)}.", ""]
-    lines += [f"Whole files, with their lists replaced by `BaftConfig` (decoder models: {', '.join(IN_FILES)}):", ""]
+    lines += [
+        f"Whole files, with their lists replaced by `BaftConfig` (decoder models: {', '.join(IN_FILES)}):",
+        "",
+    ]
     for file in FILES:
-        lines.append(f"- `{file}.py`: {counted(Counter(row.kind for row in files if row.model == file))}.")
+        lines.append(
+            f"- `{file}.py`: {counted(Counter(row.kind for row in files if row.model == file))}."
+        )
         failed = grouped([row for row in files if row.model == file and row.kind == "failed"])
-        lines += [f"  - `test_{test}`, {len(rows)} times: {why}" for (test, _, why), rows in failed.items()]
+        lines += [
+            f"  - `test_{test}`, {len(rows)} times: {why}"
+            for (test, _, why), rows in failed.items()
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -297,22 +375,31 @@ tests of mixed batches (`adapter_names`) are kept for LoRA and RoAD by name; her
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "peft_baft", help="for PEFT's tests")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path.home() / ".cache" / "peft_baft", help="for PEFT's tests"
+    )
     cache = parser.parse_args().cache
     cache.mkdir(parents=True, exist_ok=True)
     models = tiny_models(cache)
     folder = tests_of_peft(cache)
     common, files = run_common(import_tests(folder), models), run_files(folder, models, cache)
     old = DOCUMENT.read_text() if DOCUMENT.exists() else ""
-    sections = {text.splitlines()[0]: text for text in re.findall(r"^## peft .*?(?=^## |\Z)", old, re.M | re.S)}
+    sections = {
+        text.splitlines()[0]: text
+        for text in re.findall(r"^## peft .*?(?=^## |\Z)", old, re.M | re.S)
+    }
     sections[heading()] = section(common, files)
     parts = [sections[title].rstrip() + "\n" for title in sorted(sections, reverse=True)]
     DOCUMENT.write_text("\n".join([INTRODUCTION, *parts]))
     findings = [row for row in (*common, *files) if row.kind == "failed" and reason(row) is None]
     for row in findings:
         print(f"unexplained: {row.test} ({row.model}): {row.why}")
-    print(f"{DOCUMENT}: {counted(Counter(row.kind for row in (*common, *files)))}, {len(findings)} unexplained")
+    print(
+        f"{DOCUMENT}: {counted(Counter(row.kind for row in (*common, *files)))}, {len(findings)} unexplained"
+    )
     return 1 if findings else 0
 
 

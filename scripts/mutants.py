@@ -45,16 +45,36 @@ FILES: dict[str, list[str]] = {
     "regularisers.py": ["test_losses.py", "test_intervention.py"],
     "losses.py": ["test_losses.py"],
     "span.py": ["test_prompt_lengths.py", "test_span.py", "adapter/test_positions.py"],
-    "adapter/context.py": ["adapter/test_positions.py", "adapter/test_adapter.py", "adapter/test_model_call.py"],
-    "adapter/layer.py": ["adapter/test_adapter.py", "adapter/test_blocks.py", "adapter/test_balance.py"],
-    "adapter/parameters.py": ["adapter/test_gate_kinds.py", "adapter/test_adapter.py", "test_intervention.py"],
-    "adapter/weights.py": ["adapter/test_saved_format.py", "adapter/test_saving.py", "adapter/test_corruption.py"],
+    "adapter/context.py": [
+        "adapter/test_positions.py",
+        "adapter/test_adapter.py",
+        "adapter/test_model_call.py",
+    ],
+    "adapter/layer.py": [
+        "adapter/test_adapter.py",
+        "adapter/test_blocks.py",
+        "adapter/test_balance.py",
+    ],
+    "adapter/parameters.py": [
+        "adapter/test_gate_kinds.py",
+        "adapter/test_adapter.py",
+        "test_intervention.py",
+    ],
+    "adapter/weights.py": [
+        "adapter/test_saved_format.py",
+        "adapter/test_saving.py",
+        "adapter/test_corruption.py",
+    ],
     "adapter/blocks.py": ["adapter/test_blocks.py", "adapter/test_adapter.py"],
     "adapter/state.py": ["editing/test_editing.py", "adapter/test_beside_lora.py"],
     "editing/answers.py": ["editing/test_lanes.py", "editing/acceleration/test_prefix_cache.py"],
     "editing/train.py": ["editing/test_train.py", "editing/test_editing.py"],
     "editing/lanes.py": ["editing/test_lanes.py", "editing/test_editing.py"],
-    "editing/objective.py": ["test_losses.py", "editing/test_presets.py", "editing/test_editing.py"],
+    "editing/objective.py": [
+        "test_losses.py",
+        "editing/test_presets.py",
+        "editing/test_editing.py",
+    ],
     "editing/baft.py": ["editing/test_editing.py", "editing/test_lanes.py"],
     "editing/adapter_editor.py": ["editing/test_editing.py", "editing/test_journal.py"],
 }
@@ -69,7 +89,9 @@ REPLACEMENTS = {
         "Eq_NotEq Eq_GtE Eq_LtE NotEq_Eq Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE GtE_Gt GtE_Lt Is_IsNot IsNot_Is"
     ),
 }
-OPERATORS = {f"core/Replace{kind}_{pair}" for kind, pairs in REPLACEMENTS.items() for pair in pairs.split()}
+OPERATORS = {
+    f"core/Replace{kind}_{pair}" for kind, pairs in REPLACEMENTS.items() for pair in pairs.split()
+}
 REPLACES_OPERATOR = re.compile(r"core/Replace(Binary|Comparison)Operator_")
 
 
@@ -113,7 +135,9 @@ def unused_positions(text: str) -> list[tuple[tuple[int, int], tuple[int, int]]]
     ]
 
 
-def wanted(mutation: MutationSpec, unused: Sequence[tuple[tuple[int, int], tuple[int, int]]]) -> bool:
+def wanted(
+    mutation: MutationSpec, unused: Sequence[tuple[tuple[int, int], tuple[int, int]]]
+) -> bool:
     """Whether a mutation is worth a run."""
     if REPLACES_OPERATOR.match(mutation.operator_name) and mutation.operator_name not in OPERATORS:
         return False
@@ -128,7 +152,14 @@ def all_work(file: str, session: Path) -> list[WorkItem]:
         init([path], database, {})
         work = [item for item in database.work_items if wanted(item.mutations[0], unused)]
         database.clear()
-    return sorted(work, key=lambda item: (item.mutations[0].start_pos, item.mutations[0].operator_name, item.job_id))
+    return sorted(
+        work,
+        key=lambda item: (
+            item.mutations[0].start_pos,
+            item.mutations[0].operator_name,
+            item.job_id,
+        ),
+    )
 
 
 Place = tuple[str, tuple[int, int], str, int]
@@ -137,7 +168,12 @@ Place = tuple[str, tuple[int, int], str, int]
 def place(item: WorkItem) -> Place:
     """Return what tells a mutant from the others: cosmic-ray's own job ids are random."""
     (mutation,) = item.mutations
-    return str(mutation.module_path), mutation.start_pos, mutation.operator_name, mutation.occurrence
+    return (
+        str(mutation.module_path),
+        mutation.start_pos,
+        mutation.operator_name,
+        mutation.occurrence,
+    )
 
 
 def session_of(file: str) -> Path:
@@ -169,12 +205,19 @@ def prepare_session(file: str, work: Sequence[WorkItem], count: int, seed: int) 
     session = session_of(file)
     with use_db(str(session), WorkDB.Mode.create) as database:
         completed = {place(item): (item, result) for item, result in database.completed_work_items}
-        items = {key: completed[key][0] if key in completed else item for key, item in chosen.items()}
+        items = {
+            key: completed[key][0] if key in completed else item for key, item in chosen.items()
+        }
         database.clear()
-        database.add_work_items((items | {key: item for key, (item, _) in completed.items()}).values())
+        database.add_work_items(
+            (items | {key: item for key, (item, _) in completed.items()}).values()
+        )
         for item, result in completed.values():
             database.set_result(item.job_id, result)
-    print(f"{file}: {len(chosen)} of {len(work)} mutants, {len(chosen.keys() - completed.keys())} to try", flush=True)
+    print(
+        f"{file}: {len(chosen)} of {len(work)} mutants, {len(chosen.keys() - completed.keys())} to try",
+        flush=True,
+    )
     return Session(session, frozenset(chosen))
 
 
@@ -183,7 +226,10 @@ def prepare_sessions(files: Sequence[str], sample: int, seed: int) -> dict[str, 
     (BUILD / "sessions").mkdir(parents=True, exist_ok=True)
     work = {file: all_work(file, BUILD / "sessions" / "scratch.sqlite") for file in files}
     share = sample / sum(map(len, work.values())) if sample else 1.0
-    return {file: prepare_session(file, items, ceil(share * len(items)), seed) for file, items in work.items()}
+    return {
+        file: prepare_session(file, items, ceil(share * len(items)), seed)
+        for file, items in work.items()
+    }
 
 
 def make_copy(number: int) -> Path:
@@ -216,9 +262,13 @@ def environment(copy: Path) -> dict[str, str]:
 def require_copy_in_use(python: str, copy: Path) -> None:
     """Raise RuntimeError unless the tests import the copy: a mutant that nobody imports would survive."""
     command = [python, "-c", "import peft_baft; print(peft_baft.__file__)"]
-    done = subprocess.run(command, cwd=copy, env=environment(copy), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=copy, env=environment(copy), capture_output=True, text=True, check=True
+    )
     if not done.stdout.strip().startswith(str(copy)):
-        raise RuntimeError(f"The tests would import {done.stdout.strip()} instead of the copy {copy}.")
+        raise RuntimeError(
+            f"The tests would import {done.stdout.strip()} instead of the copy {copy}."
+        )
 
 
 def try_mutants(file: str, session: Session, copy: Path, python: str) -> None:
@@ -232,8 +282,21 @@ def try_mutants(file: str, session: Session, copy: Path, python: str) -> None:
     if not pending:
         return
     names = [str(TESTS / name) for name in FILES[file]]
-    command = [python, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *names]
-    shutil.copy2(ROOT / SOURCE / file, copy / SOURCE / file)  # a run that was killed may have left a mutant here
+    command = [
+        python,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-m",
+        "not slow",
+        "-p",
+        "no:cacheprovider",
+        *names,
+    ]
+    shutil.copy2(
+        ROOT / SOURCE / file, copy / SOURCE / file
+    )  # a run that was killed may have left a mutant here
     begin = time.monotonic()
     done = subprocess.run(command, cwd=copy, env=environment(copy), capture_output=True, text=True)
     if done.returncode:
@@ -250,7 +313,9 @@ def try_mutants(file: str, session: Session, copy: Path, python: str) -> None:
     )
     program = Path(sys.executable).with_name("cosmic-ray")
     begin = time.monotonic()
-    subprocess.run([program, "exec", config, session.database], cwd=copy, env=environment(copy), check=True)
+    subprocess.run(
+        [program, "exec", config, session.database], cwd=copy, env=environment(copy), check=True
+    )
     spent = time.monotonic() - begin
     print(f"{file}: {pending} mutants in {spent:.0f} s; its tests take {seconds:.0f} s", flush=True)
 
@@ -310,7 +375,9 @@ def results(file: str, session: Session) -> list[Mutant]:
             noticed = result.test_outcome is not TestOutcome.SURVIVED
             too_long = noticed and (result.output or "").strip() == "timeout"
             function = mutation.definition_name or "the file itself"
-            mutants.append(Mutant(file, mutation.start_pos[0], function, before, after, noticed, too_long))
+            mutants.append(
+                Mutant(file, mutation.start_pos[0], function, before, after, noticed, too_long)
+            )
     return sorted(mutants, key=lambda mutant: (mutant.line, mutant.after))
 
 
@@ -319,7 +386,9 @@ def read_explanations() -> dict[tuple[str, str, str, str], str]:
     if not EXPLANATIONS.exists():
         return {}
     entries: list[dict[str, Any]] = json.loads(EXPLANATIONS.read_text(encoding="utf-8"))
-    return {(e["file"], e["function"], e["before"], e["after"]): e["why"] for e in entries if e["why"]}
+    return {
+        (e["file"], e["function"], e["before"], e["after"]): e["why"] for e in entries if e["why"]
+    }
 
 
 def write_unexplained(survivors: Sequence[Mutant]) -> None:
@@ -330,8 +399,13 @@ def write_unexplained(survivors: Sequence[Mutant]) -> None:
     for mutant in survivors:
         if mutant.key not in present:
             present.add(mutant.key)
-            entries.append(dict(zip(("file", "function", "before", "after"), mutant.key, strict=True)) | {"why": ""})
-    EXPLANATIONS.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            entries.append(
+                dict(zip(("file", "function", "before", "after"), mutant.key, strict=True))
+                | {"why": ""}
+            )
+    EXPLANATIONS.write_text(
+        json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def report(mutants: dict[str, list[Mutant]], sample: int, seed: int) -> str:
@@ -340,7 +414,11 @@ def report(mutants: dict[str, list[Mutant]], sample: int, seed: int) -> str:
     command = f"make mutants SAMPLE={sample} SEED={seed}" if sample else "make mutants SAMPLE=0"
     if len(mutants) < len(FILES):
         command = f"scripts/mutants.py --sample {sample} --seed {seed} --files {' '.join(mutants)}"
-    extent = f"About {sample} of them are drawn at random (seed {seed})" if sample else "All of them are tried"
+    extent = (
+        f"About {sample} of them are drawn at random (seed {seed})"
+        if sample
+        else "All of them are tried"
+    )
     everything = [mutant for of_file in mutants.values() for mutant in of_file]
     survivors = [mutant for mutant in everything if not mutant.noticed]
     unexplained = sum(mutant.key not in explanations for mutant in survivors)
@@ -369,33 +447,59 @@ def report(mutants: dict[str, list[Mutant]], sample: int, seed: int) -> str:
         lines += ["", f"## Survivors in {file}", ""]
         for mutant in (mutant for mutant in survivors if mutant.file == file):
             why = explanations.get(mutant.key, "**Unexplained.**")
-            lines.append(f"- Line {mutant.line}, `{mutant.function}`: `{mutant.before}` → `{mutant.after}`. {why}")
+            lines.append(
+                f"- Line {mutant.line}, `{mutant.function}`: `{mutant.before}` → `{mutant.after}`. {why}"
+            )
     return "\n".join(lines) + "\n"
 
 
 def score(mutants: Sequence[Mutant]) -> str:
-    return f"{100 * sum(mutant.noticed for mutant in mutants) / len(mutants):.0f} %" if mutants else "–"
+    return (
+        f"{100 * sum(mutant.noticed for mutant in mutants) / len(mutants):.0f} %"
+        if mutants
+        else "–"
+    )
 
 
 def main() -> int:
     """Try mutants and write the report; return 1 if the tests of a file could not be run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--sample", type=int, default=200, help="how many mutants, drawn at random; 0 for all (default: 200)"
+        "--sample",
+        type=int,
+        default=200,
+        help="how many mutants, drawn at random; 0 for all (default: 200)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
-    parser.add_argument("--jobs", type=int, default=2, help="how many files at a time, each in a copy (default: 2)")
-    parser.add_argument("--python", default=sys.executable, help="the interpreter that has what the tests need")
-    parser.add_argument("--files", nargs="+", default=list(FILES), choices=list(FILES), metavar="FILE")
     parser.add_argument(
-        "--report", type=Path, default=REPORT, help="where the page is written (default: docs/mutants.md)"
+        "--jobs", type=int, default=2, help="how many files at a time, each in a copy (default: 2)"
     )
-    parser.add_argument("--report-only", action="store_true", help="write the page from what has been tried so far")
-    parser.add_argument("--write-unexplained", action="store_true", help="add new survivors to docs/mutants.json")
+    parser.add_argument(
+        "--python", default=sys.executable, help="the interpreter that has what the tests need"
+    )
+    parser.add_argument(
+        "--files", nargs="+", default=list(FILES), choices=list(FILES), metavar="FILE"
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        default=REPORT,
+        help="where the page is written (default: docs/mutants.md)",
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="write the page from what has been tried so far"
+    )
+    parser.add_argument(
+        "--write-unexplained", action="store_true", help="add new survivors to docs/mutants.json"
+    )
     options = parser.parse_args()
     os.chdir(ROOT)  # cosmic-ray names files as they are given
     sessions = prepare_sessions(options.files, options.sample, options.seed)
-    python = str(Path(options.python).absolute())  # not resolved: a link into an environment must stay there
+    python = str(
+        Path(options.python).absolute()
+    )  # not resolved: a link into an environment must stay there
     problems = [] if options.report_only else try_all(sessions, python, options.jobs)
     mutants = {file: results(file, session) for file, session in sessions.items()}
     if options.write_unexplained:

@@ -32,13 +32,24 @@ BEGIN, END = "<!-- safety -->\n", "<!-- end of safety -->\n"
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.xml"
-        command = [sys.executable, "-m", "pytest", *TESTS, "--junitxml", str(found), "-o", "junit_family=xunit1"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *TESTS,
+            "--junitxml",
+            str(found),
+            "-o",
+            "junit_family=xunit1",
+        ]
         failed = subprocess.run(command, cwd=ROOT).returncode
         if failed:
             return failed
         counts = tallied(found)
     before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
-    DOCUMENT.write_text(before + BEGIN + table(counts) + END + rest.partition(END)[2], encoding="utf-8")
+    DOCUMENT.write_text(
+        before + BEGIN + table(counts) + END + rest.partition(END)[2], encoding="utf-8"
+    )
     return 0
 
 
@@ -57,7 +68,10 @@ def tallied(found: Path) -> dict[str, Counter[str] | dict[str, str]]:
 def table(counts: dict) -> str:
     lines = ["| what | counted |\n|---|---|\n"]
     for what, row in counts.items():
-        cells = ", ".join(f"{name} {count if isinstance(count, str) else f'{count:,}'}" for name, count in row.items())
+        cells = ", ".join(
+            f"{name} {count if isinstance(count, str) else f'{count:,}'}"
+            for name, count in row.items()
+        )
         lines.append(f"| {what} | {cells} |\n")
     return "".join(lines)
 

@@ -26,7 +26,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-VERSIONS = ["transformers==5.20.0 peft==0.20.0 accelerate==1.4.0", "transformers==5.23.0", "peft==0.20.0"]
+VERSIONS = [
+    "transformers==5.20.0 peft==0.20.0 accelerate==1.4.0",
+    "transformers==5.23.0",
+    "peft==0.20.0",
+]
 ARCHITECTURES = ["llama", "gpt2", "gemma3"]
 NEW_TOKENS = 6
 PACKAGES = ["transformers", "peft", "accelerate", "torch"]
@@ -37,9 +41,17 @@ Result = dict[str, Any]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("versions", nargs="*", help="requirements in one argument: 'transformers==5.20.0 peft==0.20.0'")
-    parser.add_argument("--python", action="append", default=[], help="another interpreter; may be repeated")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "versions",
+        nargs="*",
+        help="requirements in one argument: 'transformers==5.20.0 peft==0.20.0'",
+    )
+    parser.add_argument(
+        "--python", action="append", default=[], help="another interpreter; may be repeated"
+    )
     parser.add_argument("--worker", choices=["save", "compute"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -67,7 +79,17 @@ def main() -> int:
 
 def install(requirements: list[str], overlay: str) -> None:
     """Install packages without their dependencies into a folder, which then stands before the environment's own."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", overlay]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-compile",
+        "--target",
+        overlay,
+    ]
     subprocess.run([*pip, *requirements], check=True)
 
 
@@ -75,12 +97,17 @@ def work(python: str, what: str, folder: str, overlay: str | None = None) -> str
     """Run this file's worker under another interpreter, and return what it prints."""
     paths = [overlay, str(ROOT / "src"), str(ROOT / "tests")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # as many threads everywhere: sums keep their order
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }  # as many threads everywhere: sums keep their order
     command = [python, __file__, "--worker", what, "--folder", folder]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
-        raise SystemExit(f"The worker failed: {' '.join(command)} (with PYTHONPATH={environment['PYTHONPATH']})")
+        raise SystemExit(
+            f"The worker failed: {' '.join(command)} (with PYTHONPATH={environment['PYTHONPATH']})"
+        )
     return done.stdout
 
 
@@ -110,9 +137,13 @@ def compute(folder: Path) -> Result:
 
     digests: dict[str, dict[str, dict[str, str]]] = {attention: {} for attention in ATTENTION}
     for attention, architecture in product(ATTENTION, ARCHITECTURES):
-        base = AutoModelForCausalLM.from_pretrained(folder / architecture, attn_implementation=attention).eval()
+        base = AutoModelForCausalLM.from_pretrained(
+            folder / architecture, attn_implementation=attention
+        ).eval()
         of_base = digests_of(base)
-        of_edited = digests_of(PeftModel.from_pretrained(base, str(folder / f"{architecture}-adapter")).eval())
+        of_edited = digests_of(
+            PeftModel.from_pretrained(base, str(folder / f"{architecture}-adapter")).eval()
+        )
         for quantity in of_base:
             both = {"base": of_base[quantity], "edited": of_edited[quantity]}
             digests[attention][f"{architecture}, {quantity}"] = both
@@ -128,11 +159,21 @@ def digests_of(model: Any) -> dict[str, str]:
     mask[1, :4] = 0  # on the left, as `generate` wants it
     mask[2, :1] = 0
     inputs = {"input_ids": tokens.masked_fill(mask == 0, 0), "attention_mask": mask}
-    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings = {
+        "max_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     with torch.no_grad():
         logits = model(**inputs).logits
-        generated = model.generate(**inputs, **settings, output_logits=True, return_dict_in_generate=True)
-    return {"forward": sha256([logits[mask == 1]]), "generate": sha256([generated.sequences, *generated.logits])}
+        generated = model.generate(
+            **inputs, **settings, output_logits=True, return_dict_in_generate=True
+        )
+    return {
+        "forward": sha256([logits[mask == 1]]),
+        "generate": sha256([generated.sequences, *generated.logits]),
+    }
 
 
 def sha256(tensors: list[Any]) -> str:
@@ -155,18 +196,29 @@ def report(results: list[Result]) -> int:
     quantities = list(first[ATTENTION[0]])
     for attention, name in product(ATTENTION, quantities):
         digests = first[attention][name]
-        assert digests["base"] != digests["edited"], f"The adapter changes nothing in {name}: nothing to compare."
+        assert digests["base"] != digests["edited"], (
+            f"The adapter changes nothing in {name}: nothing to compare."
+        )
     columns = [*PACKAGES, "attention", *quantities]
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
     verdicts = []
     for result, attention in product(results[1:], ATTENTION):
-        row = [verdict(first[attention][name], result["digests"][attention][name]) for name in quantities]
+        row = [
+            verdict(first[attention][name], result["digests"][attention][name])
+            for name in quantities
+        ]
         print("| " + " | ".join([*result["versions"].values(), attention, *row]) + " |")
         verdicts += row
     counts = Counter(verdicts)
-    reference = ", ".join(f"{package} {version}" for package, version in results[0]["versions"].items())
-    print(f"\nBeside {reference}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) + ".")
+    reference = ", ".join(
+        f"{package} {version}" for package, version in results[0]["versions"].items()
+    )
+    print(
+        f"\nBeside {reference}: "
+        + ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+        + "."
+    )
     return int(counts["DIFFERS"] > 0 or counts["same"] == 0)
 
 

@@ -28,7 +28,11 @@ from peft_baft.editing import baft
 from peft_baft.editing.acceleration.packed_linear import packed_weight, product
 from peft_baft.editing.acceleration.prefix_cache import open_forward
 
-BEST_LR = {"baft": 2e-3, "reft": 1e-2, "lora": 5e-3}  # fewest steps on ZsRE rows 900-909, `peers.py --sweep`
+BEST_LR = {
+    "baft": 2e-3,
+    "reft": 1e-2,
+    "lora": 5e-3,
+}  # fewest steps on ZsRE rows 900-909, `peers.py --sweep`
 LLAMA_3_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
@@ -39,9 +43,13 @@ def arguments(description: str, **more: Any) -> argparse.Namespace:
     """The options that every benchmark has, and those given as NAME=default."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
-        "--model", default="smollm2", help="as for `baft`; or llama-3-8b: its shape with random weights"
+        "--model",
+        default="smollm2",
+        help="as for `baft`; or llama-3-8b: its shape with random weights",
     )
-    parser.add_argument("--data", default="data/zsre_edit.json", help="ZsRE's file of the continual protocol")
+    parser.add_argument(
+        "--data", default="data/zsre_edit.json", help="ZsRE's file of the continual protocol"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
@@ -58,17 +66,23 @@ def launch(target: Sequence[str], options: Mapping[str, Any], processes: int, **
     Raises:
         RuntimeError: it failed; with the end of what it complained of.
     """
-    begin = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    begin = (
+        ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    )
     given = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     more["env"] = os.environ | {"OMP_NUM_THREADS": "1"} | more.get("env", {})
-    done = subprocess.run([sys.executable, *begin, *target, *given], capture_output=True, text=True, **more)
+    done = subprocess.run(
+        [sys.executable, *begin, *target, *given], capture_output=True, text=True, **more
+    )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
 
 
 def load(options: argparse.Namespace) -> tuple[Any, Any]:
     """Model and tokenizer; a model of random weights takes SmolLM2's tokenizer, since only shapes matter."""
-    base, tokenizer = peft_baft.load_model("smollm2" if options.model == "llama-3-8b" else options.model)
+    base, tokenizer = peft_baft.load_model(
+        "smollm2" if options.model == "llama-3-8b" else options.model
+    )
     if options.model == "llama-3-8b":
         with torch.device(options.device):
             base = LlamaForCausalLM(LlamaConfig(**LLAMA_3_8B, dtype="bfloat16")).to(torch.bfloat16)
@@ -79,7 +93,9 @@ def facts(options: argparse.Namespace, first: int, last: int) -> list[peft_baft.
     return [case.edit for case in read_benchmark("zsre", options.data)[first:last]]
 
 
-def editor(base: Any, tokenizer: Any, method: str, unrelated: Sequence[Any] = (), **descent: Any) -> Any:
+def editor(
+    base: Any, tokenizer: Any, method: str, unrelated: Sequence[Any] = (), **descent: Any
+) -> Any:
     """A fresh adapter of `baft`, `reft` or `lora` and what edits it. Call `editor.model.unload()` when done."""
     torch.manual_seed(0)
     descent = {"lr": BEST_LR[method]} | descent
@@ -153,7 +169,9 @@ def products(model: PeftModel, step: Callable[[], Any]) -> list[tuple[nn.Linear,
     def note(layer: nn.Linear, given: tuple, _: Any) -> None:
         seen.append((layer, given[0].shape[:-1].numel()))
 
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.shape[0] > 64]  # not the adapter's
+    linear = [
+        m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.shape[0] > 64
+    ]  # not the adapter's
     hooks = [layer.register_forward_hook(note) for layer in linear]
     step()
     for hook in hooks:
@@ -161,13 +179,21 @@ def products(model: PeftModel, step: Callable[[], Any]) -> list[tuple[nn.Linear,
     return seen
 
 
-def bound(products: Sequence[tuple[nn.Linear, int]], device: str, packing: bool) -> tuple[float, int]:
+def bound(
+    products: Sequence[tuple[nn.Linear, int]], device: str, packing: bool
+) -> tuple[float, int]:
     """The same products alone, forward and backward, in order (so that weights come cold): seconds, bytes of weights read.
 
     packing: with the weights as edits pack them on a CPU.
     """
-    inputs = [torch.randn(n, layer.in_features, device=device, dtype=layer.weight.dtype) for layer, n in products]
-    grads = [torch.randn(n, layer.out_features, device=device, dtype=layer.weight.dtype) for layer, n in products]
+    inputs = [
+        torch.randn(n, layer.in_features, device=device, dtype=layer.weight.dtype)
+        for layer, n in products
+    ]
+    grads = [
+        torch.randn(n, layer.out_features, device=device, dtype=layer.weight.dtype)
+        for layer, n in products
+    ]
     weights = [
         (packed_weight(layer, {}).weight, packed_weight(layer, {}).transposed)
         if packing

@@ -19,7 +19,9 @@ def step_seconds(base, tokenizer, edits, device, **config) -> float:
     settings = peft_baft.DescentConfig(max_steps=STEPS, stop_loss=0.0)
     edited = peft_baft.BaftEditor(model, tokenizer, peft_baft.GENERAL, descent=settings)
     try:
-        return seconds(lambda: list(edited.edit_in_turn(edits)), device) / (len(edits) * (STEPS + 1))
+        return seconds(lambda: list(edited.edit_in_turn(edits)), device) / (
+            len(edits) * (STEPS + 1)
+        )
     finally:
         model.unload()
 
@@ -45,9 +47,15 @@ def main() -> None:
     ranks = {f"r = {r}": run(r=r) for r in (4, 12, 48)}
     table("rank", "s a step", alternated(ranks, options.rounds), "r = 4")
     blocks = {
-        f"{n} block(s)": run(layers_to_transform=list(range(depth - n, depth))) for n in (1, 4, depth // 2, depth)
+        f"{n} block(s)": run(layers_to_transform=list(range(depth - n, depth)))
+        for n in (1, 4, depth // 2, depth)
     }
-    table("blocks, counted from the last", "s a step", alternated(blocks, options.rounds), "1 block(s)")
+    table(
+        "blocks, counted from the last",
+        "s a step",
+        alternated(blocks, options.rounds),
+        "1 block(s)",
+    )
     long = {n: [peft_baft.Edit(tokenizer.decode(text[:n]), "Lyon")] for n in (10, 100, 300)}
     prompts = {f"{n} tokens": run(edits) for n, edits in long.items()}
     table("prompt", "s a step", alternated(prompts, options.rounds), "10 tokens")
@@ -61,7 +69,10 @@ def main() -> None:
     for upto in (1, 10, 50, 100, 500, 1000):
         if upto <= options.edits:
             outcomes = [next(turn) for _ in range(upto - done)]
-            mean = [sum(getattr(o, name) for o in outcomes) / len(outcomes) for name in ("seconds", "steps")]
+            mean = [
+                sum(getattr(o, name) for o in outcomes) / len(outcomes)
+                for name in ("seconds", "steps")
+            ]
             print(
                 f"| {done + 1} to {upto} | {mean[0]:.2f} | {mean[1]:.1f} | {peak_memory(options.device):.0f} |",
                 flush=True,

@@ -12,7 +12,9 @@ def edit_seconds(edited, edits, lanes: int, device: str) -> float:
     """Seconds an edit; the adapters are thrown away afterwards."""
     names: list[str] = []
     edited.unrelated_used = 0
-    spent = seconds(lambda: names.extend(name for name, _ in edited.edit_each(edits, lanes)), device)
+    spent = seconds(
+        lambda: names.extend(name for name, _ in edited.edit_each(edits, lanes)), device
+    )
     for name in names:
         edited.model.delete_adapter(name)
     return spent / len(edits)
@@ -26,7 +28,9 @@ def main() -> None:
     for method, unrelated in (("reft", ()), ("baft", ()), ("baft", peft_baft.GENERAL)):
         edited = editor(base, tokenizer, method, unrelated, lr=2e-3)
         works = {
-            f"{lanes} lane(s)": lambda edited=edited, lanes=lanes: edit_seconds(edited, edits, lanes, options.device)
+            f"{lanes} lane(s)": lambda edited=edited, lanes=lanes: edit_seconds(
+                edited, edits, lanes, options.device
+            )
             for lanes in (1, 2, 4, 8, 16, 32)
         }
         beside = ", an unrelated text beside each" if unrelated else ""

@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 POSITIONS, RANK, MAX_STEPS, STOP = 3, 12, 40, 0.01
-FEW_AND_MORE = 2, 8  # one step costs a sixth of what lies between so many: nothing that is done once an edit
+FEW_AND_MORE = (
+    2,
+    8,
+)  # one step costs a sixth of what lies between so many: nothing that is done once an edit
 PEERS_DECAY = 0.0  # their orthogonal parametrisation keeps signs in parameters: any weight decay makes it zero
 
 
@@ -20,7 +23,9 @@ def base_model(shape: dict, folder: Path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(**shape))
-    missing, unexpected = model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
+    missing, unexpected = model.load_state_dict(
+        load_file(folder / "weights.safetensors"), strict=False
+    )
     assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
     model.tie_weights()
     return model.eval()
@@ -46,7 +51,9 @@ def with_pyreft(model, blocks: list[int]):
                 | {
                     "layer": block,
                     "intervention": pyreft.LoreftIntervention(
-                        embed_dim=model.config.hidden_size, low_rank_dimension=RANK, dtype=torch.float32
+                        embed_dim=model.config.hidden_size,
+                        low_rank_dimension=RANK,
+                        dtype=torch.float32,
                     ),
                 }
                 for block in blocks
@@ -67,7 +74,12 @@ def with_pyreft(model, blocks: list[int]):
     def parameters_of(reft):
         for p in reft.model.parameters():
             p.requires_grad = False
-        return [p for module in reft.interventions.values() for p in _module(module).parameters() if p.requires_grad]
+        return [
+            p
+            for module in reft.interventions.values()
+            for p in _module(module).parameters()
+            if p.requires_grad
+        ]
 
     return fresh, loss_of, parameters_of, lambda reft: _take_off(reft, model)
 
@@ -90,7 +102,10 @@ def with_adapters(model, blocks: list[int]):
 
     def fresh():
         model.add_adapter(
-            "edit", config=LoReftConfig(layers=blocks, r=RANK, prefix_positions=0, suffix_positions=POSITIONS)
+            "edit",
+            config=LoReftConfig(
+                layers=blocks, r=RANK, prefix_positions=0, suffix_positions=POSITIONS
+            ),
         )
         model.train_adapter("edit")
         model.eval()
@@ -135,7 +150,9 @@ def by_loop(setting, edits: list[dict], rate: float, max_steps: int, stop: float
     return found
 
 
-def by_this_package(model, blocks, method, edits: list[dict], rate: float, max_steps: int, stop: float) -> dict:
+def by_this_package(
+    model, blocks, method, edits: list[dict], rate: float, max_steps: int, stop: float
+) -> dict:
     """The same with this package's editors, given tokens instead of text."""
     from peft import LoraConfig, get_peft_model
 
@@ -144,7 +161,9 @@ def by_this_package(model, blocks, method, edits: list[dict], rate: float, max_s
 
     found = {"steps": [], "seconds": [], "learned": []}
     settings = peft_baft.DescentConfig(lr=rate, max_steps=max_steps, stop_loss=stop)
-    reft = peft_baft.BaftConfig(task_type="CAUSAL_LM", r=RANK, weighting="none", layers_to_transform=blocks)
+    reft = peft_baft.BaftConfig(
+        task_type="CAUSAL_LM", r=RANK, weighting="none", layers_to_transform=blocks
+    )
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16)
     kind = {"peft_baft": peft_baft.BaftEditor, "peft_lora": peft_baft.AdapterEditor}[method]
     for edit in edits:
@@ -165,7 +184,12 @@ def by_this_package(model, blocks, method, edits: list[dict], rate: float, max_s
 def versions(peer: str) -> str:
     from importlib.metadata import version
 
-    names = {"pyreft": "pyreft", "adapters": "adapters", "peft_baft": "peft_baft", "peft_lora": "peft"}
+    names = {
+        "pyreft": "pyreft",
+        "adapters": "adapters",
+        "peft_baft": "peft_baft",
+        "peft_lora": "peft",
+    }
     return f"{names[peer]} {version(names[peer])}, transformers {version('transformers')}, torch {torch.__version__}"
 
 

@@ -24,7 +24,12 @@ from safetensors.torch import save_file
 from peft_baft.data.batching import encode
 
 WORKER = Path(__file__).with_name("peer_worker.py")
-BEST = {"peft_baft": 1e-2, "peft_lora": 5e-3, "pyreft": 2e-3, "adapters": 2e-3}  # as `--sweep 1` found them
+BEST = {
+    "peft_baft": 1e-2,
+    "peft_lora": 5e-3,
+    "pyreft": 2e-3,
+    "adapters": 2e-3,
+}  # as `--sweep 1` found them
 RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 
 
@@ -34,37 +39,57 @@ def main() -> None:
     machine(options)
     pythons = {"peft_baft": sys.executable, "peft_lora": sys.executable}
     pythons |= {name: path for name in ("pyreft", "adapters") if (path := getattr(options, name))}
-    pythons = {name: path for name, path in pythons.items() if name in (options.only or ",".join(pythons)).split(",")}
+    pythons = {
+        name: path
+        for name, path in pythons.items()
+        if name in (options.only or ",".join(pythons)).split(",")
+    }
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder)
         prepare(prepared, base, tokenizer, options)
         best = {name: BEST[name] for name in pythons}
         if options.sweep:
-            best = {name: sweep(name, python, prepared, options.threads) for name, python in pythons.items()}
+            best = {
+                name: sweep(name, python, prepared, options.threads)
+                for name, python in pythons.items()
+            }
         found: dict[str, list[dict]] = {name: [] for name in pythons}
         for _ in range(options.rounds):
             for name, python in pythons.items():
-                found[name].append(work(name, python, prepared, "timed", best[name], options.threads))
+                found[name].append(
+                    work(name, python, prepared, "timed", best[name], options.threads)
+                )
     report(found, best)
 
 
 def prepare(folder: Path, base, tokenizer, options) -> None:
     """Weights, shape and token ids, in forms that need nothing of this package or of a new transformers."""
-    weights = {name: tensor.contiguous() for name, tensor in base.state_dict().items() if "lm_head" not in name}
+    weights = {
+        name: tensor.contiguous()
+        for name, tensor in base.state_dict().items()
+        if "lm_head" not in name
+    }
     save_file(weights, folder / "weights.safetensors")
     names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads rms_norm_eps"
     shape = {name: getattr(base.config, name) for name in names.split()}
     shape |= {"rope_theta": base.config.rope_parameters["rope_theta"], "tie_word_embeddings": True}
     shape |= {"max_position_embeddings": base.config.max_position_embeddings}
-    text = tokenizer(" ".join(["It was a bright cold day in April."] * 100))["input_ids"][: options.padded]
+    text = tokenizer(" ".join(["It was a bright cold day in April."] * 100))["input_ids"][
+        : options.padded
+    ]
     rows = {"timed": facts(options, 0, options.rows), "sweep": facts(options, 900, 910)}
-    coded = {kind: [encode(tokenizer, edit.prompt, edit.target) for edit in edits] for kind, edits in rows.items()}
+    coded = {
+        kind: [encode(tokenizer, edit.prompt, edit.target) for edit in edits]
+        for kind, edits in rows.items()
+    }
     edits = {
         kind: [{"ids": [*text, *row.ids], "prompt": len(text) + row.prompt_length} for row in rows]
         for kind, rows in coded.items()
     }
     blocks = [7, 16, 22, 25]  # those of SmolLM2's 30 that this package edits by default
-    (folder / "task.json").write_text(json.dumps({"shape": shape, "edits": edits, "blocks": blocks}))
+    (folder / "task.json").write_text(
+        json.dumps({"shape": shape, "edits": edits, "blocks": blocks})
+    )
 
 
 def work(name: str, python: str, folder: Path, rows: str, rate: float, threads: int) -> dict:
@@ -89,7 +114,10 @@ def report(found: dict[str, list[dict]], best: dict[str, float]) -> None:
     print(
         "\n| | versions | lr | learned | steps an edit | s a step | × | s an edit | × |\n|---|---|---|---|---|---|---|---|---|"
     )
-    per_edit = {name: [sum(run["seconds"]) / len(run["seconds"]) for run in runs] for name, runs in found.items()}
+    per_edit = {
+        name: [sum(run["seconds"]) / len(run["seconds"]) for run in runs]
+        for name, runs in found.items()
+    }
     per_step = {name: [run["step"] for run in runs] for name, runs in found.items()}
     for name, runs in found.items():
         ratios = [

@@ -21,7 +21,12 @@ BENCH = ["-m", "peft_baft_cli", "bench", "zsre"]
 def wall_seconds(options, model: str, processes: int, rows: int) -> float:
     """Seconds of one command, held to as many cores as processes."""
     with tempfile.TemporaryDirectory() as folder:
-        given = {"model": model, "data": options.data, "rows": f"0:{rows}", "method": options.method}
+        given = {
+            "model": model,
+            "data": options.data,
+            "rows": f"0:{rows}",
+            "method": options.method,
+        }
         given |= {"output": Path(folder) / "r.jsonl", "processes": processes}
         cores = set(sorted(os.sched_getaffinity(0))[:processes])
         begin = time.perf_counter()
@@ -32,7 +37,9 @@ def wall_seconds(options, model: str, processes: int, rows: int) -> float:
 def saved(options, folder: str) -> str:
     """The model as a plain checkpoint."""
     model, tokenizer = load(options)
-    vars(model.config).pop("quantization_config", None)  # of a GGUF file: its weights are plain by now
+    vars(model.config).pop(
+        "quantization_config", None
+    )  # of a GGUF file: its weights are plain by now
     model.hf_quantizer = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -23,15 +23,29 @@ WORKER = "WIDE_NORMS"  # set in the environment of a process that runs the comma
 
 def wide_norm(norm: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """What `LlamaRMSNorm` computes, in the type that it is given."""
-    return norm.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+    return (
+        norm.weight
+        * hidden
+        * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+    )
 
 
 def result(options, processes: int) -> dict[str, Any]:
     """The result line of one command."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "r.jsonl"
-        given = {"model": options.model, "data": options.data, "rows": f"0:{options.rows}", "method": options.method}
-        given |= {"schedule": "batched", "batch-size": BATCH, "edits": options.rows // BATCH, "split": "facts"}
+        given = {
+            "model": options.model,
+            "data": options.data,
+            "rows": f"0:{options.rows}",
+            "method": options.method,
+        }
+        given |= {
+            "schedule": "batched",
+            "batch-size": BATCH,
+            "edits": options.rows // BATCH,
+            "split": "facts",
+        }
         given |= {"dtype": options.dtype, "processes": processes, "output": output}
         given |= {"unrelated": options.unrelated} if options.unrelated else {}
         wide = str(int(options.dtype == "float64"))

@@ -32,7 +32,9 @@ def step_seconds(base, tokenizer, edits, device, method, unrelated, plain) -> fl
     with plain_path() if plain else nullcontext():
         edited = editor(base, tokenizer, method, unrelated, max_steps=STEPS, stop_loss=0.0)
         try:
-            return seconds(lambda: list(edited.edit_in_turn(edits)), device) / (len(edits) * (STEPS + 1))
+            return seconds(lambda: list(edited.edit_in_turn(edits)), device) / (
+                len(edits) * (STEPS + 1)
+            )
         finally:
             edited.model.unload()
 
@@ -48,7 +50,9 @@ def limits(base, tokenizer, edits, device, packing) -> float:
     finally:
         edited.model.unload()
     mean = sum(read for _, read in found) / len(found)
-    print(f"\nweights read a step: {mean / 1e6:.0f} MB, at memory speed {mean / 1e9 / bandwidth(device):.4f} s")
+    print(
+        f"\nweights read a step: {mean / 1e6:.0f} MB, at memory speed {mean / 1e9 / bandwidth(device):.4f} s"
+    )
     return sum(spent for spent, _ in found) / len(found)
 
 
@@ -60,17 +64,25 @@ def main() -> None:
     run = partial(step_seconds, base, tokenizer)
     works = {
         "reft": lambda: run(edits, options.device, "reft", (), False),
-        "its products with weights alone": lambda: limits(base, tokenizer, edits, options.device, False),
+        "its products with weights alone": lambda: limits(
+            base, tokenizer, edits, options.device, False
+        ),
         "the same, weights packed": lambda: limits(base, tokenizer, edits, options.device, True),
         "reft, plain path": lambda: run(edits, options.device, "reft", (), True),
         "baft": lambda: run(edits, options.device, "baft", (), False),
-        "baft, one unrelated text": lambda: run(edits, options.device, "baft", peft_baft.GENERAL, False),
-        "baft, one unrelated text, plain path": lambda: run(edits, options.device, "baft", peft_baft.GENERAL, True),
+        "baft, one unrelated text": lambda: run(
+            edits, options.device, "baft", peft_baft.GENERAL, False
+        ),
+        "baft, one unrelated text, plain path": lambda: run(
+            edits, options.device, "baft", peft_baft.GENERAL, True
+        ),
         "PEFT LoRA r=8": lambda: run(edits, options.device, "lora", (), False),
     }
     table(f"ZsRE rows 0-{options.rows - 1}", "s a step", alternated(works, options.rounds), "reft")
     for length in (100, 200, 500):
-        text = " ".join(["It was a bright cold day in April, and the clocks were striking thirteen."] * 50)
+        text = " ".join(
+            ["It was a bright cold day in April, and the clocks were striking thirteen."] * 50
+        )
         context = tokenizer.decode(tokenizer(text)["input_ids"][: length - 6])
         long = [peft_baft.Edit(f"{context} The capital of France is", "Lyon in the south")]
         works = {

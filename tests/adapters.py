@@ -40,6 +40,12 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def is_bare(model: torch.nn.Module) -> bool:
     """Nothing of an adapter is left on the model."""
-    hooks = [*(h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))]
+    hooks = [
+        *(
+            h
+            for m in model.modules()
+            for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+        )
+    ]
     ours = [h for h in hooks if "peft_baft" in getattr(h, "__module__", "")]
     return not baft_layers(model) and not ours and "generate" not in model.__dict__

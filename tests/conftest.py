@@ -53,7 +53,9 @@ ARCHITECTURES = {
     "gpt_neox": lambda: tr.GPTNeoXForCausalLM(tr.GPTNeoXConfig(**_NO_KV)),
     "opt": lambda: tr.OPTForCausalLM(
         tr.OPTConfig(
-            ffn_dim=48, word_embed_proj_dim=WIDTH, **{k: v for k, v in _NO_KV.items() if k != "intermediate_size"}
+            ffn_dim=48,
+            word_embed_proj_dim=WIDTH,
+            **{k: v for k, v in _NO_KV.items() if k != "intermediate_size"},
         )
     ),
     "falcon": lambda: tr.FalconForCausalLM(tr.FalconConfig(**_NO_KV)),
@@ -100,7 +102,9 @@ def randomise(model: nn.Module, scale: float = 1.0, seed: int = 1) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".baft_source." in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=generator).to(parameter) * scale
+                )
 
 
 @pytest.fixture

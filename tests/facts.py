@@ -21,18 +21,39 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from peft_baft import BaftConfig, DescentConfig, Edit, Objective, Unrelated
 from peft_baft.data.batching import collate, encode
 
-COUNTRIES = [a + b for a, b in product(("Ar", "Bel", "Cor", "Dan", "El", "Fen"), ("via", "mark", "land", "ona"))]
-CITIES = [a + b for a, b in product(("Kas", "Lor", "Mir", "Nov", "Ost", "Pel"), ("grad", "ton", "burg", "heim"))]
-ANIMALS = [a + b for a, b in product(("bo", "da", "fu", "gi", "ke", "lu"), ("dran", "lop", "mik", "zu"))]
-FOODS = [a + b for a, b in product(("ap", "ber", "cit", "dat", "ep", "fil"), ("us", "im", "or", "al"))]
+COUNTRIES = [
+    a + b
+    for a, b in product(("Ar", "Bel", "Cor", "Dan", "El", "Fen"), ("via", "mark", "land", "ona"))
+]
+CITIES = [
+    a + b
+    for a, b in product(("Kas", "Lor", "Mir", "Nov", "Ost", "Pel"), ("grad", "ton", "burg", "heim"))
+]
+ANIMALS = [
+    a + b for a, b in product(("bo", "da", "fu", "gi", "ke", "lu"), ("dran", "lop", "mik", "zu"))
+]
+FOODS = [
+    a + b for a, b in product(("ap", "ber", "cit", "dat", "ep", "fil"), ("us", "im", "or", "al"))
+]
 CITIES[3::4] = [f"Port {name}" for name in CITIES[3::4]]  # every fourth answer has two tokens
 CAPITAL, FOOD = dict(zip(COUNTRIES, CITIES, strict=True)), dict(zip(ANIMALS, FOODS, strict=True))
 # Settings of tests are spelled out, so that a change of the package's defaults changes no test of editing.
 DESCENT = DescentConfig(lr=0.02, max_steps=60, stop_loss=0.02, weight_decay=0.01)
 OBJECTIVE = Objective(
-    alpha=0.01, beta=0.05, gamma=0.02, balance=1.0, locality=1.0, balance_ceiling=1.0, locality_ceiling=10.0
+    alpha=0.01,
+    beta=0.05,
+    gamma=0.02,
+    balance=1.0,
+    locality=1.0,
+    balance_ceiling=1.0,
+    locality_ceiling=10.0,
 )
-ADAPTER: dict[str, Any] = {"r": 4, "gate_norm": "rms", "gate_offset": -5.0, "layers_to_transform": [0, 1, 2, 3]}
+ADAPTER: dict[str, Any] = {
+    "r": 4,
+    "gate_norm": "rms",
+    "gate_offset": -5.0,
+    "layers_to_transform": [0, 1, 2, 3],
+}
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WINDOW = 32
 
@@ -46,7 +67,10 @@ class Fact:
     answer: str
 
 
-CAPITALS = [Fact(f"the capital of {c} is", f"people of {c} call their capital", CAPITAL[c]) for c in COUNTRIES]
+CAPITALS = [
+    Fact(f"the capital of {c} is", f"people of {c} call their capital", CAPITAL[c])
+    for c in COUNTRIES
+]
 MEALS = [Fact(f"the food of a {a} is", f"every hungry {a} eats", FOOD[a]) for a in ANIMALS]
 
 
@@ -55,13 +79,22 @@ def make_tokenizer(bos: bool = False, eos: bool = False) -> tr.PreTrainedTokeniz
     texts = [f"{p} {f.answer}" for f in (*CAPITALS, *MEALS) for p in (f.prompt, f.rephrase)]
     words = sorted({word for text in texts for word in text.split()})
     vocabulary = [*SPECIAL, *words, *(f" {word}" for word in words), " ", "\n"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     if bos or eos:
         pattern, marks = f"{'<s> ' * bos}$A{' </s>' * eos}", [("<s>", 1), ("</s>", 2)]
-        tokenizer.post_processor = processors.TemplateProcessing(single=pattern, special_tokens=marks)
-    names: dict[str, Any] = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=pattern, special_tokens=marks
+        )
+    names: dict[str, Any] = {
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     return tr.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)
 
 
@@ -75,9 +108,18 @@ def train_model(tokenizer: tr.PreTrainedTokenizerFast) -> tr.LlamaForCausalLM:
         "num_attention_heads": 4,
     }
     special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = tr.LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=WINDOW, **shape, **special)
+    config = tr.LlamaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=WINDOW, **shape, **special
+    )
     model = tr.LlamaForCausalLM(config)
-    batch = collate([encode(tokenizer, p, f.answer) for f in (*CAPITALS, *MEALS) for p in (f.prompt, f.rephrase)], 0)
+    batch = collate(
+        [
+            encode(tokenizer, p, f.answer)
+            for f in (*CAPITALS, *MEALS)
+            for p in (f.prompt, f.rephrase)
+        ],
+        0,
+    )
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=201)
     for _ in range(200):

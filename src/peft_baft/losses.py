@@ -20,7 +20,9 @@ def answer_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(precise, tokens, reduction="none")
 
 
-def locality_margin(w: Tensor, w_unrelated: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
+def locality_margin(
+    w: Tensor, w_unrelated: Tensor, alpha: float, beta: float, gamma: float
+) -> Tensor:
     """Compute the locality regulariser R_loc: gates below α on unrelated text, above β on the edit, their maxima γ apart.
 
     relu(w(h_ir) - α) + relu(β - w(h)) + relu(γ - (max_k w(h) - max_k w(h_ir))), the first two averaged over tokens and

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=30)  # shares of independent work may end hours apart; a process that dies is noticed at once
+PATIENCE = timedelta(
+    days=30
+)  # shares of independent work may end hours apart; a process that dies is noticed at once
 
 
 class Processes:
@@ -155,7 +157,10 @@ class Processes:
                 total.backward()
         gradients = [p.grad for p in parameters]
         dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
-        flat = [(p if p.grad is None else p.grad).detach().to("cpu", dtype).flatten() for p in parameters]
+        flat = [
+            (p if p.grad is None else p.grad).detach().to("cpu", dtype).flatten()
+            for p in parameters
+        ]
         flat = [part * 0 if g is None else part for part, g in zip(flat, gradients, strict=True)]
         message = torch.cat([*flat, torch.tensor([g is not None for g in gradients], dtype=dtype)])
         dist.all_reduce(message, group=self._group)
@@ -173,7 +178,9 @@ class Processes:
         errors = {rank: other for rank, (_, other) in enumerate(said) if other is not None}
         if not errors:
             return [other for other, _ in said]
-        cause = next((rank for rank, other in errors.items() if not isinstance(other, Stopped)), min(errors))
+        cause = next(
+            (rank for rank, other in errors.items() if not isinstance(other, Stopped)), min(errors)
+        )
         self._told = error if cause == self.rank else errors[cause]
         assert self._told is not None
         raise self._told

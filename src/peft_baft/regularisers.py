@@ -41,5 +41,7 @@ def rescaled(term: Tensor, reference: Tensor, ceiling: float) -> Tensor:
 
     The factor is reference / term, at most `ceiling`: a regulariser that is nearly met is not blown up without bound.
     """
-    factor = reference.detach().to(term.device) / term.detach().clamp(min=torch.finfo(term.dtype).tiny)
+    factor = reference.detach().to(term.device) / term.detach().clamp(
+        min=torch.finfo(term.dtype).tiny
+    )
     return term * factor.clamp(max=ceiling)

@@ -84,7 +84,9 @@ def _sequences(index: Tensor, real: Tensor, positions: Tensor | None) -> tuple[T
     shift = torch.where(real, positions - index, torch.iinfo(index.dtype).max).cummin(1).values
     begins = torch.zeros_like(real)
     begins[:, 1:] = shift[:, 1:] < shift[:, :-1]
-    begins &= index > 0  # the first real token of a row opens sequence 0, however much padding precedes it
+    begins &= (
+        index > 0
+    )  # the first real token of a row opens sequence 0, however much padding precedes it
     return begins.cumsum(1), torch.where(begins, index, 0).cummax(1).values
 
 
@@ -93,10 +95,14 @@ def _lengths(real: Tensor, sequence: Tensor) -> Tensor:
     return torch.zeros_like(sequence).scatter_add(1, sequence, real.long()).gather(1, sequence)
 
 
-def _before_first_label(index: Tensor, labelled: Tensor, sequence: Tensor, otherwise: Tensor) -> Tensor:
+def _before_first_label(
+    index: Tensor, labelled: Tensor, sequence: Tensor, otherwise: Tensor
+) -> Tensor:
     """Return for each token the index of the first labelled token of its sequence, or `otherwise`: (batch, tokens)."""
     none = torch.iinfo(index.dtype).max
-    first = torch.full_like(sequence, none).scatter_reduce(1, sequence, torch.where(labelled, index, none), "amin")
+    first = torch.full_like(sequence, none).scatter_reduce(
+        1, sequence, torch.where(labelled, index, none), "amin"
+    )
     first = first.gather(1, sequence)
     return torch.where(first == none, otherwise, first)
 
@@ -107,7 +113,9 @@ def _stated_prompt(lengths: Tensor, sequence: Tensor) -> Tensor:
     if rows == 1 and count > 1 and count == int(sequence.max()) + 1:  # one packed row
         return lengths[sequence]
     if count == 0 or rows % count:
-        raise ValueError(f"prompt_lengths needs one integer per sequence, but {rows} rows came with {count} of them.")
+        raise ValueError(
+            f"prompt_lengths needs one integer per sequence, but {rows} rows came with {count} of them."
+        )
     beams = rows // count
     return lengths.repeat_interleave(beams)[:, None]
 
@@ -129,7 +137,9 @@ class GenerationSpan:
     gap: Tensor
 
     @classmethod
-    def of_prompt(cls, real: Tensor, cached: int = 0, prompt_lengths: Tensor | None = None) -> GenerationSpan:
+    def of_prompt(
+        cls, real: Tensor, cached: int = 0, prompt_lengths: Tensor | None = None
+    ) -> GenerationSpan:
         """Find the span of a prompt that is given to `generate`.
 
         Args:
@@ -165,9 +175,13 @@ class GenerationSpan:
             ValueError: `rows` is not a multiple of the batch that `generate` was given.
         """
         if rows % len(self.start):
-            raise ValueError(f"generate was given {len(self.start)} prompts, but the model was called on {rows} rows.")
+            raise ValueError(
+                f"generate was given {len(self.start)} prompts, but the model was called on {rows} rows."
+            )
         beams = rows // len(self.start)
-        start, end, gap = (x.repeat_interleave(beams)[:, None] for x in (self.start, self.end, self.gap))
+        start, end, gap = (
+            x.repeat_interleave(beams)[:, None] for x in (self.start, self.end, self.gap)
+        )
         columns = past + torch.arange(tokens, device=start.device)[None]
         generated = columns >= self.width
         padding = (columns < start) | (~generated & (columns >= self.width - gap))

@@ -80,7 +80,9 @@ def read_lines(file: Path) -> list[tuple[int, Any]]:
             try:
                 values.append((number, json.loads(line)))
             except RecursionError:
-                raise ValueError(f"{file}, line {number} is damaged: it is nested too deeply.") from None
+                raise ValueError(
+                    f"{file}, line {number} is damaged: it is nested too deeply."
+                ) from None
             except ValueError as error:
                 raise ValueError(f"{file}, line {number} is damaged: {error}.") from None
     return values
@@ -118,7 +120,14 @@ def load_with_header(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         header = json.loads(file_header["__metadata__"][HEADER])
         tensors = load(data)
         checksum = header.pop("sha256")
-    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (
+        SafetensorError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
         raise ValueError(f"{file} is damaged ({error}).") from None
     if checksum != _checksum(data):
         raise ValueError(f"{file} is damaged: its content is not what was written.")

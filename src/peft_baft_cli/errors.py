@@ -33,7 +33,10 @@ def is_users(error: Exception) -> bool:
         return (error.name or "").partition(".")[0] not in ("peft_baft", "peft_baft_cli")
     if isinstance(error, ImportError):
         return error.name is None
-    return isinstance(error, (ValueError, OSError, FloatingPointError)) or type(error).__name__ == "OutOfMemoryError"
+    return (
+        isinstance(error, (ValueError, OSError, FloatingPointError))
+        or type(error).__name__ == "OutOfMemoryError"
+    )
 
 
 def in_one_line(error: Exception) -> str:

@@ -34,7 +34,9 @@ SPLITS = ("blocks", "facts")
 MODEL_NAME = "Hub id, local folder, GGUF file, or smollm2"
 TORCHRUN = "start them with torchrun --nproc_per_node N -m peft_baft_cli ..."
 
-AdapterRevision = Annotated[str | None, text("REV", "branch, tag or commit of an adapter on the Hub")]
+AdapterRevision = Annotated[
+    str | None, text("REV", "branch, tag or commit of an adapter on the Hub")
+]
 Json = Annotated[bool, flag("--json", "write one JSON object to standard output, nothing else")]
 Processes = Annotated[int | None, whole_number(f"fail unless N processes run; {TORCHRUN}")]
 
@@ -54,7 +56,9 @@ class ModelOptions:
         str | None,
         text("NAME", f"{MODEL_NAME}; by default the one that the adapter was made for", MODEL),
     ] = None
-    revision: Annotated[str | None, text("REV", "branch, tag or commit of a model on the Hub", MODEL)] = None
+    revision: Annotated[
+        str | None, text("REV", "branch, tag or commit of a model on the Hub", MODEL)
+    ] = None
     dtype: Annotated[str, choice(DTYPES, "type of the model's weights", MODEL)] = "auto"
     device: Annotated[
         str | None,
@@ -73,7 +77,9 @@ class TrainingOptions:
     preset: Annotated[str, text("NAME", "settings that `baft list` shows", TRAINING)] = "default"
     r: Annotated[int | None, whole_number("rank of a new adapter", panel=TRAINING)] = None
     lr: Annotated[float | None, number_above_zero("LR", "learning rate", TRAINING)] = None
-    max_steps: Annotated[int | None, whole_number("at most so many steps an edit", panel=TRAINING)] = None
+    max_steps: Annotated[
+        int | None, whole_number("at most so many steps an edit", panel=TRAINING)
+    ] = None
     unrelated: Annotated[
         str | None,
         text("FILE", "text to leave alone while training: a file, `general` or `none`", TRAINING),
@@ -93,16 +99,28 @@ class EditCommand(TrainingOptions, ModelOptions):
     ]
     output: Annotated[Path, text("FOLDER", "folder for the adapter")]
     model: Annotated[str, text("NAME", MODEL_NAME, MODEL)] = field()  # required, unlike elsewhere
-    adapter: Annotated[str | None, text("ADAPTER", "an adapter to continue: folder or Hub id")] = None
+    adapter: Annotated[str | None, text("ADAPTER", "an adapter to continue: folder or Hub id")] = (
+        None
+    )
     adapter_revision: AdapterRevision = None
     batch_size: Annotated[int, whole_number("facts learned at once; 1 is one after another")] = 1
-    seed: Annotated[int, whole_number("of a new adapter's first weights", least=0, most=LARGEST_SEED)] = 0
-    overwrite: Annotated[bool, flag("--overwrite", "replace an adapter in the output folder")] = False
-    strict: Annotated[bool, flag("--strict", "exit with 3 unless every fact is known at the end")] = False
+    seed: Annotated[
+        int, whole_number("of a new adapter's first weights", least=0, most=LARGEST_SEED)
+    ] = 0
+    overwrite: Annotated[bool, flag("--overwrite", "replace an adapter in the output folder")] = (
+        False
+    )
+    strict: Annotated[
+        bool, flag("--strict", "exit with 3 unless every fact is known at the end")
+    ] = False
     json: Json = False
     processes: Processes = None
-    resume: Annotated[bool, flag("--resume", "go on with the output folder's interrupted run", JOURNAL)] = False
-    snapshot_every: Annotated[int, whole_number("keep the adapter after every K edits", metavar="K", panel=JOURNAL)] = 1
+    resume: Annotated[
+        bool, flag("--resume", "go on with the output folder's interrupted run", JOURNAL)
+    ] = False
+    snapshot_every: Annotated[
+        int, whole_number("keep the adapter after every K edits", metavar="K", panel=JOURNAL)
+    ] = 1
     min_agreement: Annotated[
         float | None,
         share("A", "an edit does harm if canaries agree less than this, 0 to 1", JOURNAL),
@@ -168,14 +186,16 @@ class RollbackCommand:
 class BenchCommand(TrainingOptions, ModelOptions):
     """Measure editing methods, or an adapter, on a benchmark or on your own facts."""
 
-    benchmark: Annotated[str, Argument(metavar="BENCHMARK", help="what is asked; `baft list` shows the names")]
+    benchmark: Annotated[
+        str, Argument(metavar="BENCHMARK", help="what is asked; `baft list` shows the names")
+    ]
     data: Annotated[
         str | None,
         text("FILE", "the benchmark's file, or a file name of the Hub data set zjunlp/KnowEdit"),
     ] = None
-    method: Annotated[str, text("NAMES", "names of `baft list`, with commas; settings as in baft:lr=0.001;r=4")] = (
-        "baft"
-    )
+    method: Annotated[
+        str, text("NAMES", "names of `baft list`, with commas; settings as in baft:lr=0.001;r=4")
+    ] = "baft"
     adapter: Annotated[
         str | None,
         text(
@@ -185,14 +205,20 @@ class BenchCommand(TrainingOptions, ModelOptions):
     ] = None
     adapter_revision: AdapterRevision = None
     schedule: Annotated[str, choice(SCHEDULES, "how edits follow each other")] = "single"
-    edits: Annotated[str | None, text("T", "edits (or batches) of one adapter; several with commas")] = None
+    edits: Annotated[
+        str | None, text("T", "edits (or batches) of one adapter; several with commas")
+    ] = None
     batch_size: Annotated[int, whole_number("facts of a batch, with --schedule batched")] = 1
     when: Annotated[str, choice(WHEN, "ask after all T edits, or right after each")] = "after_all"
-    rows: Annotated[str | None, text("A:B", "rows of the data from 0, B excluded; by default all")] = None
+    rows: Annotated[
+        str | None, text("A:B", "rows of the data from 0, B excluded; by default all")
+    ] = None
     seeds: Annotated[int, whole_number("repeat with so many seeds")] = 1
     template: Annotated[str, choice(TEMPLATES, "raw text or the chat template")] = "raw"
     also: Annotated[str, text("NAMES", "further metrics of `baft list`, with commas")] = ""
-    split: Annotated[str, choice(SPLITS, "what processes share: blocks, or the facts of each batch")] = "blocks"
+    split: Annotated[
+        str, choice(SPLITS, "what processes share: blocks, or the facts of each batch")
+    ] = "blocks"
     processes: Processes = None
     output: Annotated[
         Path | None,
@@ -222,9 +248,13 @@ class ListCommand:
 class PlotCommand:
     """Turn result lines into tables (markdown, csv) and figures."""
 
-    results: Annotated[list[Path], Argument(metavar="RESULTS", help="files of result lines, from `baft bench`")]
+    results: Annotated[
+        list[Path], Argument(metavar="RESULTS", help="files of result lines, from `baft bench`")
+    ]
     output: Annotated[Path, text("FOLDER", "folder for tables and figures")] = Path("figures")
-    no_figures: Annotated[bool, flag("--no-figures", "tables alone, which need no matplotlib")] = False
+    no_figures: Annotated[bool, flag("--no-figures", "tables alone, which need no matplotlib")] = (
+        False
+    )
 
     def run(self) -> int:
         from peft_baft_cli.work.plot import plot

@@ -39,8 +39,12 @@ def complaint(error: typer.TyperException, words: Sequence[str]) -> str:
         return error.message
     command = f"baft {words[0]}" if words[0] in COMMANDS else "baft"
     if isinstance(error, typer.BadParameter) and error.param is not None:
-        name = error.param.opts[0] if error.param.param_type_name == "option" else error.param.metavar
-        text = f"argument {name}: {error.message}" if error.message else f"argument {name} is missing"
+        name = (
+            error.param.opts[0] if error.param.param_type_name == "option" else error.param.metavar
+        )
+        text = (
+            f"argument {name}: {error.message}" if error.message else f"argument {name} is missing"
+        )
     else:
         text = error.message.replace("No such option:", "unknown:")
         if similar := getattr(error, "possibilities", None):
@@ -55,12 +59,16 @@ def _grammar(words: Sequence[str]) -> typer.Typer:
         cls=_PlainGroup,
         rich_markup_mode="rich" if words and for_people() else None,
         no_args_is_help=True,
-        epilog="\n\n".join(["Exit codes:", *(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())]),
+        epilog="\n\n".join(
+            ["Exit codes:", *(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())]
+        ),
         context_settings=CONTEXT,
     )
     app.callback()(_baft)
     for name, command in COMMANDS.items():
-        app.command(name, cls=_PlainCommand, short_help=command.__doc__, context_settings=CONTEXT)(command)
+        app.command(name, cls=_PlainCommand, short_help=command.__doc__, context_settings=CONTEXT)(
+            command
+        )
     return app
 
 
@@ -93,7 +101,9 @@ class _PlainCommand(TyperCommand):
             heading = "Arguments" if parameter.param_type_name == "argument" else "Options"
             record = parameter.get_help_record(ctx)
             if record is not None:
-                sections.setdefault(getattr(parameter, "rich_help_panel", None) or heading, []).append(record)
+                sections.setdefault(
+                    getattr(parameter, "rich_help_panel", None) or heading, []
+                ).append(record)
         for heading, records in sections.items():
             if records:
                 with formatter.section(heading):

@@ -67,7 +67,9 @@ def _logging_of_ours_alone() -> Iterator[None]:
 
 def _silence_torch_while_it_imports() -> None:
     """Torch gives its logger a level and a handler when it is imported; a child's own level stands above that."""
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # complains of torchao's enumerations
+    logging.getLogger("torch.utils._pytree").setLevel(
+        logging.ERROR
+    )  # complains of torchao's enumerations
 
 
 @contextmanager

@@ -81,7 +81,9 @@ def _how_to_go_on(interrupt: KeyboardInterrupt, command: str, words: Sequence[st
         resumed = " with --resume" if isinstance(interrupt, Interrupted) else ""
         return f"To go on, give the same command again{resumed}."
     if command == "bench":
-        return f"What is done is kept; to go on, give the same command again: baft {shlex.join(words)}"
+        return (
+            f"What is done is kept; to go on, give the same command again: baft {shlex.join(words)}"
+        )
     if not isinstance(interrupt, Interrupted):
         return "No edit was begun; give the same command again."
     again = [word for word in words if word not in ("--resume", "--overwrite")]

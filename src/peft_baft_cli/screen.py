@@ -50,10 +50,14 @@ def shortened(text: str, width: int, pad: bool = False) -> str:
 
 def for_people() -> bool:
     """Return whether standard output is a terminal that may get colours, and lines that are cut to its width."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return (
+        sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    )
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], cut_first: Sequence[str] = ()) -> None:
+def print_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], cut_first: Sequence[str] = ()
+) -> None:
     """Print a table, whose longest cells are cut to fit on a terminal; as plain text with whole cells elsewhere.
 
     Args:

@@ -50,7 +50,9 @@ def share(metavar: str, help: str, panel: str | None = None) -> Any:
     return typer.Option(parser=parse, metavar=metavar, help=help, rich_help_panel=panel)
 
 
-def _parser(kind: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+def _parser(
+    kind: Callable[[str], Any], accepts: Callable[[Any], bool], wanted: str
+) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
             value = kind(text)

@@ -11,7 +11,9 @@ PACKAGES = ("peft-baft", "peft", "transformers", "torch", "accelerate", "safeten
 def installed_versions() -> str:
     """Return a line for each package, and one for Python and the system."""
     lines = [f"{name} {_version(name)}" for name in PACKAGES]
-    return "\n".join([*lines, f"python {platform.python_version()} on {platform.system()} {platform.machine()}"])
+    return "\n".join(
+        [*lines, f"python {platform.python_version()} on {platform.system()} {platform.machine()}"]
+    )
 
 
 def _version(name: str) -> str:

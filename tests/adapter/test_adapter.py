@@ -24,7 +24,11 @@ from peft_baft.intervention import orthonormal_rows
 
 
 def test_peft_knows_the_type_as_a_real_member_of_its_enum() -> None:
-    assert PeftType("BAFT") is PeftType.BAFT is BAFT and BAFT.value == "BAFT" and BAFT in list(PeftType)
+    assert (
+        PeftType("BAFT") is PeftType.BAFT is BAFT
+        and BAFT.value == "BAFT"
+        and BAFT in list(PeftType)
+    )
     assert copy.deepcopy(BAFT) is BAFT and pickle.loads(pickle.dumps(BAFT)) is BAFT
     register(BaftConfig, type("unused", (), {}))  # a second time does nothing
 
@@ -76,7 +80,9 @@ def test_blocks_are_found_beside_lists_of_experts() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_fresh_adapter_changes_no_bit_and_an_edited_one_only_the_last_tokens(architecture, tokens) -> None:
+def test_a_fresh_adapter_changes_no_bit_and_an_edited_one_only_the_last_tokens(
+    architecture, tokens
+) -> None:
     model = make_model(architecture)
     before = logits(model, tokens)
     adapted = get_peft_model(model, config()).eval()
@@ -92,7 +98,9 @@ def test_a_fresh_adapter_changes_no_bit_and_an_edited_one_only_the_last_tokens(a
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_half_precision_bases_keep_their_dtype_and_get_a_float32_adapter(dtype, autocast, tokens) -> None:
+def test_half_precision_bases_keep_their_dtype_and_get_a_float32_adapter(
+    dtype, autocast, tokens
+) -> None:
     model = make_model().to(dtype)
     before = logits(model, tokens)
     adapted = get_peft_model(model, config(), autocast_adapter_dtype=autocast).eval()
@@ -178,7 +186,9 @@ def test_deleting_and_switching_leave_the_other_adapter_as_it_was(tokens) -> Non
     assert logits(model, tokens).shape == before.shape and model.active_adapters == ["default"]
 
 
-@pytest.mark.filterwarnings("ignore:Adapter name 'baft' should not")  # PEFT warns of one of the names
+@pytest.mark.filterwarnings(
+    "ignore:Adapter name 'baft' should not"
+)  # PEFT warns of one of the names
 @pytest.mark.parametrize("name", ["layers", "model", "baft", "weight", "baft_gate"])
 def test_an_adapter_name_that_peft_would_mix_up_is_refused(name) -> None:
     with pytest.raises(ValueError, match="choose another"):
@@ -188,13 +198,17 @@ def test_an_adapter_name_that_peft_would_mix_up_is_refused(name) -> None:
 def test_what_baft_cannot_do_is_said_and_not_asked_of_the_base_model(tokens) -> None:
     model = edited_model()
     before = logits(model, tokens)
-    with pytest.raises(NotImplementedError, match=r"cannot be combined into one by weights.*make them active at once"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"cannot be combined into one by weights.*make them active at once",
+    ):
         model.add_weighted_adapter(["default"], [0.5], "mean")
     with pytest.raises(NotImplementedError, match="cannot be merged"):
         model.unmerge_adapter()
     for name in ("update_and_allocate", "subtract_mutated_init"):  # of AdaLoRA and of LoRA
         with pytest.raises(
-            AttributeError, match=f"Neither a BaFT adapter nor its base model LlamaForCausalLM has '{name}'"
+            AttributeError,
+            match=f"Neither a BaFT adapter nor its base model LlamaForCausalLM has '{name}'",
         ):
             getattr(model, name)
     assert not hasattr(model, "update_and_allocate") and hasattr(model, "get_input_embeddings")
@@ -214,4 +228,6 @@ def test_a_model_that_embeds_no_tokens_takes_integers_for_numbers() -> None:
     model = get_peft_model(Numbers(), BaftConfig(r=2, target_modules=["wide"]))
     before = model(numbers)
     randomise(model)
-    assert before.shape == (3, 2) and (model(numbers) != before).any(1).all()  # every vector is edited
+    assert (
+        before.shape == (3, 2) and (model(numbers) != before).any(1).all()
+    )  # every vector is edited

@@ -14,7 +14,9 @@ from peft_baft.checking.trials import FAST
 from tiny_models import model_types, tiny_model
 
 TABLE = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
-ROW = re.compile(r"^\| (?P<name>[^|]+) \| (?P<model>\w+) \| (?P<result>[\w ]+) \| (?P<fast>[^|]*) \|", re.M)
+ROW = re.compile(
+    r"^\| (?P<name>[^|]+) \| (?P<model>\w+) \| (?P<result>[\w ]+) \| (?P<fast>[^|]*) \|", re.M
+)
 ROWS = {row["name"]: row for row in ROW.finditer(TABLE) if row["name"] != "architecture"}
 # Of each kind some: plain, window, experts, several classes of blocks, recurrent, encoder's decoder, picture, both directions.
 SAMPLE = [
@@ -23,7 +25,9 @@ SAMPLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of other libraries' rarer models
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::UserWarning"
+)  # of other libraries' rarer models
 @pytest.mark.parametrize("name", SAMPLE)
 def test_the_table_says_what_a_check_finds(name: str) -> None:
     architecture, _, decoder = name.partition(" ")
@@ -40,9 +44,15 @@ def test_the_table_says_what_a_check_finds(name: str) -> None:
 
 
 def test_no_architecture_of_the_table_fails() -> None:
-    assert len(ROWS) > 180 and {row["result"] for row in ROWS.values()} == {"whole", "refused", "not tried"}
+    assert len(ROWS) > 180 and {row["result"] for row in ROWS.values()} == {
+        "whole",
+        "refused",
+        "not tried",
+    }
 
 
-@pytest.mark.skipif(f"transformers {tr.__version__}," not in TABLE, reason="the table is of another transformers")
+@pytest.mark.skipif(
+    f"transformers {tr.__version__}," not in TABLE, reason="the table is of another transformers"
+)
 def test_the_table_has_every_architecture_of_the_installed_transformers() -> None:
     assert set(model_types()) <= set(ROWS)

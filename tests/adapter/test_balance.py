@@ -66,11 +66,15 @@ def gradients(model: PeftModel) -> dict[str, Tensor]:
 def assert_close(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
     assert one.keys() == two.keys() and one
     for name in one:
-        torch.testing.assert_close(one[name], two[name], msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            one[name], two[name], msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
-def test_the_loss_of_a_training_forward_has_the_weighted_load_balance(task_type, tokens, labels) -> None:
+def test_the_loss_of_a_training_forward_has_the_weighted_load_balance(
+    task_type, tokens, labels
+) -> None:
     plain, balanced = (balanced_model(weight, task_type=task_type) for weight in (0.0, WEIGHT))
     term = expected_term(plain, tokens, labels)
     assert term > 0.01
@@ -78,7 +82,9 @@ def test_the_loss_of_a_training_forward_has_the_weighted_load_balance(task_type,
     torch.testing.assert_close(losses[1] - losses[0], WEIGHT * term)
     for loss in losses:
         loss.backward()
-    (losses[0].detach() * 0 + WEIGHT * expected_term(plain, tokens, labels)).backward()  # gradients add up
+    (
+        losses[0].detach() * 0 + WEIGHT * expected_term(plain, tokens, labels)
+    ).backward()  # gradients add up
     assert_close(gradients(balanced), gradients(plain))
 
 
@@ -98,8 +104,12 @@ def test_every_form_of_output_has_the_term(form, tokens, labels, monkeypatch) ->
         base = model.get_base_model()
         if form == "dict":
             forward = base.forward
-            monkeypatch.setattr(base, "forward", lambda forward=forward, **given: dict(forward(**given)))
-        output = model(input_ids=tokens, labels=labels, **({"return_dict": False} if form == "tuple" else {}))
+            monkeypatch.setattr(
+                base, "forward", lambda forward=forward, **given: dict(forward(**given))
+            )
+        output = model(
+            input_ids=tokens, labels=labels, **({"return_dict": False} if form == "tuple" else {})
+        )
         loss = output[0] if form == "tuple" else output["loss"]
         found.append((loss, output[1] if form == "tuple" else output["logits"]))
     assert found[1][0] > found[0][0] + 0.001 and torch.equal(found[0][1], found[1][1])
@@ -109,7 +119,9 @@ def test_evaluation_and_forwards_without_gradient_have_the_plain_loss(tokens, la
     plain, balanced = balanced_model(0.0), balanced_model()
     with torch.no_grad():
         assert torch.equal(plain(tokens, labels=labels).loss, balanced(tokens, labels=labels).loss)
-    assert torch.equal(plain.eval()(tokens, labels=labels).loss, balanced.eval()(tokens, labels=labels).loss)
+    assert torch.equal(
+        plain.eval()(tokens, labels=labels).loss, balanced.eval()(tokens, labels=labels).loss
+    )
     balanced.train()
     with balanced.disable_adapter():
         inside = balanced(tokens, labels=labels).loss
@@ -125,7 +137,8 @@ def test_forwards_leave_the_statistics_alone(tokens, labels) -> None:
     for _ in range(2):
         model(tokens, labels=labels).loss.backward()
     assert all(
-        torch.equal(a, layer.baft_gate_usage["default"]) for a, layer in zip(before, baft_layers(model), strict=True)
+        torch.equal(a, layer.baft_gate_usage["default"])
+        for a, layer in zip(before, baft_layers(model), strict=True)
     )
     for layer in baft_layers(model):
         layer.baft_gate_usage["default"].copy_(torch.tensor([0.0, 9.0, 0.0, 0.0, 20.0]))
@@ -136,14 +149,18 @@ def test_forwards_leave_the_statistics_alone(tokens, labels) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients_or_says_that_it_cannot(reentrant, tokens, labels) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients_or_says_that_it_cannot(
+    reentrant, tokens, labels
+) -> None:
     plain, checkpointed = balanced_model(), balanced_model()
     plain(tokens, labels=labels).loss.backward()
     checkpointed.enable_input_require_grads()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
     try:
         checkpointed(tokens, labels=labels).loss.backward()
-    except ValueError as error:  # before transformers 5.23 blocks run with their hooks under no_grad
+    except (
+        ValueError
+    ) as error:  # before transformers 5.23 blocks run with their hooks under no_grad
         assert reentrant and "use_reentrant" in str(error)
         return
     assert_close(gradients(plain), gradients(checkpointed))
@@ -178,7 +195,9 @@ def test_copies_have_a_term_of_their_own_and_unload_takes_it_off(tokens, labels)
         assert torch.equal(twin(tokens, labels=labels).loss, loss)
         assert is_bare(twin.unload())
     model.add_adapter("second", config(balance_weight=1.0))
-    assert torch.equal(model(tokens, labels=labels).loss, loss)  # once, however many adapters ask for it
+    assert torch.equal(
+        model(tokens, labels=labels).loss, loss
+    )  # once, however many adapters ask for it
     assert is_bare(model.unload())
 
 
@@ -215,7 +234,10 @@ def gradient_of_first_step(
         "use_cpu": True,
         "save_strategy": "no",
     }
-    settings |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": len(rows) // batch}
+    settings |= {
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": len(rows) // batch,
+    }
     args = tr.TrainingArguments(str(folder), **settings, **given)
     tr.Trainer(model, args, train_dataset=rows, callbacks=[Watching()]).train()
     return seen
@@ -223,12 +245,16 @@ def gradient_of_first_step(
 
 def test_accumulated_steps_weigh_the_term_as_one_step_does(tokens, labels, tmp_path) -> None:
     """Micro-batches that are alike and no past edits: the balance of a mean is not the mean of balances."""
-    rows = [{"input_ids": row, "labels": its} for row, its in zip(tokens[:1], labels[:1], strict=True)] * 8
+    rows = [
+        {"input_ids": row, "labels": its} for row, its in zip(tokens[:1], labels[:1], strict=True)
+    ] * 8
     whole = gradient_of_first_step(tmp_path, rows, 8, WEIGHT)
     plain = gradient_of_first_step(tmp_path, rows, 8, 0.0)
     assert_close(whole, gradient_of_first_step(tmp_path, rows, 2, WEIGHT))
     name = next(name for name in whole if "baft_gate" in name)
-    assert (whole[name] - plain[name]).norm() > 0.01 * plain[name].norm()  # the control: the term is there
+    assert (whole[name] - plain[name]).norm() > 0.01 * plain[
+        name
+    ].norm()  # the control: the term is there
 
 
 def test_rows_of_unequal_length_share_the_term_by_their_answer_tokens(tokens, labels) -> None:
@@ -247,8 +273,13 @@ def test_label_smoothing_has_no_term_and_is_told(tokens, labels, tmp_path, caplo
     rows = [{"input_ids": row, "labels": its} for row, its in zip(tokens, labels, strict=True)]
     with caplog.at_level(logging.WARNING, logger="peft_baft"):
         with_weight = gradient_of_first_step(tmp_path, rows, 2, WEIGHT, label_smoothing_factor=0.1)
-    assert "balance_weight > 0, but the load balance cannot act" in caplog.text and "label smoothing" in caplog.text
-    assert_close(with_weight, gradient_of_first_step(tmp_path, rows, 2, 0.0, label_smoothing_factor=0.1))
+    assert (
+        "balance_weight > 0, but the load balance cannot act" in caplog.text
+        and "label smoothing" in caplog.text
+    )
+    assert_close(
+        with_weight, gradient_of_first_step(tmp_path, rows, 2, 0.0, label_smoothing_factor=0.1)
+    )
 
 
 # the setting

@@ -38,7 +38,9 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def lora_config(**settings: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings})
+    return LoraConfig(
+        **{"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings}
+    )
 
 
 def strengthen(model: torch.nn.Module) -> None:
@@ -73,9 +75,15 @@ def lora_state(model: torch.nn.Module) -> dict[str, Any]:
     """All of a LoRA that a BaFT adapter must leave alone: values, flags, which is active, whether it is on."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     tensors = [
-        (n, p.detach().clone(), p.requires_grad) for m in layers for n, p in m.named_parameters() if "lora_" in n
+        (n, p.detach().clone(), p.requires_grad)
+        for m in layers
+        for n, p in m.named_parameters()
+        if "lora_" in n
     ]
-    return {"tensors": tensors, "layers": [(m.active_adapters, m.disable_adapters, m.merged) for m in layers]}
+    return {
+        "tensors": tensors,
+        "layers": [(m.active_adapters, m.disable_adapters, m.merged) for m in layers],
+    }
 
 
 def same_lora(one: dict[str, Any], two: dict[str, Any]) -> bool:
@@ -95,12 +103,18 @@ def test_an_edit_beside_a_lora_is_learned_saved_and_taken_off_and_the_lora_stays
         return base
 
     base = with_lora()
-    ids = fact_model.tokenizer([edit.prompt for edit in edits(0, 1)], return_tensors="pt")["input_ids"]
+    ids = fact_model.tokenizer([edit.prompt for edit in edits(0, 1)], return_tensors="pt")[
+        "input_ids"
+    ]
     lora, before = lora_state(base), logits(base, ids)
-    assert not torch.equal(before, logits(fact_model.base, ids))  # the control: the LoRA does something
+    assert not torch.equal(
+        before, logits(fact_model.base, ids)
+    )  # the control: the LoRA does something
 
     torch.manual_seed(0)
-    model = get_peft_model(base, BaftConfig(task_type="CAUSAL_LM", **ADAPTER), adapter_name=name).eval()
+    model = get_peft_model(
+        base, BaftConfig(task_type="CAUSAL_LM", **ADAPTER), adapter_name=name
+    ).eval()
     assert torch.equal(logits(model, ids), before) and same_lora(lora, lora_state(base))
     editor = BaftEditor(model, fact_model.tokenizer, descent=DESCENT)
     assert {id(t) for t in adapter_tensors(model)} == {
@@ -117,31 +131,51 @@ def test_an_edit_beside_a_lora_is_learned_saved_and_taken_off_and_the_lora_stays
     assert torch.equal(logits(model, ids), edited) and same_lora(lora, lora_state(base))
 
     model.save_pretrained(str(tmp_path / "edit"))
-    reloaded = PeftModel.from_pretrained(with_lora(), tmp_path / "edit" / ("" if name == "default" else name)).eval()
+    reloaded = PeftModel.from_pretrained(
+        with_lora(), tmp_path / "edit" / ("" if name == "default" else name)
+    ).eval()
     assert torch.equal(logits(reloaded, ids), edited)
 
     assert model.unload() is base
-    assert not baft_layers(base) and torch.equal(logits(base, ids), before) and same_lora(lora, lora_state(base))
+    assert (
+        not baft_layers(base)
+        and torch.equal(logits(base, ids), before)
+        and same_lora(lora, lora_state(base))
+    )
 
 
-def test_an_adapters_file_does_not_depend_on_the_peft_model_around_its_base(tokens, tmp_path: Path) -> None:
+def test_an_adapters_file_does_not_depend_on_the_peft_model_around_its_base(
+    tokens, tmp_path: Path
+) -> None:
     around = get_peft_model(in_a_peft_model(make_model(), "other"), config())
     randomise(around)
     around.save_pretrained(str(tmp_path))
     alone = PeftModel.from_pretrained(make_model(), tmp_path).eval()
     plain = get_peft_model(make_model(), config()).eval()
-    assert alone.peft_config["default"].target_modules == plain.peft_config["default"].target_modules
-    assert [layer.name for layer in baft_layers(alone)] == [layer.name for layer in baft_layers(plain)]
+    assert (
+        alone.peft_config["default"].target_modules == plain.peft_config["default"].target_modules
+    )
+    assert [layer.name for layer in baft_layers(alone)] == [
+        layer.name for layer in baft_layers(plain)
+    ]
     pairs = zip(baft_layers(around), baft_layers(alone), strict=True)
-    assert all(torch.equal(a.baft_source["default"].weight, b.baft_source["default"].weight) for a, b in pairs)
+    assert all(
+        torch.equal(a.baft_source["default"].weight, b.baft_source["default"].weight)
+        for a, b in pairs
+    )
 
 
-def test_the_other_methods_config_is_not_shared_so_neither_saves_the_others_adapter(tokens, tmp_path: Path) -> None:
+def test_the_other_methods_config_is_not_shared_so_neither_saves_the_others_adapter(
+    tokens, tmp_path: Path
+) -> None:
     lora = in_a_peft_model(make_model(), "default")
     model = get_peft_model(lora, config(), adapter_name="facts")
     assert list(lora.peft_config) == ["default"] and list(model.peft_config) == ["facts"]
     model.save_pretrained(str(tmp_path))
-    assert not (tmp_path / "adapter_config.json").exists() and (tmp_path / "facts" / "adapter_config.json").exists()
+    assert (
+        not (tmp_path / "adapter_config.json").exists()
+        and (tmp_path / "facts" / "adapter_config.json").exists()
+    )
     assert set(lora.get_base_model().peft_config) == {"default", "facts"}
     model.unload()
     assert set(lora.get_base_model().peft_config) == {"default"}
@@ -157,7 +191,9 @@ def test_switching_freezing_and_deleting_change_our_adapters_alone(second: str, 
     lora = lora_state(base)
     layers = baft_layers(model)
     model.set_adapter(second)
-    assert all(layer.active_adapters == [second] for layer in layers) and same_lora(lora, lora_state(base))
+    assert all(layer.active_adapters == [second] for layer in layers) and same_lora(
+        lora, lora_state(base)
+    )
     model.set_requires_grad(second, False)
     assert not any(p.requires_grad for layer in layers for p in layer.parameters())
     assert same_lora(lora, lora_state(base))
@@ -168,16 +204,26 @@ def test_switching_freezing_and_deleting_change_our_adapters_alone(second: str, 
 
 
 def test_whole_modules_that_each_saves_are_its_own(tokens) -> None:
-    base = inject_adapter_in_model(lora_config(modules_to_save=["lm_head"]), make_model(), adapter_name="default")
+    base = inject_adapter_in_model(
+        lora_config(modules_to_save=["lm_head"]), make_model(), adapter_name="default"
+    )
     wrapper = base.lm_head
     model = get_peft_model(base, config(modules_to_save=["model.norm"])).eval()
     before = wrapper.active_adapters, wrapper.disable_adapters, set(wrapper.modules_to_save)
     model.add_adapter("second", config())
     model.set_adapter("second")
     with model.disable_adapter():
-        assert (wrapper.active_adapters, wrapper.disable_adapters, set(wrapper.modules_to_save)) == before
+        assert (
+            wrapper.active_adapters,
+            wrapper.disable_adapters,
+            set(wrapper.modules_to_save),
+        ) == before
     model.delete_adapter("default")
-    assert (wrapper.active_adapters, wrapper.disable_adapters, set(wrapper.modules_to_save)) == before
+    assert (
+        wrapper.active_adapters,
+        wrapper.disable_adapters,
+        set(wrapper.modules_to_save),
+    ) == before
     model.unload()
     assert base.lm_head is wrapper and type(base.model.norm) is type(make_model().model.norm)
     with pytest.raises(ValueError, match=r"lm_head belongs to an adapter of another PEFT method"):
@@ -186,7 +232,9 @@ def test_whole_modules_that_each_saves_are_its_own(tokens) -> None:
 
 
 @pytest.mark.parametrize("name", ["default", "other"])
-def test_a_lora_that_is_injected_after_an_edit_is_left_alone_too(name: str, fact_model: FactModel) -> None:
+def test_a_lora_that_is_injected_after_an_edit_is_left_alone_too(
+    name: str, fact_model: FactModel
+) -> None:
     base = deepcopy(fact_model.base)
     ids = fact_model.tokenizer(edits(0)[0].prompt, return_tensors="pt")["input_ids"]
     model = get_peft_model(base, BaftConfig(task_type="CAUSAL_LM", **ADAPTER)).eval()
@@ -208,17 +256,27 @@ def test_an_editor_of_a_lora_leaves_a_baft_adapter_alone(fact_model: FactModel) 
     baft = get_peft_model(base, BaftConfig(task_type="CAUSAL_LM", **ADAPTER))
     randomise(baft, scale=0.01)
     lora = get_peft_model(base, lora_config())
-    before = [(p.detach().clone(), p.requires_grad) for layer in baft_layers(base) for p in layer.parameters()]
+    before = [
+        (p.detach().clone(), p.requires_grad)
+        for layer in baft_layers(base)
+        for p in layer.parameters()
+    ]
     losses = AdapterEditor(lora, fact_model.tokenizer, DESCENT).edit(edits(0)).losses
     assert losses["teacher_forcing"] < 1
     after = [(p, p.requires_grad) for layer in baft_layers(base) for p in layer.parameters()]
-    assert all(torch.equal(a, b) and flag == was for (a, was), (b, flag) in zip(before, after, strict=True))
+    assert all(
+        torch.equal(a, b) and flag == was for (a, was), (b, flag) in zip(before, after, strict=True)
+    )
 
 
 def test_adapters_of_half_precision_are_not_cast_by_ours() -> None:
-    base = get_peft_model(make_model().to(torch.bfloat16), lora_config(), autocast_adapter_dtype=False)
+    base = get_peft_model(
+        make_model().to(torch.bfloat16), lora_config(), autocast_adapter_dtype=False
+    )
     get_peft_model(base, config())
-    assert {p.dtype for m in base.modules() if isinstance(m, LoraLayer) for p in m.parameters()} == {torch.bfloat16}
+    assert {
+        p.dtype for m in base.modules() if isinstance(m, LoraLayer) for p in m.parameters()
+    } == {torch.bfloat16}
     assert {p.dtype for layer in baft_layers(base) for p in layer.parameters()} == {torch.float32}
 
 
@@ -236,7 +294,9 @@ def test_a_trainable_adapter_beside_ours_is_told_and_a_frozen_one_is_not(caplog)
 @pytest.mark.parametrize(
     "other",
     [
-        AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, total_step=10, task_type="CAUSAL_LM"),
+        AdaLoraConfig(
+            target_modules=["q_proj"], init_r=4, target_r=2, total_step=10, task_type="CAUSAL_LM"
+        ),
         IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
     ],
     ids=["adalora", "ia3"],
@@ -257,8 +317,12 @@ def test_other_methods_than_lora_stay_as_well(other: Any, tokens) -> None:
     assert model.unload() is base and torch.equal(logits(base, tokens), before)
 
 
-def test_an_adapter_that_acts_in_the_peft_models_own_forward_is_refused_before_anything_changes(tokens) -> None:
-    prompted = get_peft_model(make_model(), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+def test_an_adapter_that_acts_in_the_peft_models_own_forward_is_refused_before_anything_changes(
+    tokens,
+) -> None:
+    prompted = get_peft_model(
+        make_model(), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    )
     with pytest.raises(ValueError, match=r"beside an adapter of type PROMPT_TUNING.*unload it"):
         get_peft_model(prompted, config())
     assert not baft_layers(prompted)
@@ -280,7 +344,9 @@ def test_a_module_that_a_lora_has_replaced_is_not_edited_but_refused() -> None:
     assert not baft_layers(base)
 
 
-def test_a_lora_that_transformers_loaded_stays_and_so_does_one_loaded_beside_a_loaded_edit(tokens, tmp_path) -> None:
+def test_a_lora_that_transformers_loaded_stays_and_so_does_one_loaded_beside_a_loaded_edit(
+    tokens, tmp_path
+) -> None:
     lora = in_a_peft_model(make_model(), "default")
     strengthen(lora)
     lora.save_pretrained(str(tmp_path / "lora"))
@@ -295,11 +361,15 @@ def test_a_lora_that_transformers_loaded_stays_and_so_does_one_loaded_beside_a_l
     assert not torch.equal(both, before)
     with model.disable_adapter():
         assert torch.equal(logits(model, tokens), before)
-    assert torch.equal(logits(model.unload(), tokens), before) and same_lora(state, lora_state(base))
+    assert torch.equal(logits(model.unload(), tokens), before) and same_lora(
+        state, lora_state(base)
+    )
     assert list(base.peft_config) == ["default"]
     base.load_adapter(str(tmp_path / "edit"), adapter_name="facts")
     assert set(base.peft_config) == {"default", "facts"}
     for module in base.modules():
         if isinstance(module, LoraLayer):
-            module.set_adapter("default")  # transformers switches all layers to the adapter that it loaded last
+            module.set_adapter(
+                "default"
+            )  # transformers switches all layers to the adapter that it loaded last
     assert torch.equal(logits(base, tokens), both)

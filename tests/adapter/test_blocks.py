@@ -59,14 +59,19 @@ class Recurrence(nn.Module):
         ("granite_swa", "model.layers", 1),  # beside a list of rotary embeddings
     ],
 )
-def test_the_stack_is_the_list_that_each_token_passes(architecture: str, name: str, classes: int) -> None:
+def test_the_stack_is_the_list_that_each_token_passes(
+    architecture: str, name: str, classes: int
+) -> None:
     model = tiny_model(architecture)
     assert find_stack(model) == name
     assert len({type(block) for block in model.get_submodule(name)}) == classes
 
 
 def test_blocks_of_several_classes_are_one_stack_also_without_a_config() -> None:
-    model = model_of(heads=nn.ModuleList(nn.Linear(2, 2) for _ in range(9)), blocks=stack(6, Attention, Recurrence))
+    model = model_of(
+        heads=nn.ModuleList(nn.Linear(2, 2) for _ in range(9)),
+        blocks=stack(6, Attention, Recurrence),
+    )
     model.few = stack(2, Attention)
     assert find_stack(model) == "blocks"
     assert find_stack(model, "few") == "few"
@@ -78,7 +83,9 @@ def test_blocks_of_several_classes_are_one_stack_also_without_a_config() -> None
 
 def test_where_several_lists_may_be_meant_all_are_named_and_one_can_be_chosen() -> None:
     model = tiny_model("hrm_text")
-    with pytest.raises(ValueError, match=r"model\.L_module\.layers, model\.H_module\.layers.*layers_pattern"):
+    with pytest.raises(
+        ValueError, match=r"model\.L_module\.layers, model\.H_module\.layers.*layers_pattern"
+    ):
         get_peft_model(model, config())
     assert is_bare(model)
     assert find_stack(model, "H_module.layers") == "model.H_module.layers"
@@ -110,11 +117,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("architecture", REFUSED)
-def test_a_model_that_cannot_be_edited_is_refused_with_the_reason_and_not_touched(architecture: str) -> None:
+def test_a_model_that_cannot_be_edited_is_refused_with_the_reason_and_not_touched(
+    architecture: str,
+) -> None:
     model = tiny_model(architecture)
     before = {name: id(module) for name, module in model.named_modules()}
     with pytest.raises(
-        ValueError, match=f"(?s){type(model).__name__}.*{REFUSED[architecture]}|{REFUSED[architecture]}"
+        ValueError,
+        match=f"(?s){type(model).__name__}.*{REFUSED[architecture]}|{REFUSED[architecture]}",
     ):
         get_peft_model(model, config())
     assert is_bare(model) and {name: id(module) for name, module in model.named_modules()} == before
@@ -151,7 +161,9 @@ def test_a_classifier_that_reads_in_both_directions_may_be_edited() -> None:
 
 
 def test_other_modules_of_a_refused_model_may_be_named() -> None:
-    model = get_peft_model(tiny_model("deepseek_v4"), BaftConfig(r=4, target_modules=["layers.1.mlp"]))
+    model = get_peft_model(
+        tiny_model("deepseek_v4"), BaftConfig(r=4, target_modules=["layers.1.mlp"])
+    )
     assert [layer.name for layer in baft_layers(model)] == ["model.layers.1.mlp"]
     model(input_ids=torch.tensor([[3, 4, 5, 6]]), labels=torch.tensor([[-100, -100, 5, 6]]))
 

@@ -14,7 +14,9 @@ from peft_baft import BaftConfig
 
 @pytest.fixture(params=["llama", "gpt2"])
 def model(request: pytest.FixtureRequest) -> PeftModel:
-    model = get_peft_model(make_model(request.param), BaftConfig(task_type="CAUSAL_LM", r=4, gate_offset=0.0)).eval()
+    model = get_peft_model(
+        make_model(request.param), BaftConfig(task_type="CAUSAL_LM", r=4, gate_offset=0.0)
+    ).eval()
     randomise(model)
     torch._dynamo.reset()
     return model
@@ -30,7 +32,9 @@ def test_a_forward_is_one_graph(model: PeftModel, tokens: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_generation_through_one_graph_says_the_same(model: PeftModel, tokens: torch.Tensor, cache: str | None) -> None:
+def test_generation_through_one_graph_says_the_same(
+    model: PeftModel, tokens: torch.Tensor, cache: str | None
+) -> None:
     settings: dict[str, Any] = {
         "max_new_tokens": 6,
         "min_new_tokens": 6,

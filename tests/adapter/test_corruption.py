@@ -33,10 +33,16 @@ from peft_baft.adapter import baft_layers
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 IDS = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(3))
 QUICK = settings(
-    deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), max_examples=120
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    max_examples=120,
 )
 LONG = settings(QUICK, max_examples=3000)
-pytestmark = pytest.mark.filterwarnings("ignore:Unexpected keyword arguments", "ignore:The configuration file contains")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Unexpected keyword arguments", "ignore:The configuration file contains"
+)
 
 
 class Trial:
@@ -50,7 +56,9 @@ class Trial:
         self.base, self.held = make_model(), edited_model(seed=5)
         self.bare_logits, self.held_logits = logits(self.base, IDS), logits(self.held, IDS)
         self.states = {id(m): copy.deepcopy(m.state_dict()) for m in (self.base, self.held)}
-        self.trainable = {id(m): [p.requires_grad for p in m.parameters()] for m in (self.base, self.held)}
+        self.trainable = {
+            id(m): [p.requires_grad for p in m.parameters()] for m in (self.base, self.held)
+        }
         self.ends: Counter[str] = Counter()
 
     def damaged(self, damage: Callable[[Path], Any]) -> str:
@@ -94,7 +102,9 @@ class Trial:
 
     def check_untouched(self, model: Any, before: torch.Tensor) -> None:
         kept, found = self.states[id(model)], model.state_dict()
-        assert kept.keys() == found.keys() and all(torch.equal(kept[key], found[key]) for key in kept)
+        assert kept.keys() == found.keys() and all(
+            torch.equal(kept[key], found[key]) for key in kept
+        )
         assert self.trainable[id(model)] == [p.requires_grad for p in model.parameters()]
         assert torch.equal(logits(model, IDS), before)
 
@@ -117,7 +127,10 @@ def refusals(folder: Path, readable: bool) -> Iterator[list[Exception]]:
         found.append(error)
         assert not readable or (type(error) is ValueError and str(folder) in str(error))
         assert len(str(error)) < 1500
-    except (KeyError, RecursionError) as error:  # PEFT's own, of a config without a type that it knows
+    except (
+        KeyError,
+        RecursionError,
+    ) as error:  # PEFT's own, of a config without a type that it knows
         assert not readable
         found.append(error)
 
@@ -128,7 +141,13 @@ def running_nothing() -> Iterator[None]:
         raise AssertionError("a file of the adapter was run")
 
     with pytest.MonkeyPatch.context() as patch:
-        doors = [(torch, "load"), (pickle, "load"), (pickle, "loads"), (os, "system"), (subprocess, "Popen")]
+        doors = [
+            (torch, "load"),
+            (pickle, "load"),
+            (pickle, "loads"),
+            (os, "system"),
+            (subprocess, "Popen"),
+        ]
         for owner, name in [*doors, (builtins, "eval"), (builtins, "exec")]:
             patch.setattr(owner, name, refuse)
         yield
@@ -137,13 +156,17 @@ def running_nothing() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory) -> Trial:
     made = Trial(tmp_path_factory.mktemp("whole"))
-    made.load_alone(made.folder, True)  # what torch and transformers import and compile at first use may run
+    made.load_alone(
+        made.folder, True
+    )  # what torch and transformers import and compile at first use may run
     return made
 
 
 def set_config(**changes: Any) -> Callable[[Path], Any]:
     def damage(folder: Path) -> None:
-        (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | changes))
+        (folder / CONFIG).write_text(
+            json.dumps(json.loads((folder / CONFIG).read_text()) | changes)
+        )
 
     return damage
 
@@ -175,7 +198,9 @@ def told(trial: Trial, tally: Callable[..., None]) -> Iterator[None]:
 
 def test_the_whole_folder_loads_and_edits(trial: Trial) -> None:
     assert trial.damaged(lambda folder: None) == "loaded"
-    assert torch.equal(logits(PeftModel.from_pretrained(make_model(), trial.folder).eval(), IDS), trial.expected)
+    assert torch.equal(
+        logits(PeftModel.from_pretrained(make_model(), trial.folder).eval(), IDS), trial.expected
+    )
 
 
 # bytes
@@ -184,8 +209,15 @@ def test_the_whole_folder_loads_and_edits(trial: Trial) -> None:
 @st.composite
 def byte_damage(draw: Any, names: list[str]) -> Callable[[Path], Any]:
     """Flip a bit, cut the end, fill or repeat a stretch: in the first bytes, where the header stands, as often as anywhere."""
-    name, kind = draw(st.sampled_from(names)), draw(st.sampled_from(["flip", "flip", "flip", "cut", "fill", "insert"]))
-    near, where, bit = draw(st.booleans()), draw(st.floats(0, 1, exclude_max=True)), draw(st.integers(0, 7))
+    name, kind = (
+        draw(st.sampled_from(names)),
+        draw(st.sampled_from(["flip", "flip", "flip", "cut", "fill", "insert"])),
+    )
+    near, where, bit = (
+        draw(st.booleans()),
+        draw(st.floats(0, 1, exclude_max=True)),
+        draw(st.integers(0, 7)),
+    )
     some = draw(st.binary(min_size=1, max_size=12))
 
     def damage(folder: Path) -> None:
@@ -232,18 +264,32 @@ def test_a_file_that_is_empty_away_or_a_folder_is_refused(trial: Trial, name: st
 # tensors
 
 NAME = "base_model.model.model.layers.1.baft.baft_"
-DTYPES = {torch.float16: "loaded", torch.bfloat16: "loaded", torch.float64: "loaded", torch.float8_e4m3fn: "loaded"}
+DTYPES = {
+    torch.float16: "loaded",
+    torch.bfloat16: "loaded",
+    torch.float64: "loaded",
+    torch.float8_e4m3fn: "loaded",
+}
 DTYPES |= dict.fromkeys((torch.int64, torch.uint8, torch.bool, torch.complex64), "refused")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_floating_point_numbers_of_any_width_load_and_others_do_not(trial: Trial, dtype: torch.dtype) -> None:
-    assert trial.damaged(set_tensors(lambda t: t.update({n: v.to(dtype) for n, v in t.items()}))) == DTYPES[dtype]
+def test_floating_point_numbers_of_any_width_load_and_others_do_not(
+    trial: Trial, dtype: torch.dtype
+) -> None:
+    assert (
+        trial.damaged(set_tensors(lambda t: t.update({n: v.to(dtype) for n, v in t.items()})))
+        == DTYPES[dtype]
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38, -1e30, 1e300])
-@pytest.mark.parametrize("part", ["basis.weight", "source.weight", "source.bias", "gate.weight", "gate_usage"])
-def test_one_number_that_no_training_gives_is_refused(trial: Trial, part: str, value: float) -> None:
+@pytest.mark.parametrize(
+    "part", ["basis.weight", "source.weight", "source.bias", "gate.weight", "gate_usage"]
+)
+def test_one_number_that_no_training_gives_is_refused(
+    trial: Trial, part: str, value: float
+) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors[NAME + part] = tensors[NAME + part].double()
         tensors[NAME + part].view(-1)[-1] = value
@@ -252,7 +298,9 @@ def test_one_number_that_no_training_gives_is_refused(trial: Trial, part: str, v
 
 
 HEADERS = st.sampled_from(["dtype", "shape", "data_offsets", "name", "metadata"])
-NUMBERS = st.integers(-2, 40) | st.sampled_from([2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**30, -(2**63)])
+NUMBERS = st.integers(-2, 40) | st.sampled_from(
+    [2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**30, -(2**63)]
+)
 NAMES = [
     NAME,
     "",
@@ -284,14 +332,20 @@ def header_damage(kind: str, numbers: list[int], name: str, dtype: str) -> Calla
         else:
             header[NAME + "source.bias"][kind] = dtype if kind == "dtype" else numbers
         written = json.dumps(header).encode()
-        (folder / WEIGHTS).write_bytes(len(written).to_bytes(8, "little") + written + data[8 + size :])
+        (folder / WEIGHTS).write_bytes(
+            len(written).to_bytes(8, "little") + written + data[8 + size :]
+        )
 
     return damage
 
 
 def test_a_header_that_lies_is_refused_or_harmless(trial: Trial) -> None:
-    dtypes = st.sampled_from(["F32", "F64", "F16", "I32", "U32", "F4", "F8_E8M0", "C64", "BOOL", "object", ""])
-    damage = st.builds(header_damage, HEADERS, st.lists(NUMBERS, max_size=3), st.sampled_from(NAMES), dtypes)
+    dtypes = st.sampled_from(
+        ["F32", "F64", "F16", "I32", "U32", "F4", "F8_E8M0", "C64", "BOOL", "object", ""]
+    )
+    damage = st.builds(
+        header_damage, HEADERS, st.lists(NUMBERS, max_size=3), st.sampled_from(NAMES), dtypes
+    )
     counted(trial, QUICK(given(damage)(lambda damage: trial.damaged(damage) and None)))
 
 
@@ -335,12 +389,50 @@ def test_every_missing_tensor_is_missed(trial: Trial) -> None:
 
 SCALARS = st.none() | st.booleans() | NUMBERS | st.floats() | st.text(max_size=8)
 SCALARS |= st.sampled_from(
-    ["12", "1e400", "(", "(a+)+$", "../../../etc/passwd", "norm", "lm_head", "layers.1", "rms", "none"]
+    [
+        "12",
+        "1e400",
+        "(",
+        "(a+)+$",
+        "../../../etc/passwd",
+        "norm",
+        "lm_head",
+        "layers.1",
+        "rms",
+        "none",
+    ]
 )
-VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text(max_size=4), SCALARS, max_size=2)
-FIELDS = ["r", "prompt_positions", "weighting", "gate_norm", "gate_bias", "gate_offset", "layers_to_transform"]
-FIELDS += ["layers_pattern", "target_modules", "exclude_modules", "modules_to_save", "init_weights", "hidden_size"]
-FIELDS += ["requires", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "peft_type", "task_type"]
+VALUES = (
+    SCALARS
+    | st.lists(SCALARS, max_size=3)
+    | st.dictionaries(st.text(max_size=4), SCALARS, max_size=2)
+)
+FIELDS = [
+    "r",
+    "prompt_positions",
+    "weighting",
+    "gate_norm",
+    "gate_bias",
+    "gate_offset",
+    "layers_to_transform",
+]
+FIELDS += [
+    "layers_pattern",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "init_weights",
+    "hidden_size",
+]
+FIELDS += [
+    "requires",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "peft_type",
+    "task_type",
+]
 FIELDS += ["baft_format", "inference_mode", "runtime_config", "unknown", "__class__", "self"]
 
 
@@ -362,22 +454,53 @@ def test_any_value_of_any_field_is_refused_or_harmless_at_length(trial: Trial) -
     fields_are_refused_or_harmless(trial, LONG)
 
 
-REFUSED = [("r", "12"), ("r", -1), ("r", 10**9), ("r", 10**30), ("prompt_positions", 10**30), ("gate_norm", "batch")]
+REFUSED = [
+    ("r", "12"),
+    ("r", -1),
+    ("r", 10**9),
+    ("r", 10**30),
+    ("prompt_positions", 10**30),
+    ("gate_norm", "batch"),
+]
 REFUSED += [("gate_offset", value) for value in ("0.5", None, math.nan, math.inf, 10**400, [0])]
-REFUSED += [("gate_bias", "no"), ("weighting", ["basis"]), ("hidden_size", 10**12), ("hidden_size", -32)]
+REFUSED += [
+    ("gate_bias", "no"),
+    ("weighting", ["basis"]),
+    ("hidden_size", 10**12),
+    ("hidden_size", -32),
+]
 REFUSED += [
     ("layers_to_transform", "0"),
     ("layers_to_transform", [1.5]),
     ("target_modules", "("),
     ("target_modules", 3),
 ]
-REFUSED += [("target_modules", "a{4294967296}"), ("target_modules", ["model.layers.9"]), ("exclude_modules", "[")]
+REFUSED += [
+    ("target_modules", "a{4294967296}"),
+    ("target_modules", ["model.layers.9"]),
+    ("exclude_modules", "["),
+]
 REFUSED += [
     ("modules_to_save", value)
-    for value in ("norm", ["norm"], ["absent"], ["baft"], ["layers.3"], ["(a+)+"], [""], [None], [["a"]])
+    for value in (
+        "norm",
+        ["norm"],
+        ["absent"],
+        ["baft"],
+        ["layers.3"],
+        ["(a+)+"],
+        [""],
+        [None],
+        [["a"]],
+    )
 ]
 REFUSED += [("baft_format", value) for value in (None, 0, -1, 2, 10**30, "1", 1.0, True, [1])]
-REFUSED += [("base_model_name_or_path", 3), ("auto_mapping", "os"), ("inference_mode", "yes"), ("task_type", "X")]
+REFUSED += [
+    ("base_model_name_or_path", 3),
+    ("auto_mapping", "os"),
+    ("inference_mode", "yes"),
+    ("task_type", "X"),
+]
 
 
 @pytest.mark.parametrize(("field", "value"), REFUSED, ids=str)
@@ -389,12 +512,23 @@ HARMLESS: list[tuple[str, Any]] = [
     ("base_model_name_or_path", "../../../etc/passwd"),
     ("auto_mapping", {"parent_library": "this"}),
 ]
-HARMLESS += [("unknown", {"a": [1]}), ("revision", "../x"), ("requires", "antigravity"), ("runtime_config", 1)]
-HARMLESS += [("layers_to_transform", [10**30]), ("layers_pattern", "((a+)+)+$"), ("prompt_positions", 10**9)]
+HARMLESS += [
+    ("unknown", {"a": [1]}),
+    ("revision", "../x"),
+    ("requires", "antigravity"),
+    ("runtime_config", 1),
+]
+HARMLESS += [
+    ("layers_to_transform", [10**30]),
+    ("layers_pattern", "((a+)+)+$"),
+    ("prompt_positions", 10**9),
+]
 
 
 @pytest.mark.parametrize(("field", "value"), HARMLESS, ids=str)
-def test_what_a_folder_says_but_nobody_needs_is_not_acted_on(trial: Trial, field: str, value: Any) -> None:
+def test_what_a_folder_says_but_nobody_needs_is_not_acted_on(
+    trial: Trial, field: str, value: Any
+) -> None:
     assert trial.damaged(set_config(**{field: value})) == "loaded"
 
 
@@ -406,7 +540,18 @@ def test_an_expression_out_of_a_file_is_not_run(trial: Trial, field: str) -> Non
     assert trial.damaged(set_config(**{field: SLOW_EXPRESSION})) == "loaded"
 
 
-TEXTS = ["", "[]", "1", "null", '"x"', "{}", '{"peft_type": 1}', '{"peft_type": "NONE"}', '{"peft_type": []}', "\0"]
+TEXTS = [
+    "",
+    "[]",
+    "1",
+    "null",
+    '"x"',
+    "{}",
+    '{"peft_type": 1}',
+    '{"peft_type": "NONE"}',
+    '{"peft_type": []}',
+    "\0",
+]
 TEXTS += ["[" * 100_000, '{"peft_type": "BAFT", "r": ' + "9" * 5000 + "}", '{"peft_type": "BAFT"}']
 TEXTS += ['{"peft_type": "BAFT", "auto_mapping": ' + '{"a":' * 20_000 + "1" + "}" * 20_001]
 
@@ -418,8 +563,14 @@ def test_json_that_is_no_config_is_refused(trial: Trial, text: str) -> None:
 
 def test_of_a_field_given_twice_the_last_counts_and_must_fit(trial: Trial) -> None:
     whole = json.dumps(trial.settings)
-    assert trial.damaged(lambda folder: (folder / CONFIG).write_text('{"r": 1, ' + whole[1:])) == "loaded"
-    assert trial.damaged(lambda folder: (folder / CONFIG).write_text(whole[:-1] + ', "r": 1}')) == "refused"
+    assert (
+        trial.damaged(lambda folder: (folder / CONFIG).write_text('{"r": 1, ' + whole[1:]))
+        == "loaded"
+    )
+    assert (
+        trial.damaged(lambda folder: (folder / CONFIG).write_text(whole[:-1] + ', "r": 1}'))
+        == "refused"
+    )
 
 
 # nothing whole is refused
@@ -428,7 +579,12 @@ WHOLE: dict[str, dict[str, Any]] = {
     "ends of names": {"target_modules": ["layers.1", "layers.3"]},
     "expression": {"target_modules": r"model\.layers\.[12]"},
     "exclusion": {"target_modules": r"model\.layers\.\d", "exclude_modules": ["layers.2"]},
-    "parts of blocks": {"target_modules": ["mlp"], "gate_norm": "scale", "weighting": "product", "gate_bias": True},
+    "parts of blocks": {
+        "target_modules": ["mlp"],
+        "gate_norm": "scale",
+        "weighting": "product",
+        "gate_bias": True,
+    },
     "no gates": {"weighting": "none", "layers_to_transform": (0, 1)},
     "other modules": {"modules_to_save": ["norm", "lm_head"]},
     "no task": {"task_type": None},
@@ -455,7 +611,8 @@ def test_a_pickle_is_not_opened(trial: Trial) -> None:
 def test_a_config_in_python_is_checked_as_one_in_a_file() -> None:
     assert BaftConfig(target_modules={"a"}, layers_to_transform=(0, 1)).r == 12
     with pytest.raises(
-        TypeError, match=r"layers_to_transform must hold a list of integers or integer or None, not \[None\]"
+        TypeError,
+        match=r"layers_to_transform must hold a list of integers or integer or None, not \[None\]",
     ):
         BaftConfig(layers_to_transform=[None])
     with pytest.raises(ValueError, match="names of modules"):
@@ -463,40 +620,60 @@ def test_a_config_in_python_is_checked_as_one_in_a_file() -> None:
 
 
 @pytest.mark.parametrize("shape", [(32,), (64, 31), (65, 32), (0,)])
-def test_a_module_beside_the_adapter_that_does_not_fit_is_refused_before_the_model_is_touched(tmp_path, shape) -> None:
+def test_a_module_beside_the_adapter_that_does_not_fit_is_refused_before_the_model_is_touched(
+    tmp_path, shape
+) -> None:
     model = get_peft_model(make_model(), config(modules_to_save=["lm_head"])).eval()
     model.save_pretrained(str(tmp_path))
     PeftModel.from_pretrained(make_model(), tmp_path)
-    set_tensors(lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(shape)}))(tmp_path)
+    set_tensors(lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(shape)}))(
+        tmp_path
+    )
     base = make_model()
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"lm_head.weight of shape .* does not fit LlamaForCausalLM"):
+        with pytest.raises(
+            ValueError, match=r"lm_head.weight of shape .* does not fit LlamaForCausalLM"
+        ):
             PeftModel.from_pretrained(base, tmp_path)
         assert is_bare(base) and not hasattr(base, "peft_config")
     with pytest.raises(ValueError, match="does not fit"):
         model.load_adapter(tmp_path, "second")
     assert [*model.peft_config] == ["default"]
-    set_tensors(lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(64, 32)}))(tmp_path)
-    model.load_adapter(tmp_path, "second")  # its control: of the right shape it loads, also beside another
+    set_tensors(lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(64, 32)}))(
+        tmp_path
+    )
+    model.load_adapter(
+        tmp_path, "second"
+    )  # its control: of the right shape it loads, also beside another
 
 
-def test_a_width_that_the_config_leaves_open_is_checked_against_the_model(trial: Trial, tmp_path: Path) -> None:
+def test_a_width_that_the_config_leaves_open_is_checked_against_the_model(
+    trial: Trial, tmp_path: Path
+) -> None:
     def narrower(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [name for name in tensors if name.endswith(("basis.weight", "source.weight", "gate.weight"))]:
+        for name in [
+            name
+            for name in tensors
+            if name.endswith(("basis.weight", "source.weight", "gate.weight"))
+        ]:
             tensors[name] = tensors[name][:, :16].clone()
 
     assert trial.damaged(set_config(hidden_size=None)) == "loaded"
     folder = Path(copytree(trial.folder, tmp_path / "narrower"))
     set_config(hidden_size=None)(folder)
     set_tensors(narrower)(folder)
-    with pytest.raises(ValueError, match=r"basis.weight of shape \(4, 16\), which does not fit LlamaForCausalLM"):
+    with pytest.raises(
+        ValueError, match=r"basis.weight of shape \(4, 16\), which does not fit LlamaForCausalLM"
+    ):
         PeftModel.from_pretrained(trial.base, folder)
     trial.check_untouched(trial.base, trial.bare_logits)
     assert is_bare(trial.base) and not hasattr(trial.base, "peft_config")
 
 
 @pytest.mark.parametrize("how", ["expression", "exclusion"])
-def test_blocks_chosen_by_an_expression_are_named_in_the_saved_config(tmp_path: Path, how: str) -> None:
+def test_blocks_chosen_by_an_expression_are_named_in_the_saved_config(
+    tmp_path: Path, how: str
+) -> None:
     model = get_peft_model(make_model(), config(**WHOLE[how]))
     model.save_pretrained(str(tmp_path))
     found = json.loads((tmp_path / CONFIG).read_text())
@@ -519,7 +696,9 @@ def on_the_hub(cache: Path, folder: Path) -> str:
 @pytest.mark.parametrize(
     "damage", [None, set_tensors(lambda t: t.popitem()), lambda folder: (folder / WEIGHTS).unlink()]
 )
-def test_an_adapter_from_the_hub_is_checked_as_one_from_a_folder(trial: Trial, tmp_path: Path, damage: Any) -> None:
+def test_an_adapter_from_the_hub_is_checked_as_one_from_a_folder(
+    trial: Trial, tmp_path: Path, damage: Any
+) -> None:
     folder = Path(copytree(trial.folder, tmp_path / "adapter"))
     if damage is not None:
         damage(folder)

@@ -24,9 +24,13 @@ USE = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
 @pytest.fixture
 def new_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gate norm with two learned vectors, and a weighting whose gates are multiplied by a shared one."""
-    squashed = GateNorm(lambda h, slope, middle: torch.tanh(h * slope - middle), {"slope": 0.5, "middle": 0.1})
+    squashed = GateNorm(
+        lambda h, slope, middle: torch.tanh(h * slope - middle), {"slope": 0.5, "middle": 0.1}
+    )
     monkeypatch.setitem(GATE_NORMS, "squashed", squashed)
-    monkeypatch.setitem(WEIGHTINGS, "pairs", Weighting(gate_count=lambda r: r, has_shared_gate=True))
+    monkeypatch.setitem(
+        WEIGHTINGS, "pairs", Weighting(gate_count=lambda r: r, has_shared_gate=True)
+    )
 
 
 def trained(model: PeftModel, ids: torch.Tensor) -> PeftModel:
@@ -35,7 +39,9 @@ def trained(model: PeftModel, ids: torch.Tensor) -> PeftModel:
     model.train()
     model(ids, labels=ids).loss.backward()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in parameters)
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in parameters
+    )
     torch.optim.SGD(parameters, lr=1.0).step()
     return model.eval()
 
@@ -47,7 +53,10 @@ def test_a_new_kind_is_trained_saved_and_loaded(new_kinds, tokens, tmp_path: Pat
     for layer in baft_layers(model):
         layer.baft_gate_usage["default"].copy_(USE)
     model.save_pretrained(str(tmp_path))
-    names = {name.rpartition(".baft.baft_")[2] for name in load_file(tmp_path / "adapter_model.safetensors")}
+    names = {
+        name.rpartition(".baft.baft_")[2]
+        for name in load_file(tmp_path / "adapter_model.safetensors")
+    }
     of_gates = {"gate.weight", "gate.bias", "gate.slope", "gate.middle", "gate_usage"}
     assert names == of_gates | {"basis.weight", "source.weight", "source.bias"}
     loaded = PeftModel.from_pretrained(make_model(), tmp_path).eval()
@@ -72,7 +81,9 @@ def test_adapters_of_a_new_kind_are_computed_side_by_side(new_kinds, tokens, mon
     with torch.no_grad():
         together = model(tokens, adapter_names=["default", "second"]).logits
         assert len(stacked) == 1
-        model.peft_config["second"].gate_norm = "rms"  # the control: of different kinds, each is computed alone
+        model.peft_config[
+            "second"
+        ].gate_norm = "rms"  # the control: of different kinds, each is computed alone
         model(tokens, adapter_names=["default", "second"])
         assert len(stacked) == 1
     torch.testing.assert_close(together, torch.cat(alone))
@@ -86,7 +97,9 @@ def _noted(function: Any, calls: list[Any]) -> Any:
     return called
 
 
-def test_a_file_that_lacks_a_learned_vector_of_a_new_kind_is_refused(new_kinds, tmp_path: Path, monkeypatch) -> None:
+def test_a_file_that_lacks_a_learned_vector_of_a_new_kind_is_refused(
+    new_kinds, tmp_path: Path, monkeypatch
+) -> None:
     get_peft_model(make_model(), config(**SETTINGS)).save_pretrained(str(tmp_path))
     PeftModel.from_pretrained(make_model(), tmp_path)
     three = GateNorm(lambda h, slope, middle, third: h, {"slope": 0.5, "middle": 0.1, "third": 0.0})
@@ -101,9 +114,13 @@ def test_a_name_of_a_learned_vector_is_none_of_an_adapter(new_kinds) -> None:
 
 
 def test_without_its_entry_the_kind_is_unknown() -> None:
-    with pytest.raises(ValueError, match="gate_norm must be one of 'none', 'rms', 'scale', 'center', not 'squashed'"):
+    with pytest.raises(
+        ValueError,
+        match="gate_norm must be one of 'none', 'rms', 'scale', 'center', not 'squashed'",
+    ):
         BaftConfig(gate_norm="squashed")
     with pytest.raises(
-        ValueError, match="weighting must be one of 'basis', 'subspace', 'product', 'none', not 'pairs'"
+        ValueError,
+        match="weighting must be one of 'basis', 'subspace', 'product', 'none', not 'pairs'",
     ):
         BaftConfig(weighting="pairs")

@@ -48,21 +48,35 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-ATTENTION: dict[str, Any] = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+ATTENTION: dict[str, Any] = {
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 
 
 def minimax() -> Any:
     kinds = ["linear_attention", "full_attention"] * 2
     return tr.MiniMaxConfig(
-        **SIZES, **ATTENTION, layer_types=kinds, num_local_experts=2, num_experts_per_tok=1, block_size=4
+        **SIZES,
+        **ATTENTION,
+        layer_types=kinds,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        block_size=4,
     )
 
 
 RECURRENT: dict[str, Callable[[], Any]] = {
     "mamba": lambda: tr.MambaConfig(**SIZES, state_size=4),
-    "mamba2": lambda: tr.Mamba2Config(**SIZES, state_size=4, num_heads=8, head_dim=8, n_groups=1, chunk_size=4),
+    "mamba2": lambda: tr.Mamba2Config(
+        **SIZES, state_size=4, num_heads=8, head_dim=8, n_groups=1, chunk_size=4
+    ),
     "falcon_mamba": lambda: tr.FalconMambaConfig(**SIZES, state_size=4),
-    "rwkv": lambda: tr.RwkvConfig(**SIZES, attention_hidden_size=32, intermediate_size=48, context_length=64),
+    "rwkv": lambda: tr.RwkvConfig(
+        **SIZES, attention_hidden_size=32, intermediate_size=48, context_length=64
+    ),
     "minimax": minimax,
 }
 
@@ -115,12 +129,14 @@ def test_models_with_a_state_instead_of_keys_edit_every_answer_token(name: str) 
     model = adapted(built(RECURRENT[name]()))
     answer, seen = generated(model, PROMPT)
     with torch.no_grad():
-        whole = model(torch.tensor([PROMPT + answer]), prompt_lengths=[len(PROMPT)]).logits[0, len(PROMPT) - 1 : -1]
-        torch.testing.assert_close(seen, whole, **CLOSE)
-        # The control: with the answer taken for prompt, as when nothing seems to be cached, other logits come out.
-        unedited = model(torch.tensor([PROMPT + answer]), prompt_lengths=[len(PROMPT) + 5 + P]).logits[
+        whole = model(torch.tensor([PROMPT + answer]), prompt_lengths=[len(PROMPT)]).logits[
             0, len(PROMPT) - 1 : -1
         ]
+        torch.testing.assert_close(seen, whole, **CLOSE)
+        # The control: with the answer taken for prompt, as when nothing seems to be cached, other logits come out.
+        unedited = model(
+            torch.tensor([PROMPT + answer]), prompt_lengths=[len(PROMPT) + 5 + P]
+        ).logits[0, len(PROMPT) - 1 : -1]
     assert not torch.allclose(seen, unedited, **CLOSE)
 
 
@@ -130,8 +146,12 @@ CACHE = model_call.cache_parameter(make_model())  # what this version of transfo
 class InventedStack(tr.LlamaModel):
     """A stack that takes its cache under a name which nobody has used."""
 
-    def forward(self, input_ids=None, attention_mask=None, remembrance: tr.Cache | None = None, **kwargs):
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **{CACHE: remembrance}, **kwargs)
+    def forward(
+        self, input_ids=None, attention_mask=None, remembrance: tr.Cache | None = None, **kwargs
+    ):
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, **{CACHE: remembrance}, **kwargs
+        )
 
 
 class HidingStack(tr.LlamaModel):
@@ -141,7 +161,10 @@ class HidingStack(tr.LlamaModel):
 
     def forward(self, input_ids=None, attention_mask=None, **kwargs):
         out = super().forward(
-            input_ids=input_ids, attention_mask=attention_mask, **{CACHE: self.hidden}, use_cache=True
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            **{CACHE: self.hidden},
+            use_cache=True,
         )
         self.hidden = cache_of(out)
         return out
@@ -150,9 +173,13 @@ class HidingStack(tr.LlamaModel):
 class ToyModel(tr.LlamaForCausalLM):
     """A causal language model with a stack of its own, and a `generate` that passes each new token alone."""
 
-    def forward(self, input_ids, attention_mask=None, remembrance: tr.Cache | None = None, use_cache=None):
+    def forward(
+        self, input_ids, attention_mask=None, remembrance: tr.Cache | None = None, use_cache=None
+    ):
         given = {} if remembrance is None else {"remembrance": remembrance}
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **given)
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **given
+        )
         return tr.utils.ModelOutput(logits=self.lm_head(out[0]), remembrance=cache_of(out))
 
     def generate(self, input_ids, tokens=5):
@@ -180,9 +207,13 @@ def toy(stack: type) -> Any:
 def test_a_cache_is_found_by_what_it_is_under_an_invented_name() -> None:
     _, logits = generated(adapted(make_model()), PROMPT)
     model = adapted(toy(InventedStack))
-    torch.testing.assert_close(model.get_base_model().generate(torch.tensor([PROMPT])), logits, **CLOSE)
+    torch.testing.assert_close(
+        model.get_base_model().generate(torch.tensor([PROMPT])), logits, **CLOSE
+    )
     with model.disable_adapter():  # the control
-        assert not torch.allclose(model.get_base_model().generate(torch.tensor([PROMPT])), logits, **CLOSE)
+        assert not torch.allclose(
+            model.get_base_model().generate(torch.tensor([PROMPT])), logits, **CLOSE
+        )
     base = model.get_base_model()
     base(torch.tensor([[7]]), remembrance=base(torch.tensor([PROMPT]), use_cache=True).remembrance)
     assert find_context(model).relative_positions.tolist() == [
@@ -193,12 +224,17 @@ def test_a_cache_is_found_by_what_it_is_under_an_invented_name() -> None:
 @torch.no_grad()
 def test_a_cache_that_is_hidden_is_an_error_and_not_another_position() -> None:
     model = adapted(toy(HidingStack))
-    with pytest.raises(UnknownPositionError, match=r"ToyModel \(transformers .*inside generate\(\).*use_cache=False"):
+    with pytest.raises(
+        UnknownPositionError,
+        match=r"ToyModel \(transformers .*inside generate\(\).*use_cache=False",
+    ):
         model.get_base_model().generate(torch.tensor([PROMPT]))
     base = model.get_base_model()
     base.model.hidden = None
     base(torch.tensor([PROMPT]))
-    with pytest.raises(UnknownPositionError, match=r"covers 6 tokens before the 1 new ones.*baft check"):
+    with pytest.raises(
+        UnknownPositionError, match=r"covers 6 tokens before the 1 new ones.*baft check"
+    ):
         base(torch.tensor([[7]]), attention_mask=torch.ones(1, 7))
 
 
@@ -206,11 +242,15 @@ def test_what_a_mask_and_a_cache_say_must_agree() -> None:
     model, ids = adapted(make_model()), torch.tensor([PROMPT])
     with torch.no_grad():
         cache = cache_of(model(ids, use_cache=True))
-        with pytest.raises(UnknownPositionError, match="holds 6 tokens, but its mask covers 8 before the 1"):
+        with pytest.raises(
+            UnknownPositionError, match="holds 6 tokens, but its mask covers 8 before the 1"
+        ):
             model(torch.tensor([[7]]), attention_mask=torch.ones(1, 9), **with_cache(model, cache))
         with pytest.raises(UnknownPositionError, match="covers 3 tokens before"):
             model(torch.tensor([[7]]), attention_mask=torch.ones(1, 4))
-        model(torch.tensor([[7]]), attention_mask=torch.ones(1, 7), **with_cache(model, cache))  # the control
+        model(
+            torch.tensor([[7]]), attention_mask=torch.ones(1, 7), **with_cache(model, cache)
+        )  # the control
 
 
 def test_two_caches_and_a_tuple_of_tensors_are_refused() -> None:
@@ -228,9 +268,13 @@ def test_a_recurrent_state_outside_generate_needs_a_mask_where_lengths_are_state
     model, ids = adapted(base), torch.tensor([PROMPT])
     with torch.no_grad():
         cache = cache_of(model(ids, use_cache=True))
-        assert cached_columns(cache) is None and cached_columns(type(cache)(config=base.config)) == 0
+        assert (
+            cached_columns(cache) is None and cached_columns(type(cache)(config=base.config)) == 0
+        )
         model(torch.tensor([[7]]), **with_cache(model, fork(cache)))
-        assert find_context(model).relative_positions.min() >= 0  # edited, as every token after a filled cache
+        assert (
+            find_context(model).relative_positions.min() >= 0
+        )  # edited, as every token after a filled cache
         with pytest.raises(UnknownPositionError, match="does not tell how much it holds"):
             model(torch.tensor([[7]]), **with_cache(model, fork(cache)), prompt_lengths=[4])
 
@@ -249,7 +293,9 @@ def test_guided_generation_is_refused() -> None:
         ([-1], ValueError, "0 or more"),
     ],
 )
-def test_prompt_lengths_that_are_none_are_refused_everywhere(lengths: list, error: type, said: str) -> None:
+def test_prompt_lengths_that_are_none_are_refused_everywhere(
+    lengths: list, error: type, said: str
+) -> None:
     model, ids = adapted(make_model()), torch.tensor([PROMPT])
     settings = {"max_new_tokens": 2, "do_sample": False}
     with pytest.raises(error, match=said):
@@ -264,7 +310,8 @@ def test_prompt_lengths_that_are_none_are_refused_everywhere(lengths: list, erro
 def test_threads_that_generate_on_one_model_answer_as_one_alone() -> None:
     model = adapted(make_model())
     prompts = [
-        torch.randint(3, 64, (2 + i % 7,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(24)
+        torch.randint(3, 64, (2 + i % 7,), generator=torch.Generator().manual_seed(i)).tolist()
+        for i in range(24)
     ]
     alone = [generated(model, prompt)[0] for prompt in prompts]
     with ThreadPoolExecutor(4) as pool:
@@ -281,7 +328,9 @@ def test_a_call_of_one_thread_is_not_seen_by_another() -> None:
     def forward() -> None:
         with torch.no_grad():
             model(ids[:, :4])
-        other.append((context.relative_positions.tolist(), context.recorded, context.stated_lengths))
+        other.append(
+            (context.relative_positions.tolist(), context.recorded, context.stated_lengths)
+        )
 
     with torch.no_grad(), peft_baft.prompt_lengths(model, [2]), context.recording() as recorded:
         model(ids)
@@ -310,7 +359,9 @@ def test_a_block_that_is_run_again_in_a_thread_of_autograd_edits_what_it_edited(
 
 def test_a_block_alone_is_refused() -> None:
     with pytest.raises(ValueError, match="Call the model"):
-        adapted(make_model()).get_base_model().model.layers[1]._modules["baft"](torch.randn(1, 4, 32))
+        adapted(make_model()).get_base_model().model.layers[1]._modules["baft"](
+            torch.randn(1, 4, 32)
+        )
 
 
 def causal_classes() -> dict[str, type]:
@@ -348,35 +399,60 @@ def test_every_causal_model_of_transformers_takes_a_cache_that_is_understood() -
             continue
         names = tuple(inspect.signature(found.forward).parameters)
         signature = StackSignature(names, memory_names(names))
-        held = read_stack_call(signature, (), {"input_ids": torch.ones(1, 2), parameter: tr.DynamicCache()})
+        held = read_stack_call(
+            signature, (), {"input_ids": torch.ones(1, 2), parameter: tr.DynamicCache()}
+        )
         assert held is not None and isinstance(held.memory, tr.Cache), name
-        memories = {other for other in signature.memories if other not in {parameter, "use_cache", "cache_position"}}
+        memories = {
+            other
+            for other in signature.memories
+            if other not in {parameter, "use_cache", "cache_position"}
+        }
         assert not memories, f"{name} has more than one memory: {memories}"
     assert unknown <= WITHOUT_CACHE, f"no cache is found in {sorted(unknown - WITHOUT_CACHE)}"
     assert "LlamaForCausalLM" not in unknown
 
 
-def test_a_transformers_newer_than_the_tests_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_transformers_newer_than_the_tests_is_warned_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     assert model_call.newer_than_tested("5.100.0.dev0") and model_call.newer_than_tested("6.0")
-    assert not any(map(model_call.newer_than_tested, (model_call.TESTED_TRANSFORMERS, "5.24.7", "5.9.1")))
+    assert not any(
+        map(model_call.newer_than_tested, (model_call.TESTED_TRANSFORMERS, "5.24.7", "5.9.1"))
+    )
     for _ in range(2):
         model_call.warn_if_untested("99.0")
     model_call.warn_if_untested(model_call.TESTED_TRANSFORMERS)  # the control
     (record,) = caplog.records
-    assert record.levelname == "WARNING" and "99.0" in record.message and "baft check" in record.message
+    assert (
+        record.levelname == "WARNING"
+        and "99.0" in record.message
+        and "baft check" in record.message
+    )
 
 
 def test_no_other_file_names_what_transformers_may_rename() -> None:
     files = [path for path in (SEAM.parents[1]).rglob("*.py") if path != SEAM]
     assert NAMES_OF_TRANSFORMERS.search(SEAM.read_text())  # the control
-    naming = {str(path): found.group() for path in files if (found := NAMES_OF_TRANSFORMERS.search(path.read_text()))}
+    naming = {
+        str(path): found.group()
+        for path in files
+        if (found := NAMES_OF_TRANSFORMERS.search(path.read_text()))
+    }
     assert not naming
 
 
 def test_the_signature_tells_what_may_remember() -> None:
     class Stack(nn.Module):
         def forward(
-            self, input_ids, hidden_states, encoder_hidden_states, past_buckets_states, mems, state, use_cache
+            self,
+            input_ids,
+            hidden_states,
+            encoder_hidden_states,
+            past_buckets_states,
+            mems,
+            state,
+            use_cache,
         ): ...
 
     names = StackSignature.of(Stack()).names

@@ -40,7 +40,9 @@ def loaded(tmp_path: Path, tokens: torch.Tensor) -> tuple[Any, torch.Tensor]:
     return model, logits(edited, tokens)
 
 
-def test_loading_works_with_every_version(loaded: tuple[Any, torch.Tensor], tokens: torch.Tensor) -> None:
+def test_loading_works_with_every_version(
+    loaded: tuple[Any, torch.Tensor], tokens: torch.Tensor
+) -> None:
     model, expected = loaded
     assert torch.equal(logits(model, tokens), expected)
     assert not torch.equal(logits(make_model(), tokens), expected)
@@ -61,7 +63,9 @@ def test_a_native_function_works_or_names_the_peft_that_it_wants(
     assert torch.equal(logits(model, tokens), expected) == still_edited
 
 
-def test_native_saving_keeps_the_adapter_or_names_the_peft_that_it_wants(loaded, tokens, tmp_path: Path) -> None:
+def test_native_saving_keeps_the_adapter_or_names_the_peft_that_it_wants(
+    loaded, tokens, tmp_path: Path
+) -> None:
     model, expected = loaded
     if TOO_OLD:
         with pytest.raises(ValueError, match=MIN_PEFT_VERSION):
@@ -73,7 +77,9 @@ def test_native_saving_keeps_the_adapter_or_names_the_peft_that_it_wants(loaded,
     assert torch.equal(logits(again, tokens), expected)
 
 
-def test_native_adding_works_or_leaves_the_model_bare_and_lora_fares_no_better(tokens: torch.Tensor) -> None:
+def test_native_adding_works_or_leaves_the_model_bare_and_lora_fares_no_better(
+    tokens: torch.Tensor,
+) -> None:
     model, beside = make_model(), make_model()
     if TOO_OLD:
         with pytest.raises(ValueError, match=MIN_PEFT_VERSION):
@@ -85,4 +91,6 @@ def test_native_adding_works_or_leaves_the_model_bare_and_lora_fares_no_better(t
     before = logits(model, tokens)
     model.add_adapter(config())
     beside.add_adapter(LoraConfig())
-    assert not is_bare(model) and torch.equal(logits(model, tokens), before)  # a fresh adapter changes nothing
+    assert not is_bare(model) and torch.equal(
+        logits(model, tokens), before
+    )  # a fresh adapter changes nothing

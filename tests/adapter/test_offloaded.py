@@ -44,7 +44,11 @@ def base() -> tr.PreTrainedModel:
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
     }
-    settings: dict[str, Any] = {"vocab_size": len(TOKENIZER), "max_position_embeddings": 64, "initializer_range": 0.1}
+    settings: dict[str, Any] = {
+        "vocab_size": len(TOKENIZER),
+        "max_position_embeddings": 64,
+        "initializer_range": 0.1,
+    }
     return tr.LlamaForCausalLM(tr.LlamaConfig(**shape, **settings)).eval()
 
 
@@ -59,12 +63,16 @@ def adapted(model: tr.PreTrainedModel) -> PeftModel:
 def offloaded() -> tr.PreTrainedModel:
     model = base()
     cpu_offload(model, torch.device("cpu"))
-    assert model.get_input_embeddings().weight.is_meta  # the control: no device to put tokens on can be read there
+    assert (
+        model.get_input_embeddings().weight.is_meta
+    )  # the control: no device to put tokens on can be read there
     return model
 
 
 @pytest.mark.parametrize("question", ASKED)
-def test_every_question_gets_the_answer_of_a_whole_model(question: str, offloaded: tr.PreTrainedModel) -> None:
+def test_every_question_gets_the_answer_of_a_whole_model(
+    question: str, offloaded: tr.PreTrainedModel
+) -> None:
     ask = ASKED[question]
     whole, found = ask(adapted(base())), ask(adapted(offloaded))
     if question in ("predicted_tokens", "log_probabilities"):

@@ -29,7 +29,9 @@ CLOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3}
 
 
 def adapted(architecture: str = "llama", task_type: str | None = "CAUSAL_LM") -> PeftModel:
-    config = BaftConfig(r=4, prompt_positions=P, gate_offset=0.0, layers_to_transform=[1, 2], task_type=task_type)
+    config = BaftConfig(
+        r=4, prompt_positions=P, gate_offset=0.0, layers_to_transform=[1, 2], task_type=task_type
+    )
     model = get_peft_model(make_model(architecture), config)
     randomise(model, 2.0)
     return model.eval()
@@ -39,10 +41,16 @@ def truth(model: PeftModel, architecture: str, ids: list[int], prompt_length: in
     """Logits (tokens, vocabulary) of a clean model, one sequence, no cache, each edited vector computed alone."""
     clean = make_model(architecture)
     for layer in baft_layers(model):
-        basis, source, gate = layer.baft_basis["default"], layer.baft_source["default"], layer.baft_gate["default"]
+        basis, source, gate = (
+            layer.baft_basis["default"],
+            layer.baft_source["default"],
+            layer.baft_gate["default"],
+        )
         R, b, U = orthonormal_rows(basis.weight), source.bias, gate.weight
 
-        def edit(_module: nn.Module, _args: tuple, output: Any, R=R, A=source.weight + R, b=b, U=U) -> Any:
+        def edit(
+            _module: nn.Module, _args: tuple, output: Any, R=R, A=source.weight + R, b=b, U=U
+        ) -> Any:
             hidden = (output if isinstance(output, Tensor) else output[0]).clone()
             for t in range(max(prompt_length - P, 0), len(ids)):
                 h = hidden[0, t]
@@ -55,7 +63,9 @@ def truth(model: PeftModel, architecture: str, ids: list[int], prompt_length: in
 
 
 def draw(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(
+        3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
 
 
 def padded(rows: list[list[int]], side: str = "left") -> dict[str, Tensor]:
@@ -70,7 +80,11 @@ def padded(rows: list[list[int]], side: str = "left") -> dict[str, Tensor]:
 
 
 def assert_generates_the_truth(
-    model: Any, architecture: str, prompts: list[list[int]], batch: dict[str, Any] | None = None, **settings: Any
+    model: Any,
+    architecture: str,
+    prompts: list[list[int]],
+    batch: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> list[list[int]]:
     """The logits that each generated token was chosen from are those of one full forward; returns the answers."""
     batch = batch or padded(prompts)
@@ -95,8 +109,12 @@ def test_a_forward_edits_the_last_prompt_tokens_and_the_answer(architecture: str
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-def test_cached_decoding_of_a_padded_batch_is_one_full_forward_of_each_row(architecture: str) -> None:
-    assert_generates_the_truth(adapted(architecture), architecture, [draw(1, 1), draw(2, 2), draw(7, 3)])
+def test_cached_decoding_of_a_padded_batch_is_one_full_forward_of_each_row(
+    architecture: str,
+) -> None:
+    assert_generates_the_truth(
+        adapted(architecture), architecture, [draw(1, 1), draw(2, 2), draw(7, 3)]
+    )
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -118,7 +136,9 @@ def test_every_way_to_generate_edits_the_same_tokens(way: str, architecture: str
     prompt = [7, 8, 9, 7, 8, 9, 7, 8]  # repeats, for prompt lookup to propose something
     rows = settings.get("num_return_sequences", 1)
     torch.manual_seed(0)
-    assert_generates_the_truth(adapted(architecture), architecture, [prompt] * rows, padded([prompt]), **settings)
+    assert_generates_the_truth(
+        adapted(architecture), architecture, [prompt] * rows, padded([prompt]), **settings
+    )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
@@ -133,14 +153,29 @@ def test_sampling_with_and_without_a_cache_draws_the_same_tokens(architecture: s
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("architecture", FEW)
-def test_beams_are_scored_as_by_one_full_forward_alone_and_in_a_batch(architecture: str, use_cache: bool) -> None:
+def test_beams_are_scored_as_by_one_full_forward_alone_and_in_a_batch(
+    architecture: str, use_cache: bool
+) -> None:
     model, prompts = adapted(architecture), [draw(1, 1), draw(7, 2)]
-    settings = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4, "use_cache": use_cache}
-    out = model.generate(**padded(prompts), **settings, return_dict_in_generate=True, output_scores=True)
-    for row, (found, score) in enumerate(zip(out.sequences.tolist(), out.sequences_scores, strict=True)):
+    settings = {
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "max_new_tokens": 4,
+        "use_cache": use_cache,
+    }
+    out = model.generate(
+        **padded(prompts), **settings, return_dict_in_generate=True, output_scores=True
+    )
+    for row, (found, score) in enumerate(
+        zip(out.sequences.tolist(), out.sequences_scores, strict=True)
+    ):
         prompt, answer = prompts[row // 2], found[7:]
-        log_p = truth(model, architecture, prompt + answer, len(prompt)).log_softmax(-1)[len(prompt) - 1 : -1]
-        torch.testing.assert_close(score, sum(log_p[i, token] for i, token in enumerate(answer)) / len(answer), **CLOSE)
+        log_p = truth(model, architecture, prompt + answer, len(prompt)).log_softmax(-1)[
+            len(prompt) - 1 : -1
+        ]
+        torch.testing.assert_close(
+            score, sum(log_p[i, token] for i, token in enumerate(answer)) / len(answer), **CLOSE
+        )
         alone = model.generate(torch.tensor([prompt]), **settings)
         assert alone[row % 2, len(prompt) :].tolist() == answer
 
@@ -155,14 +190,25 @@ def test_embeddings_can_be_given_instead_of_tokens() -> None:
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_it_makes_no_difference_which_wrapper_is_called(use_cache: bool) -> None:
     model, untyped = adapted(), adapted(task_type=None)
-    for outer in (model, model.base_model, model.base_model.model, untyped, untyped.base_model.model):
+    for outer in (
+        model,
+        model.base_model,
+        model.base_model.model,
+        untyped,
+        untyped.base_model.model,
+    ):
         assert_generates_the_truth(outer, "llama", [draw(6)], use_cache=use_cache)
 
 
 @pytest.mark.parametrize("stated", [2, 6])
 def test_generate_can_be_told_where_the_prompt_ends(stated: int) -> None:
     model, ids = adapted(), draw(6)
-    settings = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    settings = {
+        "max_new_tokens": 2,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     embedded = model.get_input_embeddings()(torch.tensor([ids]))
     outs = [model.generate(torch.tensor([ids]), prompt_lengths=[stated], **settings)]
     outs += [model.generate(inputs_embeds=embedded, prompt_lengths=[stated], **settings)]
@@ -175,14 +221,22 @@ def test_generate_can_be_told_where_the_prompt_ends(stated: int) -> None:
 
 @pytest.mark.parametrize("architecture", FEW)
 def test_in_a_continued_chat_all_is_edited_after_the_first_prompt(architecture: str) -> None:
-    model, prompt, settings = adapted(architecture), draw(5), {"do_sample": False, "return_dict_in_generate": True}
+    model, prompt, settings = (
+        adapted(architecture),
+        draw(5),
+        {"do_sample": False, "return_dict_in_generate": True},
+    )
     first = model.generate(torch.tensor([prompt]), max_new_tokens=3, **settings)
     both = first.sequences[0].tolist() + draw(6, 9)
     batch = {**padded([both]), **with_cache(model, cache_of(first))}
     second = model.generate(**batch, max_new_tokens=3, output_logits=True, **settings)
     seen, ids = torch.cat(second.logits), second.sequences[0].tolist()
-    torch.testing.assert_close(seen, truth(model, architecture, ids, len(prompt))[len(both) - 1 : -1], **CLOSE)
-    assert not torch.allclose(seen, truth(model, architecture, ids, len(both))[len(both) - 1 : -1], **CLOSE)
+    torch.testing.assert_close(
+        seen, truth(model, architecture, ids, len(prompt))[len(both) - 1 : -1], **CLOSE
+    )
+    assert not torch.allclose(
+        seen, truth(model, architecture, ids, len(both))[len(both) - 1 : -1], **CLOSE
+    )
 
 
 def test_a_decode_loop_written_by_hand_equals_generate() -> None:
@@ -206,9 +260,13 @@ def test_labels_lengths_and_the_context_manager_say_the_same(architecture: str, 
     model, rows, lengths = adapted(architecture), [draw(6, 1), draw(9, 2)], [4, 5]
     batch = padded(rows, side)
     real = batch["attention_mask"] == 1
-    labels = padded([[-100] * n + row[n:] for row, n in zip(rows, lengths, strict=True)], side)["input_ids"]
+    labels = padded([[-100] * n + row[n:] for row, n in zip(rows, lengths, strict=True)], side)[
+        "input_ids"
+    ]
     labels = labels.masked_fill(~real, -100)
-    if side == "left" and architecture != "bloom":  # a bare forward of some models counts positions from the padding
+    if (
+        side == "left" and architecture != "bloom"
+    ):  # a bare forward of some models counts positions from the padding
         batch["position_ids"] = (real.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         seen = [model(**batch, labels=labels).logits, model(**batch, prompt_lengths=lengths).logits]
@@ -217,7 +275,9 @@ def test_labels_lengths_and_the_context_manager_say_the_same(architecture: str, 
         assert not torch.allclose(model(**batch).logits, seen[0], **CLOSE)
     for logits in seen:
         for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
-            torch.testing.assert_close(logits[i][real[i]], truth(model, architecture, row, n), **CLOSE)
+            torch.testing.assert_close(
+                logits[i][real[i]], truth(model, architecture, row, n), **CLOSE
+            )
 
 
 def relative_positions_after(model: Any, *args: Any, **kwargs: Any) -> list[list[int]]:
@@ -233,9 +293,14 @@ def test_a_packed_row_has_the_relative_positions_of_its_sequences() -> None:
     positions = torch.tensor([[i for p, a in pairs for i in range(p + a)]])
     ids = torch.tensor([draw(positions.shape[1])])
     labels = ids.masked_fill(torch.tensor(expected) < 0, -100)
-    assert relative_positions_after(model, input_ids=ids, position_ids=positions, labels=labels) == expected
     assert (
-        relative_positions_after(model, input_ids=ids, position_ids=positions, prompt_lengths=[p for p, _ in pairs])
+        relative_positions_after(model, input_ids=ids, position_ids=positions, labels=labels)
+        == expected
+    )
+    assert (
+        relative_positions_after(
+            model, input_ids=ids, position_ids=positions, prompt_lengths=[p for p, _ in pairs]
+        )
         == expected
     )
     assert (
@@ -274,10 +339,15 @@ def test_what_is_not_a_sequence_of_tokens_is_edited_everywhere() -> None:
     net = Net(4, 4)
     context = EditContext(net, net)
     net(torch.zeros(2, 4))
-    assert context.relative_positions is None and context.mask(context.relative_positions, torch.zeros(2, 4), P) is None
+    assert (
+        context.relative_positions is None
+        and context.mask(context.relative_positions, torch.zeros(2, 4), P) is None
+    )
 
 
-def test_training_without_labels_or_lengths_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_training_without_labels_or_lengths_is_warned_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model, ids = adapted().train(), torch.tensor([draw(6)])
     with caplog.at_level(logging.WARNING, logger="peft_baft"):
         model(input_ids=ids, labels=ids)
@@ -288,41 +358,59 @@ def test_training_without_labels_or_lengths_is_warned_of_once(caplog: pytest.Log
         assert not caplog.records  # the controls
         for _ in range(2):
             model.train()(input_ids=ids)
-    assert [r.name for r in caplog.records] == ["peft_baft.adapter.context"] and "prompt_lengths" in caplog.text
+    assert [r.name for r in caplog.records] == [
+        "peft_baft.adapter.context"
+    ] and "prompt_lengths" in caplog.text
 
 
 SCHEDULES = {
     "whole prompts": {"num_blocks": 64},
     "prompts in pieces": {"num_blocks": 64, "max_batch_tokens": 4},
-    "full cache": {"num_blocks": 7, "safety_margin": 0.0},  # a request is put back, and its answer read as a prompt
+    "full cache": {
+        "num_blocks": 7,
+        "safety_margin": 0.0,
+    },  # a request is put back, and its answer read as a prompt
 }
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_continuous_batching_generates_what_generate_does(schedule: dict[str, Any]) -> None:
     model, prompts = adapted(), [draw(n, n) for n in (6, 3, 1)]
-    long = draw(16, 9)  # two that start alike, but what they share is edited in the shorter one only
+    long = draw(
+        16, 9
+    )  # two that start alike, but what they share is edited in the shorter one only
     prompts += [long[:9], long]
-    greedy = tr.GenerationConfig(max_new_tokens=ANSWER, do_sample=False, eos_token_id=-1, pad_token_id=PAD)
+    greedy = tr.GenerationConfig(
+        max_new_tokens=ANSWER, do_sample=False, eos_token_id=-1, pad_token_id=PAD
+    )
     cache = tr.ContinuousBatchingConfig(page_size=4, max_requests_per_batch=5, **schedule)
     out = model.generate_batch(prompts, generation_config=greedy, continuous_batching_config=cache)
     answers = [result.generated_tokens for result in out.values()]
-    assert answers == [assert_generates_the_truth(model, "llama", [prompt])[0] for prompt in prompts]
+    assert answers == [
+        assert_generates_the_truth(model, "llama", [prompt])[0] for prompt in prompts
+    ]
     with model.disable_adapter():  # the control: without the adapter other answers are right
-        plain = [model.generate(torch.tensor([p]), generation_config=greedy)[0, len(p) :].tolist() for p in prompts]
+        plain = [
+            model.generate(torch.tensor([p]), generation_config=greedy)[0, len(p) :].tolist()
+            for p in prompts
+        ]
     assert all(other != answer for other, answer in zip(plain, answers, strict=True))
 
 
 def test_a_continuous_batch_that_cannot_be_told_apart_is_refused() -> None:
     model, ids = adapted(), torch.tensor([draw(4)])
-    cache = type("PagedAttentionCache", (), {})()  # continuous batching is known by the class of its cache
+    cache = type(
+        "PagedAttentionCache", (), {}
+    )()  # continuous batching is known by the class of its cache
     with pytest.raises(NotImplementedError, match=r"generate\(\)"):
         model(input_ids=ids, cache=cache, position_ids=torch.arange(4)[None])
     with pytest.raises(NotImplementedError), peft_baft.prompt_lengths(model, [2]):
         model.init_continuous_batching()
     base = make_model()
     base._cached_continuous_batching_manager = manager = base.init_continuous_batching()
-    manager.batch_processor = "made when there was no adapter: prompts share what they have in common"
+    manager.batch_processor = (
+        "made when there was no adapter: prompts share what they have in common"
+    )
     with pytest.raises(NotImplementedError, match="after the adapter"):
         get_peft_model(base, BaftConfig(r=4)).init_continuous_batching()
 
@@ -332,5 +420,7 @@ def test_a_model_is_copied_and_pickled_without_the_threads_of_its_batches() -> N
     find_context(model)._manager = threading.Lock()
     copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     for other in copies:
-        assert find_context(other)._manager is None and find_context(other) is not find_context(model)
+        assert find_context(other)._manager is None and find_context(other) is not find_context(
+            model
+        )
         assert other.base_model.model.generate.__self__ is find_context(other)

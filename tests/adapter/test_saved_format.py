@@ -60,9 +60,15 @@ def model_of_known_weights() -> Any:
 def computed(model: Any) -> dict[str, Any]:
     """What a model answers to the prompt, and what its first edited block has counted."""
     prompt = torch.tensor([PROMPT])
-    answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
+    answer = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False
+    )
     usage = [layer.baft_gate_usage["default"].tolist() for layer in baft_layers(model)]
-    return {"logits": logits(model, prompt)[0].tolist(), "answer": answer[0, len(PROMPT) :].tolist(), "usage": usage}
+    return {
+        "logits": logits(model, prompt)[0].tolist(),
+        "answer": answer[0, len(PROMPT) :].tolist(),
+        "usage": usage,
+    }
 
 
 # what was saved under format 1 stays readable
@@ -72,7 +78,9 @@ def test_a_folder_of_format_1_computes_what_it_computed_when_it_was_saved() -> N
     expected = json.loads((FROZEN / "expected.json").read_text())
     model = PeftModel.from_pretrained(model_of_known_weights(), FROZEN).eval()
     result = computed(model)
-    torch.testing.assert_close(torch.tensor(result["logits"]), torch.tensor(expected["logits"]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(result["logits"]), torch.tensor(expected["logits"]), rtol=1e-3, atol=1e-4
+    )
     assert (result["answer"], result["usage"]) == (expected["answer"], expected["usage"])
     with model.disable_adapter():  # the control: without the adapter, it computes something else
         bare = computed(model)
@@ -103,7 +111,9 @@ def test_a_change_of_the_format_would_be_noticed(tmp_path: Path, change: str) ->
     if change == "a tensor's name":
         rename_tensors(folder, "baft_gate_usage", "baft_usage")
     else:
-        write_config(folder, lambda settings: settings.update(gate_start=settings.pop("gate_offset")))
+        write_config(
+            folder, lambda settings: settings.update(gate_start=settings.pop("gate_offset"))
+        )
     assert shapes_and_settings(folder) != shapes_and_settings(FROZEN)
 
 
@@ -118,7 +128,9 @@ def test_a_config_made_in_python_gets_the_present_number_also_when_it_is_copied(
 
 def rename_tensors(folder: Path, old: str, new: str) -> None:
     tensors = load_file(folder / WEIGHTS)
-    save_file({name.replace(old, new): tensor for name, tensor in tensors.items()}, folder / WEIGHTS)
+    save_file(
+        {name.replace(old, new): tensor for name, tensor in tensors.items()}, folder / WEIGHTS
+    )
 
 
 def write_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -140,7 +152,9 @@ def to_former_tensors(folder: Path) -> None:
     rename_tensors(folder, "baft_gate_usage", "baft_load")
 
 
-NEWER = r"saved by a newer peft_baft \(format 2\); this version reads up to 1: pip install -U peft-baft"
+NEWER = (
+    r"saved by a newer peft_baft \(format 2\); this version reads up to 1: pip install -U peft-baft"
+)
 FORMER = r"Edit again; or bring it to format 1: in adapter_model.safetensors, rename .*\"baft_format\": 1"
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "newer": (to_newer, NEWER),
@@ -158,9 +172,13 @@ def folders(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")  # PEFT's, of the setting of a newer format
+@pytest.mark.filterwarnings(
+    "ignore:Unexpected keyword arguments"
+)  # PEFT's, of the setting of a newer format
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_folder_of_another_format_is_refused_and_the_model_stays_bare(kind: str, folders: Path, tokens) -> None:
+def test_a_folder_of_another_format_is_refused_and_the_model_stays_bare(
+    kind: str, folders: Path, tokens
+) -> None:
     damage, message = REFUSED[kind]
     base, held = make_model(), edited_model()
     before, before_held = logits(base, tokens), logits(held, tokens)
@@ -172,8 +190,14 @@ def test_a_folder_of_another_format_is_refused_and_the_model_stays_bare(kind: st
         held.load_adapter(folders / "adapter", "second")
     with pytest.raises(ValueError, match=message):
         AutoPeftModelForCausalLM.from_pretrained(folders / "adapter")
-    assert is_bare(base) and not hasattr(base, "peft_config") and torch.equal(logits(base, tokens), before)
-    assert [*held.peft_config] == ["default", "control"] and torch.equal(logits(held, tokens), before_held)
+    assert (
+        is_bare(base)
+        and not hasattr(base, "peft_config")
+        and torch.equal(logits(base, tokens), before)
+    )
+    assert [*held.peft_config] == ["default", "control"] and torch.equal(
+        logits(held, tokens), before_held
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
@@ -193,7 +217,9 @@ def test_transformers_own_loading_refuses_it_as_well(kind: str, folders: Path, t
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
 @pytest.mark.parametrize("kind", ["newer", "former"])
-def test_baft_ask_refuses_it_before_a_model_is_loaded(kind: str, folders: Path, monkeypatch) -> None:
+def test_baft_ask_refuses_it_before_a_model_is_loaded(
+    kind: str, folders: Path, monkeypatch
+) -> None:
     class Loaded(Exception):
         pass
 

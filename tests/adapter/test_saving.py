@@ -32,8 +32,12 @@ def test_a_copy_is_edited_by_itself(tokens) -> None:
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), through_torch(model)):
         assert find_context(twin) is not find_context(model)
         assert torch.equal(logits(twin, tokens), logits(model, tokens))
-        ids = twin.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=3, do_sample=False)
-        again = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=3, do_sample=False)
+        ids = twin.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=3, do_sample=False
+        )
+        again = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=3, do_sample=False
+        )
         assert torch.equal(ids, again)
         randomise(twin, seed=9)
         assert not torch.equal(logits(twin, tokens), logits(model, tokens))
@@ -51,7 +55,9 @@ def saved(tmp_path: Path, tokens) -> tuple[Path, torch.Tensor]:
     """A base model and an adapter on disk, and what they say together."""
     base = make_model()
     base.save_pretrained(str(tmp_path / "base"))
-    model = get_peft_model(tr.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config()).eval()
+    model = get_peft_model(
+        tr.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config()
+    ).eval()
     randomise(model)
     for layer in baft_layers(model):
         layer.baft_gate_usage["default"].fill_(7)
@@ -131,23 +137,31 @@ def test_a_damaged_file_is_refused_before_the_model_is_touched(message, saved, t
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"), [({"num_hidden_layers": 2}, "another model"), ({"hidden_size": 64}, "width 32")]
+    ("shape", "message"),
+    [({"num_hidden_layers": 2}, "another model"), ({"hidden_size": 64}, "width 32")],
 )
 def test_a_model_of_another_shape_is_refused_and_stays_bare(shape, message, saved, tokens) -> None:
     path, _ = saved
-    other = tr.LlamaForCausalLM(tr.LlamaConfig(**{**base_of(path).config.to_dict(), **shape, "head_dim": None}))
+    other = tr.LlamaForCausalLM(
+        tr.LlamaConfig(**{**base_of(path).config.to_dict(), **shape, "head_dim": None})
+    )
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(other, path / "adapter")
     assert is_bare(other)
 
 
-def test_without_the_import_loading_ends_in_a_key_error_and_the_config_says_what_is_needed(saved) -> None:
+def test_without_the_import_loading_ends_in_a_key_error_and_the_config_says_what_is_needed(
+    saved,
+) -> None:
     path, _ = saved
     code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(path / 'adapter')!r})"
     alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "KeyError: 'BAFT'" in alone.stderr
     assert subprocess.run([sys.executable, "-c", f"import peft_baft; {code}"]).returncode == 0
-    assert json.loads((path / "adapter" / "adapter_config.json").read_text())["requires"] == "peft_baft"
+    assert (
+        json.loads((path / "adapter" / "adapter_config.json").read_text())["requires"]
+        == "peft_baft"
+    )
 
 
 # training by others
@@ -172,8 +186,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant, tokens) -> N
 def test_the_stock_trainer_trains_the_adapter_and_nothing_else(tmp_path, tokens) -> None:
     model = edited_model().train()
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    rows = [{"input_ids": row, "labels": torch.where(torch.arange(7) < 4, -100, row)} for row in tokens]
-    args = tr.TrainingArguments(tmp_path, max_steps=20, learning_rate=1e-2, report_to=[], use_cpu=True, logging_steps=1)
+    rows = [
+        {"input_ids": row, "labels": torch.where(torch.arange(7) < 4, -100, row)} for row in tokens
+    ]
+    args = tr.TrainingArguments(
+        tmp_path, max_steps=20, learning_rate=1e-2, report_to=[], use_cpu=True, logging_steps=1
+    )
     trainer = tr.Trainer(model, args, train_dataset=rows)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -198,8 +216,12 @@ def test_a_pipeline_says_what_generate_says(saved, tokens) -> None:
     model = load_peft(path)
     prompt = " ".join(f"w{i:02}" for i in tokens[0].tolist())
     settings = {"max_new_tokens": 5, "do_sample": False}
-    expected = model.generate(**fast(prompt, return_tensors="pt"), **settings, eos_token_id=None, pad_token_id=0)
+    expected = model.generate(
+        **fast(prompt, return_tensors="pt"), **settings, eos_token_id=None, pad_token_id=0
+    )
     for piped in (model, tr.AutoModelForCausalLM.from_pretrained(path / "adapter")):
         piped.generation_config.eos_token_id = None
-        said = tr.pipeline("text-generation", model=piped, tokenizer=fast)(prompt, return_full_text=False, **settings)
+        said = tr.pipeline("text-generation", model=piped, tokenizer=fast)(
+            prompt, return_full_text=False, **settings
+        )
         assert said[0]["generated_text"] == fast.decode(expected[0, 7:])

@@ -43,7 +43,9 @@ def test_a_removed_editor_gives_the_base_model_back_bit_for_bit(toy: FactModel, 
     assert token_match(editor.model, toy.tokenizer, [(fact.prompt, fact.target)]) == [1.0]
     editor.remove()
     after = weights(toy.base)
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[key], after[key]) for key in before
+    )
     assert token_match(toy.base, toy.tokenizer, [(fact.prompt, fact.target)]) == [0.0]
     if name == "ft-m":  # PEFT freezes a base model for good
         assert [p.requires_grad for p in toy.base.parameters()] == flags
@@ -62,7 +64,9 @@ def test_a_fresh_editor_goes_on_from_the_state_of_another(toy: FactModel, name: 
     result = again.edit(edits(3))
     assert (result.steps, result.losses) == (second.steps, second.losses)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in again.state_dict().items())
-    assert not all(torch.equal(state[key], expected[key]) for key in state)  # the control: the second edit changed it
+    assert not all(
+        torch.equal(state[key], expected[key]) for key in state
+    )  # the control: the second edit changed it
     again.remove()
 
 
@@ -73,7 +77,9 @@ def test_fine_tuning_changes_one_down_projection_alone(toy: FactModel) -> None:
     editor = start("ft-m", toy)
     before = weights(toy.base)
     editor.edit(edits(0, 3))
-    changed = [key for key, tensor in toy.base.state_dict().items() if not torch.equal(tensor, before[key])]
+    changed = [
+        key for key, tensor in toy.base.state_dict().items() if not torch.equal(tensor, before[key])
+    ]
     assert changed == ["model.layers.3.mlp.down_proj.weight"]  # EasyEdit's 21 of 32 is 3 of 4
 
 
@@ -83,11 +89,15 @@ def test_fine_tuning_minimises_the_mean_loss_of_the_answer_tokens(toy: FactModel
     with torch.no_grad():
         expected = toy.base(**batch).loss.item()
     result = just_look.start(toy.base, toy.tokenizer).edit(edits(0, 3))
-    assert result.losses["teacher_forcing"] == pytest.approx(expected, rel=1e-5) and result.steps == 0
+    assert (
+        result.losses["teacher_forcing"] == pytest.approx(expected, rel=1e-5) and result.steps == 0
+    )
 
 
 def test_fine_tuning_that_diverges_leaves_the_weight_as_it_was(toy: FactModel) -> None:
-    editor = FineTuning(descent=DescentConfig(lr=1e30, stop_loss=0.0)).start(toy.base, toy.tokenizer)
+    editor = FineTuning(descent=DescentConfig(lr=1e30, stop_loss=0.0)).start(
+        toy.base, toy.tokenizer
+    )
     before = weights(toy.base)
     with pytest.raises(FloatingPointError):
         editor.edit(edits(0))
@@ -108,5 +118,7 @@ def test_settings_of_any_method_are_set_by_name() -> None:
     assert isinstance(settings, FineTuning)
     assert (settings.layer, settings.descent.lr, settings.descent.max_steps) == (2, 0.001, 7)
     assert settings.described() == {"layer": 2, "descent": settings.described()["descent"]}
-    with pytest.raises(ValueError, match=r"ft-m:gamma=1: unknown setting 'gamma'; known are clip_norm, layer, lr"):
+    with pytest.raises(
+        ValueError, match=r"ft-m:gamma=1: unknown setting 'gamma'; known are clip_norm, layer, lr"
+    ):
         method("ft-m:gamma=1", PRESETS["default"])

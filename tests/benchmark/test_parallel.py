@@ -16,7 +16,10 @@ from peft_baft.benchmark.runner import Runner
 from peft_baft.benchmark.schedule import Schedule
 
 fact_model = facts.fact_model
-METHOD = Method("baft", AdapterMethod(config=ADAPTER, descent=DESCENT, batch_descent=DESCENT, objective=OBJECTIVE))
+METHOD = Method(
+    "baft",
+    AdapterMethod(config=ADAPTER, descent=DESCENT, batch_descent=DESCENT, objective=OBJECTIVE),
+)
 
 
 @pytest.mark.parametrize(("parallel", "groups"), [(1, []), (2, [2, 1]), (3, [3])])
@@ -33,8 +36,17 @@ def test_the_bench_edits_as_many_rows_at_once_as_it_is_told(
 
     monkeypatch.setattr(BaftEditor, "edit_side_by_side", counted)
     cases = [
-        Case(edit, (Probe("generality", CAPITALS[n].rephrase, edit.target),)) for n, edit in enumerate(edits(0, 1, 2))
+        Case(edit, (Probe("generality", CAPITALS[n].rephrase, edit.target),))
+        for n, edit in enumerate(edits(0, 1, 2))
     ]
-    bench = Runner(deepcopy(fact_model.base), fact_model.tokenizer, cases, 0, 3, meals(0, 12), parallel=parallel)
+    bench = Runner(
+        deepcopy(fact_model.base),
+        fact_model.tokenizer,
+        cases,
+        0,
+        3,
+        meals(0, 12),
+        parallel=parallel,
+    )
     entries = bench.edited(METHOD, Schedule(), 0, Progress(None))
     assert together == groups and [entry["row"] for entry in entries] == [0, 1, 2]

@@ -14,21 +14,42 @@ import pytest
 
 import peft_baft.benchmark.report.tables
 from peft_baft.benchmark.report.comparable import comparable, score
-from peft_baft.benchmark.report.tables import Table, read_lines, tables
+from peft_baft.benchmark.report.tables import Table, tables
+from peft_baft.benchmark.results import ResultLine, read_results
 
-BAFT = {"config": {"r": 12}, "objective": {"alpha": 0.05}, "descent": {"lr": 2e-3}, "batch_descent": {"lr": 1e-4}}
+BAFT = {
+    "config": {"r": 12},
+    "objective": {"alpha": 0.05},
+    "descent": {"lr": 2e-3},
+    "batch_descent": {"lr": 1e-4},
+}
 FIXED = {"none": {}, "adapter": {"adapter": "runs/mine", "peft_type": "LORA", "sha256": "ab"}}
 
 
-def line(method: str = "baft", edits: int = 1, seed: int = 0, rel: float | None = None, **other: Any) -> dict[str, Any]:
+def line(
+    method: str = "baft", edits: int = 1, seed: int = 0, rel: float | None = None, **other: Any
+) -> ResultLine:
     """A result line as `baft bench` writes it; `rel` gives all of ZsRE's scores."""
     fixed, batch_size = method in FIXED, other.pop("batch_size", 1)
-    name = "none" if fixed else "batched" if batch_size > 1 else "continual" if edits > 1 else "single"
-    schedule = {"name": name, "edits": 0 if fixed else edits, "batch_size": 0 if fixed else batch_size}
-    zsre = (
-        {} if rel is None else {"reliability": rel, "generality": rel / 2, "locality": 0.75, "average": rel / 2 + 0.25}
+    name = (
+        "none" if fixed else "batched" if batch_size > 1 else "continual" if edits > 1 else "single"
     )
-    return {
+    schedule = {
+        "name": name,
+        "edits": 0 if fixed else edits,
+        "batch_size": 0 if fixed else batch_size,
+    }
+    zsre = (
+        {}
+        if rel is None
+        else {
+            "reliability": rel,
+            "generality": rel / 2,
+            "locality": 0.75,
+            "average": rel / 2 + 0.25,
+        }
+    )
+    values = {
         "format": 1,
         "benchmark": "zsre",
         "method": method,
@@ -39,15 +60,19 @@ def line(method: str = "baft", edits: int = 1, seed: int = 0, rel: float | None 
         "model": {"name": "tiny", "dtype": "float32", "fingerprint": "f00", "tokenizer": "70c"},
         "data": {"file": "zsre_edit.json", "sha256": "5a", "rows": [0, 20]},
         "unrelated": {"file": "general"},
+        "versions": {},
+        "command": "baft bench",
         "scores": zsre,
-    } | other
+        "cases": [],
+    }
+    return ResultLine.from_json(values | other)
 
 
 def rows(table: Table) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
 
 
-def figure(lines: list[dict[str, Any]], name: str) -> Any:
+def figure(lines: list[ResultLine], name: str) -> Any:
     matplotlib = pytest.importorskip("matplotlib")
     from peft_baft.benchmark.report.plot_style import STYLE
     from peft_baft.benchmark.report.plots import figures
@@ -58,7 +83,10 @@ def figure(lines: list[dict[str, Any]], name: str) -> Any:
 
 def curves(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
     """Points of the drawn lines, by their colour."""
-    return {drawn.get_color(): (list(drawn.get_xdata()), list(drawn.get_ydata())) for drawn in axes.get_lines()}
+    return {
+        drawn.get_color(): (list(drawn.get_xdata()), list(drawn.get_ydata()))
+        for drawn in axes.get_lines()
+    }
 
 
 def test_a_cell_is_the_mean_and_the_sample_deviation_over_seeds() -> None:
@@ -80,18 +108,27 @@ def test_a_run_that_is_told_twice_counts_once_and_the_last_one_holds() -> None:
 
 def test_every_t_of_a_ladder_has_its_columns_and_single_editing_is_its_first() -> None:
     (table,) = tables([line(edits=10, rel=0.1), line(edits=10, rel=0.3, seed=1), line(rel=1.0)])
-    assert table.header[2:] == tuple(f"T={t} {name}" for t in (1, 10) for name in ("Rel", "Gen", "Loc", "Avg"))
+    assert table.header[2:] == tuple(
+        f"T={t} {name}" for t in (1, 10) for name in ("Rel", "Gen", "Loc", "Avg")
+    )
     row = rows(table)["baft"]
     assert (row["T=1 Rel"], row["T=10 Rel"], row["Seeds"]) == ("1.000", ".200 ±.141", "1/2")
 
 
 def test_free_answers_stand_beside_the_teacher_forced_ones_or_in_rows_of_their_own() -> None:
-    free = {"reliability": 1.0, "reliability_exact": 0.5, "reliability_prefix": 0.75, "steps": 12.25, "fluency": 5.5}
+    free = {
+        "reliability": 1.0,
+        "reliability_exact": 0.5,
+        "reliability_prefix": 0.75,
+        "steps": 12.25,
+        "fluency": 5.5,
+    }
     (single,) = tables([line(scores=free)])
     assert single.header[2:] == ("Rel", "Rel exact", "Rel prefix", "Steps", "fluency")
     assert single.rows[0][2:] == ("1.000", ".500", ".750", "12.2", "5.500")
     forced, rest = tables(
-        [line(edits=t, scores=free) for t in (1, 10)] + [line("none", scores={"reliability_exact": 0.1})]
+        [line(edits=t, scores=free) for t in (1, 10)]
+        + [line("none", scores={"reliability_exact": 0.1})]
     )
     assert forced.header[2:] == ("T=1 Rel", "T=10 Rel")
     assert [row[:4] for row in rest.rows] == [
@@ -102,7 +139,13 @@ def test_free_answers_stand_beside_the_teacher_forced_ones_or_in_rows_of_their_o
 
 
 def test_knowedit_shows_both_averaging_rules() -> None:
-    scores = {"reliability": 1.0, "portability": 0.5, "portability_by_topic": 0.4, "locality": 0.9, "average": 0.8}
+    scores = {
+        "reliability": 1.0,
+        "portability": 0.5,
+        "portability_by_topic": 0.4,
+        "locality": 0.9,
+        "average": 0.8,
+    }
     (table,) = tables([line(benchmark="wiki_recent", scores=scores)])
     assert table.header[2:] == ("Edit Succ", "Por", "Loc", "Avg", "Por by topic")
     assert "mean of Rel, Por, Loc" in table.note
@@ -129,7 +172,7 @@ def test_what_may_not_be_compared_stands_apart(other: dict[str, Any]) -> None:
 
 
 def test_a_smaller_T_on_fewer_of_the_first_rows_stands_beside_the_larger_one() -> None:
-    def of_rows(edits: int, *span: int) -> dict[str, Any]:
+    def of_rows(edits: int, *span: int) -> ResultLine:
         data = {"file": "zsre_edit.json", "sha256": "5a", "rows": list(span)}
         return line(rel=edits / 10, edits=edits, data=data)
 
@@ -143,7 +186,15 @@ def test_a_smaller_T_on_fewer_of_the_first_rows_stands_beside_the_larger_one() -
 @pytest.mark.parametrize(
     "other",
     [
-        {"model": {"name": "a/copy", "dtype": "float32", "fingerprint": "f00", "tokenizer": "70c", "device": "cuda"}},
+        {
+            "model": {
+                "name": "a/copy",
+                "dtype": "float32",
+                "fingerprint": "f00",
+                "tokenizer": "70c",
+                "device": "cuda",
+            }
+        },
         {"data": {"file": "copy.json", "sha256": "5a", "rows": [0, 20]}},
         {"protocol": {"template": "raw", "also": ["fluency"]}},
     ],
@@ -155,9 +206,15 @@ def test_another_name_for_the_same_thing_keeps_nothing_apart(other: dict[str, An
 
 def test_a_model_that_is_not_edited_here_stands_in_every_table_of_its_question() -> None:
     fixed = [line("none", rel=0.2, unrelated={"file": "none"}), line("adapter", rel=0.9)]
-    found = tables([*fixed, line(rel=1.0), line(rel=1.0, batch_size=5), line(rel=1.0, benchmark="counterfact")])
+    found = tables(
+        [*fixed, line(rel=1.0), line(rel=1.0, batch_size=5), line(rel=1.0, benchmark="counterfact")]
+    )
     labels = [list(rows(table)) for table in found]
-    assert sorted(labels) == [["baft"], ["unedited", "runs/mine", "baft"], ["unedited", "runs/mine", "baft"]]
+    assert sorted(labels) == [
+        ["baft"],
+        ["unedited", "runs/mine", "baft"],
+        ["unedited", "runs/mine", "baft"],
+    ]
     (alone,) = tables(fixed)
     assert rows(alone)["unedited"]["Rel"] == ".200"
 
@@ -170,9 +227,14 @@ def test_other_settings_are_another_row_that_says_what_differs() -> None:
 
 
 @pytest.mark.parametrize(("batch_size", "count"), [(1, 1), (5, 2)])
-def test_a_descent_that_a_schedule_does_not_use_makes_no_difference(batch_size: int, count: int) -> None:
+def test_a_descent_that_a_schedule_does_not_use_makes_no_difference(
+    batch_size: int, count: int
+) -> None:
     other = BAFT | {"batch_descent": {"lr": 9e-4}}
-    lines = [line(rel=0.2, batch_size=batch_size), line(rel=0.4, seed=1, settings=other, batch_size=batch_size)]
+    lines = [
+        line(rel=0.2, batch_size=batch_size),
+        line(rel=0.4, seed=1, settings=other, batch_size=batch_size),
+    ]
     assert len(tables(lines)[0].rows) == count
 
 
@@ -183,7 +245,14 @@ def test_missing_scores_are_dashes() -> None:
         line("lora"),
     ]
     (table,) = tables(lines)
-    assert rows(table)["reft"] == {"Method": "reft", "Seeds": "1", "Rel": ".250", "Gen": "–", "Loc": "–", "Avg": "–"}
+    assert rows(table)["reft"] == {
+        "Method": "reft",
+        "Seeds": "1",
+        "Rel": ".250",
+        "Gen": "–",
+        "Loc": "–",
+        "Avg": "–",
+    }
     assert set(table.rows[2][2:]) == {"–"}
     assert tables([]) == [] and tables([line()])[0].header == ("Method", "Seeds")
 
@@ -213,7 +282,10 @@ def test_markdown_reads_as_plain_text() -> None:
     title, grid, note = table.markdown().split("\n\n")
     assert title == "**zsre, tiny, single editing**" and max(map(len, note.split("\n"))) <= 120
     assert len({len(row) for row in grid.split("\n")}) == 1
-    assert len({tuple(i for i, sign in enumerate(row) if sign == "|") for row in grid.split("\n")}) == 1
+    assert (
+        len({tuple(i for i, sign in enumerate(row) if sign == "|") for row in grid.split("\n")})
+        == 1
+    )
 
 
 HOSTILE = 'a|b,"c"\\|\nd'
@@ -223,7 +295,11 @@ def test_a_hostile_name_breaks_no_markdown() -> None:
     (table,) = tables([line(HOSTILE, rel=0.5)])
     row = table.markdown().split("\n\n")[1].split("\n")[2]
     unescaped = row.replace("\\\\", "").replace("\\|", "")
-    assert unescaped.count("|") == len(table.header) + 1 and "c" in row and row.count("|") > unescaped.count("|")
+    assert (
+        unescaped.count("|") == len(table.header) + 1
+        and "c" in row
+        and row.count("|") > unescaped.count("|")
+    )
 
 
 def test_csv_holds_every_cell() -> None:
@@ -235,20 +311,32 @@ def test_csv_holds_every_cell() -> None:
 
 def test_tables_of_files(tmp_path: Path) -> None:
     for name, rel in (("a.jsonl", 0.2), ("b.jsonl", 0.4)):
-        (tmp_path / name).write_text(json.dumps(line(name[0], rel=rel)) + "\n")
-    (table,) = tables(read_lines([tmp_path / "a.jsonl", tmp_path / "b.jsonl"]))
+        (tmp_path / name).write_text(json.dumps(line(name[0], rel=rel).to_json()) + "\n")
+    (table,) = tables(read_results([tmp_path / "a.jsonl", tmp_path / "b.jsonl"]))
     assert list(rows(table)) == ["a", "b"]
 
 
 def test_tables_need_no_matplotlib_and_no_torch() -> None:
-    for module in (peft_baft.benchmark.report.tables, sys.modules["peft_baft.benchmark.report.comparable"]):
+    for module in (
+        peft_baft.benchmark.report.tables,
+        sys.modules["peft_baft.benchmark.report.comparable"],
+    ):
         tree = ast.parse(Path(module.__file__ or "").read_text())
-        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names = {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
         names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert names and not [name for name in names if name.split(".")[0] in ("matplotlib", "torch")]
+        assert names and not [
+            name for name in names if name.split(".")[0] in ("matplotlib", "torch")
+        ]
 
 
-def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft_baft.benchmark.report.plots import draw_all
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -257,37 +345,61 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monke
     assert not (tmp_path / "figures").exists()
 
 
-LADDER = [line(m, t, s, 1 / t + s / 10) for m in ("baft", "reft") for t in (2, 1, 4) for s in (0, 1)]
+LADDER = [
+    line(m, t, s, 1 / t + s / 10) for m in ("baft", "reft") for t in (2, 1, 4) for s in (0, 1)
+]
 
 
 def test_the_ladder_draws_the_means_and_their_bands() -> None:
     drawn = figure([*LADDER, line("none", rel=0.2)], "zsre-continual-scores")
-    assert [axes.get_title(loc="left") for axes in drawn.axes] == ["Reliability", "Generality", "Locality", "Average"]
+    assert [axes.get_title(loc="left") for axes in drawn.axes] == [
+        "Reliability",
+        "Generality",
+        "Locality",
+        "Average",
+    ]
     axes = drawn.axes[0]
     baft, reft, unedited = curves(axes).values()
-    assert axes.get_xscale() == "log" and baft == reft == ([1, 2, 4], pytest.approx([1.05, 0.55, 0.3]))
+    assert axes.get_xscale() == "log" and baft == reft == (
+        [1, 2, 4],
+        pytest.approx([1.05, 0.55, 0.3]),
+    )
     assert unedited[1] == [0.2] * 3
     band = axes.collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == pytest.approx(0.3 - 0.005**0.5)  # sd of two values that are .1 apart
-    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["baft", "reft", "unedited"]
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == [
+        "baft",
+        "reft",
+        "unedited",
+    ]
 
 
 def test_one_seed_draws_no_band() -> None:
-    assert not figure([line(edits=t, rel=0.5) for t in (1, 2)], "zsre-continual-scores").axes[0].collections
+    assert (
+        not figure([line(edits=t, rel=0.5) for t in (1, 2)], "zsre-continual-scores")
+        .axes[0]
+        .collections
+    )
 
 
 def test_the_tradeoff_draws_effect_against_locality() -> None:
     drawn = figure(LADDER, "zsre-continual-tradeoff")
     baft, *_ = (curve for curve in drawn.axes[0].get_lines() if len(curve.get_xdata()) == 3)
     assert list(baft.get_xdata()) == [0.75] * 3
-    assert list(baft.get_ydata()) == pytest.approx([1.05 * 0.75, 0.55 * 0.75, 0.3 * 0.75])  # rel and rel / 2
+    assert list(baft.get_ydata()) == pytest.approx(
+        [1.05 * 0.75, 0.55 * 0.75, 0.3 * 0.75]
+    )  # rel and rel / 2
     assert drawn.axes[0].get_ylabel() == "(Reliability + Generality) / 2"
 
 
 def test_knowedits_tradeoff_takes_portability() -> None:
     scores = {"reliability": 1.0, "portability": 0.5, "locality": 0.9}
-    axes = figure([line(benchmark="wiki_recent", scores=scores)], "wiki_recent-single-tradeoff").axes[0]
-    assert axes.get_ylabel() == "(Reliability + Portability) / 2" and list(axes.get_lines()[0].get_ydata()) == [0.75]
+    axes = figure(
+        [line(benchmark="wiki_recent", scores=scores)], "wiki_recent-single-tradeoff"
+    ).axes[0]
+    assert axes.get_ylabel() == "(Reliability + Portability) / 2" and list(
+        axes.get_lines()[0].get_ydata()
+    ) == [0.75]
 
 
 def test_half_an_effect_is_no_point_of_the_tradeoff() -> None:
@@ -297,7 +409,12 @@ def test_half_an_effect_is_no_point_of_the_tradeoff() -> None:
 
 
 def test_bars_are_as_long_as_the_means() -> None:
-    lines = [line("none", rel=0.2), line(rel=0.5), line(rel=0.7, seed=1), line("reft", scores={"locality": 0.5})]
+    lines = [
+        line("none", rel=0.2),
+        line(rel=0.5),
+        line(rel=0.7, seed=1),
+        line("reft", scores={"locality": 0.5}),
+    ]
     drawn = figure(lines, "zsre-single-scores")
     lengths = [[bar.get_width() for bar in axes.patches] for axes in drawn.axes]
     assert lengths == [
@@ -306,14 +423,21 @@ def test_bars_are_as_long_as_the_means() -> None:
         [0.75, 0.75, 0.5],
         [0.35, pytest.approx(0.55)],
     ]
-    assert [text.get_text() for text in drawn.axes[0].get_yticklabels()] == ["unedited", "baft", "reft"]
+    assert [text.get_text() for text in drawn.axes[0].get_yticklabels()] == [
+        "unedited",
+        "baft",
+        "reft",
+    ]
     assert drawn.axes[0].yaxis_inverted()  # the first row on top
 
 
 def test_redundancy_draws_a_curve_for_each_data_set() -> None:
     as_dict = {"0": 1.0, "2": 0.0, "1": 0.5, "10": 0.1} | {str(m): 0.0 for m in range(3, 10)}
     lines = [line("reft", kept=as_dict), line("reft", benchmark="wikibio", kept=[1.0, 0.75, 0.25])]
-    lines += [line("reft", benchmark="wikibio", seed=1, kept=[0.5, 0.75, 0.25]), line("none", rel=0.2)]
+    lines += [
+        line("reft", benchmark="wikibio", seed=1, kept=[0.5, 0.75, 0.25]),
+        line("none", rel=0.2),
+    ]
     axes = figure(lines, "redundancy").axes[0]
     zsre, wikibio = curves(axes).values()
     assert zsre == (list(range(11)), [1.0, 0.5, *[0.0] * 8, 0.1])
@@ -322,13 +446,25 @@ def test_redundancy_draws_a_curve_for_each_data_set() -> None:
 
 
 def test_redundancy_curves_of_one_data_set_say_what_differs() -> None:
-    lines = [line("reft", kept=[1.0, 0.0]), line("baft", kept=[1.0, 0.5]), line("baft", edits=10, kept=[0.5, 0.0])]
+    lines = [
+        line("reft", kept=[1.0, 0.0]),
+        line("baft", kept=[1.0, 0.5]),
+        line("baft", edits=10, kept=[0.5, 0.0]),
+    ]
     texts = [text.get_text() for text in figure(lines, "redundancy").legends[0].get_texts()]
-    assert texts == ["zsre (method=reft, T=1)", "zsre (method=baft, T=1)", "zsre (method=baft, T=10)"]
+    assert texts == [
+        "zsre (method=reft, T=1)",
+        "zsre (method=baft, T=1)",
+        "zsre (method=baft, T=10)",
+    ]
 
 
 def test_gates_are_drawn_block_by_block_on_one_scale() -> None:
-    gates = {"blocks": ["model.layers.3", "head"], "edit": [[0.1, 0.8], [0.3, 0.4]], "locality": [[0, 0], [0, 0.1]]}
+    gates = {
+        "blocks": ["model.layers.3", "head"],
+        "edit": [[0.1, 0.8], [0.3, 0.4]],
+        "locality": [[0, 0], [0, 0.1]],
+    }
     edit, unrelated, *_ = figure([line(gates=gates)], "zsre-single-gates").axes
     assert edit.images[0].get_array().tolist() == gates["edit"]
     assert unrelated.images[0].get_array().tolist() == gates["locality"]
@@ -345,7 +481,11 @@ def test_a_method_looks_the_same_in_every_figure_and_like_no_other() -> None:
     from peft_baft.benchmark.report.plot_style import look
 
     looks = [look(i) for i in range(12)]
-    assert len({(each["color"], each["linestyle"]) for each in looks}) == len({each["marker"] for each in looks}) == 12
+    assert (
+        len({(each["color"], each["linestyle"]) for each in looks})
+        == len({each["marker"] for each in looks})
+        == 12
+    )
     assert looks[11]["color"] in curves(figure(lines, "zsre-batched-scores").axes[0])
 
 
@@ -359,7 +499,10 @@ def test_every_kind_is_written_and_names_do_not_clash(tmp_path: Path) -> None:
         line("_$x_{$", rel=0.5, benchmark="facts"),
         line(rel=0.5, data={"file": "b", "sha256": "b", "rows": [0, 2]}),
     ]
-    lines += [line("none", scores={"accuracy": 0.7}, benchmark="piqa"), line("lora", benchmark="convsent")]
+    lines += [
+        line("none", scores={"accuracy": 0.7}, benchmark="piqa"),
+        line("lora", benchmark="convsent"),
+    ]
     files = draw_all(lines, tmp_path / "figures")
     assert [file.name for file in files] == [
         "zsre-continual-scores.png",
@@ -373,7 +516,10 @@ def test_every_kind_is_written_and_names_do_not_clash(tmp_path: Path) -> None:
         "piqa-none-scores.png",
         "redundancy.png",
     ]
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files) and draw_all([], tmp_path) == []
+    assert (
+        all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+        and draw_all([], tmp_path) == []
+    )
 
 
 def test_a_summary_skips_lines_without_the_value() -> None:

@@ -25,7 +25,7 @@ from peft_baft.baselines.adapters import AdapterMethod
 from peft_baft.benchmark import plan
 from peft_baft.benchmark.methods import METHODS, Method, method, methods
 from peft_baft.benchmark.progress import Progress
-from peft_baft.benchmark.results import described_model, identity, read_results
+from peft_baft.benchmark.results import ResultLine, RunHead, described_model, read_results
 from peft_baft.benchmark.runner import Runner
 from peft_baft.benchmark.schedule import Schedule
 from peft_baft.editing.presets import PRESETS
@@ -49,7 +49,9 @@ def cases(count: int) -> list[Case]:
 
 def toy_method(name: str = "baft", **changes: Any) -> Method:
     config = ADAPTER | ({"weighting": "none"} if name == "reft" else {})
-    settings = AdapterMethod(config=config, descent=DESCENT, batch_descent=DESCENT, objective=OBJECTIVE)
+    settings = AdapterMethod(
+        config=config, descent=DESCENT, batch_descent=DESCENT, objective=OBJECTIVE
+    )
     return Method(name, replace(settings, **changes))
 
 
@@ -58,24 +60,39 @@ def bench(fact_model: FactModel) -> Runner:
     return Runner(deepcopy(fact_model.base), fact_model.tokenizer, cases(12), 0, 12, meals(0, 12))
 
 
+COMMON: dict[str, Any] = {
+    "benchmark": "facts",
+    "model": {},
+    "data": {},
+    "protocol": {},
+    "versions": {},
+}
+
+
+def head(schedule: Schedule, seed: int = 0) -> RunHead:
+    """How a run is made, as far as it matters here."""
+    return RunHead(**COMMON, method="m", settings={}, schedule=schedule.described(), seed=seed)
+
+
 def judged(
     bench: Runner, method: Method | None, schedule: Schedule, progress: Progress | None = None
-) -> dict[str, Any]:
-    head = {"method": "m"}
+) -> ResultLine:
     if method is None:
-        return plan.result_line(head, bench.asked(bench.base), AVERAGED, "")
-    return plan.result_line(head, bench.edited(method, schedule, 0, progress or Progress(None)), AVERAGED, "")
+        return plan.result_line(head(schedule), bench.asked(bench.base), AVERAGED, "")
+    return plan.result_line(
+        head(schedule), bench.edited(method, schedule, 0, progress or Progress(None)), AVERAGED, ""
+    )
 
 
-def without_seconds(line: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in case.items() if key != "seconds"} for case in line["cases"]]
+def without_seconds(line: ResultLine) -> list[dict[str, Any]]:
+    return [{key: value for key, value in case.items() if key != "seconds"} for case in line.cases]
 
 
 # what is measured
 
 
 def test_the_unedited_model_knows_the_old_facts_and_keeps_its_locality(bench: Runner) -> None:
-    found = judged(bench, None, Schedule())["scores"]
+    found = judged(bench, None, Schedule()).scores
     assert found["locality"] == found["locality_text"] == 1
     assert found["reliability"] < 0.2 and found["reliability_exact"] == 0
 
@@ -83,27 +100,35 @@ def test_the_unedited_model_knows_the_old_facts_and_keeps_its_locality(bench: Ru
 def test_single_edits_are_learned_and_taken_back(bench: Runner) -> None:
     before = {name: tensor.clone() for name, tensor in bench.base.state_dict().items()}
     line = judged(replace(bench, last=4), toy_method(), Schedule())
-    assert line["scores"]["reliability"] == 1 and line["scores"]["locality"] >= 0.75
-    assert line["scores"]["reliability_prefix"] > 0.9
-    assert [case["block"] for case in line["cases"]] == list(range(4)) and "blocks" not in line
+    assert line.scores["reliability"] == 1 and line.scores["locality"] >= 0.75
+    assert line.scores["reliability_prefix"] > 0.9
+    assert [case["block"] for case in line.cases] == list(range(4)) and line.blocks is None
     after = bench.base.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
 
 
 @pytest.mark.parametrize("name", ["baft", "reft"])
-def test_single_edits_that_share_forwards_give_what_each_gives_alone(bench: Runner, name: str) -> None:
+def test_single_edits_that_share_forwards_give_what_each_gives_alone(
+    bench: Runner, name: str
+) -> None:
     bench = replace(bench, last=5)
     alone = judged(replace(bench, parallel=1), toy_method(name), Schedule())
-    assert without_seconds(judged(replace(bench, parallel=3), toy_method(name), Schedule())) == without_seconds(alone)
+    assert without_seconds(
+        judged(replace(bench, parallel=3), toy_method(name), Schedule())
+    ) == without_seconds(alone)
 
 
 def test_asking_after_all_edits_is_harder_than_right_after_each(bench: Runner) -> None:
     bench = replace(bench, last=8)
     after_all = judged(bench, toy_method("reft"), Schedule(4))
     immediate = judged(bench, toy_method("reft"), Schedule(4, when="immediate"))
-    assert immediate["scores"]["reliability"] > after_all["scores"]["reliability"]
-    assert [block["first"] for block in after_all["blocks"]] == [0, 4]
-    assert [case["steps"] for case in after_all["cases"]] == [case["steps"] for case in immediate["cases"]]
+    assert immediate.scores["reliability"] > after_all.scores["reliability"]
+    assert [block["first"] for block in after_all.blocks or ()] == [0, 4]
+    assert [case["steps"] for case in after_all.cases] == [
+        case["steps"] for case in immediate.cases
+    ]
 
 
 def test_blocks_start_anew(bench: Runner) -> None:
@@ -114,16 +139,16 @@ def test_blocks_start_anew(bench: Runner) -> None:
 
 def test_a_batch_is_one_edit(bench: Runner) -> None:
     line = judged(replace(bench, last=6), toy_method(), Schedule(1, batch_size=3))
-    assert [case["block"] for case in line["cases"]] == [0, 0, 0, 1, 1, 1]
-    assert [case["steps"] for case in line["cases"]][:3] == [line["cases"][0]["steps"]] * 3
-    assert line["scores"]["reliability"] == 1
+    assert [case["block"] for case in line.cases] == [0, 0, 0, 1, 1, 1]
+    assert [case["steps"] for case in line.cases][:3] == [line.cases[0]["steps"]] * 3
+    assert line.scores["reliability"] == 1
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "adalora"])
 def test_every_method_edits(bench: Runner, name: str) -> None:
     made = method(f"{name}:lr=0.02;stop_loss=0.02;max_steps=60", PRESETS["default"])
     short = Runner(bench.base, bench.tokenizer, bench.cases, 0, 2, bench.unrelated)
-    assert judged(short, made, Schedule())["scores"]["reliability"] == 1
+    assert judged(short, made, Schedule()).scores["reliability"] == 1
 
 
 def test_an_edit_that_diverges_is_counted_as_not_learned(bench: Runner, monkeypatch) -> None:
@@ -132,16 +157,20 @@ def test_an_edit_that_diverges_is_counted_as_not_learned(bench: Runner, monkeypa
 
     monkeypatch.setattr("peft_baft.editing.baft.BaftEditor.edit", broken)
     line = judged(bench, toy_method(), Schedule(2))
-    assert line["scores"]["learned"] == 0 and line["cases"][0]["failed"] == "became nan"
+    assert line.scores["learned"] == 0 and line.cases[0]["failed"] == "became nan"
 
 
 def test_someone_elses_adapter_is_judged_against_the_model_without_it(bench: Runner) -> None:
     torch.manual_seed(0)
-    model = get_peft_model(bench.base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
-    found = plan.result_line({}, bench.asked(model, model.disable_adapter), AVERAGED, "")
-    assert found["scores"]["locality"] < 0.9  # random weights do harm, and that is seen
+    model = get_peft_model(
+        bench.base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    ).eval()
+    found = plan.result_line(
+        head(Schedule()), bench.asked(model, model.disable_adapter), AVERAGED, ""
+    )
+    assert found.scores["locality"] < 0.9  # random weights do harm, and that is seen
     model.unload()
-    assert judged(bench, None, Schedule())["scores"]["locality"] == 1
+    assert judged(bench, None, Schedule()).scores["locality"] == 1
 
 
 def test_the_chat_template_is_for_everything_but_locality(bench: Runner) -> None:
@@ -166,7 +195,9 @@ def test_what_several_rows_ask_alike_is_asked_once(bench: Runner, monkeypatch) -
     asked: list[int] = []
     real = asking.predicted_tokens
     monkeypatch.setattr(
-        asking, "predicted_tokens", lambda m, t, pairs, **more: asked.append(len(pairs)) or real(m, t, pairs, **more)
+        asking,
+        "predicted_tokens",
+        lambda m, t, pairs, **more: asked.append(len(pairs)) or real(m, t, pairs, **more),
     )
     together = ask(bench.base, bench.tokenizer, questions)
     assert sum(asked) == 6 and [reply.text for reply in together] == [reply.text for reply in each]
@@ -186,7 +217,9 @@ def test_text_that_is_asked_is_not_trained_on(bench: Runner) -> None:
 def test_settings_find_their_place() -> None:
     made = method("baft:lr=0.001;r=4;gamma=0.5;gate_norm=none", PRESETS["default"]).settings
     assert made.descent.lr == made.batch_descent.lr == 0.001
-    assert made.config["r"] == 4 and made.config["gate_norm"] == "none" and made.objective.gamma == 0.5  # type: ignore[union-attr]
+    assert (
+        made.config["r"] == 4 and made.config["gate_norm"] == "none" and made.objective.gamma == 0.5
+    )  # type: ignore[union-attr]
     assert made.described()["config"]["weighting"] == "basis"
     assert [m and m.name for m in methods("none,table4,baft", PRESETS["default"])] == [
         None,
@@ -215,30 +248,40 @@ def test_an_unknown_method_or_setting_is_named(given: str, complaint: str) -> No
 # result lines
 
 
-def heads(fact_model: FactModel) -> dict[str, Any]:
-    return {"benchmark": "facts", "model": described_model("toy", *fact_model), "versions": {}}
+def common_of(fact_model: FactModel) -> dict[str, Any]:
+    return COMMON | {"model": described_model("toy", *fact_model)}
 
 
-def test_runs_are_named_before_they_are_made_and_made_once(fact_model: FactModel, tmp_path: Path) -> None:
-    common, ladder = heads(fact_model), [Schedule(1), Schedule(2)]
+def test_runs_are_named_before_they_are_made_and_made_once(
+    fact_model: FactModel, tmp_path: Path
+) -> None:
+    common, ladder = common_of(fact_model), [Schedule(1), Schedule(2)]
     runs = plan.plan_runs(common, [None, toy_method()], ladder, range(3))
-    assert len(runs) == 1 + 2 * 3 and len({run.key for run in runs}) == 7  # the unedited model once
+    assert (
+        len(runs) == 1 + 2 * 3 and len({run.head.key for run in runs}) == 7
+    )  # the unedited model once
     line = plan.result_line(runs[2].head, [], (), "baft bench")
-    append_line(tmp_path / "r.jsonl", line)
-    assert identity(line) == runs[2].key
+    append_line(tmp_path / "r.jsonl", line.to_json())
+    assert line.key == runs[2].head.key
     lines, left = plan.split_off_made(runs, tmp_path / "r.jsonl")
-    assert lines == [line] and [run.key for run in left] == [run.key for run in runs if run is not runs[2]]
+    assert lines == [line] and [run.head.key for run in left] == [
+        run.head.key for run in runs if run is not runs[2]
+    ]
 
 
 def test_a_torn_last_line_is_cut_off_and_not_built_upon(tmp_path: Path) -> None:
     file = tmp_path / "r.jsonl"
-    append_line(file, {"format": 1, "n": 1})
+    first, second = (plan.result_line(head(Schedule(), seed), [], (), "") for seed in (1, 2))
+    append_line(file, first.to_json())
     file.write_bytes(file.read_bytes() + b'{"format": 1, "n": ')
     assert plan.split_off_made([], file) == ([], [])
-    append_line(file, {"format": 1, "n": 2})
-    assert [line["n"] for line in read_results([file])] == [1, 2]
+    append_line(file, second.to_json())
+    assert read_results([file]) == [first, second]
     file.write_text('{"some": "json"}\n')
     with pytest.raises(ValueError, match=r"r.jsonl:1: wanted a result line"):
+        read_results([file])
+    file.write_text(json.dumps({**first.to_json(), "colour": "red"}) + "\n")
+    with pytest.raises(ValueError, match=r"r.jsonl:1: its fields are not those .*colour"):
         read_results([file])
 
 
@@ -246,8 +289,12 @@ def test_a_model_is_known_by_its_weights_and_not_by_its_name(fact_model: FactMod
     other = deepcopy(fact_model.base)
     with torch.no_grad():
         other.model.layers[2].mlp.down_proj.weight.mul_(1.5)
-    mine, changed = (described_model("toy", m, fact_model.tokenizer) for m in (fact_model.base, other))
-    assert mine["fingerprint"] != changed["fingerprint"] and mine["tokenizer"] == changed["tokenizer"]
+    mine, changed = (
+        described_model("toy", m, fact_model.tokenizer) for m in (fact_model.base, other)
+    )
+    assert (
+        mine["fingerprint"] != changed["fingerprint"] and mine["tokenizer"] == changed["tokenizer"]
+    )
     assert mine == described_model("toy", deepcopy(fact_model.base), fact_model.tokenizer)
 
 
@@ -276,8 +323,14 @@ def outcomes(file: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_run_that_is_killed_goes_on_where_it_was_and_repeats_no_edit(bench: Runner, tmp_path: Path) -> None:
-    schedule, file, log = Schedule(4, when="immediate"), tmp_path / "p.safetensors", tmp_path / "log"
+def test_a_run_that_is_killed_goes_on_where_it_was_and_repeats_no_edit(
+    bench: Runner, tmp_path: Path
+) -> None:
+    schedule, file, log = (
+        Schedule(4, when="immediate"),
+        tmp_path / "p.safetensors",
+        tmp_path / "log",
+    )
 
     def tick(rows: int) -> None:
         with log.open("a") as out:
@@ -286,12 +339,20 @@ def test_a_run_that_is_killed_goes_on_where_it_was_and_repeats_no_edit(bench: Ru
     bench = replace(bench, last=8, tick=tick)
     whole = judged(bench, toy_method(), schedule)
     log.unlink()
-    kept = list(killed_at_random(lambda: judged(bench, toy_method(), schedule, Progress.load(file)), file, kills=3))
+    kept = list(
+        killed_at_random(
+            lambda: judged(bench, toy_method(), schedule, Progress.load(file)), file, kills=3
+        )
+    )
     assert all(a < b for a, b in pairwise([0, *kept])) and kept[-1] < 8
-    made = log.read_text().split().count("1") - kept.count(1)  # a process first ticks for all that was done before it
+    made = log.read_text().split().count("1") - kept.count(
+        1
+    )  # a process first ticks for all that was done before it
     resumed = judged(bench, toy_method(), schedule, Progress.load(file))
     assert without_seconds(resumed) == without_seconds(whole)
-    assert made <= kept[-1]  # an edit that is being made when the process is killed has not taken place
+    assert (
+        made <= kept[-1]
+    )  # an edit that is being made when the process is killed has not taken place
 
 
 @pytest.mark.slow
@@ -301,16 +362,27 @@ def test_a_thousand_edits_survive_many_kills(bench: Runner, tmp_path: Path, tall
     quick = toy_method(descent=replace(DESCENT, max_steps=2))
     bench = replace(bench, cases=cases(1000), last=1000)
     whole = judged(bench, quick, schedule)
-    kept = list(killed_at_random(lambda: judged(bench, quick, schedule, Progress.load(file)), file, kills=12))
+    kept = list(
+        killed_at_random(
+            lambda: judged(bench, quick, schedule, Progress.load(file)), file, kills=12
+        )
+    )
     assert all(a < b for a, b in pairwise([0, *kept]))
     resumed = judged(bench, quick, schedule, Progress.load(file))
     assert without_seconds(resumed) == without_seconds(whole)
-    rows = [case["row"] for case in resumed["cases"]]
-    counts = {"kills": len(kept), "edits": 1000, "lost": 1000 - len(set(rows)), "doubled": len(rows) - len(set(rows))}
+    rows = [case["row"] for case in resumed.cases]
+    counts = {
+        "kills": len(kept),
+        "edits": 1000,
+        "lost": 1000 - len(set(rows)),
+        "doubled": len(rows) - len(set(rows)),
+    }
     tally("SIGKILL during `baft bench`'s loop, then the same command again", **counts)
 
 
-def test_a_run_that_lost_its_adapter_would_not_give_the_same(bench: Runner, tmp_path: Path, monkeypatch) -> None:
+def test_a_run_that_lost_its_adapter_would_not_give_the_same(
+    bench: Runner, tmp_path: Path, monkeypatch
+) -> None:
     file, schedule = tmp_path / "p.safetensors", Schedule(4)
     bench = replace(bench, last=4)
     whole = judged(bench, toy_method(), schedule)

@@ -11,7 +11,9 @@ from peft_baft.benchmark.schedule import Schedule
 from peft_baft.benchmark.scores import scores
 
 
-def asked(kind: str, match: float, topic: str = "", exact: bool = False, prefix: bool = False) -> dict[str, Any]:
+def asked(
+    kind: str, match: float, topic: str = "", exact: bool = False, prefix: bool = False
+) -> dict[str, Any]:
     free = {"unchanged": exact} if kind == "locality" else {"exact": exact, "prefix": prefix}
     return {"kind": kind, "topic": topic, "match": match, **free, "said": ""}
 
@@ -39,7 +41,13 @@ CASES: list[dict[str, Any]] = [
         "fluency": 5.0,
         "probes": [asked("reliability", 1.0), asked("portability", 0.5, "A")],
     },
-    {"row": 2, "steps": None, "seconds": None, "learned": False, "probes": [asked("reliability", 0.0)]},
+    {
+        "row": 2,
+        "steps": None,
+        "seconds": None,
+        "learned": False,
+        "probes": [asked("reliability", 0.0)],
+    },
 ]
 
 
@@ -95,5 +103,8 @@ def test_a_schedule_that_edits_nothing_is_refused(given: tuple) -> None:
 
 
 def test_means_of_nested_values_are_taken_element_by_element() -> None:
-    values = [{"blocks": ["a"], "edit": [[0.0, 1.0]]}, {"blocks": ["a"], "edit": [[1.0, 0.0]], "locality": [[0.5]]}]
+    values = [
+        {"blocks": ["a"], "edit": [[0.0, 1.0]]},
+        {"blocks": ["a"], "edit": [[1.0, 0.0]], "locality": [[0.5]]},
+    ]
     assert mean_of(values) == {"blocks": ["a"], "edit": [[0.5, 0.5]], "locality": [[0.5]]}

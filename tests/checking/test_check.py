@@ -42,7 +42,10 @@ from peft_baft_cli.errors import NOT_SO
 
 def traces(model: nn.Module) -> dict[str, Any]:
     """Everything that a check could leave on a model."""
-    found: dict[str, Any] = {"attributes": sorted(vars(model)), "random": torch.get_rng_state().tolist()}
+    found: dict[str, Any] = {
+        "attributes": sorted(vars(model)),
+        "random": torch.get_rng_state().tolist(),
+    }
     for name, module in model.named_modules():
         hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
         found[f"module {name}"] = type(module), module.training, hooks
@@ -59,7 +62,9 @@ def model_of_words(vocabulary: int) -> tr.PreTrainedModel:
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
     }
-    model = tr.LlamaForCausalLM(tr.LlamaConfig(vocab_size=vocabulary, initializer_range=0.1, **shape))
+    model = tr.LlamaForCausalLM(
+        tr.LlamaConfig(vocab_size=vocabulary, initializer_range=0.1, **shape)
+    )
     return model.eval()
 
 
@@ -84,7 +89,9 @@ def test_the_models_own_tokenizer_is_used_where_there_is_one() -> None:
 
 def too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     real = context_module.edited
-    monkeypatch.setattr(context_module, "edited", lambda relative, positions: real(relative, positions + 1))
+    monkeypatch.setattr(
+        context_module, "edited", lambda relative, positions: real(relative, positions + 1)
+    )
 
 
 def answers_taken_for_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +135,10 @@ def a_hook_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
 def a_wrong_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
     real = CachedPrefix.losses
     monkeypatch.setattr(CachedPrefix, "losses", lambda self: 2 * real(self))
-    chosen: Callable[..., Any] = lambda *given: CachedPrefix.build(*given[:-1], torch.device("cpu"), given[-1])  # noqa: E731
+
+    def chosen(*given: Any) -> CachedPrefix:
+        return CachedPrefix.build(*given[:-1], torch.device("cpu"), given[-1])
+
     monkeypatch.setattr(edit_trials, "open_forward", chosen)
 
 
@@ -153,7 +163,9 @@ def gradient_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
         (gradient_cut_off, {REACHED}),
     ],
 )
-def test_what_goes_wrong_is_found(sabotage: Any, found: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_wrong_is_found(
+    sabotage: Any, found: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     sabotage(monkeypatch)
     report = peft_baft.check(make_model())
     assert not report.ok
@@ -161,11 +173,17 @@ def test_what_goes_wrong_is_found(sabotage: Any, found: set[str], monkeypatch: p
     assert "NOT WHOLE" in str(report)
 
 
-def test_a_fast_path_that_is_not_taken_is_no_failure(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_a_fast_path_that_is_not_taken_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
     real = CachedPrefix.losses
     monkeypatch.setattr(CachedPrefix, "losses", lambda self: 2 * real(self))
     finding = peft_baft.check(make_model())[FAST]
-    assert finding.holds is None and "plain path" in finding.detail and "CacheDiffers" in finding.detail
+    assert (
+        finding.holds is None
+        and "plain path" in finding.detail
+        and "CacheDiffers" in finding.detail
+    )
     assert not caplog.records
 
 
@@ -184,7 +202,9 @@ def test_an_edit_that_cannot_be_seen_proves_nothing() -> None:
     """The control: a fresh adapter changes nothing, so that edits at other places could not be told apart."""
     model = get_peft_model(make_model(), config())
     report = peft_baft.check(model)
-    assert report[CONTROL].holds is False and "Cannot tell" in report[CONTROL].detail and not report.ok
+    assert (
+        report[CONTROL].holds is False and "Cannot tell" in report[CONTROL].detail and not report.ok
+    )
 
 
 def test_a_models_own_adapter_is_used_and_stays_as_it_is() -> None:
@@ -206,7 +226,9 @@ def test_an_adapter_of_a_folder_is_tried_on_a_base_model(tmp_path) -> None:
     before = traces(base)
     report = peft_baft.check(base, adapter=str(tmp_path))
     assert report.ok and report.blocks == ("model.layers.1",) and traces(base) == before
-    get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "lora"
+    )
     with pytest.raises(ValueError, match="no BaFT adapter"):
         peft_baft.check(base, adapter=str(tmp_path / "lora"))
     with pytest.raises(ValueError, match="active is"):
@@ -214,7 +236,14 @@ def test_an_adapter_of_a_folder_is_tried_on_a_base_model(tmp_path) -> None:
 
 
 def test_a_model_that_is_refused_is_reported_with_the_reason() -> None:
-    shape: dict[str, Any] = {"d_model": 16, "d_ff": 16, "d_kv": 4, "num_layers": 2, "num_heads": 2, "vocab_size": 32}
+    shape: dict[str, Any] = {
+        "d_model": 16,
+        "d_ff": 16,
+        "d_kv": 4,
+        "num_layers": 2,
+        "num_heads": 2,
+        "vocab_size": 32,
+    }
     model = tr.T5ForConditionalGeneration(tr.T5Config(**shape))
     before = traces(model)
     report = peft_baft.check(model)
@@ -222,7 +251,9 @@ def test_a_model_that_is_refused_is_reported_with_the_reason() -> None:
     assert not report.ok and "decoder-only" in report[ATTACHED].detail and traces(model) == before
 
 
-def test_a_model_that_cannot_run_is_reported_without_more_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_run_is_reported_without_more_trials(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = make_model()
     monkeypatch.setattr(type(model.model), "forward", lambda self, input_ids=None, **_: 1 / 0)
     report = peft_baft.check(model)
@@ -230,7 +261,9 @@ def test_a_model_that_cannot_run_is_reported_without_more_trials(monkeypatch: py
     assert "ZeroDivisionError" in report[RUNS].detail
 
 
-def test_in_half_precision_rounding_is_no_failure_and_a_wrong_place_still_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_half_precision_rounding_is_no_failure_and_a_wrong_place_still_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     report = peft_baft.check(make_model().to(torch.bfloat16))
     assert report.ok and report[CACHED].tolerance > 0.1 and report.dtype == "bfloat16"
     too_many(monkeypatch)
@@ -244,7 +277,9 @@ def test_the_table_names_each_finding_its_numbers_and_the_versions() -> None:
         assert finding.name in text
     for package in ("python", "torch", "transformers", "peft ", "accelerate", "peft-baft"):
         assert package in text
-    assert f"{report[CACHED].difference:.2g}" in text and "LlamaForCausalLM (llama), float32" in text
+    assert (
+        f"{report[CACHED].difference:.2g}" in text and "LlamaForCausalLM (llama), float32" in text
+    )
     data = json.loads(json.dumps(report.to_dict()))
     assert data["ok"] is True and data["findings"][0]["name"] == ATTACHED
     assert report[CAUSAL].difference < report[CAUSAL].tolerance < report[CONTROL].difference
@@ -259,7 +294,9 @@ def saved_model(tmp_path) -> str:
     return str(tmp_path / "model")
 
 
-def test_the_command_prints_the_table_or_json_and_tells_by_its_exit_code(saved_model, capsys, monkeypatch) -> None:
+def test_the_command_prints_the_table_or_json_and_tells_by_its_exit_code(
+    saved_model, capsys, monkeypatch
+) -> None:
     assert cli.main(["check", "--model", saved_model]) == 0
     assert CACHED in capsys.readouterr().out
     assert cli.main(["check", "--model", saved_model, "--json"]) == 0
@@ -272,7 +309,12 @@ def test_the_command_prints_the_table_or_json_and_tells_by_its_exit_code(saved_m
 
 def test_a_random_adapter_is_no_larger_than_its_model() -> None:
     """Rank is bounded by the width of a model that is narrower than the rank."""
-    shape: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+    }
     model = tr.LlamaForCausalLM(tr.LlamaConfig(vocab_size=64, **shape))
     report = peft_baft.check(model)
     assert report[ATTACHED].holds and BaftConfig().r > 8

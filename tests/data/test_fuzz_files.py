@@ -19,7 +19,11 @@ from hypothesis import strategies as st
 from peft_baft.data import Case, Edit, read_cases, read_unrelated
 
 QUICK = settings(
-    deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), max_examples=300
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    max_examples=300,
 )
 LONG = settings(QUICK, max_examples=20_000)
 PLACE = re.compile(r"(:\d+|: record \d+): ")
@@ -58,7 +62,9 @@ def outcome(path: Path, data: bytes) -> str:
     return "read" if "read" in ends else "refused"
 
 
-def both_ends_met(budget: settings, files: st.SearchStrategy[tuple[str, bytes]], folder: Path) -> None:
+def both_ends_met(
+    budget: settings, files: st.SearchStrategy[tuple[str, bytes]], folder: Path
+) -> None:
     """Every file of the strategy is read or refused, and some end either way."""
     ends: Counter[str] = Counter()
 
@@ -83,11 +89,30 @@ VALUE = st.recursive(
     max_leaves=5,
 )
 NEAR = st.fixed_dictionaries({"prompt": TEXT | VALUE, "answer": TEXT | VALUE})
-FIELDS = {"rephrase": VALUE, "unrelated": NEAR | VALUE, "portability": st.lists(NEAR, max_size=2), "x": VALUE}
+FIELDS = {
+    "rephrase": VALUE,
+    "unrelated": NEAR | VALUE,
+    "portability": st.lists(NEAR, max_size=2),
+    "x": VALUE,
+}
 WORD = TEXT.map("a{}".format)
 FACT = st.fixed_dictionaries({"prompt": WORD, "target": WORD})
-RECORD = FACT | st.fixed_dictionaries({"prompt": TEXT, "target": TEXT | VALUE}, optional=FIELDS) | NEAR | VALUE
-CODECS = ["utf-8"] * 16 + ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252", "utf-7", "shift_jis"]
+RECORD = (
+    FACT
+    | st.fixed_dictionaries({"prompt": TEXT, "target": TEXT | VALUE}, optional=FIELDS)
+    | NEAR
+    | VALUE
+)
+CODECS = ["utf-8"] * 16 + [
+    "utf-8-sig",
+    "utf-16",
+    "utf-16-le",
+    "utf-32",
+    "latin-1",
+    "cp1252",
+    "utf-7",
+    "shift_jis",
+]
 
 
 def as_lines(records: list[Any]) -> str:
@@ -115,7 +140,10 @@ def nearly_right_files(draw: Any) -> tuple[str, bytes]:
     records = draw(st.lists(FACT, min_size=1, max_size=3) | st.lists(RECORD, max_size=3))
     name = draw(st.sampled_from([*WRITE]))
     text = WRITE[name](records)
-    data = text.encode(draw(st.sampled_from(CODECS)), draw(st.sampled_from(["replace", "ignore", "backslashreplace"])))
+    data = text.encode(
+        draw(st.sampled_from(CODECS)),
+        draw(st.sampled_from(["replace", "ignore", "backslashreplace"])),
+    )
     for _ in range(draw(st.sampled_from([0, 0, 0, 1, 3]))):
         at = draw(st.integers(0, len(data)))
         noise = draw(st.binary(max_size=3) | TEXT.map(lambda text: text.encode("utf-8", "replace")))
@@ -133,7 +161,11 @@ def test_a_nearly_right_file_is_read_or_refused_with_its_place_at_length(tmp_pat
 
 
 def test_any_bytes_are_refused_with_their_place_or_read(tmp_path: Path) -> None:
-    QUICK(given(st.binary(max_size=200), st.sampled_from([*WRITE]))(lambda d, n: outcome(tmp_path / n, d) and None))()
+    QUICK(
+        given(st.binary(max_size=200), st.sampled_from([*WRITE]))(
+            lambda d, n: outcome(tmp_path / n, d) and None
+        )
+    )()
 
 
 # hostile on purpose
@@ -144,12 +176,24 @@ HOSTILE = {
     "deep": ("f.json", DEEP, ":1: "),
     "deep and open": ("f.jsonl", f"{GOOD}\n" + '{"prompt":' * 10_000, ":2: "),
     "deep in a field": ("f.jsonl", f'{GOOD}\n{{"prompt": "a", "target": {DEEP}}}', ":2: "),
-    "deep in a known field": ("f.json", f'[{{"prompt": "a", "target": "b", "rephrase": {DEEP}}}]', ":1: "),
-    "nested below the limit": ("f.json", f'[{{"prompt": "a", "target": {"[" * 400 + "]" * 400}}}]', ": record 1: "),
+    "deep in a known field": (
+        "f.json",
+        f'[{{"prompt": "a", "target": "b", "rephrase": {DEEP}}}]',
+        ":1: ",
+    ),
+    "nested below the limit": (
+        "f.json",
+        f'[{{"prompt": "a", "target": {"[" * 400 + "]" * 400}}}]',
+        ": record 1: ",
+    ),
     "many digits": ("f.jsonl", f'{GOOD}\n{{"prompt": "a", "target": {"9" * 5000}}}', ":2: "),
     "many digits, in a float": ("f.jsonl", f'{{"prompt": "a", "target": 1e{"9" * 5000}}}', ":1: "),
     "NaN": ("f.jsonl", '{"prompt": "a", "target": NaN}', ":1: "),
-    "a field twice": ("f.jsonl", f'{GOOD}\n{{"prompt": "a", "prompt": "a", "target": "c"}}', ":2: "),
+    "a field twice": (
+        "f.jsonl",
+        f'{GOOD}\n{{"prompt": "a", "prompt": "a", "target": "c"}}',
+        ":2: ",
+    ),
     "a field twice, inside": (
         "f.jsonl",
         '{"prompt": "a", "target": "b", "unrelated": {"prompt": "c", "answer": "d", "answer": "e"}}',
@@ -165,9 +209,17 @@ HOSTILE = {
     "a megabyte as a column": ("f.csv", f"prompt,{'x' * 2**20}\na,b", ":1: "),
     "a megabyte of columns": ("f.csv", "," * 2**20 + "\na,b", ":2: "),
     "a megabyte of quotes": ("f.csv", 'prompt,target\n"' + '""' * 2**19, ":2: "),
-    "a megabyte in a cell": ("f.csv", f"prompt,target\na,{'b' * 2**20}", ":2: "),  # the csv module's limit
+    "a megabyte in a cell": (
+        "f.csv",
+        f"prompt,target\na,{'b' * 2**20}",
+        ":2: ",
+    ),  # the csv module's limit
     "an open quote": ("f.csv", 'prompt,target\na,b\n"c,d\n' + "e,f\n" * 100, ":3: "),
-    "prototype names": ("f.jsonl", '{"__class__": "a", "__init__": "b", "prompt": "c", "target": "d"}', ":1: "),
+    "prototype names": (
+        "f.jsonl",
+        '{"__class__": "a", "__init__": "b", "prompt": "c", "target": "d"}',
+        ":1: ",
+    ),
 }
 
 
@@ -198,7 +250,9 @@ UNUSUAL = {
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [(name, how) for name in WRITE for how in UNUSUAL if (name, how) != ("f.csv", "a megabyte")],  # refused: see above
+    [
+        (name, how) for name in WRITE for how in UNUSUAL if (name, how) != ("f.csv", "a megabyte")
+    ],  # refused: see above
 )
 def test_unusual_text_is_read_to_the_letter(tmp_path: Path, name: str, how: str) -> None:
     record = {"prompt": UNUSUAL[how], "target": "x " + UNUSUAL[how]}
@@ -221,10 +275,14 @@ def test_what_is_written_is_read_but_for_white_space_around_it(tmp_path: Path, n
     @given(PAIRS)
     def check(pairs: list[tuple[str, str]]) -> None:
         wanted = dict.fromkeys((prompt.strip(), target.strip()) for prompt, target in pairs)
-        records = [{"prompt": f" {prompt}\n", "target": f"\t{target} "} for prompt, target in wanted]
+        records = [
+            {"prompt": f" {prompt}\n", "target": f"\t{target} "} for prompt, target in wanted
+        ]
         (tmp_path / name).write_text(write(records), "utf-8", newline="")
         edits = [(case.edit.prompt, case.edit.target) for case in read_cases(tmp_path / name)]
-        assert edits == [(plain_breaks(prompt, name), plain_breaks(target, name)) for prompt, target in wanted]
+        assert edits == [
+            (plain_breaks(prompt, name), plain_breaks(target, name)) for prompt, target in wanted
+        ]
 
     check()
 

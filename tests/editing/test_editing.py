@@ -15,7 +15,16 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, 
 
 import facts
 from facts import CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals, questions
-from peft_baft import AdapterEditor, BaftConfig, BaftEditor, DescentConfig, Edit, Objective, Unrelated, rolled_back
+from peft_baft import (
+    AdapterEditor,
+    BaftConfig,
+    BaftEditor,
+    DescentConfig,
+    Edit,
+    Objective,
+    Unrelated,
+    rolled_back,
+)
 from peft_baft.adapter import baft_layers, find_context
 from peft_baft.adapter.state import adapter_tensors
 from peft_baft.data.batching import collate, encode
@@ -28,7 +37,9 @@ fact_model = facts.fact_model
 Setting = tuple[PeftModel, BaftEditor]
 
 
-def editor_of(model: PeftModel, unrelated: list[Unrelated] | None = None, **given: Any) -> BaftEditor:
+def editor_of(
+    model: PeftModel, unrelated: list[Unrelated] | None = None, **given: Any
+) -> BaftEditor:
     """An editor with the tests' settings, beside the first half of the meals."""
     texts = meals(0, 12) if unrelated is None else unrelated
     settings: dict[str, Any] = {
@@ -50,7 +61,9 @@ def baft(fact_model: FactModel) -> Setting:
 @pytest.fixture
 def lora(fact_model: FactModel) -> tuple[PeftModel, AdapterEditor]:
     """A LoRA adapter that also trains a whole module, and its editor."""
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+    )
     torch.manual_seed(0)
     model = get_peft_model(deepcopy(fact_model.base), config)
     return model, AdapterEditor(model, fact_model.tokenizer, DESCENT)
@@ -58,9 +71,15 @@ def lora(fact_model: FactModel) -> tuple[PeftModel, AdapterEditor]:
 
 def state(model: PeftModel) -> dict[str, Any]:
     """All that a failed edit must leave alone: every tensor, flag, gradient and mode of the model."""
-    tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict(keep_vars=True).items()}
+    tensors = {
+        name: tensor.detach().clone() for name, tensor in model.state_dict(keep_vars=True).items()
+    }
     flags = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
-    return {"tensors": tensors, "flags": flags, "modes": [module.training for module in model.modules()]}
+    return {
+        "tensors": tensors,
+        "flags": flags,
+        "modes": [module.training for module in model.modules()],
+    }
 
 
 def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
@@ -75,16 +94,26 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
 
 
 def reliability(model: PeftModel, learned: list[Edit]) -> float:
-    return mean(token_match(model, facts.trained().tokenizer, [(edit.prompt, edit.target) for edit in learned]))
+    return mean(
+        token_match(
+            model, facts.trained().tokenizer, [(edit.prompt, edit.target) for edit in learned]
+        )
+    )
 
 
 # what an edit does
 
 
 def test_the_toy_model_knows_its_facts_and_not_the_edits(fact_model: FactModel) -> None:
-    known = [(prompt, fact.answer) for fact in (*CAPITALS, *MEALS) for prompt in (fact.prompt, fact.rephrase)]
+    known = [
+        (prompt, fact.answer)
+        for fact in (*CAPITALS, *MEALS)
+        for prompt in (fact.prompt, fact.rephrase)
+    ]
     assert min(token_match(*fact_model, known)) == 1
-    assert max(token_match(*fact_model, [(e.prompt, e.target) for e in edits(0, 1, 2, 4, 5, 6)])) == 0
+    assert (
+        max(token_match(*fact_model, [(e.prompt, e.target) for e in edits(0, 1, 2, 4, 5, 6)])) == 0
+    )
 
 
 def test_an_edit_is_learned_and_said(baft: Setting, fact_model: FactModel) -> None:
@@ -93,7 +122,11 @@ def test_an_edit_is_learned_and_said(baft: Setting, fact_model: FactModel) -> No
     assert reliability(model, [fact]) == 0
     assert greedy_answers(model, fact_model.tokenizer, [fact.prompt], 1) == [CAPITALS[0].answer]
     outcome = editor.edit([fact])
-    assert outcome.learned and outcome.losses["teacher_forcing"] < DESCENT.stop_loss and 0 < outcome.steps <= 60
+    assert (
+        outcome.learned
+        and outcome.losses["teacher_forcing"] < DESCENT.stop_loss
+        and 0 < outcome.steps <= 60
+    )
     assert outcome.seconds > 0
     assert reliability(model, [fact]) == 1
     assert greedy_answers(model, fact_model.tokenizer, [fact.prompt], 1) == [fact.target]
@@ -109,14 +142,18 @@ def test_the_paraphrase_follows_and_other_countries_do_not(fact_model: FactModel
         assert token_match(model, fact_model.tokenizer, rephrased)[0] < 1
         editor_of(model).edit([fact])
         followed += token_match(model, fact_model.tokenizer, rephrased)
-        spread += token_match(model, fact_model.tokenizer, [(prompt, fact.target) for prompt in others])
+        spread += token_match(
+            model, fact_model.tokenizer, [(prompt, fact.target) for prompt in others]
+        )
     assert mean(followed) > mean(spread) + 0.5
 
 
 def test_gates_and_unrelated_text_keep_more_of_the_rest_than_reft(fact_model: FactModel) -> None:
     kept: dict[str, list[float]] = {"basis": [], "none": []}
     for n in range(4):
-        others = questions([*MEALS[12:], *CAPITALS[:n], *CAPITALS[n + 1 :]])  # none of the text shown while editing
+        others = questions(
+            [*MEALS[12:], *CAPITALS[:n], *CAPITALS[n + 1 :]]
+        )  # none of the text shown while editing
         for weighting, shares in kept.items():
             model = adapted(fact_model.base, seed=n, weighting=weighting)
             before = predicted_tokens(model, fact_model.tokenizer, others)
@@ -205,12 +242,16 @@ def test_each_fact_is_trained_beside_the_next_unrelated_texts_in_turn(
     baft: Setting, fact_model: FactModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = baft
-    editor = editor_of(model, meals(0, 3), unrelated_per_edit=2, descent=DescentConfig(stop_loss=1e9))
+    editor = editor_of(
+        model, meals(0, 3), unrelated_per_edit=2, descent=DescentConfig(stop_loss=1e9)
+    )
     texts = [encode(fact_model.tokenizer, text.prompt, text.answer) for text in meals(0, 3)]
     batches = []
     real = baft_module.open_forward
     monkeypatch.setattr(
-        baft_module, "open_forward", lambda m, rows, *rest: batches.append(rows[-2:]) or real(m, rows, *rest)
+        baft_module,
+        "open_forward",
+        lambda m, rows, *rest: batches.append(rows[-2:]) or real(m, rows, *rest),
     )
     list(editor.edit_in_turn(edits(0, 1, 2)))
     assert batches == [[texts[0], texts[1]], [texts[2], texts[0]], [texts[1], texts[2]]]
@@ -232,7 +273,9 @@ def test_unrelated_text_closes_the_gates_on_other_unrelated_text(fact_model: Fac
     for unrelated in (0, 12):
         model = adapted(fact_model.base, gate_offset=0.0)  # gates that start half open
         editor_of(model, meals(0, unrelated)).edit(edits(0))
-        openness[unrelated] = mean(w.mean().item() for w in gates_at(model, questions(MEALS[12:])).values())
+        openness[unrelated] = mean(
+            w.mean().item() for w in gates_at(model, questions(MEALS[12:])).values()
+        )
     assert openness[12] < 0.8 * openness[0]
 
 
@@ -240,7 +283,11 @@ def test_statistics_sum_the_gates_over_the_edited_tokens_of_all_edits(baft: Sett
     model, editor = baft
     sums: dict[str, torch.Tensor] = {}
     tokens = 0
-    for batch, edited_tokens in ((edits(0), 3 + 1), (edits(3), 3 + 2), (edits(1, 7), 2 * 3 + 1 + 2)):
+    for batch, edited_tokens in (
+        (edits(0), 3 + 1),
+        (edits(3), 3 + 2),
+        (edits(1, 7), 2 * 3 + 1 + 2),
+    ):
         editor.edit(batch)
         tokens += edited_tokens
         for name, w in gates_at(model, [(edit.prompt, edit.target) for edit in batch]).items():
@@ -253,7 +300,9 @@ def test_statistics_sum_the_gates_over_the_edited_tokens_of_all_edits(baft: Sett
 
 def test_past_use_counts_in_the_balance_of_the_next_edit(baft: Setting) -> None:
     model, _ = baft
-    editor = editor_of(model, descent=DescentConfig(stop_loss=1e9))  # done before the first step: a mere evaluation
+    editor = editor_of(
+        model, descent=DescentConfig(stop_loss=1e9)
+    )  # done before the first step: a mere evaluation
     with rolled_back(model):
         fresh = editor.edit(edits(0)).losses["balance"]
     for layer in baft_layers(model):
@@ -261,10 +310,14 @@ def test_past_use_counts_in_the_balance_of_the_next_edit(baft: Setting) -> None:
     assert editor.edit(edits(0)).losses["balance"] > 10 * fresh
 
 
-def patch_losses(patch: pytest.MonkeyPatch, change: Callable[[Callable[[], torch.Tensor]], torch.Tensor]) -> None:
+def patch_losses(
+    patch: pytest.MonkeyPatch, change: Callable[[Callable[[], torch.Tensor]], torch.Tensor]
+) -> None:
     """Let `change` stand in for the forward of each training step; it is given the real one."""
 
-    def patched(real: Callable[[FullForward], torch.Tensor]) -> Callable[[FullForward], torch.Tensor]:
+    def patched(
+        real: Callable[[FullForward], torch.Tensor],
+    ) -> Callable[[FullForward], torch.Tensor]:
         return lambda self: change(lambda: real(self)) if torch.is_grad_enabled() else real(self)
 
     for kind in (FullForward, CachedPrefix):
@@ -294,7 +347,9 @@ def test_gradient_checkpointing_changes_nothing(baft: Setting, reentrant: bool) 
         plain = editor.edit(edits(0))
     editor.unrelated_used = 0
     base = model.get_base_model()
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable = (
+        getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    )
     enable({"use_reentrant": reentrant})
     model.train()
     found = editor.edit(edits(0))
@@ -330,7 +385,9 @@ def reloaded(model: PeftModel, folder: Path) -> PeftModel:
 
 
 @pytest.mark.parametrize("weighting", ["basis", "none"])
-def test_a_reloaded_adapter_goes_on_exactly_as_if_it_had_stayed(fact_model, tmp_path: Path, weighting: str) -> None:
+def test_a_reloaded_adapter_goes_on_exactly_as_if_it_had_stayed(
+    fact_model, tmp_path: Path, weighting: str
+) -> None:
     results = []
     for interrupted in (False, True):
         model = adapted(fact_model.base, weighting=weighting)
@@ -343,11 +400,15 @@ def test_a_reloaded_adapter_goes_on_exactly_as_if_it_had_stayed(fact_model, tmp_
         outcomes = list(editor.edit_in_turn(edits(1, 4)))
         tensors = {name: t.clone() for name, t in model.state_dict().items() if "baft" in name}
         results.append((tensors, [(outcome.steps, outcome.losses) for outcome in outcomes]))
-        assert any(p.requires_grad for p in model.parameters()) is not interrupted  # frozen stays frozen
+        assert (
+            any(p.requires_grad for p in model.parameters()) is not interrupted
+        )  # frozen stays frozen
         model.unload()
     (stayed, outcomes), (came_back, outcomes_after) = results
     assert outcomes == outcomes_after
-    assert stayed.keys() == came_back.keys() and all(torch.equal(t, came_back[name]) for name, t in stayed.items())
+    assert stayed.keys() == came_back.keys() and all(
+        torch.equal(t, came_back[name]) for name, t in stayed.items()
+    )
 
 
 # any PEFT method
@@ -358,7 +419,11 @@ def test_a_lora_adapter_is_edited_and_rolled_back(lora) -> None:
     before = state(model)
     with rolled_back(model):
         outcome = editor.edit(edits(0))
-        assert outcome.learned and set(outcome.losses) == {"teacher_forcing"} and reliability(model, edits(0)) == 1
+        assert (
+            outcome.learned
+            and set(outcome.losses) == {"teacher_forcing"}
+            and reliability(model, edits(0)) == 1
+        )
     assert same(before, state(model)) and reliability(model, edits(0)) == 0
 
 
@@ -369,7 +434,8 @@ def test_whole_modules_that_an_adapter_saves_are_rolled_back_too_even_if_frozen(
     with rolled_back(model):
         editor.edit(edits(0))
         assert not torch.equal(
-            before["tensors"]["base_model.model.lm_head.modules_to_save.default.weight"], model.lm_head.weight
+            before["tensors"]["base_model.model.lm_head.modules_to_save.default.weight"],
+            model.lm_head.weight,
         )
     assert same(before, state(model))
 
@@ -386,7 +452,9 @@ def test_a_disabled_adapter_is_not_edited(request, method: str) -> None:
 
 def test_an_adapter_that_zero3_has_taken_apart_is_not_edited(baft) -> None:
     model, editor = baft
-    next(p for p in model.parameters() if p.requires_grad).ds_id = 0  # by this mark DeepSpeed knows its own
+    next(
+        p for p in model.parameters() if p.requires_grad
+    ).ds_id = 0  # by this mark DeepSpeed knows its own
     before = state(model)
     for attempt in (editor.edit, editor.edit_each):
         with pytest.raises(ValueError, match="Shard the base model first"):
@@ -410,7 +478,9 @@ def test_an_editor_stays_with_its_adapter(baft: Setting) -> None:
     with pytest.raises(ValueError, match=r"edits 'default', but active is \['other'\]"):
         editor.edit(edits(0))
     before = {name: t.clone() for name, t in model.state_dict().items() if "default" in name}
-    assert editor_of(model).edit(edits(0)).steps  # control: an editor of the other adapter, which leaves ours alone
+    assert (
+        editor_of(model).edit(edits(0)).steps
+    )  # control: an editor of the other adapter, which leaves ours alone
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in before.items())
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="One adapter must be active"):
@@ -425,7 +495,9 @@ def test_editors_refuse_what_they_cannot_edit(lora, fact_model: FactModel) -> No
         BaftEditor(model, fact_model.tokenizer)
 
 
-@pytest.mark.parametrize("config", [PromptTuningConfig(num_virtual_tokens=2), PrefixTuningConfig(num_virtual_tokens=2)])
+@pytest.mark.parametrize(
+    "config", [PromptTuningConfig(num_virtual_tokens=2), PrefixTuningConfig(num_virtual_tokens=2)]
+)
 def test_methods_that_learn_a_prompt_are_refused(fact_model: FactModel, config) -> None:
     config.task_type = "CAUSAL_LM"
     model = get_peft_model(deepcopy(fact_model.base), config)
@@ -474,10 +546,15 @@ BREAKS: list[tuple[Any, type[BaseException], str | None]] = [
     (poisoned, FloatingPointError, "became nan at step 1"),
     (infinite, FloatingPointError, "became inf at step 1"),
 ]
-BREAKS += [(interrupted, KeyboardInterrupt, None), (out_of_memory, torch.OutOfMemoryError, "80 GiB")]
+BREAKS += [
+    (interrupted, KeyboardInterrupt, None),
+    (out_of_memory, torch.OutOfMemoryError, "80 GiB"),
+]
 
 
-@pytest.mark.parametrize(("break_it", "error", "message"), BREAKS, ids=[case[0].__name__ for case in BREAKS])
+@pytest.mark.parametrize(
+    ("break_it", "error", "message"), BREAKS, ids=[case[0].__name__ for case in BREAKS]
+)
 @pytest.mark.parametrize("method", ["baft", "lora"])
 def test_an_edit_that_breaks_off_leaves_everything_as_it_was(
     request, monkeypatch, method, break_it, error, message
@@ -491,7 +568,9 @@ def test_an_edit_that_breaks_off_leaves_everything_as_it_was(
     seen = []
 
     def breaking(losses: Callable[[], torch.Tensor]) -> torch.Tensor:
-        seen.append(all(torch.equal(t, before["tensors"][name]) for name, t in model.state_dict().items()))
+        seen.append(
+            all(torch.equal(t, before["tensors"][name]) for name, t in model.state_dict().items())
+        )
         return losses() if len(seen) < 2 else break_it(losses())
 
     with monkeypatch.context() as patch, pytest.raises(error, match=message):
@@ -504,7 +583,9 @@ def test_an_edit_that_breaks_off_leaves_everything_as_it_was(
     model.eval()
 
 
-def test_an_interrupt_while_the_statistics_are_written_leaves_them_as_they_were(baft: Setting, monkeypatch) -> None:
+def test_an_interrupt_while_the_statistics_are_written_leaves_them_as_they_were(
+    baft: Setting, monkeypatch
+) -> None:
     model, editor = baft
     editor.edit(edits(0))
     remember, before = editor._add_gate_usage, state(model)
@@ -519,7 +600,9 @@ def test_an_interrupt_while_the_statistics_are_written_leaves_them_as_they_were(
     assert same(before, state(model))
 
 
-def test_parameters_that_became_infinite_are_not_kept_even_if_the_losses_are_finite(baft: Setting, monkeypatch) -> None:
+def test_parameters_that_became_infinite_are_not_kept_even_if_the_losses_are_finite(
+    baft: Setting, monkeypatch
+) -> None:
     model, editor = baft
     source = next(p for name, p in model.named_parameters() if "baft_source" in name)
     before, seen = state(model), []
@@ -527,7 +610,9 @@ def test_parameters_that_became_infinite_are_not_kept_even_if_the_losses_are_fin
     def diverging(losses: Callable[[], torch.Tensor]) -> torch.Tensor:
         found = losses()
         seen.append(1)
-        if len(seen) == 3 + 3:  # the cache's check, then the losses before each of two steps and at the end
+        if (
+            len(seen) == 3 + 3
+        ):  # the cache's check, then the losses before each of two steps and at the end
             source.data[0, 0] = torch.inf
         return found
 
@@ -616,7 +701,9 @@ def test_the_norm_of_the_gradient_can_be_bounded(baft: Setting) -> None:
     model, _ = baft
     with rolled_back(model):
         assert editor_of(model).edit(edits(0)).learned
-    bounded = DescentConfig(lr=0.02, max_steps=60, stop_loss=0.02, clip_norm=1e-12)  # far below AdamW's epsilon
+    bounded = DescentConfig(
+        lr=0.02, max_steps=60, stop_loss=0.02, clip_norm=1e-12
+    )  # far below AdamW's epsilon
     assert not editor_of(model, descent=bounded).edit(edits(0)).learned
 
 

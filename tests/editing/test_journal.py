@@ -29,11 +29,15 @@ DAMAGED = "a damaged line or snapshot of a journal"
 
 
 def editor_of(fact_model: FactModel, **config: Any) -> BaftEditor:
-    return BaftEditor(adapted(fact_model.base, **config), fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT)
+    return BaftEditor(
+        adapted(fact_model.base, **config), fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT
+    )
 
 
 def state(editor: BaftEditor) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in adapter_state_dict(editor.model, "default").items()}
+    return {
+        name: tensor.clone() for name, tensor in adapter_state_dict(editor.model, "default").items()
+    }
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -46,7 +50,9 @@ def run(
     """A fresh editor that makes the facts, or stops for good after `many`."""
     editor, made = editor_of(fact_model), []
     every = settings.pop("every", 1)
-    turn = edit_continually(editor, settings.pop("facts", FACTS), journal=Journal(folder, every), **settings)
+    turn = edit_continually(
+        editor, settings.pop("facts", FACTS), journal=Journal(folder, every), **settings
+    )
     for batch in turn:
         made.append(batch)
         if len(made) == many:
@@ -56,7 +62,9 @@ def run(
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(fact_model, tmp_path: Path, every: int) -> None:
+def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
+    fact_model, tmp_path: Path, every: int
+) -> None:
     whole, made = run(fact_model, tmp_path / "whole", every=every)
     for stop in (1, 4):
         run(fact_model, tmp_path / f"{stop}", stop, every=every)
@@ -69,10 +77,14 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(fact_mod
         assert [line.facts for line in lines] == [[[fact.prompt, fact.target]] for fact in FACTS]
 
 
-def test_what_was_made_is_not_made_again(fact_model: FactModel, tmp_path: Path, monkeypatch) -> None:
+def test_what_was_made_is_not_made_again(
+    fact_model: FactModel, tmp_path: Path, monkeypatch
+) -> None:
     run(fact_model, tmp_path, 3)
     real, made = BaftEditor.edit, []
-    monkeypatch.setattr(BaftEditor, "edit", lambda self, batch: made.append(batch[0]) or real(self, batch))
+    monkeypatch.setattr(
+        BaftEditor, "edit", lambda self, batch: made.append(batch[0]) or real(self, batch)
+    )
     run(fact_model, tmp_path, resume=True)
     assert made == FACTS[3:]
 
@@ -91,7 +103,9 @@ def test_more_facts_may_follow_but_none_may_change(fact_model: FactModel, tmp_pa
     assert (tmp_path / LINES).read_bytes().startswith(before)
 
 
-def test_a_return_to_an_edit_gives_the_adapter_of_that_moment(fact_model: FactModel, tmp_path: Path) -> None:
+def test_a_return_to_an_edit_gives_the_adapter_of_that_moment(
+    fact_model: FactModel, tmp_path: Path
+) -> None:
     editor, states = editor_of(fact_model), []
     states.append(state(editor))
     for _ in edit_continually(editor, FACTS, journal=Journal(tmp_path)):
@@ -123,7 +137,9 @@ def test_two_cannot_write_one_journal(fact_model: FactModel, tmp_path: Path) -> 
     run(fact_model, tmp_path, resume=True)
 
 
-def test_a_line_that_was_cut_short_is_passed_over(fact_model: FactModel, tmp_path: Path, tally) -> None:
+def test_a_line_that_was_cut_short_is_passed_over(
+    fact_model: FactModel, tmp_path: Path, tally
+) -> None:
     whole, _ = run(fact_model, tmp_path / "whole")
     for cut in (1, 40):
         folder = tmp_path / str(cut)
@@ -141,7 +157,9 @@ def test_a_line_that_was_cut_short_is_passed_over(fact_model: FactModel, tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
-def test_a_damaged_snapshot_is_named_and_the_one_before_it_serves(fact_model, tmp_path, damage: str, tally) -> None:
+def test_a_damaged_snapshot_is_named_and_the_one_before_it_serves(
+    fact_model, tmp_path, damage: str, tally
+) -> None:
     whole, _ = run(fact_model, tmp_path / "whole")
     folder = tmp_path / "damaged"
     run(fact_model, folder, 3)
@@ -157,8 +175,12 @@ def test_a_damaged_snapshot_is_named_and_the_one_before_it_serves(fact_model, tm
     tally(DAMAGED, refused=1)
 
 
-@pytest.mark.parametrize("kind", [OSError(28, "No space left on device"), PermissionError(13, "Read-only")])
-def test_a_disk_that_takes_nothing_stops_the_run_and_spoils_nothing(fact_model, tmp_path, monkeypatch, kind, tally):
+@pytest.mark.parametrize(
+    "kind", [OSError(28, "No space left on device"), PermissionError(13, "Read-only")]
+)
+def test_a_disk_that_takes_nothing_stops_the_run_and_spoils_nothing(
+    fact_model, tmp_path, monkeypatch, kind, tally
+):
     whole, _ = run(fact_model, tmp_path / "whole")
     run(fact_model, tmp_path / "full", 2)
     kept = {file: file.read_bytes() for file in (tmp_path / "full" / SNAPSHOTS).iterdir()}
@@ -175,8 +197,13 @@ def test_a_disk_that_takes_nothing_stops_the_run_and_spoils_nothing(fact_model, 
     tally("a disk that is full or read-only during a run, then --resume", stopped=1)
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads from /proc what is written through to the disk")
-def test_a_new_name_is_on_the_disk_before_the_journal_goes_on(fact_model, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.skipif(
+    not Path("/proc/self/fd").exists(),
+    reason="reads from /proc what is written through to the disk",
+)
+def test_a_new_name_is_on_the_disk_before_the_journal_goes_on(
+    fact_model, tmp_path: Path, monkeypatch
+) -> None:
     said: list[str] = []
     real_sync, real_replace = os.fsync, os.replace
 
@@ -191,7 +218,10 @@ def test_a_new_name_is_on_the_disk_before_the_journal_goes_on(fact_model, tmp_pa
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "replace", replace)
     run(fact_model, tmp_path, facts=FACTS[:1])
-    kept = [[f"sync {n}.safetensors.new", f"name {n}.safetensors", f"sync {SNAPSHOTS}"] for n in ("000000", "000001")]
+    kept = [
+        [f"sync {n}.safetensors.new", f"name {n}.safetensors", f"sync {SNAPSHOTS}"]
+        for n in ("000000", "000001")
+    ]
     assert said == [*kept[0], f"sync {LINES}", f"sync {tmp_path.name}", f"sync {LINES}", *kept[1]]
 
 
@@ -202,13 +232,23 @@ UNLEARNABLE = DescentConfig(lr=1e-9, max_steps=1)
 
 
 @pytest.mark.parametrize("keep_only_good", [False, True])
-def test_an_edit_that_does_harm_is_told_and_taken_back_if_wanted(fact_model, tmp_path, keep_only_good: bool) -> None:
+def test_an_edit_that_does_harm_is_told_and_taken_back_if_wanted(
+    fact_model, tmp_path, keep_only_good: bool
+) -> None:
     editor, answers = editor_of(fact_model), iter([None, "harm", None, None, None])
     expected = editor_of(fact_model)
-    list(expected.edit_in_turn([fact for i, fact in enumerate(FACTS) if i != 1 or not keep_only_good]))
+    list(
+        expected.edit_in_turn(
+            [fact for i, fact in enumerate(FACTS) if i != 1 or not keep_only_good]
+        )
+    )
     made = list(
         edit_continually(
-            editor, FACTS, journal=Journal(tmp_path), check=lambda: next(answers), keep_only_good=keep_only_good
+            editor,
+            FACTS,
+            journal=Journal(tmp_path),
+            check=lambda: next(answers),
+            keep_only_good=keep_only_good,
         )
     )
     assert [m.problem for m in made] == [None, "harm", None, None, None]
@@ -220,10 +260,15 @@ def test_an_edit_that_does_harm_is_told_and_taken_back_if_wanted(fact_model, tmp
 def test_an_edit_that_did_not_take_or_broke_off_is_left_out(fact_model: FactModel) -> None:
     editor = editor_of(fact_model)
     before = state(editor)
-    for descent, problem in ((UNLEARNABLE, "not learned"), (DescentConfig(lr=1e30, stop_loss=0.0), "became")):
+    for descent, problem in (
+        (UNLEARNABLE, "not learned"),
+        (DescentConfig(lr=1e30, stop_loss=0.0), "became"),
+    ):
         editor.descent = descent
         made = list(edit_continually(editor, FACTS[:2], keep_only_good=True))
-        assert all(problem in m.problem and not m.kept for m in made) and same(state(editor), before)
+        assert all(problem in m.problem and not m.kept for m in made) and same(
+            state(editor), before
+        )
     with pytest.raises(FloatingPointError):
         list(edit_continually(editor, FACTS[:1]))
     editor.descent = DESCENT
@@ -234,7 +279,9 @@ def test_canaries_notice_what_an_edit_changed(fact_model: FactModel) -> None:
     model = adapted(fact_model.base, weighting="none")
     check = canary_check(model, fact_model.tokenizer, 0.9, meals(0, 12))
     assert check() is None
-    BaftEditor(model, fact_model.tokenizer, (), OBJECTIVE, DescentConfig(lr=0.05, stop_loss=0.0)).edit(FACTS[:1])
+    BaftEditor(
+        model, fact_model.tokenizer, (), OBJECTIVE, DescentConfig(lr=0.05, stop_loss=0.0)
+    ).edit(FACTS[:1])
     assert "agree with the unedited model in 0." in check()
     with pytest.raises(ValueError, match="needs canaries"):
         canary_check(model, fact_model.tokenizer, 0.9, ())
@@ -247,29 +294,49 @@ def many_edits(fact_model: FactModel, folder: Path, count: int) -> None:
     """As many short edits as are missing, in a process of their own."""
     torch.set_num_threads(1)
     told = [CAPITALS[i % 24] for i in range(count)]
-    facts_of = [Edit(f"{f.prompt} {'now ' * (i // 24)}", CAPITALS[(i + 8) % 24].answer) for i, f in enumerate(told)]
+    facts_of = [
+        Edit(f"{f.prompt} {'now ' * (i // 24)}", CAPITALS[(i + 8) % 24].answer)
+        for i, f in enumerate(told)
+    ]
     quick = DescentConfig(lr=1e-3, max_steps=1)
-    editor = BaftEditor(adapted(fact_model.base), fact_model.tokenizer, meals(0, 12), OBJECTIVE, quick)
+    editor = BaftEditor(
+        adapted(fact_model.base), fact_model.tokenizer, meals(0, 12), OBJECTIVE, quick
+    )
     for _ in edit_continually(editor, facts_of, journal=Journal(folder, 3), resume=True):
         pass
     editor.model.save_pretrained(str(folder))
 
 
 def begun(fact_model: FactModel, folder: Path, count: int) -> Any:
-    process = multiprocessing.get_context("fork").Process(target=many_edits, args=(fact_model, folder, count))
+    process = multiprocessing.get_context("fork").Process(
+        target=many_edits, args=(fact_model, folder, count)
+    )
     process.start()
     return process
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes that begin at once, since there are many")
-@pytest.mark.parametrize(("count", "kills"), [(40, 5), pytest.param(200, 50, marks=pytest.mark.slow)])
-def test_kills_lose_and_double_no_edit(fact_model, tmp_path: Path, count: int, kills: int, tally) -> None:
-    whole, cut, generator, begin = tmp_path / "whole", tmp_path / "cut", random.Random(0), time.time()
+@pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="processes that begin at once, since there are many"
+)
+@pytest.mark.parametrize(
+    ("count", "kills"), [(40, 5), pytest.param(200, 50, marks=pytest.mark.slow)]
+)
+def test_kills_lose_and_double_no_edit(
+    fact_model, tmp_path: Path, count: int, kills: int, tally
+) -> None:
+    whole, cut, generator, begin = (
+        tmp_path / "whole",
+        tmp_path / "cut",
+        random.Random(0),
+        time.time(),
+    )
     begun(fact_model, whole, count).join()
     took, on_record = time.time() - begin, []
     for number in range(kills):
         process = begun(fact_model, cut, count)
-        while process.exitcode is None and len(Journal(cut).edits()) < (number + 1) * count // (kills + 2):
+        while process.exitcode is None and len(Journal(cut).edits()) < (number + 1) * count // (
+            kills + 2
+        ):
             time.sleep(0.001)
         time.sleep(generator.random() * took / count)  # to the middle of whatever
         assert process.exitcode is None  # it was killed at work
@@ -285,18 +352,36 @@ def test_kills_lose_and_double_no_edit(fact_model, tmp_path: Path, count: int, k
     assert files[0].read_bytes() == files[1].read_bytes()
     found = [line.edit for line in lines]
     counts = {"lost": count - len(set(found)), "doubled": len(found) - len(set(found))}
-    tally("SIGKILL during `baft edit`'s loop, then --resume", kills=len(on_record), edits=count, **counts)
+    tally(
+        "SIGKILL during `baft edit`'s loop, then --resume",
+        kills=len(on_record),
+        edits=count,
+        **counts,
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of the process from /proc")
-def test_a_thousand_edits_need_no_more_memory_than_a_hundred(fact_model, tmp_path: Path, tally) -> None:
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="reads the memory of the process from /proc"
+)
+def test_a_thousand_edits_need_no_more_memory_than_a_hundred(
+    fact_model, tmp_path: Path, tally
+) -> None:
     quick = DescentConfig(lr=1e-3, max_steps=1)
-    editor = BaftEditor(adapted(fact_model.base), fact_model.tokenizer, meals(0, 12), OBJECTIVE, quick)
-    facts_of = [Edit(f"{CAPITALS[i % 24].prompt} {'now ' * (i % 5)}", CAPITALS[i % 7].answer) for i in range(1000)]
+    editor = BaftEditor(
+        adapted(fact_model.base), fact_model.tokenizer, meals(0, 12), OBJECTIVE, quick
+    )
+    facts_of = [
+        Edit(f"{CAPITALS[i % 24].prompt} {'now ' * (i % 5)}", CAPITALS[i % 7].answer)
+        for i in range(1000)
+    ]
     resident = []
     for _ in edit_continually(editor, facts_of, journal=Journal(tmp_path, 100)):
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
     assert resident[-1] <= 1.05 * resident[100]
     growth = f"{resident[-1] / resident[100] - 1:.1%}"
-    tally("1000 edits in one process: memory after the last against after the hundredth", edits=1000, grown=growth)
+    tally(
+        "1000 edits in one process: memory after the last against after the hundredth",
+        edits=1000,
+        grown=growth,
+    )

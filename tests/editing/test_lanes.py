@@ -35,13 +35,22 @@ def state(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
             container = getattr(layer, kind)
             if name not in container:
                 continue
-            tensors = container[name].state_dict() if kind != "baft_gate_usage" else {"sums": container[name]}
-            found |= {f"{layer.name}.{kind}.{key}": tensor.detach().clone() for key, tensor in tensors.items()}
+            tensors = (
+                container[name].state_dict()
+                if kind != "baft_gate_usage"
+                else {"sums": container[name]}
+            )
+            found |= {
+                f"{layer.name}.{kind}.{key}": tensor.detach().clone()
+                for key, tensor in tensors.items()
+            }
     return found
 
 
 @pytest.mark.parametrize("parallel", [1, 2, 5])
-def test_each_adapter_is_what_its_edit_gives_alone(editor: BaftEditor, fact_model: FactModel, parallel: int) -> None:
+def test_each_adapter_is_what_its_edit_gives_alone(
+    editor: BaftEditor, fact_model: FactModel, parallel: int
+) -> None:
     model, used = editor.model, editor.unrelated_used
     own = state(model, "default")
     alone = []
@@ -52,7 +61,9 @@ def test_each_adapter_is_what_its_edit_gives_alone(editor: BaftEditor, fact_mode
     found = list(editor.edit_each(FACTS, parallel))
     assert [name for name, _ in found] == [f"default-{i}" for i in range(5)]
     assert len({outcome.steps for _, outcome in found}) > 1  # lanes that end at different steps
-    for (name, outcome), (outcome_alone, state_alone), fact in zip(found, alone, FACTS, strict=True):
+    for (name, outcome), (outcome_alone, state_alone), fact in zip(
+        found, alone, FACTS, strict=True
+    ):
         assert outcome.learned and outcome.steps == outcome_alone.steps
         assert outcome.losses == pytest.approx(outcome_alone.losses, rel=1e-2, abs=1e-5)
         for key, tensor in state(model, name).items():
@@ -78,7 +89,9 @@ def test_lanes_share_forwards(fact_model: FactModel, monkeypatch: pytest.MonkeyP
     steps = [outcome.steps for _, outcome in editor.edit_each(FACTS, parallel=5)]
     assert rows[:3] == [2, 2, 10]  # a check, then all of them
     assert len(rows) == 2 + max(steps) + 1  # as many as the longest takes alone
-    assert sum(rows[2:]) == 2 * sum(taken + 1 for taken in steps)  # and no row of an edit that is done
+    assert sum(rows[2:]) == 2 * sum(
+        taken + 1 for taken in steps
+    )  # and no row of an edit that is done
 
 
 def test_a_lane_that_breaks_leaves_no_adapter_behind(fact_model: FactModel) -> None:

@@ -9,7 +9,11 @@ import pytest
 from peft_baft import PRESETS, DescentConfig, Objective
 
 # α, β, γ of Table 5
-TABLE_5 = {"llama-2-7b": (0.01, 0.05, 0.02), "llama-3-8b": (0.01, 0.1, 0.05), "gemma-7b": (0.01, 0.1, 0.05)}
+TABLE_5 = {
+    "llama-2-7b": (0.01, 0.05, 0.02),
+    "llama-3-8b": (0.01, 0.1, 0.05),
+    "gemma-7b": (0.01, 0.1, 0.05),
+}
 
 
 def test_the_defaults_of_the_objective() -> None:
@@ -30,13 +34,23 @@ def test_the_default_margins_are_the_papers_for_llama_2() -> None:
 
 
 def test_the_defaults_of_the_descent() -> None:
-    expected = {"lr": 2e-3, "max_steps": 40, "stop_loss": 0.01, "weight_decay": 0.01, "clip_norm": None}
+    expected = {
+        "lr": 2e-3,
+        "max_steps": 40,
+        "stop_loss": 0.01,
+        "weight_decay": 0.01,
+        "clip_norm": None,
+    }
     assert asdict(DescentConfig()) == expected
 
 
 def test_the_default_preset() -> None:
     preset = PRESETS["default"]
-    assert preset.config == {} and preset.objective == Objective() and preset.descent == DescentConfig()
+    assert (
+        preset.config == {}
+        and preset.objective == Objective()
+        and preset.descent == DescentConfig()
+    )
     assert preset.batch_descent == DescentConfig(max_steps=70)
 
 
@@ -48,7 +62,11 @@ def test_the_papers_models_are_all_there() -> None:
 def test_the_papers_presets(name: str) -> None:
     preset = PRESETS[name]
     assert (preset.objective.alpha, preset.objective.beta, preset.objective.gamma) == TABLE_5[name]
-    assert preset.objective == Objective(*TABLE_5[name])  # and nothing else differs from the defaults
+    assert preset.objective == Objective(
+        *TABLE_5[name]
+    )  # and nothing else differs from the defaults
     assert preset.config == {"r": 12, "prompt_positions": 3, "layers_to_transform": [8, 17, 23, 27]}
     assert asdict(preset.descent) == asdict(DescentConfig(lr=5e-4, max_steps=40, stop_loss=0.01))
-    assert asdict(preset.batch_descent) == asdict(DescentConfig(lr=1e-4, max_steps=70, stop_loss=0.01))
+    assert asdict(preset.batch_descent) == asdict(
+        DescentConfig(lr=1e-4, max_steps=70, stop_loss=0.01)
+    )

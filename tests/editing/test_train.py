@@ -46,7 +46,9 @@ def test_a_loss_below_the_bound_is_learned_at_once() -> None:
 def test_as_many_steps_are_taken_as_allowed_and_no_more(steps: int) -> None:
     parameter = nn.Parameter(torch.ones(1))
     losses, evaluations = losses_of(parameter, [1.0])
-    (result,) = descend([Descent([parameter], DescentConfig(lr=0.01, max_steps=steps, weight_decay=0.0))], losses)
+    (result,) = descend(
+        [Descent([parameter], DescentConfig(lr=0.01, max_steps=steps, weight_decay=0.0))], losses
+    )
     assert result.steps == steps and len(evaluations) == steps + 1
     assert parameter.item() == pytest.approx(
         1 - 0.01 * steps, abs=1e-5
@@ -95,7 +97,9 @@ def test_one_kernel_takes_the_step_where_every_parameter_allows_it(
     parameters: list[Any], fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen: list[bool] = []
-    monkeypatch.setattr(torch.optim, "AdamW", lambda _, **settings: chosen.append(settings["fused"]))
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda _, **settings: chosen.append(settings["fused"])
+    )
     Descent(parameters, DescentConfig())
     assert chosen == [fused]
 

@@ -38,7 +38,9 @@ def edited(fact_model: FactModel) -> PeftModel:
     return model
 
 
-def test_token_match_is_the_share_of_answer_tokens_that_the_model_would_say(fact_model: FactModel) -> None:
+def test_token_match_is_the_share_of_answer_tokens_that_the_model_would_say(
+    fact_model: FactModel,
+) -> None:
     one, two = CAPITALS[0], CAPITALS[3]
     assert (one.answer, two.answer) == ("Kasgrad", "Port Kasheim")
     worked = {
@@ -46,15 +48,22 @@ def test_token_match_is_the_share_of_answer_tokens_that_the_model_would_say(fact
         (one.prompt, "Kasburg"): 0.0,
         (two.prompt, "Port Kasheim"): 1.0,
         (two.prompt, "Port Loheim"): 0.5,  # a word it never met: the first of two tokens is right
-        (two.prompt, "Kasgrad Kasheim"): 0.0,  # after a wrong first token, whatever it would say is not asked
+        (
+            two.prompt,
+            "Kasgrad Kasheim",
+        ): 0.0,  # after a wrong first token, whatever it would say is not asked
         (f" {two.prompt} ", "  Port Kasheim\n"): 1.0,  # white space around either is dropped
     }
     (after_kasgrad,) = predicted_tokens(*fact_model, [(two.prompt, "Kasgrad Kasheim")])
-    worked[two.prompt, "Kasgrad Kasheim"] = 0.5 * (after_kasgrad[0][1] == after_kasgrad[1][1]).item()
+    worked[two.prompt, "Kasgrad Kasheim"] = (
+        0.5 * (after_kasgrad[0][1] == after_kasgrad[1][1]).item()
+    )
     assert token_match(*fact_model, list(worked)) == list(worked.values())
 
 
-def test_predictions_equal_a_plain_reading_of_the_logits(edited: PeftModel, fact_model: FactModel) -> None:
+def test_predictions_equal_a_plain_reading_of_the_logits(
+    edited: PeftModel, fact_model: FactModel
+) -> None:
     tokenizer = fact_model.tokenizer
     for prompt, answer in ALL[:6]:
         row = encode(tokenizer, prompt, answer)
@@ -67,7 +76,9 @@ def test_predictions_equal_a_plain_reading_of_the_logits(edited: PeftModel, fact
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 48, 100])
-def test_matches_depend_neither_on_the_batch_nor_on_its_padding(edited, fact_model, batch_size: int) -> None:
+def test_matches_depend_neither_on_the_batch_nor_on_its_padding(
+    edited, fact_model, batch_size: int
+) -> None:
     pairs = [*ALL, ("the", "capital of"), (" ".join(["the"] * 20), "food of a")]
     alone = [token_match(edited, fact_model.tokenizer, [pair])[0] for pair in pairs]
     assert token_match(edited, fact_model.tokenizer, pairs, batch_size) == alone
@@ -75,7 +86,9 @@ def test_matches_depend_neither_on_the_batch_nor_on_its_padding(edited, fact_mod
     assert 0 < sum(alone) < len(alone)  # control: the edited fact is not matched
 
 
-def test_padding_with_a_token_of_the_text_changes_nothing(edited: PeftModel, fact_model: FactModel) -> None:
+def test_padding_with_a_token_of_the_text_changes_nothing(
+    edited: PeftModel, fact_model: FactModel
+) -> None:
     other = facts.make_tokenizer()
     other.pad_token = " is"
     assert token_match(edited, other, ALL) == token_match(edited, fact_model.tokenizer, ALL)
@@ -85,9 +98,14 @@ def test_no_pairs_give_no_matches(fact_model: FactModel) -> None:
     assert token_match(*fact_model, []) == [] and greedy_answers(*fact_model, []) == []
 
 
-def test_agreement_is_about_the_same_words_right_or_wrong(edited: PeftModel, fact_model: FactModel) -> None:
+def test_agreement_is_about_the_same_words_right_or_wrong(
+    edited: PeftModel, fact_model: FactModel
+) -> None:
     wrong = [(fact.prompt, "Kasburg") for fact in CAPITALS[:4]]
-    before, after = predicted_tokens(*fact_model, wrong), predicted_tokens(edited, fact_model.tokenizer, wrong)
+    before, after = (
+        predicted_tokens(*fact_model, wrong),
+        predicted_tokens(edited, fact_model.tokenizer, wrong),
+    )
     assert token_match(*fact_model, wrong)[0] == 0
     assert agreement(before, before) == [1, 1, 1, 1]
     assert agreement(before, after)[0] == 0  # it was edited
@@ -95,23 +113,36 @@ def test_agreement_is_about_the_same_words_right_or_wrong(edited: PeftModel, fac
     assert agreement([(one, one)], [(two, one)]) == [0.5]
 
 
-def test_greedy_answers_are_the_likeliest_tokens_one_by_one(edited: PeftModel, fact_model: FactModel) -> None:
-    tokenizer, prompts = fact_model.tokenizer, [CAPITALS[0].prompt, CAPITALS[3].rephrase, MEALS[5].prompt]
-    for prompt, answer in zip(prompts, greedy_answers(edited, tokenizer, prompts, max_new_tokens=4), strict=True):
+def test_greedy_answers_are_the_likeliest_tokens_one_by_one(
+    edited: PeftModel, fact_model: FactModel
+) -> None:
+    tokenizer, prompts = (
+        fact_model.tokenizer,
+        [CAPITALS[0].prompt, CAPITALS[3].rephrase, MEALS[5].prompt],
+    )
+    for prompt, answer in zip(
+        prompts, greedy_answers(edited, tokenizer, prompts, max_new_tokens=4), strict=True
+    ):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         length = ids.shape[1]
         for _ in range(4):
             with torch.no_grad():  # the whole sequence anew, without a cache
-                logits = edited(input_ids=ids, prompt_lengths=torch.tensor([length]), use_cache=False).logits
+                logits = edited(
+                    input_ids=ids, prompt_lengths=torch.tensor([length]), use_cache=False
+                ).logits
             ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
         assert answer == tokenizer.decode(ids[0, length:]).strip()
 
 
-def test_an_edit_is_said_and_the_base_says_the_old_answer(edited: PeftModel, fact_model: FactModel) -> None:
+def test_an_edit_is_said_and_the_base_says_the_old_answer(
+    edited: PeftModel, fact_model: FactModel
+) -> None:
     (fact,) = edits(0)
     assert greedy_answers(edited, fact_model.tokenizer, [fact.prompt], 1) == [fact.target]
     with edited.disable_adapter():
-        assert greedy_answers(edited, fact_model.tokenizer, [fact.prompt], 1) == [CAPITALS[0].answer]
+        assert greedy_answers(edited, fact_model.tokenizer, [fact.prompt], 1) == [
+            CAPITALS[0].answer
+        ]
 
 
 @dataclass
@@ -129,17 +160,24 @@ class Scripted:
 
 
 def test_a_greedy_answer_ends_at_its_first_line_break(fact_model: FactModel) -> None:
-    ids = fact_model.tokenizer.convert_tokens_to_ids(["\n", " Port", " Kasheim", "\n", " is", "</s>"])
+    ids = fact_model.tokenizer.convert_tokens_to_ids(
+        ["\n", " Port", " Kasheim", "\n", " is", "</s>"]
+    )
     assert greedy_answers(Scripted(ids), fact_model.tokenizer, ["the"]) == ["Port Kasheim"]
 
 
 # free answers
 
 
-def test_free_answers_depend_neither_on_the_batch_nor_on_their_neighbours(edited: PeftModel, fact_model) -> None:
+def test_free_answers_depend_neither_on_the_batch_nor_on_their_neighbours(
+    edited: PeftModel, fact_model
+) -> None:
     prompts = [prompt for prompt, _ in ALL] + [" ".join(["the"] * 20)]
     lengths = [1 + i % 4 for i in range(len(prompts))]
-    alone = [free_answers(edited, fact_model.tokenizer, [p], [n])[0] for p, n in zip(prompts, lengths, strict=True)]
+    alone = [
+        free_answers(edited, fact_model.tokenizer, [p], [n])[0]
+        for p, n in zip(prompts, lengths, strict=True)
+    ]
     for size in (2, 7, 100):
         assert free_answers(edited, fact_model.tokenizer, prompts, lengths, size) == alone
     assert len({len(answer.split()) for answer in alone}) > 1
@@ -158,20 +196,29 @@ def test_few_long_texts_do_not_hold_up_the_short_ones(fact_model: FactModel, mon
     predicted_tokens(*fact_model, [(prompt, "Port") for prompt in prompts], 2)
     assert shapes == [(2, 2), (2, 10)]  # not (2, 10), (2, 2): the two longest are asked together
     shapes.clear()
-    fact_model.base.generation_config.eos_token_id, eos = None, fact_model.base.generation_config.eos_token_id
+    fact_model.base.generation_config.eos_token_id, eos = (
+        None,
+        fact_model.base.generation_config.eos_token_id,
+    )
     try:
         free_answers(*fact_model, prompts, [2, 7, 6, 2])
     finally:
         fact_model.base.generation_config.eos_token_id = eos
-    assert [rows for rows, _ in shapes] == [3] * 6 + [1] * 7  # within three times the shortest, and beyond it
+    assert [rows for rows, _ in shapes] == [3] * 6 + [
+        1
+    ] * 7  # within three times the shortest, and beyond it
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_tokenizers_own_padding_side_does_not_matter(edited: PeftModel, fact_model: FactModel, side: str) -> None:
+def test_the_tokenizers_own_padding_side_does_not_matter(
+    edited: PeftModel, fact_model: FactModel, side: str
+) -> None:
     tokenizer = deepcopy(fact_model.tokenizer)
     tokenizer.padding_side = side
     prompts = [prompt for prompt, _ in ALL]
-    assert greedy_answers(edited, tokenizer, prompts, 2) == greedy_answers(edited, fact_model.tokenizer, prompts, 2)
+    assert greedy_answers(edited, tokenizer, prompts, 2) == greedy_answers(
+        edited, fact_model.tokenizer, prompts, 2
+    )
     assert token_match(edited, tokenizer, ALL) == token_match(edited, fact_model.tokenizer, ALL)
 
 
@@ -198,7 +245,9 @@ def test_nothing_is_generated_beyond_the_context_window(fact_model: FactModel) -
         ("!", "?", False, False),
     ],
 )
-def test_exact_and_prefix_match_on_hand_worked_answers(said: str, wanted: str, exact: bool, prefix: bool) -> None:
+def test_exact_and_prefix_match_on_hand_worked_answers(
+    said: str, wanted: str, exact: bool, prefix: bool
+) -> None:
     assert exact_match(said, wanted) is exact
     assert prefix_match(said, wanted) is prefix
 

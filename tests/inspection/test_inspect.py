@@ -24,7 +24,10 @@ PROMPT = CAPITALS[0].prompt  # five words, a token each
 
 
 def edited_model(base: Any, **settings: Any) -> PeftModel:
-    model = adapted(base, **{"gate_offset": 0.0, "layers_to_transform": [1, 2], "prompt_positions": 2, **settings})
+    model = adapted(
+        base,
+        **{"gate_offset": 0.0, "layers_to_transform": [1, 2], "prompt_positions": 2, **settings},
+    )
     randomise(model, scale=1.0)
     return model.eval()
 
@@ -55,7 +58,9 @@ def test_gates_and_updates_are_those_of_the_formula(model: PeftModel, seen: Insp
     ids = [token.id for token in seen.tokens]
     assert [block.name for block in seen.blocks] == ["model.layers.1", "model.layers.2"]
     for layer, block in zip(baft_layers(model), seen.blocks, strict=True):
-        R, source, gate = (part["default"] for part in (layer.baft_basis, layer.baft_source, layer.baft_gate))
+        R, source, gate = (
+            part["default"] for part in (layer.baft_basis, layer.baft_source, layer.baft_gate)
+        )
         for i, h in enumerate(hidden_before(model, ids, layer)):
             if i < 3:
                 assert block.cells[i] == Cell(0.0, {})
@@ -86,8 +91,13 @@ def test_probabilities_are_the_models_own_without_and_with_the_edits(
         assert (change.before, change.after) == pytest.approx(
             (without[change.id].item(), edited[change.id].item()), rel=1e-4
         )
-    assert end.moved == pytest.approx((edited - without).abs().sum().item() / 2, abs=1e-5) and end.moved > 0.05
-    most = (edited - without).abs().topk(8).indices.tolist()  # two of ten places may be taken by what must be shown
+    assert (
+        end.moved == pytest.approx((edited - without).abs().sum().item() / 2, abs=1e-5)
+        and end.moved > 0.05
+    )
+    most = (
+        (edited - without).abs().topk(8).indices.tolist()
+    )  # two of ten places may be taken by what must be shown
     assert len(end.changes) == 10 and {*most, int(without.argmax()), int(edited.argmax())} <= {
         c.id for c in end.changes
     }
@@ -95,7 +105,9 @@ def test_probabilities_are_the_models_own_without_and_with_the_edits(
     assert rise == sorted(rise, reverse=True)
 
 
-def test_candidates_over_the_whole_vocabulary_sum_to_one(model: PeftModel, fact_model: FactModel) -> None:
+def test_candidates_over_the_whole_vocabulary_sum_to_one(
+    model: PeftModel, fact_model: FactModel
+) -> None:
     whole = inspect(model, fact_model.tokenizer, PROMPT, max_new_tokens=1, top=10_000)
     for token in whole.tokens[3:]:
         assert len(token.changes) == len(fact_model.tokenizer)
@@ -103,7 +115,9 @@ def test_candidates_over_the_whole_vocabulary_sum_to_one(model: PeftModel, fact_
         assert sum(c.after for c in token.changes) == pytest.approx(1, abs=1e-4)
 
 
-def test_the_answers_are_those_of_greedy_decoding(model: PeftModel, fact_model: FactModel, seen: Inspection) -> None:
+def test_the_answers_are_those_of_greedy_decoding(
+    model: PeftModel, fact_model: FactModel, seen: Inspection
+) -> None:
     assert seen.after == greedy_answers(model, fact_model.tokenizer, [PROMPT], 4)[0]
     assert seen.before == greedy_answers(fact_model.base, fact_model.tokenizer, [PROMPT], 4)[0]
     assert seen.before.startswith(CAPITALS[0].answer) and seen.after != seen.before
@@ -116,7 +130,10 @@ def test_the_tokens_of_the_answer_end_with_its_first_line(
     ids = fact_model.tokenizer("\n Kasgrad\n is", return_tensors="pt")["input_ids"]
     monkeypatch.setattr("peft_baft.inspection.inspect.greedy_tokens", lambda *_: ids)
     found = inspect(model, fact_model.tokenizer, PROMPT)
-    assert [token.text for token in found.tokens if token.answer] == ["\n", " Kasgrad"] and found.after == "Kasgrad"
+    assert [token.text for token in found.tokens if token.answer] == [
+        "\n",
+        " Kasgrad",
+    ] and found.after == "Kasgrad"
 
 
 def test_favourites_and_the_answers_token_are_candidates_however_few_are_asked_for(
@@ -126,7 +143,11 @@ def test_favourites_and_the_answers_token_are_candidates_however_few_are_asked_f
     few = inspect(model, fact_model.tokenizer, PROMPT, max_new_tokens=4, top=1)
     for i in range(3, 8):
         every = whole.tokens[i].changes
-        wanted = {max(every, key=lambda c: c.before).id, max(every, key=lambda c: c.after).id, seen.tokens[i + 1].id}
+        wanted = {
+            max(every, key=lambda c: c.before).id,
+            max(every, key=lambda c: c.after).id,
+            seen.tokens[i + 1].id,
+        }
         assert {change.id for change in few.tokens[i].changes} == wanted
 
 
@@ -140,11 +161,17 @@ def test_the_model_is_left_as_it_was(fact_model: FactModel) -> None:
     def state() -> Any:
         flags = {name: (p.requires_grad, p._version) for name, p in model.named_parameters()}
         modes = {name: m.training for name, m in model.named_modules()}
-        hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+        hooks = {
+            name: (len(m._forward_hooks), len(m._forward_pre_hooks))
+            for name, m in model.named_modules()
+        }
         return flags, modes, hooks, model.active_adapters, torch.get_rng_state().tolist()
 
     before = state()
-    assert before[1]["base_model.model.model.layers.0"] and not before[1]["base_model.model.model.layers.1"]
+    assert (
+        before[1]["base_model.model.model.layers.0"]
+        and not before[1]["base_model.model.model.layers.1"]
+    )
     inspect(model, fact_model.tokenizer, PROMPT, max_new_tokens=2)
     assert state() == before
     assert is_bare(model.unload())
@@ -161,13 +188,18 @@ def test_dropout_is_off_while_looking(fact_model: FactModel) -> None:
 def test_an_adapter_without_gates_is_always_open(fact_model: FactModel) -> None:
     reft = edited_model(fact_model.base, weighting="none")
     found = inspect(reft, fact_model.tokenizer, PROMPT, max_new_tokens=1)
-    assert found.blocks[0].cells[4].gates == {"default": (1.0,) * 4} and found.blocks[0].cells[2].gates == {}
+    assert (
+        found.blocks[0].cells[4].gates == {"default": (1.0,) * 4}
+        and found.blocks[0].cells[2].gates == {}
+    )
     assert found.blocks[0].cells[4].size > 0
 
 
 def test_several_active_adapters_are_told_apart(fact_model: FactModel) -> None:
     model = edited_model(fact_model.base)
-    model.add_adapter("other", BaftConfig(task_type="CAUSAL_LM", r=2, prompt_positions=1, layers_to_transform=[2]))
+    model.add_adapter(
+        "other", BaftConfig(task_type="CAUSAL_LM", r=2, prompt_positions=1, layers_to_transform=[2])
+    )
     model.base_model.set_adapter(["default", "other"])
     found = inspect(model, fact_model.tokenizer, PROMPT, max_new_tokens=1)
     assert [adapter.name for adapter in found.adapters] == ["default", "other"]
@@ -176,9 +208,13 @@ def test_several_active_adapters_are_told_apart(fact_model: FactModel) -> None:
     assert set(second[3].gates) == set(first[4].gates) == {"default"}
 
 
-def test_what_cannot_be_inspected_is_refused_with_advice(model: PeftModel, fact_model: FactModel) -> None:
+def test_what_cannot_be_inspected_is_refused_with_advice(
+    model: PeftModel, fact_model: FactModel
+) -> None:
     base, tokenizer = fact_model
-    lora = get_peft_model(edited_model(base).unload(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    lora = get_peft_model(
+        edited_model(base).unload(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    )
     with pytest.raises(TypeError, match=r"carries LORA\. Load a BaFT adapter with"):
         inspect(lora, tokenizer, PROMPT)
     with pytest.raises(TypeError, match=r"LlamaForCausalLM carries no adapter\. Load"):

@@ -22,8 +22,18 @@ from peft_baft.inspection.inspect import Adapter, Block, Cell, Change, Inspectio
 from peft_baft.inspection.page import page, percent, summary
 from peft_baft.inspection.token_text import visible
 
-HOSTILE = "</script><!--<script>\"'&amp;<img src=x onerror=alert(1)>${data}$prompt\u2028\u202e\x00\n"
-SHARES = {0: "0%", 0.00002: "<0.01%", 0.0077: "0.77%", 0.031: "3.1%", 0.77: "77%", 0.998: "99.8%", 0.99999: ">99.9%"}
+HOSTILE = (
+    "</script><!--<script>\"'&amp;<img src=x onerror=alert(1)>${data}$prompt\u2028\u202e\x00\n"
+)
+SHARES = {
+    0: "0%",
+    0.00002: "<0.01%",
+    0.0077: "0.77%",
+    0.031: "3.1%",
+    0.77: "77%",
+    0.998: "99.8%",
+    0.99999: ">99.9%",
+}
 
 
 @pytest.mark.parametrize(("share", "text"), [*SHARES.items(), (1, "100%")])
@@ -67,7 +77,12 @@ def made_up(text: str) -> Inspection:
     tokens = (Token(0, text, False, False, 0.0, ()), Token(1, text, False, True, 0.8, changes))
     cells = (Cell(0.0, {}), Cell(0.5, {text: (0.25, 1.0)}))
     return Inspection(
-        text, text, text, (Adapter("mine", 2, "basis", 1), Adapter(text, 2, "none", 1)), tokens, (Block(text, cells),)
+        text,
+        text,
+        text,
+        (Adapter("mine", 2, "basis", 1), Adapter(text, 2, "none", 1)),
+        tokens,
+        (Block(text, cells),),
     )
 
 
@@ -86,7 +101,9 @@ def measured() -> Inspection:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.text(max_size=12) | st.sampled_from([HOSTILE, "$x", "]]>", "<!--", "</title>", "\\u003c"]))
+@given(
+    st.text(max_size=12) | st.sampled_from([HOSTILE, "$x", "]]>", "<!--", "</title>", "\\u003c"])
+)
 def test_foreign_text_stays_text_on_the_page(text: str) -> None:
     tame, hostile = Reader(page(made_up("a"))), Reader(page(made_up(text)))
     elements = [(tag, name) for tag, name, _ in tame.attributes]
@@ -105,8 +122,12 @@ def test_hostile_text_would_break_a_careless_page() -> None:
 def test_the_page_refers_to_nothing_outside_itself() -> None:
     html = page(measured())
     names = {name for _, name, _ in Reader(html).attributes}
-    assert not names & {"src", "href", "srcset", "action", "style"} and not re.search(r"@import|url\(|fetch\(", html)
-    assert set(re.findall(r"https?://[^\s\"']+", html)) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
+    assert not names & {"src", "href", "srcset", "action", "style"} and not re.search(
+        r"@import|url\(|fetch\(", html
+    )
+    assert set(re.findall(r"https?://[^\s\"']+", html)) == {
+        "http://www.w3.org/2000/svg"
+    }  # a name, never fetched
     assert "default-src 'none'" in html and "prefers-color-scheme: dark" in html
 
 
@@ -119,15 +140,25 @@ def test_a_browser_may_run_the_pages_own_script_and_no_other() -> None:
 def test_the_page_shows_what_was_measured() -> None:
     seen, reader = measured(), Reader(page(measured()))
     text = unescape(" ".join(text for _, text in reader.texts))
-    assert {"It is", "Paris", "Rome"} <= {text for tag, text in reader.texts if tag in ("h1", "blockquote")}
-    assert all(sentence in text for sentence in summary(seen)) and "the last prompt token and on every" in text
+    assert {"It is", "Paris", "Rome"} <= {
+        text for tag, text in reader.texts if tag in ("h1", "blockquote")
+    }
+    assert (
+        all(sentence in text for sentence in summary(seen))
+        and "the last prompt token and on every" in text
+    )
     data = reader.data()
     assert [block["label"] for block in data["blocks"]] == ["block 7", "model.attention"]
     for shown, block in zip(data["blocks"], seen.blocks, strict=True):
         assert [(cell["size"], cell["gates"]) for cell in shown["cells"]] == [
             (cell.size, {name: list(w) for name, w in cell.gates.items()}) for cell in block.cells
         ]
-    assert data["tokens"][1]["changes"][0] == {"id": 7, "label": "·Rome", "before": 0.0077, "after": 0.9}
+    assert data["tokens"][1]["changes"][0] == {
+        "id": 7,
+        "label": "·Rome",
+        "before": 0.0077,
+        "after": 0.9,
+    }
 
 
 def test_the_summary_says_where_how_strongly_and_what_turned() -> None:
@@ -140,7 +171,10 @@ def test_the_summary_says_where_how_strongly_and_what_turned() -> None:
     still = replace(seen.tokens[1], changes=(Change(1, " a", 0.8, 0.9),))
     stays = summary(replace(seen, tokens=(seen.tokens[0], still), blocks=seen.blocks[:1]))
     assert stays[0] == "The edits act in 1 block, on 1 of the prompt's 2 tokens."
-    assert stays[1] == "The answer's likeliest first token stays “a”: 80% without the edits, 90% with them."
+    assert (
+        stays[1]
+        == "The answer's likeliest first token stays “a”: 80% without the edits, 90% with them."
+    )
 
 
 def test_the_page_says_that_reft_has_no_gates() -> None:
@@ -165,9 +199,17 @@ def test_the_picture_shows_every_gate_and_size() -> None:
     axes = _figure(seen).axes[0]
     texts = [text.get_text() for text in axes.texts]
     cells = [cell for block in seen.blocks for cell in block.cells if cell.gates]
-    assert {percent(cell.size) for cell in cells} | {"block 7", "·Rome", "It is", "Paris", "Rome"} <= set(texts)
+    assert {percent(cell.size) for cell in cells} | {
+        "block 7",
+        "·Rome",
+        "It is",
+        "Paris",
+        "Rome",
+    } <= set(texts)
     heights = [
-        p.get_height() / 0.54 for p in axes.patches if p.get_alpha() is None and p.get_facecolor() == _rgba(GATE)
+        p.get_height() / 0.54
+        for p in axes.patches
+        if p.get_alpha() is None and p.get_facecolor() == _rgba(GATE)
     ]
     assert heights == pytest.approx([w for cell in cells for w in cell.gates["mine"]])
     assert any(p.get_facecolor() == _rgba(EDIT) for p in axes.patches)
@@ -179,7 +221,9 @@ def _rgba(color: str) -> tuple[float, ...]:
     return to_rgba(color)
 
 
-def test_without_matplotlib_the_picture_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_matplotlib_the_picture_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from peft_baft.inspection.figure import draw
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -190,4 +234,8 @@ def test_without_matplotlib_the_picture_says_what_to_install(monkeypatch: pytest
 
 def test_the_page_and_the_commands_need_no_matplotlib() -> None:
     source = Path(inspect_page.__file__).parent
-    assert not [p for p in source.glob("*.py") if re.search("^(import|from) matplotlib", p.read_text(), re.M)]
+    assert not [
+        p
+        for p in source.glob("*.py")
+        if re.search("^(import|from) matplotlib", p.read_text(), re.M)
+    ]

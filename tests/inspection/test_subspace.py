@@ -46,13 +46,18 @@ def edited(request: Any, fact_model: FactModel) -> PeftModel:
 
 def random_model(base: Any, **settings: Any) -> PeftModel:
     """Updates so large that a dimension more or less matters."""
-    model = adapted(base, **{"gate_offset": 0.0, "layers_to_transform": [1, 2], "prompt_positions": 2, **settings})
+    model = adapted(
+        base,
+        **{"gate_offset": 0.0, "layers_to_transform": [1, 2], "prompt_positions": 2, **settings},
+    )
     randomise(model, scale=1.0)
     return model.eval()
 
 
 @torch.no_grad()
-def plainly(model: PeftModel, tokenizer: Any, case: Case) -> tuple[list[list[float]], list[list[float]]]:
+def plainly(
+    model: PeftModel, tokenizer: Any, case: Case
+) -> tuple[list[list[float]], list[list[float]]]:
     """Use and mean gate of each dimension of each block, token by token from the formula."""
     row = encode(tokenizer, case.edit.prompt, case.edit.target)
     use, gates = [], []
@@ -60,12 +65,20 @@ def plainly(model: PeftModel, tokenizer: Any, case: Case) -> tuple[list[list[flo
         R, source = layer.baft_basis["default"]().double(), layer.baft_source["default"]
         A, b = R + source.weight.double(), source.bias.double()  # what is kept is A - R
         inputs: list[torch.Tensor] = []
-        handle = layer.register_forward_pre_hook(lambda _, args, kept=inputs: kept.append(args[0][0].double()))
-        model(input_ids=torch.tensor([row.ids]), prompt_lengths=torch.tensor([row.prompt_length]), use_cache=False)
+        handle = layer.register_forward_pre_hook(
+            lambda _, args, kept=inputs: kept.append(args[0][0].double())
+        )
+        model(
+            input_ids=torch.tensor([row.ids]),
+            prompt_lengths=torch.tensor([row.prompt_length]),
+            use_cache=False,
+        )
         handle.remove()
         tokens = inputs[0][row.prompt_length - layer.configs["default"].prompt_positions :]
         w = [
-            torch.sigmoid(layer.baft_gate["default"].weight.double() @ (h / h.square().mean().sqrt()))
+            torch.sigmoid(
+                layer.baft_gate["default"].weight.double() @ (h / h.square().mean().sqrt())
+            )
             if "default" in layer.baft_gate
             else torch.ones(1)
             for h in tokens
@@ -91,7 +104,9 @@ def without(model: PeftModel, use: list[list[float]], removed: int) -> PeftModel
 
 
 @pytest.mark.parametrize("weighting", ["basis", "subspace", "none"])
-def test_the_ladder_equals_models_whose_least_used_dimensions_are_written_over(fact_model, weighting: str) -> None:
+def test_the_ladder_equals_models_whose_least_used_dimensions_are_written_over(
+    fact_model, weighting: str
+) -> None:
     base, tokenizer = fact_model
     found = []
     for n in range(4):
@@ -100,7 +115,9 @@ def test_the_ladder_equals_models_whose_least_used_dimensions_are_written_over(f
         for layer in baft_layers(model) if weighting == "basis" else ():
             layer.baft_gate["default"].weight.data *= 30  # nearly open or nearly closed
         prompt = CAPITALS[n].prompt
-        said = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=8, do_sample=False)[0, -8:]
+        said = model.generate(
+            **tokenizer(prompt, return_tensors="pt"), max_new_tokens=8, do_sample=False
+        )[0, -8:]
         case = Case(Edit(prompt, tokenizer.decode(said)))  # what it says with all of the dimensions
         use, _ = plainly(model, tokenizer, case)
         pair = [(prompt, case.edit.target)]
@@ -110,7 +127,9 @@ def test_the_ladder_equals_models_whose_least_used_dimensions_are_written_over(f
     assert any(len(set(ladder)) > 2 for ladder in found)  # control: not all or nothing
 
 
-def test_the_ladder_leads_from_the_edited_to_the_unedited_model(edited: PeftModel, fact_model: FactModel) -> None:
+def test_the_ladder_leads_from_the_edited_to_the_unedited_model(
+    edited: PeftModel, fact_model: FactModel
+) -> None:
     ladder = removal_ladder(edited, fact_model.tokenizer, CASE)
     assert len(ladder) == 5 and ladder[0] == 1 and ladder[-1] == 0
     pair = [(EDIT.prompt, EDIT.target)]
@@ -133,14 +152,18 @@ def test_a_dimension_that_does_nothing_is_the_first_to_go(fact_model: FactModel)
     assert first[:4] == [kept] * 4
 
 
-def test_the_adapter_is_bit_for_bit_as_before_also_after_an_error(edited: PeftModel, fact_model, monkeypatch) -> None:
+def test_the_adapter_is_bit_for_bit_as_before_also_after_an_error(
+    edited: PeftModel, fact_model, monkeypatch
+) -> None:
     before = {name: tensor.clone() for name, tensor in edited.state_dict().items()}
     hooks = [len(module._forward_hooks) for module in edited.modules()]
     pair = [(EDIT.prompt, EDIT.target)]
     removal_ladder(edited, fact_model.tokenizer, CASE)
 
     def broken(*_: Any, **__: Any) -> None:
-        assert [len(module._forward_hooks) for module in edited.modules()] != hooks  # control: there were some
+        assert [
+            len(module._forward_hooks) for module in edited.modules()
+        ] != hooks  # control: there were some
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -148,7 +171,9 @@ def test_the_adapter_is_bit_for_bit_as_before_also_after_an_error(edited: PeftMo
         with pytest.raises(KeyboardInterrupt):
             removal_ladder(edited, fact_model.tokenizer, CASE)
     after = edited.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
     assert [len(module._forward_hooks) for module in edited.modules()] == hooks
     assert token_match(edited, fact_model.tokenizer, pair) == [1]
 
@@ -157,11 +182,17 @@ def test_the_adapter_is_bit_for_bit_as_before_also_after_an_error(edited: PeftMo
 
 
 @pytest.mark.parametrize(("weighting", "width"), [("basis", 4), ("subspace", 1)])
-def test_mean_gates_equal_the_formula_token_by_token(fact_model: FactModel, weighting: str, width: int) -> None:
+def test_mean_gates_equal_the_formula_token_by_token(
+    fact_model: FactModel, weighting: str, width: int
+) -> None:
     model = random_model(fact_model.base, weighting=weighting)
     found = mean_gates(model, fact_model.tokenizer, CASE)
     assert found["blocks"] == ["model.layers.1", "model.layers.2"]
-    asked = {"edit": [CASE.edit], "generality": CASE.of_kind("generality"), "locality": CASE.of_kind("locality")}
+    asked = {
+        "edit": [CASE.edit],
+        "generality": CASE.of_kind("generality"),
+        "locality": CASE.of_kind("locality"),
+    }
     for kind, questions in asked.items():
         sums, tokens = torch.zeros(2, width), 0
         for question in questions:
@@ -177,20 +208,30 @@ def test_gates_open_on_the_edit_and_stay_closed_elsewhere(fact_model: FactModel)
     found = mean_gates(edited_model(fact_model), fact_model.tokenizer, CASE)
     means = {kind: torch.tensor(found[kind]).mean() for kind in ("edit", "locality")}
     assert means["edit"] > 3 * means["locality"]
-    assert "generality" not in mean_gates(edited_model(fact_model), fact_model.tokenizer, Case(EDIT))
+    assert "generality" not in mean_gates(
+        edited_model(fact_model), fact_model.tokenizer, Case(EDIT)
+    )
 
 
 # who may be asked
 
 
-def test_what_has_no_subspace_is_refused_with_advice_and_passed_over_by_the_bench(fact_model: FactModel) -> None:
+def test_what_has_no_subspace_is_refused_with_advice_and_passed_over_by_the_bench(
+    fact_model: FactModel,
+) -> None:
     base, tokenizer = fact_model
-    lora = get_peft_model(deepcopy(base), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    lora = get_peft_model(
+        deepcopy(base), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    )
     for other in (base, lora):
         for ask in (removal_ladder, mean_gates):
             with pytest.raises(TypeError, match="carries none; load one"):
                 ask(other, tokenizer, CASE)
-        assert METRICS["redundancy"](other, tokenizer, CASE) == METRICS["gates"](other, tokenizer, CASE) == {}
+        assert (
+            METRICS["redundancy"](other, tokenizer, CASE)
+            == METRICS["gates"](other, tokenizer, CASE)
+            == {}
+        )
     reft = random_model(base, weighting="none")
     with pytest.raises(ValueError, match="no gates"):
         mean_gates(reft, tokenizer, CASE)

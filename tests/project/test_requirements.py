@@ -52,8 +52,14 @@ def versions(name: str, python: str) -> dict[str, str]:
 def test_every_dependency_is_pinned_at_its_floor_or_above(python: str) -> None:
     tested = versions("tested.txt", python)
     floors = lock.floors(lock.read_project(), "dev")
-    assert {"torch", "gguf", "matplotlib", "torchao", "pytest", "mypy"} <= set(floors)  # every extra is among them
-    below = {name: tested.get(name) for name in floors if Version(tested.get(name, "0")) < Version(floors[name])}
+    assert {"torch", "gguf", "matplotlib", "torchao", "pytest", "mypy"} <= set(
+        floors
+    )  # every extra is among them
+    below = {
+        name: tested.get(name)
+        for name in floors
+        if Version(tested.get(name, "0")) < Version(floors[name])
+    }
     assert not below
 
 
@@ -79,7 +85,11 @@ def test_an_extra_that_names_others_has_their_floors_and_the_higher_of_two() -> 
     project = {
         "name": "some-package",
         "dependencies": ["torch>=2.6"],
-        "optional-dependencies": {"fast": ["torch>=2.10"], "slow": ["tqdm>=4"], "all": ["some-package[fast,slow]"]},
+        "optional-dependencies": {
+            "fast": ["torch>=2.10"],
+            "slow": ["tqdm>=4"],
+            "all": ["some-package[fast,slow]"],
+        },
     }
     assert lock.floors(project) == {"torch": "2.6"}
     assert lock.floors(project, "all") == {"torch": "2.10", "tqdm": "4"}
@@ -114,7 +124,9 @@ def test_the_files_hold_names_and_versions_alone(name: str) -> None:
 
 
 def test_the_newest_tested_transformers_is_the_one_that_users_are_warned_above() -> None:
-    newest = max((versions("tested.txt", python)["transformers"] for python in PYTHONS), key=Version)
+    newest = max(
+        (versions("tested.txt", python)["transformers"] for python in PYTHONS), key=Version
+    )
     assert newest == TESTED_TRANSFORMERS
 
 
@@ -135,7 +147,9 @@ def test_the_workflow_and_the_script_run_what_the_makefile_offers() -> None:
     assert set(stages.split()) == STAGES
     assert STAGES <= called <= offered
     assert called - STAGES == {"check", "demo", "test-main"}
-    assert "github.event_name == 'schedule'" in workflow.partition("transformers-main:")[2]  # weekly
+    assert (
+        "github.event_name == 'schedule'" in workflow.partition("transformers-main:")[2]
+    )  # weekly
 
 
 def test_the_selection_names_files_that_exist() -> None:
@@ -150,7 +164,10 @@ def test_the_demo_installs_neither_what_the_tests_need_nor_what_quantises() -> N
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     (recipe,) = re.findall(r"^\$\(VENV\)/ready:.*\n\t(.*)", makefile, re.M)
     assert "[gguf]" in recipe
-    demo, everything = lock.floors(lock.read_project(), "gguf"), lock.floors(lock.read_project(), "dev")
+    demo, everything = (
+        lock.floors(lock.read_project(), "gguf"),
+        lock.floors(lock.read_project(), "dev"),
+    )
     assert not {"pytest", "mypy", "torchao", "bitsandbytes", "matplotlib"} & set(demo)
     assert {"pytest", "mypy", "torchao", "bitsandbytes", "matplotlib"} <= set(everything)
 

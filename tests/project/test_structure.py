@@ -21,7 +21,13 @@ LEVELS = [
     {"__init__"},
 ]
 FORBIDDEN = {
-    *(("adapter", "losses"), ("adapter", "data"), ("data", "adapter"), ("losses", "adapter"), ("losses", "data")),
+    *(
+        ("adapter", "losses"),
+        ("adapter", "data"),
+        ("data", "adapter"),
+        ("losses", "adapter"),
+        ("losses", "data"),
+    ),
     ("evaluation", "editing"),
 }
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -61,16 +67,26 @@ def test_nothing_in_the_package_imports_the_command_line() -> None:
 def test_no_file_imports_a_private_name_of_another() -> None:
     private = re.compile(r"^from peft_baft\S* import .*\b_[a-z]", re.M)
     assert private.search("from peft_baft.data import Edit, _hidden")
-    assert not [path.name for path in (*FILES, *COMMAND_LINE_FILES) if private.search(path.read_text())]
+    assert not [
+        path.name for path in (*FILES, *COMMAND_LINE_FILES) if private.search(path.read_text())
+    ]
 
 
 def test_the_import_rule_would_notice_a_violation() -> None:
-    assert level("benchmark") > level("adapter") and "losses" in imported_parts(SOURCE / "editing" / "objective.py")
+    assert level("benchmark") > level("adapter") and "losses" in imported_parts(
+        SOURCE / "editing" / "objective.py"
+    )
 
 
 def test_only_the_command_line_prints() -> None:
-    printing = [path for path in (*FILES, *COMMAND_LINE_FILES) if re.search(r"^\s*print\(", path.read_text(), re.M)]
-    assert printing and {path.relative_to(SOURCE.parent).parts[0] for path in printing} == {"peft_baft_cli"}
+    printing = [
+        path
+        for path in (*FILES, *COMMAND_LINE_FILES)
+        if re.search(r"^\s*print\(", path.read_text(), re.M)
+    ]
+    assert printing and {path.relative_to(SOURCE.parent).parts[0] for path in printing} == {
+        "peft_baft_cli"
+    }
 
 
 def test_every_public_name_is_documented() -> None:

@@ -14,7 +14,9 @@ import pytest
 import peft_baft
 
 SOURCE = Path(peft_baft.__file__).parents[1]
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="needs the package mypy")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("mypy") is None, reason="needs the package mypy"
+)
 
 # Errors inside the packages are their own; what the script does with them is not.
 SETTINGS = """
@@ -69,11 +71,18 @@ def test_a_users_script_passes_mypy_strict_and_each_misuse_is_named(tmp_path: Pa
     """Two scripts in one folder: the second run finds what the first has learned about torch and transformers."""
     assert complaints(tmp_path, SCRIPT) == []
     expected = {
-        (number, line.partition("# ")[2]) for number, line in enumerate(MISUSE.strip().splitlines(), 1) if "# " in line
+        (number, line.partition("# ")[2])
+        for number, line in enumerate(MISUSE.strip().splitlines(), 1)
+        if "# " in line
     }
-    named = [re.match(r"script\.py:(\d+): error: .*\[([\w-]+)\]$", line) for line in complaints(tmp_path, MISUSE)]
+    named = [
+        re.match(r"script\.py:(\d+): error: .*\[([\w-]+)\]$", line)
+        for line in complaints(tmp_path, MISUSE)
+    ]
     assert {(int(match[1]), match[2]) for match in named if match} == expected and all(named)
 
 
 def test_the_packages_say_that_they_are_typed() -> None:
-    assert (SOURCE / "peft_baft" / "py.typed").exists() and (SOURCE / "peft_baft_cli" / "py.typed").exists()
+    assert (SOURCE / "peft_baft" / "py.typed").exists() and (
+        SOURCE / "peft_baft_cli" / "py.typed"
+    ).exists()

@@ -26,7 +26,9 @@ NOT_APPLIED = (
     "A BaFT adapter has balance_weight > 0, but the load balance cannot act on this training: {}. It is added to the loss "
     "that a forward with labels returns, and nowhere else; see docs/training.md."
 )
-WITHOUT_LABELS = "the model is called without labels, as with label smoothing or a loss function of your own"
+WITHOUT_LABELS = (
+    "the model is called without labels, as with label smoothing or a loss function of your own"
+)
 LOSS_UNUSED = "the caller computes its own loss from log-probabilities, as TRL does"
 WITHOUT_GRADIENT = (
     "The gates were computed without gradients, so the regularisers would not act: the model runs its blocks under "
@@ -144,10 +146,13 @@ def _terms(model: nn.Module, recorded: Mapping[Any, RecordedGates], loss: Tensor
         w = gates.w[gates.mask]
         if len(w):
             usage = layer.baft_gate_usage[name].to(w.device)
-            balances.setdefault(name, []).append(load_balance(w, past_sum=usage[:-1], past_count=usage[-1]))
+            balances.setdefault(name, []).append(
+                load_balance(w, past_sum=usage[:-1], past_count=usage[-1])
+            )
             weights[name] = layer.configs[name].balance_weight
     return [
-        weights[name] * rescaled(mean_over_blocks(of_blocks), loss, CEILING) for name, of_blocks in balances.items()
+        weights[name] * rescaled(mean_over_blocks(of_blocks), loss, CEILING)
+        for name, of_blocks in balances.items()
     ]
 
 

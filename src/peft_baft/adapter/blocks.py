@@ -9,7 +9,10 @@ from torch import nn
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.model_call import takes_tokens
 
-PAPER_BLOCKS, PAPER_DEPTH = (9, 18, 24, 28), 32  # counted from 1: Sec. 3.1, for a model of 32 blocks
+PAPER_BLOCKS, PAPER_DEPTH = (
+    (9, 18, 24, 28),
+    32,
+)  # counted from 1: Sec. 3.1, for a model of 32 blocks
 
 
 def default_blocks(depth: int) -> list[int]:
@@ -37,7 +40,9 @@ def find_stack(model: nn.Module, pattern: list[str] | str | None = None) -> str:
     candidates = [name for name, blocks in lists.items() if len(blocks) == depth] or list(lists)
     if not candidates:
         names = [pattern] if isinstance(pattern, str) else pattern
-        wanted = "ModuleList of blocks" if names is None else f"ModuleList named {' or '.join(names)}"
+        wanted = (
+            "ModuleList of blocks" if names is None else f"ModuleList named {' or '.join(names)}"
+        )
         raise ValueError(
             f"{type(model).__name__} has no {wanted}. Name the modules whose output (batch, tokens, d) is to be edited "
             "with target_modules."
@@ -134,7 +139,9 @@ def block_names(model: nn.Module, indices: Any, pattern: list[str] | str | None)
     elif isinstance(indices, int):
         indices = [indices]
     if not indices or any(isinstance(i, bool) or not isinstance(i, int) for i in indices):
-        raise TypeError(f"layers_to_transform must hold block indices (integers from 0), not {indices!r}.")
+        raise TypeError(
+            f"layers_to_transform must hold block indices (integers from 0), not {indices!r}."
+        )
     outside = [i for i in indices if not 0 <= i < depth]
     if outside:
         raise ValueError(

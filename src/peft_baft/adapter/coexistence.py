@@ -39,7 +39,12 @@ def bare_model(model: nn.Module) -> nn.Module:
         is_baft = any(isinstance(config, BaftConfig) for config in model.peft_config.values())
         if not is_baft and not (isinstance(tuner, BaseTuner) and type(tuner).forward in passable):
             names = ", ".join(
-                sorted({str(getattr(config.peft_type, "value", "")) for config in model.peft_config.values()})
+                sorted(
+                    {
+                        str(getattr(config.peft_type, "value", ""))
+                        for config in model.peft_config.values()
+                    }
+                )
             )
             raise ValueError(
                 f"A BaFT adapter cannot stand beside an adapter of type {names}, which acts in its own forward and not in "
@@ -49,9 +54,16 @@ def bare_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def own_modules(model: nn.Module, configs: Iterable[PeftConfig]) -> list[BaftLayer | AuxiliaryTrainingWrapper]:
+def own_modules(
+    model: nn.Module, configs: Iterable[PeftConfig]
+) -> list[BaftLayer | AuxiliaryTrainingWrapper]:
     """Return the BaftLayers of a model, and the wrappers of the modules that BaFT's configs name in `modules_to_save`."""
-    saved = tuple(name for config in configs if isinstance(config, BaftConfig) for name in config.modules_to_save or ())
+    saved = tuple(
+        name
+        for config in configs
+        if isinstance(config, BaftConfig)
+        for name in config.modules_to_save or ()
+    )
     return [
         module
         for name, module in model.named_modules()
@@ -98,14 +110,18 @@ def others_stay(model: nn.Module, own: Iterable[nn.Module], *, warn: bool) -> It
         logger.warning(STILL_TRAINABLE)
 
 
-def require_free(model: nn.Module, targets: Iterable[str], config: BaftConfig, own: Iterable[nn.Module]) -> None:
+def require_free(
+    model: nn.Module, targets: Iterable[str], config: BaftConfig, own: Iterable[nn.Module]
+) -> None:
     """Raise a ValueError if the config names modules that another PEFT method has replaced."""
     of_baft = set(own)
     saved = tuple(config.modules_to_save or ())
     targets = set(targets)
     for name, module in model.named_modules():
         named = name in targets or (bool(saved) and name.endswith(saved))
-        replaced = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and module not in of_baft
+        replaced = (
+            isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and module not in of_baft
+        )
         if named and replaced:
             raise ValueError(
                 f"{name} belongs to an adapter of another PEFT method ({type(module).__name__}), so a BaFT adapter can "
@@ -113,7 +129,9 @@ def require_free(model: nn.Module, targets: Iterable[str], config: BaftConfig, o
             )
 
 
-def merged_configs(registered: Mapping[str, PeftConfig], of_baft: Mapping[str, PeftConfig]) -> dict[str, PeftConfig]:
+def merged_configs(
+    registered: Mapping[str, PeftConfig], of_baft: Mapping[str, PeftConfig]
+) -> dict[str, PeftConfig]:
     """Return the configs to register on a base model, which PEFT and transformers read as its `peft_config`.
 
     A new dictionary: other tuners and PeftModels hold the one that was there, and would take BaFT's adapters for theirs.
@@ -122,5 +140,7 @@ def merged_configs(registered: Mapping[str, PeftConfig], of_baft: Mapping[str, P
         registered: what is registered so far, by all methods.
         of_baft: BaFT's adapters. Where another method's adapter has the same name, that one stays registered.
     """
-    others = {name: config for name, config in registered.items() if not isinstance(config, BaftConfig)}
+    others = {
+        name: config for name, config in registered.items() if not isinstance(config, BaftConfig)
+    }
     return {**of_baft, **others}

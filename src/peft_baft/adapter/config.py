@@ -63,19 +63,27 @@ class BaftConfig(PeftConfig):
     """
 
     r: int = field(default=12, metadata={"help": "Rank of the edited subspace."})
-    prompt_positions: int = field(default=3, metadata={"help": "How many of the last prompt tokens are edited."})
+    prompt_positions: int = field(
+        default=3, metadata={"help": "How many of the last prompt tokens are edited."}
+    )
     weighting: str = field(default="basis", metadata={"help": f"One of {', '.join(WEIGHTINGS)}."})
     gate_norm: str = field(default="rms", metadata={"help": f"One of {', '.join(GATE_NORMS)}."})
     gate_bias: bool = field(default=False, metadata={"help": "Whether each gate has a bias."})
-    gate_offset: float = field(default=-5.0, metadata={"help": "Constant of every gate's logit; 0 starts half open."})
+    gate_offset: float = field(
+        default=-5.0, metadata={"help": "Constant of every gate's logit; 0 starts half open."}
+    )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Blocks edited at their output, from 0; default: 9;18;24;28 of 32, scaled."}
+        default=None,
+        metadata={
+            "help": "Blocks edited at their output, from 0; default: 9;18;24;28 of 32, scaled."
+        },
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the ModuleList that holds the blocks."}
     )
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names or a regular expression of the modules whose output is edited."}
+        default=None,
+        metadata={"help": "Names or a regular expression of the modules whose output is edited."},
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names or a regular expression of modules to pass over."}
@@ -84,13 +92,21 @@ class BaftConfig(PeftConfig):
         default=None, metadata={"help": "Modules besides the adapter that are trained and saved."}
     )
     balance_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the gates' load balance in the loss that the model returns."}
+        default=0.0,
+        metadata={"help": "Weight of the gates' load balance in the loss that the model returns."},
     )
-    init_weights: bool = field(default=True, metadata={"help": "True starts at the identity; False is for tests."})
-    hidden_size: int | None = field(default=None, metadata={"help": "Width of the edited vectors, filled in."})
-    requires: str = field(default="peft_baft", metadata={"help": "The package to import before loading."})
+    init_weights: bool = field(
+        default=True, metadata={"help": "True starts at the identity; False is for tests."}
+    )
+    hidden_size: int | None = field(
+        default=None, metadata={"help": "Width of the edited vectors, filled in."}
+    )
+    requires: str = field(
+        default="peft_baft", metadata={"help": "The package to import before loading."}
+    )
     baft_format: int | None = field(
-        default=None, metadata={"help": "Number of the saved format; leave empty for this version's."}
+        default=None,
+        metadata={"help": "Number of the saved format; leave empty for this version's."},
     )
 
     def __post_init__(self) -> None:
@@ -119,9 +135,13 @@ class BaftConfig(PeftConfig):
 
     def _require_values_in_range(self) -> None:
         if not -LARGEST_OFFSET <= self.gate_offset <= LARGEST_OFFSET:
-            raise ValueError(f"gate_offset must be between ±{LARGEST_OFFSET:g}, not {self.gate_offset}.")
+            raise ValueError(
+                f"gate_offset must be between ±{LARGEST_OFFSET:g}, not {self.gate_offset}."
+            )
         if not 0 <= self.balance_weight < float("inf"):
-            raise ValueError(f"balance_weight must be a finite number of at least 0, not {self.balance_weight}.")
+            raise ValueError(
+                f"balance_weight must be a finite number of at least 0, not {self.balance_weight}."
+            )
         if self.balance_weight and self.gate_count < 2:
             raise ValueError(
                 f"balance_weight={self.balance_weight} balances several gates, but weighting={self.weighting!r} has "
@@ -129,7 +149,9 @@ class BaftConfig(PeftConfig):
             )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
         """Read a config as PEFT does, and check the weights beside it, so that damage is found before a model is touched.
 
         Raises:
@@ -137,7 +159,9 @@ class BaftConfig(PeftConfig):
         """
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
         try:
-            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+            config = super().from_pretrained(
+                pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+            )
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{folder / CONFIG_NAME} cannot be used: {error}") from error
         if isinstance(config, cls):
@@ -151,9 +175,13 @@ class BaftConfig(PeftConfig):
         """Download the weights of an adapter on the Hub, and return their folder; PEFT will find them there."""
         download_arguments = cls._split_kwargs(kwargs)[0]
         try:
-            return Path(hf_hub_download(name, WEIGHTS, subfolder=subfolder, **download_arguments)).parent
+            return Path(
+                hf_hub_download(name, WEIGHTS, subfolder=subfolder, **download_arguments)
+            ).parent
         except (OSError, ValueError) as error:
-            raise ValueError(f"{WEIGHTS} of {name}, the one format that is read, cannot be had: {error}") from error
+            raise ValueError(
+                f"{WEIGHTS} of {name}, the one format that is read, cannot be had: {error}"
+            ) from error
 
     @property
     def gate_count(self) -> int:
@@ -163,7 +191,14 @@ class BaftConfig(PeftConfig):
     @property
     def forward_settings(self) -> tuple:
         """All settings that a forward depends on: adapters that agree in these can be computed together."""
-        return (self.r, self.prompt_positions, self.weighting, self.gate_norm, self.gate_bias, self.gate_offset)
+        return (
+            self.r,
+            self.prompt_positions,
+            self.weighting,
+            self.gate_norm,
+            self.gate_bias,
+            self.gate_offset,
+        )
 
 
 def _readable_format(number: object, comes_from_a_file: bool) -> int:
@@ -205,7 +240,9 @@ def _is_of_type(value: object, type_: Any) -> bool:
         return any(_is_of_type(value, option) for option in get_args(type_))
     if get_origin(type_) is list:
         (type_of_items,) = get_args(type_)
-        return isinstance(value, (list, tuple, set)) and all(_is_of_type(item, type_of_items) for item in value)
+        return isinstance(value, (list, tuple, set)) and all(
+            _is_of_type(item, type_of_items) for item in value
+        )
     if isinstance(value, bool):  # to Python, a bool is an int
         return type_ is bool
     return isinstance(value, (int, float) if type_ is float else type_)

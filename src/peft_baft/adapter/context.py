@@ -28,7 +28,10 @@ WITHOUT_PROMPT_LENGTHS = (
     "prompt_positions tokens are edited. State where prompts end, with model(..., prompt_lengths=...) or "
     "`with peft_baft.prompt_lengths(model, lengths):`."
 )
-GENERATION = ("generate", "init_continuous_batching")  # methods of the base model that the context stands in for
+GENERATION = (
+    "generate",
+    "init_continuous_batching",
+)  # methods of the base model that the context stands in for
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,9 @@ class EditContext:
         self._thread = threading.local()
         self._last_training_forward: CurrentForward | None = None
         self._training_threads: set[int] = set()
-        self._manager: Any = None  # of transformers' continuous batching, which runs in a thread of its own
+        self._manager: Any = (
+            None  # of transformers' continuous batching, which runs in a thread of its own
+        )
         self.prepared: Any = None  # what edits of this model share, such as packed weights; editing/ knows what it is
         self._warned = False
         self._model: Any = model
@@ -176,7 +181,9 @@ class EditContext:
             )
         return self._last_training_forward
 
-    def mask(self, relative_positions: Tensor | None, hidden: Tensor, prompt_positions: int) -> Tensor | None:
+    def mask(
+        self, relative_positions: Tensor | None, hidden: Tensor, prompt_positions: int
+    ) -> Tensor | None:
         """Return which vectors of `hidden` (batch, tokens, d) an adapter edits: (batch, tokens) bool, or None for all.
 
         Raises:
@@ -246,7 +253,9 @@ class EditContext:
         self._manager = manager
         return manager
 
-    def _begin_generation(self, args: tuple, kwargs: dict[str, Any], lengths: Any) -> Generation | None:
+    def _begin_generation(
+        self, args: tuple, kwargs: dict[str, Any], lengths: Any
+    ) -> Generation | None:
         """Note where the prompt of a call of `generate` lies; None where it gets no tokens."""
         call = model_call.read_generate_call(args, kwargs)
         if call.prompt is None:
@@ -264,13 +273,16 @@ class EditContext:
         if real is None:
             real = torch.ones(call.prompt.shape[:2], device=call.prompt.device)
         return Generation(
-            GenerationSpan.of_prompt(real.bool(), int(cached), self._passed_or_stated(lengths)), int(cached)
+            GenerationSpan.of_prompt(real.bool(), int(cached), self._passed_or_stated(lengths)),
+            int(cached),
         )
 
     def _passed_or_stated(self, passed: Any) -> Tensor | None:
         return self.stated_lengths if passed is None else integer_lengths(passed)
 
-    def _read_model_call(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _read_model_call(
+        self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
         """Before the base model's forward: take what its stack of blocks will not be told, labels and prompt lengths."""
         self._labels = model_call.read_labels(self._model_arguments, args, kwargs)
         self._passed_lengths = kwargs.get("prompt_lengths")
@@ -294,14 +306,18 @@ class EditContext:
         self._has_run = True
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._training_threads.add(threading.get_ident())
-            self._last_training_forward = CurrentForward(self.relative_positions, self.row_adapters, self.recorded)
+            self._last_training_forward = CurrentForward(
+                self.relative_positions, self.row_adapters, self.recorded
+            )
 
     def _positions_of_requests(self, call: StackCall) -> Tensor:
         """Return the relative positions of one continuous batch, (1, tokens)."""
         positions = call.position_ids
         if positions is None:
             raise NotImplementedError(model_call.CONTINUOUS_BATCHING)
-        lengths = model_call.prompt_lengths_of_requests(self._manager, positions.shape[1], positions.device)
+        lengths = model_call.prompt_lengths_of_requests(
+            self._manager, positions.shape[1], positions.device
+        )
         return positions - lengths
 
     def _positions_in_generate(self, call: StackCall, generation: Generation) -> Tensor:
@@ -312,7 +328,9 @@ class EditContext:
             generation.seen = past + width
         return generation.span.relative_positions(past, rows, width)
 
-    def _positions_of_forward(self, call: StackCall, labels: Tensor | None, lengths: Tensor | None) -> Tensor:
+    def _positions_of_forward(
+        self, call: StackCall, labels: Tensor | None, lengths: Tensor | None
+    ) -> Tensor:
         """Return the relative positions, (rows, tokens), of a forward outside `generate`."""
         rows, width = call.tokens.shape[:2]
         prompt_ends_are_known = labels is not None or lengths is not None
@@ -321,7 +339,9 @@ class EditContext:
         positions = call.position_ids
         # Position ids may begin several sequences in one row, but only where no cache precedes them.
         cache_is_empty = isinstance(past, int) and past == 0
-        may_be_packed = positions is not None and positions.shape == (rows, width) and cache_is_empty
+        may_be_packed = (
+            positions is not None and positions.shape == (rows, width) and cache_is_empty
+        )
         one_label_a_token = labels is not None and labels.shape == (rows, width)
         return relative_positions_of_input(
             real,

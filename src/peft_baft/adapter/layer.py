@@ -83,7 +83,9 @@ class BaftLayer(nn.Module, BaseTunerLayer):
     def get_base_layer(self) -> nn.Module:
         return self._block[0]
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
         """Return device and dtype of the first of the block's own weights that is not quantised; None where there is none.
 
         Quantised weights may be stored under a dtype that nothing is computed in.
@@ -95,14 +97,18 @@ class BaftLayer(nn.Module, BaseTunerLayer):
                 return weight.device, weight.dtype
         return None, None
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
         """Move an adapter to its block's device, its parameters to the block's dtype. The gates' usage stays in float32."""
         device_of_block, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         device = device_of_block if device is None else device
         if device is None or device.type == "meta":
             return
         for container in (self.baft_basis, self.baft_source, self.baft_gate):
-            if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
+            if adapter_name in container and not any(
+                p.is_meta for p in container[adapter_name].parameters()
+            ):
                 container[adapter_name].to(device, dtype)
         if adapter_name in self.baft_gate_usage:
             self.baft_gate_usage[adapter_name] = self.baft_gate_usage[adapter_name].to(device)
@@ -134,11 +140,18 @@ class BaftLayer(nn.Module, BaseTunerLayer):
                 f"{len(row_adapters)} and {hidden.shape[0]} respectively."
             )
         present = [name for name in dict.fromkeys(row_adapters) if name in self.configs]
-        rows_are_sequences = hidden.ndim == 3  # else a row is one vector, of a model that does not take tokens
-        groups = self._stackable_groups(present) if rows_are_sequences else [[name] for name in present]
+        rows_are_sequences = (
+            hidden.ndim == 3
+        )  # else a row is one vector, of a model that does not take tokens
+        groups = (
+            self._stackable_groups(present) if rows_are_sequences else [[name] for name in present]
+        )
         edited_rows, edited_hidden = [], []
         for group in groups:
-            rows_of = {name: [i for i, of_row in enumerate(row_adapters) if of_row == name] for name in group}
+            rows_of = {
+                name: [i for i, of_row in enumerate(row_adapters) if of_row == name]
+                for name in group
+            }
             rows = torch.tensor(list(chain.from_iterable(rows_of.values())), device=hidden.device)
             prompt_positions = self.configs[group[0]].prompt_positions
             mask = self.context.mask(call.relative_positions, hidden, prompt_positions)
@@ -154,7 +167,9 @@ class BaftLayer(nn.Module, BaseTunerLayer):
             edited_hidden.append(hidden_of_group + change)
         if not edited_rows:
             return hidden
-        return hidden.index_copy(0, torch.cat(edited_rows), torch.cat(edited_hidden).to(hidden.dtype))
+        return hidden.index_copy(
+            0, torch.cat(edited_rows), torch.cat(edited_hidden).to(hidden.dtype)
+        )
 
     def _stackable_groups(self, names: Iterable[str]) -> list[list[str]]:
         """Group the adapters whose parameters can be stacked: those of the same settings, dtype and device."""
@@ -202,7 +217,9 @@ class BaftLayer(nn.Module, BaseTunerLayer):
             counts: the adapters, in the order of their rows in `hidden`, and how many rows each has.
         """
         lengths = list(counts.values())
-        adapter_of_row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(hidden.device)
+        adapter_of_row = torch.repeat_interleave(
+            torch.arange(len(lengths)), torch.tensor(lengths)
+        ).to(hidden.device)
         sources = [self.baft_source[name] for name in counts]
         bases = [self.baft_basis[name] for name in counts]
         gates = [self.baft_gate[name] for name in counts if name in self.baft_gate]
@@ -255,7 +272,9 @@ def _keep_4bit_as_loaded(model: nn.Module) -> list[Any]:
     Returns:
         The layers, for `detach` to let them pack again.
     """
-    layers: list[Any] = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    layers: list[Any] = [
+        module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)
+    ]
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
         state: Any = getattr(layer.weight, "quant_state", None)

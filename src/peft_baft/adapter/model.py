@@ -39,18 +39,28 @@ class BaftModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def __init__(
-        self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], adapter_name: str, **kwargs: Any
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        **kwargs: Any,
     ) -> None:
         inner_model = bare_model(model)
         registered: dict[str, PeftConfig] = getattr(inner_model, "peft_config", {})
         namesake = registered.get(adapter_name)
-        if isinstance(peft_config, PeftConfig) and namesake is not None and not isinstance(namesake, BaftConfig):
+        if (
+            isinstance(peft_config, PeftConfig)
+            and namesake is not None
+            and not isinstance(namesake, BaftConfig)
+        ):
             # transformers' own loading throws the tuner away, and then tells adapters apart by their names alone.
             raise ValueError(
                 f"The model has an adapter {adapter_name!r} of type {namesake.peft_type} already; choose another adapter_name."
             )
         super().__init__(inner_model, peft_config, adapter_name, **kwargs)
-        earlier = {name: config for name, config in registered.items() if isinstance(config, BaftConfig)}
+        earlier = {
+            name: config for name, config in registered.items() if isinstance(config, BaftConfig)
+        }
         self.peft_config: dict[str, PeftConfig] = {**earlier, **self.peft_config}
         self._outer_model = [model]  # what `unload` returns; in a list, so as not to become a child
         self._register_on_base(registered)
@@ -118,7 +128,9 @@ class BaftModel(BaseTuner):
         require_adapter_name(adapter_name, current_key)
         layer = target._modules.get(CHILD)
         if layer is None:
-            context = find_context(self.model) or EditContext(self.model, stack_owner(self.model, current_key))
+            context = find_context(self.model) or EditContext(
+                self.model, stack_owner(self.model, current_key)
+            )
             layer = BaftLayer(target, current_key, context)
             target.add_module(CHILD, layer)
             layer._active_adapter = list(self.active_adapters)
@@ -140,7 +152,11 @@ class BaftModel(BaseTuner):
         unknown = sorted({n for n in names if n != "__base__"} - set(self.peft_config))
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
+        beams = (
+            kwargs.get("num_beams")
+            or getattr(kwargs.get("generation_config"), "num_beams", None)
+            or 1
+        )
         names_of_rows = [name for name in names for _ in range(beams)]
         context = find_context(self.model)
         assert context is not None, "a BaftModel has at least one edited block"
@@ -153,7 +169,9 @@ class BaftModel(BaseTuner):
         for module in self.own_modules():
             module.enable_adapters(enabled)
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
         for module in self.own_modules():
             module.set_requires_grad(adapter_names, requires_grad)
 
@@ -186,9 +204,13 @@ class BaftModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in baft_layers(self.model):
-            cast_adapter_dtype(layer, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+            cast_adapter_dtype(
+                layer, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
+            )
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Attach an adapter as PEFT does, but leave the `requires_grad` flags of other methods' adapters alone."""
         if kwargs.get("state_dict"):
             # PEFT takes for the target what stands before the prefix in a tensor's name: leave our child's name out of it.
@@ -196,7 +218,9 @@ class BaftModel(BaseTuner):
                 name.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): tensor
                 for name, tensor in kwargs["state_dict"].items()
             }
-        earlier_configs = [config for name, config in self.peft_config.items() if name != adapter_name]
+        earlier_configs = [
+            config for name, config in self.peft_config.items() if name != adapter_name
+        ]
         earlier = own_modules(model, earlier_configs)
         with others_stay(model, earlier, warn=not self.peft_config[adapter_name].inference_mode):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -213,20 +237,28 @@ class BaftModel(BaseTuner):
             context.detach()
         detach_balance(self.model)
         for wrapper in wrappers:
-            self._replace_everywhere(wrapper, wrapper.unload_and_optionally_merge_module(False, False, None))
-        self._set_configs_on_base(merged_configs(getattr(self.model, "peft_config", {}), of_baft={}))
+            self._replace_everywhere(
+                wrapper, wrapper.unload_and_optionally_merge_module(False, False, None)
+            )
+        self._set_configs_on_base(
+            merged_configs(getattr(self.model, "peft_config", {}), of_baft={})
+        )
         return self._outer_model[0]
 
     def _replace_everywhere(self, module: nn.Module, by: nn.Module) -> None:
         """Put another module in the place of one, or in all its places where it is shared (as tied embeddings are)."""
-        places = [name for name, one in self.model.named_modules(remove_duplicate=False) if one is module]
+        places = [
+            name for name, one in self.model.named_modules(remove_duplicate=False) if one is module
+        ]
         for parent, _, child in (name.rpartition(".") for name in places):
             setattr(self.model.get_submodule(parent), child, by)
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(CANNOT_MERGE)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
         raise NotImplementedError(CANNOT_MERGE)
 
     def unmerge_adapter(self) -> None:
@@ -236,7 +268,9 @@ class BaftModel(BaseTuner):
         raise NotImplementedError(CANNOT_WEIGHT)
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """Return our own tensors alone: PEFT would add those of an unmerged LoRA on the same model."""
         state = super()._get_adapter_state_dict(model, *args, **kwargs)
         return {name: tensor for name, tensor in state.items() if f"{CHILD}.{cls.prefix}" in name}
@@ -246,7 +280,9 @@ class BaftModel(BaseTuner):
         cls, model: nn.Module, config: BaftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Rename tensors as PEFT does, and check that they are this adapter whole."""
-        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        renamed = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
         check_tensors(_expected_shapes(model, adapter_name), renamed, "the adapter's file")
         return renamed
 
@@ -294,4 +330,6 @@ def prompt_lengths(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterato
 def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
     """Return names and shapes of an attached adapter's tensors, as PEFT names them in memory."""
     of_adapter = re.compile(rf"\.{CHILD}\.baft_[a-z_]+\.{re.escape(adapter_name)}(\.[a-z]+)?$")
-    return {name: tensor.shape for name, tensor in model.state_dict().items() if of_adapter.search(name)}
+    return {
+        name: tensor.shape for name, tensor in model.state_dict().items() if of_adapter.search(name)
+    }

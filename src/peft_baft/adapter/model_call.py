@@ -24,9 +24,17 @@ from transformers import Cache
 from peft_baft.span import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
-TESTED_TRANSFORMERS = "5.24.0"  # the newest that the tests have passed with, as requirements/tested.txt has it
-MEMORY_NAMES = re.compile(r"(^|_)(past|cache|mems|state)(_|$)")  # as in `past_buckets_states`, `cache_params`
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # in the order in which a signature is searched
+TESTED_TRANSFORMERS = (
+    "5.24.0"  # the newest that the tests have passed with, as requirements/tested.txt has it
+)
+MEMORY_NAMES = re.compile(
+    r"(^|_)(past|cache|mems|state)(_|$)"
+)  # as in `past_buckets_states`, `cache_params`
+CACHE_NAMES = (
+    "cache",
+    "past_key_values",
+    "cache_params",
+)  # in the order in which a signature is searched
 PAGED = "PagedAttentionCache"  # the cache of continuous batching, which is no `Cache`
 CONTINUOUS_BATCHING = (
     "Continuous batching with a BaFT adapter needs transformers 5.23 or later, a manager that was made after the "
@@ -129,7 +137,9 @@ class GenerateCall:
     guided: bool  # by a second, unconditional prompt (classifier-free guidance)
 
 
-def read_stack_call(signature: StackSignature, args: tuple, kwargs: Mapping[str, Any]) -> StackCall | None:
+def read_stack_call(
+    signature: StackSignature, args: tuple, kwargs: Mapping[str, Any]
+) -> StackCall | None:
     """Read a call of the stack of decoder blocks; None where it gets no sequence of tokens.
 
     Tokens are `input_ids` or `inputs_embeds`, else the first argument if it holds integers. The memory is the argument that is
@@ -177,14 +187,18 @@ class TrainingCall:
     loss_unused: bool
 
 
-def read_training_call(names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]) -> TrainingCall:
+def read_training_call(
+    names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]
+) -> TrainingCall:
     """Read what concerns the loss in a call of the causal language model, whose parameters are `names`."""
     given = bind(names, args, kwargs)
     labels, shifted = given.get("labels"), given.get("shift_labels")
     predicted = None
     if labels is not None:
         predicted = ((labels[..., 1:] if shifted is None else shifted) != IGNORED_LABEL).sum()
-    return TrainingCall(labels, predicted, given.get("num_items_in_batch"), bool(given.get("fused_lm_head")))
+    return TrainingCall(
+        labels, predicted, given.get("num_items_in_batch"), bool(given.get("fused_lm_head"))
+    )
 
 
 def loss_of(output: Any) -> Tensor | None:
@@ -256,7 +270,12 @@ def _two_dimensional(given: Mapping[str, Any], name: str, part: str) -> Tensor |
         return value if isinstance(value, Tensor) and value.ndim == 2 else None
     others = []
     for other, value in given.items():
-        if part in other and isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():
+        if (
+            part in other
+            and isinstance(value, Tensor)
+            and value.ndim == 2
+            and not value.is_floating_point()
+        ):
             others.append(value)
     return others[0] if len(others) == 1 else None
 
@@ -339,15 +358,23 @@ def columns_before_in_generate(model: nn.Module, call: StackCall, seen: int) -> 
         UnknownPositionError: the cache, the mask and the forwards so far contradict each other.
     """
     _require_one_memory(model, call)
-    counted, masked, width = cached_columns(call.memory), _masked_columns(call), call.tokens.shape[1]
+    counted, masked, width = (
+        cached_columns(call.memory),
+        _masked_columns(call),
+        call.tokens.shape[1],
+    )
     if call.memory is None:
         if masked:
             raise UnknownPositionError(model, _hidden(call, masked), STATE_THE_CACHE)
         if seen and width <= seen:
             what = f"inside generate() it got {width} new tokens after {seen} others, and no cache that holds those"
-            raise UnknownPositionError(model, what, "Pass use_cache=False, which computes every token at each step.")
+            raise UnknownPositionError(
+                model, what, "Pass use_cache=False, which computes every token at each step."
+            )
         return 0
-    if isinstance(counted, Tensor):  # a static cache: comparing would wait for the device, and break a compiled graph
+    if isinstance(
+        counted, Tensor
+    ):  # a static cache: comparing would wait for the device, and break a compiled graph
         return counted
     if counted is not None and masked in (None, counted):
         return counted
@@ -357,14 +384,22 @@ def columns_before_in_generate(model: nn.Module, call: StackCall, seen: int) -> 
     if masked in (None, seen):
         return seen
     raise UnknownPositionError(
-        model, _contradiction(call, counted, masked), "Pass use_cache=False, which computes every token at each step."
+        model,
+        _contradiction(call, counted, masked),
+        "Pass use_cache=False, which computes every token at each step.",
     )
 
 
 def _require_one_memory(model: nn.Module, call: StackCall) -> None:
     if call.memories > 1:
-        raise UnknownPositionError(model, f"{call.memories} caches were passed at once", "Pass one of them.")
-    if isinstance(call.memory, (tuple, list)) and call.memory and isinstance(call.memory[0], (tuple, list)):
+        raise UnknownPositionError(
+            model, f"{call.memories} caches were passed at once", "Pass one of them."
+        )
+    if (
+        isinstance(call.memory, (tuple, list))
+        and call.memory
+        and isinstance(call.memory[0], (tuple, list))
+    ):
         raise UnknownPositionError(
             model,
             "the cache is a tuple of tensors, a form that transformers gave up",
@@ -385,9 +420,7 @@ def _is_static(memory: Any) -> bool:
 
 
 STATE_THE_CACHE = "Pass the cache that holds the earlier tokens as an argument, and a mask over them and the new ones."
-USE_GENERATE = (
-    "Use generate(), or pass a 2-D attention_mask that covers the earlier tokens as well, or use_cache=False."
-)
+USE_GENERATE = "Use generate(), or pass a 2-D attention_mask that covers the earlier tokens as well, or use_cache=False."
 
 
 def _hidden(call: StackCall, masked: int) -> str:
@@ -422,7 +455,9 @@ def takes_position_ids(model: nn.Module) -> bool:
 
 def takes_tokens(module: nn.Module) -> bool:
     """Whether a module is called with token ids or their embeddings."""
-    return not {"input_ids", "inputs_embeds"}.isdisjoint(inspect.signature(module.forward).parameters)
+    return not {"input_ids", "inputs_embeds"}.isdisjoint(
+        inspect.signature(module.forward).parameters
+    )
 
 
 def cache_parameter(model: nn.Module) -> str:
@@ -438,10 +473,14 @@ def cache_parameter(model: nn.Module) -> str:
     for name, parameter in parameters.items():
         if re.search(r"\bCache\b", str(parameter.annotation)):
             return name
-    raise NotImplementedError(f"{type(model).__name__}.forward has no parameter that takes a cache.")
+    raise NotImplementedError(
+        f"{type(model).__name__}.forward has no parameter that takes a cache."
+    )
 
 
-def call_with_cache(model: Any, base: nn.Module, inputs: Mapping[str, Any], cache: Any = None) -> tuple[Tensor, Any]:
+def call_with_cache(
+    model: Any, base: nn.Module, inputs: Mapping[str, Any], cache: Any = None
+) -> tuple[Tensor, Any]:
     """Call a model so that it reads its cache, or makes one, and adds the new tokens to it.
 
     Args:
@@ -539,12 +578,18 @@ def prompt_lengths_of_requests(manager: Any, width: int, device: torch.device) -
         NotImplementedError: the manager does not tell which token belongs to which request.
     """
     processor = getattr(manager, "batch_processor", None)
-    requests: Sequence[Any] = getattr(getattr(processor, "inputs_and_outputs", None), "requests_in_batch", ())
-    pieces = torch.tensor([request.query_length for request in requests], dtype=torch.long, device=device)
+    requests: Sequence[Any] = getattr(
+        getattr(processor, "inputs_and_outputs", None), "requests_in_batch", ()
+    )
+    pieces = torch.tensor(
+        [request.query_length for request in requests], dtype=torch.long, device=device
+    )
     if pieces.sum() != width:
         raise NotImplementedError(CONTINUOUS_BATCHING)
     prompts = []
     for request in requests:
-        state = request.state  # one that was put out of the cache takes its answer for more of its prompt
+        state = (
+            request.state
+        )  # one that was put out of the cache takes its answer for more of its prompt
         prompts.append(state._true_initial_tokens or len(state.initial_tokens))
     return torch.tensor(prompts, device=device).repeat_interleave(pieces)

@@ -21,7 +21,9 @@ class OrthonormalBasis(nn.Module):
     def __init__(self, r: int, d: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(r, d))
-        self._cached: tuple[tuple, Tensor] | None = None  # a state of the weight, and R of that state
+        self._cached: tuple[tuple, Tensor] | None = (
+            None  # a state of the weight, and R of that state
+        )
         if self.weight.device.type != "meta":
             nn.init.orthogonal_(self.weight)
 
@@ -110,7 +112,9 @@ class Gate(nn.Module):
         super().__init__()
         self.norm, self.offset = config.gate_norm, config.gate_offset
         self.shared = WEIGHTINGS[config.weighting].has_shared_gate
-        spread = 0.1 if config.init_weights else 5.0  # of the logits, for a vector of unit root mean square
+        spread = (
+            0.1 if config.init_weights else 5.0
+        )  # of the logits, for a vector of unit root mean square
         shapes: dict[str, Any] = gate_shapes(config, d)
         self.weight = nn.Parameter(torch.randn(shapes["weight"]) * spread * d**-0.5)
         self.bias = nn.Parameter(torch.zeros(shapes["bias"])) if "bias" in shapes else None
@@ -121,13 +125,17 @@ class Gate(nn.Module):
         """Return w(h), each in [0, 1]."""
         gate_norm = GATE_NORMS[self.norm]
         learned = [getattr(self, name) for name in gate_norm.learned_vectors]
-        return gates(gate_norm.apply(h, *learned), self.weight, self.bias, self.offset, shared=self.shared)
+        return gates(
+            gate_norm.apply(h, *learned), self.weight, self.bias, self.offset, shared=self.shared
+        )
 
 
 def stacked_parameters(modules: Sequence[nn.Module], index: Tensor) -> dict[str, Tensor]:
     """Stack the parameters of modules of the same shape, one row for each of `index`, with gradients to the modules' own."""
     parameters = [dict(module.named_parameters()) for module in modules]
-    return {name: torch.stack([of_one[name] for of_one in parameters])[index] for name in parameters[0]}
+    return {
+        name: torch.stack([of_one[name] for of_one in parameters])[index] for name in parameters[0]
+    }
 
 
 def stacked_bases(bases: Sequence[Any]) -> Tensor:

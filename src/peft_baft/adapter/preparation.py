@@ -17,7 +17,9 @@ from peft_baft.adapter.parameters import GATE_NORMS
 from peft_baft.adapter.supported import require_decoder, require_editable
 
 
-def prepare_config(model: nn.Module, config: BaftConfig, earlier: Iterable[PeftConfig]) -> BaftConfig:
+def prepare_config(
+    model: nn.Module, config: BaftConfig, earlier: Iterable[PeftConfig]
+) -> BaftConfig:
     """Spell out in a config which modules are edited, so that the saved config depends on no default.
 
     Args:
@@ -28,7 +30,9 @@ def prepare_config(model: nn.Module, config: BaftConfig, earlier: Iterable[PeftC
     """
     require_decoder(model)
     if config.target_modules is None:
-        config.target_modules = block_names(model, config.layers_to_transform, config.layers_pattern)
+        config.target_modules = block_names(
+            model, config.layers_to_transform, config.layers_pattern
+        )
     absent = missing_targets(model, config)
     if absent:
         raise ValueError(
@@ -66,7 +70,12 @@ def require_adapter_name(name: str, block_name: str) -> None:
 
     PEFT tells adapters apart by searching for their names in the names of parameters, and loses tensors where one matches.
     """
-    taken = {*block_name.split("."), CHILD, *BaftLayer.adapter_layer_names, *BaftLayer.other_param_names}
+    taken = {
+        *block_name.split("."),
+        CHILD,
+        *BaftLayer.adapter_layer_names,
+        *BaftLayer.other_param_names,
+    }
     taken |= {"base_model", "model", "weight", "bias"}
     taken |= {vector for gate_norm in GATE_NORMS.values() for vector in gate_norm.learned_vectors}
     if name in taken:
@@ -98,14 +107,20 @@ def _fit_width(config: BaftConfig, widths: Mapping[str, int], model: nn.Module) 
         config.hidden_size = next(iter(widths.values()))
 
 
-def _require_saved_shapes(shapes: Mapping[str, tuple[int, ...]], widths: Mapping[str, int], model: nn.Module) -> None:
+def _require_saved_shapes(
+    shapes: Mapping[str, tuple[int, ...]], widths: Mapping[str, int], model: nn.Module
+) -> None:
     """Raise a ValueError unless a model can take tensors of these names and shapes.
 
     This is checked before the model is touched: PEFT would first attach the adapter.
     """
-    tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    tensors = chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
     # A module that an earlier adapter saves is wrapped by PEFT, and the model's own tensors then lie one name deeper.
-    of_model = {name.replace(".original_module.", "."): tuple(tensor.shape) for name, tensor in tensors}
+    of_model = {
+        name.replace(".original_module.", "."): tuple(tensor.shape) for name, tensor in tensors
+    }
     for name, shape in shapes.items():
         block, _, part = name.rpartition(f".{CHILD}.baft_")
         if block:

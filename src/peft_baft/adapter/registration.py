@@ -29,7 +29,10 @@ def _member(name: str) -> PeftType:
         PeftType._member_map_[name] = member
         PeftType._value2member_map_[name] = member
     member = PeftType.__members__[name]
-    if not (PeftType(name) is PeftType[name] is getattr(PeftType, name) is member and member in list(PeftType)):
+    if not (
+        PeftType(name) is PeftType[name] is getattr(PeftType, name) is member
+        and member in list(PeftType)
+    ):
         raise ImportError(
             f"peft_baft cannot add {name} to peft.PeftType on this combination of Python and PEFT versions."
         )
@@ -53,5 +56,9 @@ def register(config_cls: type, model_cls: type) -> None:
             f"peft already has a method named BAFT ({known.__module__}); use that one or remove peft_baft."
         )
     register_peft_method(
-        name="baft", config_cls=config_cls, model_cls=model_cls, prefix="baft_", is_mixed_compatible=False
+        name="baft",
+        config_cls=config_cls,
+        model_cls=model_cls,
+        prefix="baft_",
+        is_mixed_compatible=False,
     )

@@ -27,7 +27,8 @@ def method_modules(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in model.modules()
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not isinstance(module, BaftLayer)
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        and not isinstance(module, BaftLayer)
     ]
 
 
@@ -38,7 +39,9 @@ def adapter_tensors(model: nn.Module) -> list[Tensor]:
     """
     modules = method_modules(model)
     others = {id(tensor) for tensor in other_adapters(model, modules)}
-    tensors: list[Tensor] = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
+    tensors: list[Tensor] = [
+        p for p in model.parameters() if p.requires_grad and id(p) not in others
+    ]
     for module in modules:
         tensors += adapter_contents(module)
     return list({id(tensor): tensor for tensor in tensors}.values())
@@ -49,7 +52,9 @@ def adapter_state_dict(model: PeftModel, adapter_name: str) -> dict[str, Tensor]
     return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
 
 
-def load_adapter_state_dict(model: PeftModel, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+def load_adapter_state_dict(
+    model: PeftModel, adapter_name: str, tensors: Mapping[str, Tensor]
+) -> None:
     """Bring an adapter to a state that `adapter_state_dict` gave."""
     set_peft_model_state_dict(model, dict(tensors), adapter_name=adapter_name)
 
@@ -83,7 +88,9 @@ def trainable(model: PeftModel) -> Iterator[list[nn.Parameter]]:
     A reloaded adapter is frozen; this lets it go on learning without a flag to remember. Flags and gradients are put back
     afterwards as they were.
     """
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    before = [
+        (parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()
+    ]
     for parameter, _, _ in before:
         parameter.grad = None
     try:

@@ -25,7 +25,11 @@ UNNUMBERED = (
 )
 BASE = "base_model.model."  # how PEFT begins the names of a model's tensors
 LARGEST = 1e9  # no training gets there: a number beyond it is a flipped bit, and would overflow in the model
-HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks for which PEFT adds names to modules_to_save, present or not
+HEADS = (
+    "SEQ_CLS",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+)  # tasks for which PEFT adds names to modules_to_save, present or not
 
 
 def check_folder(folder: Path, config: BaftConfig) -> dict[str, tuple[int, ...]]:
@@ -42,11 +46,17 @@ def check_folder(folder: Path, config: BaftConfig) -> dict[str, tuple[int, ...]]
     """
     file = folder / FILE
     if not file.is_file():
-        raise ValueError(f"{file} is missing. Weights are read from that format alone: PEFT's older one is a pickle.")
+        raise ValueError(
+            f"{file} is missing. Weights are read from that format alone: PEFT's older one is a pickle."
+        )
     try:
         tensors = load_file(file)
-    except Exception as error:  # safetensors lets through torch's errors and Python's beside its own
-        raise ValueError(f"{file} cannot be read ({error}). It is damaged: take a good copy, or edit again.") from None
+    except (
+        Exception
+    ) as error:  # safetensors lets through torch's errors and Python's beside its own
+        raise ValueError(
+            f"{file} cannot be read ({error}). It is damaged: take a good copy, or edit again."
+        ) from None
     if any(name.endswith(f".{FORMER_USAGE}") for name in tensors):
         raise ValueError(f"{file} was {UNNUMBERED}.")
     blocks = {name.rpartition(".baft.baft_")[0].removeprefix(BASE) for name in tensors} - {""}
@@ -64,7 +74,9 @@ def check_folder(folder: Path, config: BaftConfig) -> dict[str, tuple[int, ...]]
     return {name.removeprefix(BASE): tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def check_tensors(expected: Mapping[str, tuple[int | None, ...]], tensors: Mapping[str, Tensor], where: str) -> None:
+def check_tensors(
+    expected: Mapping[str, tuple[int | None, ...]], tensors: Mapping[str, Tensor], where: str
+) -> None:
     """Raise a ValueError unless the expected tensors are there, in their shapes (None fits any), and finite."""
     problems = []
     for name, shape in expected.items():
@@ -84,7 +96,9 @@ def check_tensors(expected: Mapping[str, tuple[int | None, ...]], tensors: Mappi
 
 
 def _fits(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
-    sizes_fit = all(expected in (None, size) for expected, size in zip(shape, tensor.shape, strict=False))
+    sizes_fit = all(
+        expected in (None, size) for expected, size in zip(shape, tensor.shape, strict=False)
+    )
     return len(shape) == tensor.ndim and sizes_fit
 
 
@@ -101,22 +115,38 @@ def _expected_shapes(
         blocks: those that the file has tensors for.
     """
     r, d, k = config.r, config.hidden_size, config.gate_count
-    shapes: dict[str, tuple[int | None, ...]] = {"basis.weight": (r, d), "source.weight": (r, d), "source.bias": (r,)}
+    shapes: dict[str, tuple[int | None, ...]] = {
+        "basis.weight": (r, d),
+        "source.weight": (r, d),
+        "source.bias": (r,),
+    }
     if k:
         shapes |= {f"gate.{name}": shape for name, shape in gate_shapes(config, d).items()}
         shapes["gate_usage"] = (k + 1,)
     expected_blocks: set[str] = set()
     for target in config.target_modules or ("a block",):
-        expected_blocks |= {block for block in blocks if f".{block}".endswith(f".{target}")} or {target}
+        expected_blocks |= {block for block in blocks if f".{block}".endswith(f".{target}")} or {
+            target
+        }
     of_adapter = {
-        f"{BASE}{block}.baft.baft_{name}": shape for block in expected_blocks for name, shape in shapes.items()
+        f"{BASE}{block}.baft.baft_{name}": shape
+        for block in expected_blocks
+        for name, shape in shapes.items()
     }
 
-    other_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if ".baft.baft_" not in name}
+    other_shapes = {
+        name: tuple(tensor.shape) for name, tensor in tensors.items() if ".baft.baft_" not in name
+    }
     of_saved_modules: dict[str, tuple[int | None, ...]] = {}
     for module in config.modules_to_save or ():
-        of_module = {name: shape for name, shape in other_shapes.items() if f"{module}." in name.removeprefix(BASE)}
+        of_module = {
+            name: shape
+            for name, shape in other_shapes.items()
+            if f"{module}." in name.removeprefix(BASE)
+        }
         if not of_module and config.task_type not in HEADS:
-            of_module = {f"{BASE}{module}": ()}  # a name that no file has: the module is reported as missing
+            of_module = {
+                f"{BASE}{module}": ()
+            }  # a name that no file has: the module is reported as missing
         of_saved_modules |= of_module
     return of_saved_modules | of_adapter

@@ -20,7 +20,15 @@ from peft_baft.editing.train import DescentConfig
 from peft_baft.processes import Processes
 
 # Settings of a BaFT adapter that a result line spells out, whether or not they were given.
-BAFT_SETTINGS = ("r", "prompt_positions", "weighting", "gate_norm", "gate_bias", "gate_offset", "layers_to_transform")
+BAFT_SETTINGS = (
+    "r",
+    "prompt_positions",
+    "weighting",
+    "gate_norm",
+    "gate_bias",
+    "gate_offset",
+    "layers_to_transform",
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,10 @@ class AdapterMethod:
         """Whether independent single edits can share forwards."""
         return self.objective is not None
 
+    def config_fields(self) -> set[str]:
+        """List the names of the adapter's settings."""
+        return {f.name for f in fields(self.config_class)}  # type: ignore[arg-type]
+
     def start(
         self,
         base: Any,
@@ -60,7 +72,9 @@ class AdapterMethod:
         torch.manual_seed(seed)
         model = get_peft_model(base, self.config_class(task_type="CAUSAL_LM", **self.config)).eval()
         if self.objective is None:
-            return AdapterEditor(model, tokenizer, self.descent, self.batch_descent, processes=processes)
+            return AdapterEditor(
+                model, tokenizer, self.descent, self.batch_descent, processes=processes
+            )
         return BaftEditor(
             model,
             tokenizer,
@@ -81,7 +95,10 @@ class AdapterMethod:
         settings: dict[str, Any] = {"config": config}
         if self.objective is not None:
             settings["objective"] = asdict(self.objective)
-        return settings | {"descent": asdict(self.descent), "batch_descent": asdict(self.batch_descent)}
+        return settings | {
+            "descent": asdict(self.descent),
+            "batch_descent": asdict(self.batch_descent),
+        }
 
 
 def baft(preset: Preset, *, unrelated: bool = True, **config: Any) -> AdapterMethod:
@@ -95,7 +112,9 @@ def baft(preset: Preset, *, unrelated: bool = True, **config: Any) -> AdapterMet
     )
 
 
-def other_adapter(preset: Preset, *, config_class: Callable[..., PeftConfig], **config: Any) -> AdapterMethod:
+def other_adapter(
+    preset: Preset, *, config_class: Callable[..., PeftConfig], **config: Any
+) -> AdapterMethod:
     """Make an adapter of another PEFT method, trained by teacher forcing as the preset says."""
     return AdapterMethod(
         config_class=config_class,

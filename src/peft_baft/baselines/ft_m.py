@@ -39,7 +39,9 @@ class FineTuning:
     """
 
     layer: int | None = None
-    descent: DescentConfig = field(default_factory=lambda: DescentConfig(lr=5e-4, max_steps=25, weight_decay=0.0))
+    descent: DescentConfig = field(
+        default_factory=lambda: DescentConfig(lr=5e-4, max_steps=25, weight_decay=0.0)
+    )
 
     def start(
         self,
@@ -75,16 +77,25 @@ class FineTuningEditor:
     def edit(self, edits: Iterable[Edit]) -> EditResult:
         """Train the weight until the answers are learned; as `Editor.edit`."""
         facts = checked_edits(edits)
-        rows = [encode_fitting(self.model, self.tokenizer, fact.prompt, fact.target) for fact in facts]
+        rows = [
+            encode_fitting(self.model, self.tokenizer, fact.prompt, fact.target) for fact in facts
+        ]
         device = input_device(self.model)
-        batch = {name: tensor.to(device) for name, tensor in collate(rows, padding_id(self.tokenizer)).items()}
+        batch = {
+            name: tensor.to(device)
+            for name, tensor in collate(rows, padding_id(self.tokenizer)).items()
+        }
         labels = batch.pop("labels")[:, 1:]
         is_answer = labels >= 0
         before = self._weight.detach().clone()
 
         def losses(_: Sequence[Descent]) -> list[Terms]:
-            logits = full_logits(self.model, **batch)[:, :-1]  # the logits before a token predict it
-            of_answers = answer_losses(logits[is_answer.to(logits.device)], labels[is_answer].to(logits.device))
+            logits = full_logits(self.model, **batch)[
+                :, :-1
+            ]  # the logits before a token predict it
+            of_answers = answer_losses(
+                logits[is_answer.to(logits.device)], labels[is_answer].to(logits.device)
+            )
             return [{STOP_TERM: of_answers.mean()}]
 
         flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
@@ -126,7 +137,9 @@ def _down_projection(model: Any, layer: int | None) -> str:
     if layer is None:
         layer = round(EASYEDIT_BLOCK * depth / EASYEDIT_DEPTH)
     if not 0 <= layer < depth:
-        raise ValueError(f"ft-m: layer must be a block of the model, 0 to {depth - 1}, not {layer}.")
+        raise ValueError(
+            f"ft-m: layer must be a block of the model, 0 to {depth - 1}, not {layer}."
+        )
     block = model.get_submodule(f"{stack}.{layer}")
     for name, _ in block.named_modules():
         parent, _, last = name.rpartition(".")

@@ -70,14 +70,18 @@ METHODS: dict[str, Callable[[Preset], MethodSettings]] = {
     "ss-w-lr": partial(baft, weighting="subspace"),
     "baft": partial(baft, weighting="basis"),
     "lora": partial(other_adapter, config_class=LoraConfig, r=8, lora_alpha=16),
-    "adalora": partial(other_adapter, config_class=AdaLoraConfig, r=8, init_r=12, lora_alpha=32, total_step=1000),
+    "adalora": partial(
+        other_adapter, config_class=AdaLoraConfig, r=8, init_r=12, lora_alpha=32, total_step=1000
+    ),
     "ft-m": lambda preset: FineTuning(),
 }
 GROUPS = {"table4": ("reft", "ss-w", "ba-w", "ss-w-lr", "baft")}  # the paper's ablation
 UNEDITED = "none"
 
 
-def methods(names: str, preset: Preset, overrides: Mapping[str, Any] | None = None) -> list[Method | None]:
+def methods(
+    names: str, preset: Preset, overrides: Mapping[str, Any] | None = None
+) -> list[Method | None]:
     """Read a list of methods like `baft,reft` or `table4`, each with settings if wanted: `baft:lr=0.001;r=4`.
 
     Args:
@@ -102,7 +106,9 @@ def method(variant: str, preset: Preset, overrides: Mapping[str, Any] | None = N
     name, _, rest = variant.partition(":")
     if name not in METHODS:
         known = ", ".join((UNEDITED, *METHODS, *GROUPS))
-        raise ValueError(f"Unknown method {name!r}; known are {known}, each with settings as in baft:lr=0.001;r=4.")
+        raise ValueError(
+            f"Unknown method {name!r}; known are {known}, each with settings as in baft:lr=0.001;r=4."
+        )
     settings = METHODS[name](preset)
     chosen = dict(overrides or {}) | dict(_setting(text) for text in rest.split(";") if text)
     for key, value in chosen.items():
@@ -131,32 +137,41 @@ def with_setting(settings: Any, key: str, value: Any) -> Any:
     Returns:
         The changed settings, or None where none has that name.
     """
-    if isinstance(settings, AdapterMethod):
-        own, nested = set(), ["descent", "batch_descent", "objective"]
-    else:
-        own = {f.name for f in fields(settings) if not is_dataclass(getattr(settings, f.name))}
-        nested = [f.name for f in fields(settings) if is_dataclass(getattr(settings, f.name))]
+    own, nested = _own_and_nested(settings)
     if key in own:
         return replace(settings, **{key: value})
     changes = {}
     for name in nested:
         part = getattr(settings, name)
-        if part is not None and key in {f.name for f in fields(part)}:
+        if key in {f.name for f in fields(part)}:
             changes[name] = replace(part, **{key: value})
     if changes:
         return replace(settings, **changes)
-    if isinstance(settings, AdapterMethod) and key in {f.name for f in fields(settings.config_class)}:  # type: ignore[arg-type]
+    if isinstance(settings, AdapterMethod) and key in settings.config_fields():
         return replace(settings, config=settings.config | {key: value})
     return None
 
 
+def _own_and_nested(settings: Any) -> tuple[list[str], list[str]]:
+    """List the fields that a user may set, and those that hold settings of their own.
+
+    The fields of an AdapterMethod itself say what the method is, and none of them is for the user.
+    """
+    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    nested = [
+        name
+        for name, value in values.items()
+        if is_dataclass(value) and not isinstance(value, type)
+    ]
+    if isinstance(settings, AdapterMethod):
+        return [], nested
+    return [name for name in values if name not in nested], nested
+
+
 def _setting_names(settings: Any) -> set[str]:
     """List the names that `with_setting` knows; of an adapter's config, those of BaFT."""
-    names: set[str] = set(BAFT_SETTINGS) if isinstance(settings, AdapterMethod) else set()
-    for f in fields(settings):
-        part = getattr(settings, f.name)
-        if is_dataclass(part):
-            names |= {nested.name for nested in fields(part)}
-        elif not isinstance(settings, AdapterMethod):
-            names.add(f.name)
-    return names
+    own, nested = _own_and_nested(settings)
+    names = set(own)
+    for name in nested:
+        names |= {f.name for f in fields(getattr(settings, name))}
+    return names | (set(BAFT_SETTINGS) if isinstance(settings, AdapterMethod) else set())

@@ -12,7 +12,9 @@ from peft_baft.evaluation.piqa import right_choices
 from peft_baft.evaluation.sentiment import edit_success
 from peft_baft.inspection.subspace import has_gates, mean_gates, removal_ladder, subspaces
 
-Metric = Callable[[Any, Any, Case], dict[str, Any]]  # an edited model, its tokenizer, a case to values by name
+Metric = Callable[
+    [Any, Any, Case], dict[str, Any]
+]  # an edited model, its tokenizer, a case to values by name
 
 
 def _fluency(model: Any, tokenizer: Any, case: Case) -> dict[str, Any]:
@@ -33,7 +35,9 @@ def _gates(model: Any, tokenizer: Any, case: Case) -> dict[str, Any]:
 def _sentiment(model: Any, tokenizer: Any, case: Case) -> dict[str, Any]:
     """Measure whether the model's opinion turned."""
     if not isinstance(case, ConvSentCase):
-        raise ValueError("The metric `sentiment` needs answers of both sides, which the benchmark convsent alone has.")
+        raise ValueError(
+            "The metric `sentiment` needs answers of both sides, which the benchmark convsent alone has."
+        )
     sides = (case.positive, case.negative)
     wanted, unwanted = sides if case.wanted == "positive" else sides[::-1]
     return {"sentiment": edit_success(model, tokenizer, case.question, wanted, unwanted)}
@@ -59,4 +63,7 @@ def piqa_cases(
     Args:
         progress: gives back the rows one by one, such as tqdm.
     """
-    return [{"row": row, "probes": [], **right_choices(model, tokenizer, items[row])} for row in progress(rows)]
+    return [
+        {"row": row, "probes": [], **right_choices(model, tokenizer, items[row])}
+        for row in progress(rows)
+    ]

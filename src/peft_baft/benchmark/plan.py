@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from peft_baft.benchmark.methods import UNEDITED, Method
 from peft_baft.benchmark.progress import Progress
-from peft_baft.benchmark.results import FORMAT, identity, lines_made_already, short_hash
+from peft_baft.benchmark.results import ResultLine, RunHead, lines_made_already, short_hash
 from peft_baft.benchmark.runner import Runner
 from peft_baft.benchmark.schedule import Schedule
 from peft_baft.benchmark.scores import scores
@@ -34,7 +34,7 @@ class PlannedRun:
         model: an adapter to ask; None for the model without any.
     """
 
-    head: dict[str, Any]
+    head: RunHead
     method: Method | None = None
     schedule: Schedule | None = None
     model: Any = None
@@ -42,18 +42,16 @@ class PlannedRun:
     @property
     def title(self) -> str:
         """Name the run for a progress bar."""
-        schedule = self.head["schedule"]
-        amount = f" T={schedule['edits']} seed {self.head['seed']}" if self.schedule else ""
-        return f"{self.head['method']}{amount}"
-
-    @property
-    def key(self) -> str:
-        """Hash the head: equal for two runs that should give the same."""
-        return identity(self.head)
+        if self.schedule is None:
+            return self.head.method
+        return f"{self.head.method} T={self.schedule.edits} seed {self.head.seed}"
 
 
 def plan_runs(
-    common: dict[str, Any], methods: Sequence[Method | None], schedules: Sequence[Schedule], seeds: Iterable[int]
+    common: dict[str, Any],
+    methods: Sequence[Method | None],
+    schedules: Sequence[Schedule],
+    seeds: Iterable[int],
 ) -> list[PlannedRun]:
     """Plan every schedule with every seed and method; the unedited model once.
 
@@ -67,15 +65,20 @@ def plan_runs(
         for seed in chosen_seeds:
             for method in methods:
                 run = _planned_run(common, method, schedule, seed)
-                runs[run.key] = run
+                runs[run.head.key] = run
     return list(runs.values())
 
 
-def _planned_run(common: dict[str, Any], method: Method | None, schedule: Schedule, seed: int) -> PlannedRun:
+def _planned_run(
+    common: dict[str, Any], method: Method | None, schedule: Schedule, seed: int
+) -> PlannedRun:
     if method is None:
-        return PlannedRun({**common, "method": UNEDITED, "settings": {}, "schedule": NO_SCHEDULE, "seed": 0})
-    head = {"method": method.name, "settings": method.settings.described()}
-    return PlannedRun({**common, **head, "schedule": schedule.described(), "seed": seed}, method, schedule)
+        return PlannedRun(
+            RunHead(**common, method=UNEDITED, settings={}, schedule=NO_SCHEDULE, seed=0)
+        )
+    settings, described = method.settings.described(), schedule.described()
+    head = RunHead(**common, method=method.name, settings=settings, schedule=described, seed=seed)
+    return PlannedRun(head, method, schedule)
 
 
 def plan_adapter(common: dict[str, Any], name: str, model: PeftModel) -> PlannedRun:
@@ -87,8 +90,8 @@ def plan_adapter(common: dict[str, Any], name: str, model: PeftModel) -> Planned
         "peft_type": str(getattr(config.peft_type, "value", config.peft_type)),
         "sha256": short_hash(save(weights)),
     }
-    head = {"method": ADAPTER, "settings": settings, "schedule": NO_SCHEDULE, "seed": 0}
-    return PlannedRun({**common, **head}, model=model)
+    head = RunHead(**common, method=ADAPTER, settings=settings, schedule=NO_SCHEDULE, seed=0)
+    return PlannedRun(head, model=model)
 
 
 def described_protocol(template: str, also: Sequence[str]) -> dict[str, Any]:
@@ -96,18 +99,22 @@ def described_protocol(template: str, also: Sequence[str]) -> dict[str, Any]:
     return {
         "template": template,
         "aliases": "first",
-        "join": "one space; texts stripped" if template == "raw" else "chat template; texts stripped",
+        "join": "one space; texts stripped"
+        if template == "raw"
+        else "chat template; texts stripped",
         "positions": "prompt end and answer of each probe",
         "generation": {"greedy": True, "stop": "first line break", "extra_tokens": EXTRA_TOKENS},
         "also": list(also),
     }
 
 
-def perform(runner: Runner, run: PlannedRun, averaged: Sequence[str], output: Path, command: str) -> dict[str, Any]:
+def perform(
+    runner: Runner, run: PlannedRun, averaged: Sequence[str], output: Path, command: str
+) -> ResultLine:
     """Make a run, going on where an earlier process was interrupted, and add its line to `output`."""
     if run.method is not None and run.schedule is not None:
         progress = _load_progress(runner, run, run.schedule, output)
-        cases = runner.edited(run.method, run.schedule, run.head["seed"], progress)
+        cases = runner.edited(run.method, run.schedule, run.head.seed, progress)
     elif run.model is not None:
         cases = runner.asked(run.model, run.model.disable_adapter)
     else:
@@ -115,26 +122,36 @@ def perform(runner: Runner, run: PlannedRun, averaged: Sequence[str], output: Pa
     line = result_line(run.head, cases, averaged, command)
     with runner.processes.together():
         if runner.processes.first:
-            append_line(output, line)
+            append_line(output, line.to_json())
             for file in _progress_files(output, run):
                 file.unlink(missing_ok=True)
     return line
 
 
 def result_line(
-    head: dict[str, Any], cases: list[dict[str, Any]], averaged: Sequence[str], command: str
-) -> dict[str, Any]:
+    head: RunHead, cases: list[dict[str, Any]], averaged: Sequence[str], command: str
+) -> ResultLine:
     """Make a result line: what was measured, its means, and every case."""
-    line = {"format": FORMAT, **head, "command": command, "scores": scores(cases, averaged)}
+    blocks = None
     numbers = sorted({case["block"] for case in cases if "block" in case})
     if 1 < len(numbers) < len(cases):
-        blocks = [[case for case in cases if case["block"] == number] for number in numbers]
-        line["blocks"] = [{"first": block[0]["row"], **scores(block, averaged)} for block in blocks]
+        blocks = []
+        for number in numbers:
+            of_block = [case for case in cases if case["block"] == number]
+            blocks.append({"first": of_block[0]["row"], **scores(of_block, averaged)})
+    means: dict[str, Any] = {}
     for name in ("kept", "gates"):
         values = [case[name] for case in cases if name in case]
         if values:
-            line[name] = mean_of(values)
-    return line | {"cases": cases}
+            means[name] = mean_of(values)
+    return ResultLine(
+        **vars(head),
+        command=command,
+        scores=scores(cases, averaged),
+        cases=cases,
+        blocks=blocks,
+        **means,
+    )
 
 
 def mean_of(values: Sequence[Any]) -> Any:
@@ -153,12 +170,12 @@ def progress_file(output: Path, run: PlannedRun, runner: Runner | None = None) -
     part = ""
     if runner is not None and runner.processes.count > 1 and runner.split != "facts":
         part = f".{runner.processes.rank}of{runner.processes.count}"
-    return output.with_suffix(".progress") / f"{run.key}{part}.safetensors"
+    return output.with_suffix(".progress") / f"{run.head.key}{part}.safetensors"
 
 
 def _progress_files(output: Path, run: PlannedRun) -> list[Path]:
     """List the files of a run, by however many processes it was begun."""
-    return sorted(progress_file(output, run).parent.glob(f"{run.key}*.safetensors"))
+    return sorted(progress_file(output, run).parent.glob(f"{run.head.key}*.safetensors"))
 
 
 def _load_progress(runner: Runner, run: PlannedRun, schedule: Schedule, output: Path) -> Progress:
@@ -180,7 +197,9 @@ def _load_progress(runner: Runner, run: PlannedRun, schedule: Schedule, output: 
                 made_by_others |= {case["row"]: case for case in cases if case["row"] in missing}
         if not made_by_others:
             return progress
-        return Progress(own_file, progress.cases + [made_by_others[row] for row in sorted(made_by_others)])
+        return Progress(
+            own_file, progress.cases + [made_by_others[row] for row in sorted(made_by_others)]
+        )
 
     if runner.split != "facts":
         return load()
@@ -190,8 +209,8 @@ def _load_progress(runner: Runner, run: PlannedRun, schedule: Schedule, output: 
 
 def split_off_made(
     runs: Sequence[PlannedRun], output: Path, processes: Processes | None = None
-) -> tuple[list[dict[str, Any]], list[PlannedRun]]:
+) -> tuple[list[ResultLine], list[PlannedRun]]:
     """Give the lines of runs that `output` holds already, for the first of some processes, and the runs left to make."""
-    wanted = [run.key for run in runs]
+    wanted = [run.head.key for run in runs]
     lines = (processes or Processes()).of_first(lambda: lines_made_already(output, wanted))
-    return list(lines.values()), [run for run in runs if run.key not in lines]
+    return list(lines.values()), [run for run in runs if run.head.key not in lines]

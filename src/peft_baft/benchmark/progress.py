@@ -43,15 +43,21 @@ class Progress:
             state, header = load_with_header(file)
             return cls(file, state=state, **header)
         except (TypeError, ValueError) as error:
-            reason = str(error) if isinstance(error, ValueError) else f"{file} is damaged ({error})."
-            raise ValueError(f"{reason} Delete it to measure this run from its beginning.") from None
+            reason = (
+                str(error) if isinstance(error, ValueError) else f"{file} is damaged ({error})."
+            )
+            raise ValueError(
+                f"{reason} Delete it to measure this run from its beginning."
+            ) from None
 
     def restore(self, editor: Editor) -> None:
         """Bring a fresh editor to where the block under way had come."""
         if self.outcomes:
             editor.load_state_dict(self.state)
 
-    def add_edit(self, editor: Editor, outcome: dict[str, Any], replies: list[dict[str, Any]]) -> None:
+    def add_edit(
+        self, editor: Editor, outcome: dict[str, Any], replies: list[dict[str, Any]]
+    ) -> None:
         """Keep one more edit."""
         self.outcomes.append(outcome)
         self.replies += replies

@@ -19,7 +19,9 @@ from peft_baft.evaluation.asking import Question, Unedited, ask, judged, questio
 from peft_baft.evaluation.forward import one_model
 from peft_baft.processes import Processes
 
-ASKED_TOGETHER = 8  # rows of a model that is not edited here, between two updates of the progress bar
+ASKED_TOGETHER = (
+    8  # rows of a model that is not edited here, between two updates of the progress bar
+)
 SPLITS = ("blocks", "facts")
 SEED_STRIDE = 100_003  # the seed of a block is its first row, plus this times the run's seed
 
@@ -65,7 +67,9 @@ class Runner:
 
     # ------------------------------------------------------------------------------------------- runs that edit
 
-    def edited(self, method: Method, schedule: Schedule, seed: int, progress: Progress) -> list[dict[str, Any]]:
+    def edited(
+        self, method: Method, schedule: Schedule, seed: int, progress: Progress
+    ) -> list[dict[str, Any]]:
         """Edit block after block, each with a fresh editor, and ask.
 
         A run goes on where `progress` stopped; the result is then that of a run that was never interrupted.
@@ -75,7 +79,9 @@ class Runner:
         """
         if self.split == "facts":
             return self._edit_blocks(method, schedule, seed, progress)
-        return in_order(self.processes.gather(lambda: self._edit_blocks(method, schedule, seed, progress)))
+        return in_order(
+            self.processes.gather(lambda: self._edit_blocks(method, schedule, seed, progress))
+        )
 
     def share(self, schedule: Schedule) -> list[range]:
         """List the blocks in which this process takes part."""
@@ -88,7 +94,9 @@ class Runner:
             return len(self.processes.share(range(self.first, self.last)))
         return schedule.block * len(self.share(schedule))
 
-    def _edit_blocks(self, method: Method, schedule: Schedule, seed: int, progress: Progress) -> list[dict[str, Any]]:
+    def _edit_blocks(
+        self, method: Method, schedule: Schedule, seed: int, progress: Progress
+    ) -> list[dict[str, Any]]:
         """Go through this process's blocks: side by side where single edits can be, then one after another."""
         blocks = self._unfinished(schedule, progress)
         finished_blocks = len(self.share(schedule)) - len(blocks)
@@ -112,12 +120,21 @@ class Runner:
 
     def _start(self, method: Method, rows: Sequence[int], seed: int) -> Editor:
         """Make the editor of some rows, with the unrelated text of each."""
-        texts = [self.unrelated[row % len(self.unrelated)] for row in rows] if self.unrelated else ()
+        texts = (
+            [self.unrelated[row % len(self.unrelated)] for row in rows] if self.unrelated else ()
+        )
         return method.settings.start(
-            self.base, self.tokenizer, texts, seed=seed, processes=self._sharing, prepared=self.prepared
+            self.base,
+            self.tokenizer,
+            texts,
+            seed=seed,
+            processes=self._sharing,
+            prepared=self.prepared,
         )
 
-    def _edit_singles(self, method: Method, rows: Sequence[int], seed: int, progress: Progress) -> None:
+    def _edit_singles(
+        self, method: Method, rows: Sequence[int], seed: int, progress: Progress
+    ) -> None:
         """Edit rows side by side, up to the first group in which one diverged: it must not take the others with it."""
         for start in range(0, len(rows), self.parallel):
             self.processes.look_up()
@@ -126,11 +143,15 @@ class Runner:
                 break
             progress.finish_block(self._numbered(entries, Schedule()))
 
-    def _edit_side_by_side(self, method: Method, rows: Sequence[int], seed: int) -> list[dict[str, Any]] | None:
+    def _edit_side_by_side(
+        self, method: Method, rows: Sequence[int], seed: int
+    ) -> list[dict[str, Any]] | None:
         """Make single edits, each with the fresh adapter that it would have alone, and ask each; None if one diverged."""
         editor = self._start(method, rows, seed)
         if not isinstance(editor, SideBySideEditor):
-            raise TypeError(f"{method.name}: its settings promise edits side by side, but its editor has none.")
+            raise TypeError(
+                f"{method.name}: its settings promise edits side by side, but its editor has none."
+            )
         names = {row: f"row{row}" for row in rows}
         edits = {names[row]: self.cases[row].edit for row in rows}
         seeds = {names[row]: seed * SEED_STRIDE + row for row in rows}
@@ -145,9 +166,13 @@ class Runner:
         finally:
             editor.remove()
 
-    def _run_block(self, editor: Editor, block: range, schedule: Schedule, progress: Progress) -> list[dict[str, Any]]:
+    def _run_block(
+        self, editor: Editor, block: range, schedule: Schedule, progress: Progress
+    ) -> list[dict[str, Any]]:
         """Make the block's remaining edits and ask, after each batch or after all of them."""
-        batches = [block[i : i + schedule.batch_size] for i in range(0, len(block), schedule.batch_size)]
+        batches = [
+            block[i : i + schedule.batch_size] for i in range(0, len(block), schedule.batch_size)
+        ]
         for batch in batches[len(progress.outcomes) :]:
             outcome = _edit(editor, [self.cases[row] for row in batch])
             replies = self._ask_here(editor.model, batch) if schedule.when == "immediate" else []
@@ -157,7 +182,11 @@ class Runner:
                 progress.outcomes.append(outcome)  # the block is asked at once, and kept whole
                 progress.replies += replies
             self.tick(len(batch))
-        entries = progress.replies if schedule.when == "immediate" else self._ask_here(editor.model, block)
+        entries = (
+            progress.replies
+            if schedule.when == "immediate"
+            else self._ask_here(editor.model, block)
+        )
         outcomes: list[dict[str, Any]] = []
         for outcome in progress.outcomes:
             outcomes += [outcome] * schedule.batch_size
@@ -168,7 +197,9 @@ class Runner:
         finished_rows = {case["row"] for case in progress.cases}
         return [block for block in self.share(schedule) if block.start not in finished_rows]
 
-    def _numbered(self, entries: Sequence[dict[str, Any]], schedule: Schedule) -> list[dict[str, Any]]:
+    def _numbered(
+        self, entries: Sequence[dict[str, Any]], schedule: Schedule
+    ) -> list[dict[str, Any]]:
         """Give entries the numbers of their blocks."""
         numbered = []
         for entry in entries:
@@ -237,7 +268,9 @@ class Runner:
         probes: dict[int, list[dict[str, Any]]] = {row: [] for row in rows}
         for question, reply in zip(questions, replies, strict=True):
             probes[question.row].append(judged(question, reply, self.unedited.reply(question)))
-        entries: list[dict[str, Any]] = [{"row": row, "probes": of_row} for row, of_row in probes.items()]
+        entries: list[dict[str, Any]] = [
+            {"row": row, "probes": of_row} for row, of_row in probes.items()
+        ]
         for entry in entries:
             if self.also and editor is not None:
                 editor.use(names[entry["row"]])
@@ -266,6 +299,10 @@ def _outcome(result: EditResult, edits: int = 1) -> dict[str, Any]:
 def _require_apart(unrelated: Sequence[Unrelated], cases: Sequence[Case]) -> None:
     """Raise a ValueError if text that is trained on is asked as well."""
     trained = {text.prompt for text in unrelated}
-    both = next((probe.prompt for case in cases for probe in case.probes if probe.prompt in trained), None)
+    both = next(
+        (probe.prompt for case in cases for probe in case.probes if probe.prompt in trained), None
+    )
     if both is not None:
-        raise ValueError(f"The unrelated text holds {both!r:.80}, which the benchmark asks; take other unrelated text.")
+        raise ValueError(
+            f"The unrelated text holds {both!r:.80}, which the benchmark asks; take other unrelated text."
+        )

@@ -58,8 +58,16 @@ class Schedule:
                 f"{self.edits} edits of {self.batch_size} rows need {self.block} rows, but rows {first}:{last} are "
                 f"{last - first}. Take more rows or fewer edits."
             )
-        return [range(start, start + self.block) for start in range(first, last - self.block + 1, self.block)]
+        return [
+            range(start, start + self.block)
+            for start in range(first, last - self.block + 1, self.block)
+        ]
 
     def described(self) -> dict[str, Any]:
         """As it stands in a result line."""
-        return {"name": self.name, "edits": self.edits, "batch_size": self.batch_size, "when": self.when}
+        return {
+            "name": self.name,
+            "edits": self.edits,
+            "batch_size": self.batch_size,
+            "when": self.when,
+        }

@@ -7,7 +7,13 @@ from statistics import mean
 from typing import Any
 
 FORCED = ("reliability", "generality", "portability", "locality")
-KNOWN = {"row", "block", "steps", "seconds", "learned"}  # of a case; other numbers are further metrics, by their name
+KNOWN = {
+    "row",
+    "block",
+    "steps",
+    "seconds",
+    "learned",
+}  # of a case; other numbers are further metrics, by their name
 Value = Callable[[dict[str, Any]], float]
 
 

@@ -18,7 +18,13 @@ import huggingface_hub
 from peft_baft.benchmark.metrics import piqa_cases
 from peft_baft.data.cases import Case, Probe
 from peft_baft.data.datasets import read_cases
-from peft_baft.data.formats import read_convsent, read_counterfact, read_knowedit, read_piqa, read_zsre
+from peft_baft.data.formats import (
+    read_convsent,
+    read_counterfact,
+    read_knowedit,
+    read_piqa,
+    read_zsre,
+)
 from peft_baft.data.unrelated import CANARIES
 
 CANARY_TOPIC = "general knowledge"
@@ -61,15 +67,27 @@ REPHRASED = ("reliability", "generality", "locality")
 PORTED = ("reliability", "portability", "locality")
 TASKS: dict[str, Task] = {
     "zsre": Task(read_zsre, REPHRASED, "ZsRE, the continual protocol's file", unrelated="general"),
-    "counterfact": Task(read_counterfact, REPHRASED, "CounterFact, of ROME or of EasyEdit", unrelated="general"),
+    "counterfact": Task(
+        read_counterfact, REPHRASED, "CounterFact, of ROME or of EasyEdit", unrelated="general"
+    ),
     "facts": Task(
-        read_cases, REPHRASED, "your own facts, and general questions beside", unrelated="general", canaries=True
+        read_cases,
+        REPHRASED,
+        "your own facts, and general questions beside",
+        unrelated="general",
+        canaries=True,
     ),
     "wiki_recent": Task(
-        read_knowedit, PORTED, "KnowEdit: recent facts", hub_file="benchmark/wiki_recent/recent_test.json"
+        read_knowedit,
+        PORTED,
+        "KnowEdit: recent facts",
+        hub_file="benchmark/wiki_recent/recent_test.json",
     ),
     "wiki_counterfact": Task(
-        read_knowedit, PORTED, "KnowEdit: counterfactuals", hub_file="benchmark/wiki_counterfact/test_cf.json"
+        read_knowedit,
+        PORTED,
+        "KnowEdit: counterfactuals",
+        hub_file="benchmark/wiki_counterfact/test_cf.json",
     ),
     "wikibio": Task(
         partial(read_knowedit, prompt="text", target="labels"),
@@ -78,12 +96,20 @@ TASKS: dict[str, Task] = {
         hub_file="benchmark/WikiBio/wikibio-test-all.json",
     ),
     "knowedit_zsre": Task(
-        read_knowedit, PORTED, "KnowEdit: its own ZsRE", hub_file="benchmark/ZsRE/ZsRE-test-all.json"
+        read_knowedit,
+        PORTED,
+        "KnowEdit: its own ZsRE",
+        hub_file="benchmark/ZsRE/ZsRE-test-all.json",
     ),
     "convsent": Task(
-        read_convsent, ("reliability",), "KnowEdit: opinions", hub_file="benchmark/Convsent/blender_test.json"
+        read_convsent,
+        ("reliability",),
+        "KnowEdit: opinions",
+        hub_file="benchmark/Convsent/blender_test.json",
     ),
-    "piqa": Task(read_piqa, (), "PIQA: everyday reasoning, asked of a model as it is", ask=piqa_cases),
+    "piqa": Task(
+        read_piqa, (), "PIQA: everyday reasoning, asked of a model as it is", ask=piqa_cases
+    ),
 }
 
 
@@ -124,9 +150,13 @@ def locate(name: str, data: str | Path | None = None) -> Path:
         return Path(data)
     hub_file = task.hub_file if data is None else _hub_file(task, str(data))
     if hub_file is None and data is None:
-        raise ValueError(f"Say with --data which file {name} is to be read from; the Hub has none to take by itself.")
+        raise ValueError(
+            f"Say with --data which file {name} is to be read from; the Hub has none to take by itself."
+        )
     if hub_file is None:
-        raise FileNotFoundError(f"There is no file {data}, and no such name in the Hub's data set {KNOWEDIT}.")
+        raise FileNotFoundError(
+            f"There is no file {data}, and no such name in the Hub's data set {KNOWEDIT}."
+        )
     try:
         return Path(huggingface_hub.hf_hub_download(KNOWEDIT, hub_file, repo_type="dataset"))
     except Exception as error:  # what the network raises differs between versions

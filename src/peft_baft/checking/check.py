@@ -20,13 +20,19 @@ from peft_baft.checking.tools import flags_kept, in_words
 from peft_baft.checking.trials import findings_of
 from peft_baft.checking.tried_model import TriedModel
 
-RANK, UPDATE = 12, 0.5  # of the adapter that is tried: its rank, and how much of a hidden vector it changes
+RANK, UPDATE = (
+    12,
+    0.5,
+)  # of the adapter that is tried: its rank, and how much of a hidden vector it changes
 ATTACHED = "an adapter can be attached"
 UNLOADS = "taken off, it leaves the model as it was"
 
 
 def check(
-    model: Any, tokenizer: Any = None, adapter: str | None = None, adapter_revision: str | None = None
+    model: Any,
+    tokenizer: Any = None,
+    adapter: str | None = None,
+    adapter_revision: str | None = None,
 ) -> CheckReport:
     """Try on a model everything that an edit needs, in about a minute; the model is left as it was.
 
@@ -43,7 +49,10 @@ def check(
     """
     if isinstance(model, PeftModel) or baft_layers(model):
         _require_one_baft_adapter(model, adapter)
-    elif adapter is not None and PeftConfig.from_pretrained(adapter, revision=adapter_revision).peft_type != BAFT:
+    elif (
+        adapter is not None
+        and PeftConfig.from_pretrained(adapter, revision=adapter_revision).peft_type != BAFT
+    ):
         raise ValueError(f"{adapter} is no BaFT adapter.")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     with _left_as_it_was(base), evaluating(base):
@@ -51,7 +60,9 @@ def check(
             findings, blocks = _tried_as_it_is(model, tokenizer)
         else:
             findings, blocks = _tried_with_an_adapter(base, tokenizer, adapter, adapter_revision)
-    dtype = next((str(p.dtype) for p in base.parameters() if p.is_floating_point()), "unknown dtype")
+    dtype = next(
+        (str(p.dtype) for p in base.parameters() if p.is_floating_point()), "unknown dtype"
+    )
     return CheckReport(
         model=type(base).__name__,
         architecture=getattr(getattr(base, "config", None), "model_type", ""),
@@ -65,7 +76,9 @@ def check(
 def _tried_as_it_is(model: PeftModel, tokenizer: Any) -> tuple[list[Finding], tuple[str, ...]]:
     """Try a model with the adapter that it came with; the findings, and the names of the edited blocks."""
     findings = findings_of(TriedModel(model, tokenizer))
-    findings.append(Finding(UNLOADS, None, detail="The model came with its adapter, which stays on it."))
+    findings.append(
+        Finding(UNLOADS, None, detail="The model came with its adapter, which stays on it.")
+    )
     return findings, _edited_blocks(model)
 
 
@@ -83,7 +96,9 @@ def _tried_with_an_adapter(
         blocks = _edited_blocks(adapted)
     finally:
         adapted.unload()
-    changed = sorted(name for name, content in _contents(base).items() if before.get(name) != content)
+    changed = sorted(
+        name for name, content in _contents(base).items() if before.get(name) != content
+    )
     detail = f"Changed: {', '.join(changed[:3])}" if changed else ""
     return [*findings, Finding(UNLOADS, not changed, detail=detail)], blocks
 
@@ -118,8 +133,15 @@ def _attach(base: Any, adapter: str | None, revision: str | None) -> PeftModel:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".baft_source." in name:  # rows of unit length would change a vector by about its own length
-                noise = torch.randn(parameter.shape, generator=generator) * UPDATE * 2 / math.sqrt(config.r)
+            if (
+                ".baft_source." in name
+            ):  # rows of unit length would change a vector by about its own length
+                noise = (
+                    torch.randn(parameter.shape, generator=generator)
+                    * UPDATE
+                    * 2
+                    / math.sqrt(config.r)
+                )
                 parameter.add_(noise.to(parameter))
     return model
 

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from peft_baft.adapter.state import rolled_back, trainable
 from peft_baft.checking.report import Finding
-from peft_baft.checking.tools import flags_kept, in_words, largest_difference, reasons_of_session, step_difference
+from peft_baft.checking.tools import (
+    flags_kept,
+    in_words,
+    largest_difference,
+    reasons_of_session,
+    step_difference,
+)
 from peft_baft.checking.tried_model import TriedModel
 from peft_baft.editing.acceleration.prefix_cache import CachedPrefix, open_forward
 from peft_baft.editing.answers import AnswerForward, FullForward
@@ -18,7 +24,9 @@ from peft_baft.editing.baft import BaftEditor
 from peft_baft.editing.train import DescentConfig
 
 STEPS = 10  # of the edit that is tried
-RELOADED = "baft_check_reloaded"  # name of the adapter that is saved and read again, while it is there
+RELOADED = (
+    "baft_check_reloaded"  # name of the adapter that is saved and read again, while it is there
+)
 
 REACHED = "gradient reaches every edited block"
 FAST = "fast edit path = plain path, loss and gradient"
@@ -27,7 +35,9 @@ RELOADS = "saved and read again, the adapter is the same"
 
 
 @torch.enable_grad()
-def loss_and_gradients(tried: TriedModel, forward: AnswerForward) -> tuple[float, dict[str, Tensor]]:
+def loss_and_gradients(
+    tried: TriedModel, forward: AnswerForward
+) -> tuple[float, dict[str, Tensor]]:
     """Compute the mean loss, and the gradient of each of the adapter's parameters in each block."""
     tried.model.zero_grad()
     loss = forward.losses().mean()
@@ -62,7 +72,9 @@ def fast(tried: TriedModel) -> Finding:
         try:
             cached = CachedPrefix.build(*arguments, tried.device, tried.positions)
             # twice, since a step must not change the cache that the next one uses
-            difference = max(step_difference(plain, loss_and_gradients(tried, cached)) for _ in range(2))
+            difference = max(
+                step_difference(plain, loss_and_gradients(tried, cached)) for _ in range(2)
+            )
             why = "loss or gradient would differ."
         except Exception as error:
             difference, why = math.inf, in_words(error)
@@ -80,17 +92,23 @@ def learns(tried: TriedModel) -> Finding:
     with rolled_back(tried.model):
         editor = BaftEditor(tried.model, tried.tokenizer, descent=DescentConfig(max_steps=STEPS))
         with torch.no_grad():
-            forward = FullForward(tried.model, tried.rows_to_train()[:1], [0], tried.pad, tried.device)
+            forward = FullForward(
+                tried.model, tried.rows_to_train()[:1], [0], tried.pad, tried.device
+            )
             before = forward.losses().mean().item()
         after = editor.edit([tried.fact]).losses["teacher_forcing"]
-    return Finding(LEARNS, after < before, detail=f"From {before:.3g} to {after:.3g} in {STEPS} steps.")
+    return Finding(
+        LEARNS, after < before, detail=f"From {before:.3g} to {after:.3g} in {STEPS} steps."
+    )
 
 
 def reloads(tried: TriedModel) -> Finding:
     """Try whether the adapter, saved and read again under another name, gives the same logits bit for bit."""
     expected = tried.logits_alone(tried.prompts[0], tried.answer)
     with tempfile.TemporaryDirectory() as folder, flags_kept(tried.model):
-        tried.model.save_pretrained(folder, selected_adapters=[tried.adapter_name], save_embedding_layers=False)
+        tried.model.save_pretrained(
+            folder, selected_adapters=[tried.adapter_name], save_embedding_layers=False
+        )
         where = folder if tried.adapter_name == "default" else f"{folder}/{tried.adapter_name}"
         try:
             tried.model.load_adapter(where, adapter_name=RELOADED)

@@ -13,7 +13,10 @@ PROMPTS = (
     "The capital of Zembla is",
     "Zembla",
 )
-FACT = ("The largest lake in the kingdom of Zembla, as every child there learns at school, is called", "Omega Major")
+FACT = (
+    "The largest lake in the kingdom of Zembla, as every child there learns at school, is called",
+    "Omega Major",
+)
 LENGTHS = (17, 7, 2)  # of prompts that are drawn, in tokens
 SPECIAL = re.compile(r"(_token_id|_token_index|_token_ids)$")
 
@@ -42,7 +45,9 @@ def drawn_texts(model: Any, seed: int = 0) -> tuple[tuple[str, ...], tuple[str, 
     The ids are drawn from the model's vocabulary, without those that its config gives a meaning.
     """
     config = text_config(model)
-    size = min(model.get_input_embeddings().weight.shape[0], getattr(config, "vocab_size", None) or 10**9)
+    size = min(
+        model.get_input_embeddings().weight.shape[0], getattr(config, "vocab_size", None) or 10**9
+    )
     special = _special_ids(model.config.to_dict())
     ordinary = [i for i in range(size) if i not in special] or list(range(size))
     generator = random.Random(seed)
@@ -60,5 +65,7 @@ def _special_ids(config: dict[str, Any]) -> set[int]:
         if isinstance(value, dict):
             ids |= _special_ids(value)
         elif SPECIAL.search(str(name)):
-            ids |= {i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
+            ids |= {
+                i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)
+            }
     return ids

@@ -21,7 +21,9 @@ CANNOT_TELL = (
     "Cannot tell: one edited token more or less changes the logits less than rounding, so the findings about places prove "
     "nothing. Check the base model without this adapter: it then gets a random one, whose edits are seen."
 )
-LogitPairs = list[tuple[Tensor, Tensor]]  # logits (tokens, vocabulary) of the same tokens, had in two ways
+LogitPairs = list[
+    tuple[Tensor, Tensor]
+]  # logits (tokens, vocabulary) of the same tokens, had in two ways
 
 
 def runs(tried: TriedModel) -> Finding:
@@ -63,9 +65,16 @@ def places(tried: TriedModel) -> Finding:
             return Finding(PLACES, None, detail=UNEDITED_CANNOT.format(error))
         for block, masks in changed.items():
             if not masks or len(masks) % NEW_TOKENS:
-                return Finding(PLACES, None, detail=f"{block} ran {len(masks)} times for {NEW_TOKENS} tokens.")
-            wrong += [f"{block}, new token {n}" for n in _wrong_tokens(masks, len(prompt), tried.positions)]
-    return Finding(PLACES, not wrong, detail=f"Other tokens at {'; '.join(wrong[:3])}." if wrong else "")
+                return Finding(
+                    PLACES, None, detail=f"{block} ran {len(masks)} times for {NEW_TOKENS} tokens."
+                )
+            wrong += [
+                f"{block}, new token {n}"
+                for n in _wrong_tokens(masks, len(prompt), tried.positions)
+            ]
+    return Finding(
+        PLACES, not wrong, detail=f"Other tokens at {'; '.join(wrong[:3])}." if wrong else ""
+    )
 
 
 def _wrong_tokens(masks: list[Tensor], prompt_length: int, positions: int) -> list[int]:
@@ -105,6 +114,8 @@ def generated_and_alone(prompts: list[list[int]], tried: TriedModel) -> LogitPai
 def padded_and_alone(tried: TriedModel) -> LogitPairs:
     """Of each row, the logits in a right-padded batch, and those of that row alone."""
     batch = tried.padded([[*prompt, *tried.answer] for prompt in tried.prompts], "right")
-    together = full_logits(tried.model, **batch, prompt_lengths=[len(prompt) for prompt in tried.prompts])
+    together = full_logits(
+        tried.model, **batch, prompt_lengths=[len(prompt) for prompt in tried.prompts]
+    )
     alone = [tried.logits_alone(prompt, tried.answer) for prompt in tried.prompts]
     return [(row[: len(one)].float(), one) for row, one in zip(together, alone, strict=True)]

@@ -75,8 +75,14 @@ class CheckReport:
         for finding in self.findings:
             numbers = f"{_number(finding.difference):>10}  {_number(finding.tolerance):>9}"
             lines.append(f"{finding.name:{width}}  {finding.verdict:14}  {numbers}".rstrip())
-            lines += textwrap.wrap(finding.detail, DETAIL_WIDTH, initial_indent="    ", subsequent_indent="    ")
-        lines += ["", "Differences of logits are in standard deviations of the logits.", self._summary()]
+            lines += textwrap.wrap(
+                finding.detail, DETAIL_WIDTH, initial_indent="    ", subsequent_indent="    "
+            )
+        lines += [
+            "",
+            "Differences of logits are in standard deviations of the logits.",
+            self._summary(),
+        ]
         lines.append(", ".join(f"{name} {number}" for name, number in self.versions.items()))
         return "\n".join(lines)
 

@@ -20,16 +20,24 @@ def largest_difference(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
     for one, other in pairs:
         if not len(other):
             continue
-        difference = ((one - other.to(one.device)).abs().max() / other.std().clamp(min=1e-30)).item()
+        difference = (
+            (one - other.to(one.device)).abs().max() / other.std().clamp(min=1e-30)
+        ).item()
         largest = max(largest, math.inf if math.isnan(difference) else difference)
     return largest
 
 
-def step_difference(plain: tuple[float, dict[str, Tensor]], cached: tuple[float, dict[str, Tensor]]) -> float:
+def step_difference(
+    plain: tuple[float, dict[str, Tensor]], cached: tuple[float, dict[str, Tensor]]
+) -> float:
     """Measure how far loss and gradient of two ways differ, relative to the loss and to the whole gradient's length."""
     (loss, gradients), (other_loss, others) = plain, cached
     missing = gradients.keys() ^ others.keys()
-    squares = [(others[name] - gradient).square().sum() for name, gradient in gradients.items() if name not in missing]
+    squares = [
+        (others[name] - gradient).square().sum()
+        for name, gradient in gradients.items()
+        if name not in missing
+    ]
     length = stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
     of_loss = abs(other_loss - loss) / (1 + abs(loss))
     of_gradient = (stack(squares).sum().sqrt() / length).item()

@@ -25,7 +25,19 @@ LEFT = "generating from a left-padded batch = each row alone"
 RIGHT = "a right-padded batch = each row alone"
 
 __all__ = [
-    *("CACHED", "CAUSAL", "CONTROL", "FAST", "LEARNS", "LEFT", "PLACES", "REACHED", "RELOADS", "RIGHT", "RUNS"),
+    *(
+        "CACHED",
+        "CAUSAL",
+        "CONTROL",
+        "FAST",
+        "LEARNS",
+        "LEFT",
+        "PLACES",
+        "REACHED",
+        "RELOADS",
+        "RIGHT",
+        "RUNS",
+    ),
     "findings_of",
 ]
 
@@ -57,7 +69,9 @@ def _attempted(name: str, trial: Callable[[TriedModel], Finding], tried: TriedMo
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return trial(tried)
-    except Exception as error:  # of code that nobody here has seen: it is what the user wants to know
+    except (
+        Exception
+    ) as error:  # of code that nobody here has seen: it is what the user wants to know
         return Finding(name, False, detail=in_words(error))
 
 
@@ -75,7 +89,9 @@ def _equal(name: str, pairs_of: Callable[[TriedModel], LogitPairs], tried: Tried
         try:
             of_unedited = largest_difference(pairs_of(tried))
         except Exception as raised:
-            return Finding(name, None, shown, tried.tolerance, UNEDITED_CANNOT.format(in_words(raised)))
+            return Finding(
+                name, None, shown, tried.tolerance, UNEDITED_CANNOT.format(in_words(raised))
+            )
     detail = in_words(error) if error else ""
     unedited_differs = f"The unedited model differs by {of_unedited:.2g}."
     # ten times the unedited model's difference is more than its own weakness explains

@@ -47,21 +47,31 @@ class TriedModel:
         return {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
     @torch.no_grad()
-    def logits_alone(self, prompt: Sequence[int], answer: Sequence[int], length: int | None = None) -> Tensor:
+    def logits_alone(
+        self, prompt: Sequence[int], answer: Sequence[int], length: int | None = None
+    ) -> Tensor:
         """Compute the logits (tokens, vocabulary) of one row in one forward.
 
         length: how many tokens the prompt is stated to have; None for as many as it has.
         """
         batch = self.padded([[*prompt, *answer]], "right")
-        return full_logits(self.model, **batch, prompt_lengths=[len(prompt) if length is None else length])[0].float()
+        return full_logits(
+            self.model, **batch, prompt_lengths=[len(prompt) if length is None else length]
+        )[0].float()
 
     @torch.no_grad()
     def generate(self, batch: dict[str, Tensor]) -> tuple[list[list[int]], Tensor]:
         """Generate tokens for each row; with the logits (rows, new tokens, vocabulary) that they were chosen from."""
         settings = GenerationConfig(
-            max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1, pad_token_id=self.pad
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self.pad,
         )
-        out = self.model.generate(**batch, generation_config=settings, return_dict_in_generate=True, output_logits=True)
+        out = self.model.generate(
+            **batch, generation_config=settings, return_dict_in_generate=True, output_logits=True
+        )
         new_tokens = out.sequences[:, batch["input_ids"].shape[1] :]
         return new_tokens.tolist(), torch.stack(out.logits, 1).float()
 

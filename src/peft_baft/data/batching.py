@@ -43,9 +43,13 @@ def encode(tokenizer: Any, prompt: str, answer: str, *, chat: bool = False) -> T
     ids, ends = _tokens_and_ends(tokenizer, f"{prompt}{gap}{answer}", template=chat)
     start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ends))
     if not any(ends[:start]):
-        raise ValueError(f"The prompt {prompt!r:.60} gives no token with this tokenizer; write it in other words.")
+        raise ValueError(
+            f"The prompt {prompt!r:.60} gives no token with this tokenizer; write it in other words."
+        )
     if not any(end > len(prompt) + len(gap) for end in ends):
-        raise ValueError(f"The target {answer!r:.60} gives no token with this tokenizer; write it in other words.")
+        raise ValueError(
+            f"The target {answer!r:.60} gives no token with this tokenizer; write it in other words."
+        )
     return Tokens(ids, start)
 
 
@@ -56,7 +60,9 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tokens:
     return Tokens(ids, len(ids))
 
 
-def encode_fitting(model: Any, tokenizer: Any, prompt: str, answer: str, *, chat: bool = False) -> Tokens:
+def encode_fitting(
+    model: Any, tokenizer: Any, prompt: str, answer: str, *, chat: bool = False
+) -> Tokens:
     """Do as `encode`, with a ValueError if the text is longer than the model's context window."""
     row = encode(tokenizer, prompt, answer, chat=chat)
     window = context_window(model)
@@ -79,7 +85,9 @@ def in_chat(tokenizer: Any, prompt: str) -> str:
     return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
 
 
-def _tokens_and_ends(tokenizer: Any, text: str, template: bool) -> tuple[tuple[int, ...], list[int]]:
+def _tokens_and_ends(
+    tokenizer: Any, text: str, template: bool
+) -> tuple[tuple[int, ...], list[int]]:
     """Tokenise to ids, and for each the character it ends before (0 for special ones); those behind the text are left out.
 
     template: the text holds its special tokens already, so none are added and those in it count as text.
@@ -97,7 +105,9 @@ def _tokens_and_ends(tokenizer: Any, text: str, template: bool) -> tuple[tuple[i
     )
     ends = [
         0 if special and not template else end
-        for special, (_, end) in zip(encoded["special_tokens_mask"], encoded["offset_mapping"], strict=True)
+        for special, (_, end) in zip(
+            encoded["special_tokens_mask"], encoded["offset_mapping"], strict=True
+        )
     ]
     stop = max((i + 1 for i, end in enumerate(ends) if end), default=0)
     return tuple(encoded["input_ids"][:stop]), ends[:stop]
@@ -129,5 +139,7 @@ def padding_id(tokenizer: Any) -> int:
 
 def context_window(model: Any) -> int | None:
     """Look up how many tokens the model can read, by its config; None if that does not say."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = (
+        model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    )
     return getattr(config, "max_position_embeddings", None)

@@ -46,7 +46,9 @@ class Probe:
         if self.kind not in KINDS:
             raise ValueError(f"Probe.kind must be one of {', '.join(KINDS)}, not {self.kind!r}.")
         if not isinstance(self.topic, str):
-            raise TypeError(f"Probe.topic must be a string, empty for none, not {type(self.topic).__name__}.")
+            raise TypeError(
+                f"Probe.topic must be a string, empty for none, not {type(self.topic).__name__}."
+            )
         _require_text("Probe.prompt", self.prompt)
         _require_text("Probe.answer", self.answer)
 
@@ -82,7 +84,9 @@ def _require_text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, not {type(value).__name__} ({value!r:.60}).")
     if not value.strip():
-        raise ValueError(f"{name} is empty; it needs at least one character that is not white space.")
+        raise ValueError(
+            f"{name} is empty; it needs at least one character that is not white space."
+        )
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError(
             f"{name} holds half a character (a lone surrogate), which no tokenizer can read: {value!r:.60}."

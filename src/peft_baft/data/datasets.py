@@ -32,7 +32,9 @@ def read_cases(path: str | Path) -> list[Case]:
     for place, record in records(Path(path), FACT_COLUMNS, ("prompt", "target")):
         case = placed(place, _case, record)
         if case.edit in places:
-            raise ValueError(f"{place}: the same prompt and target stand at {places[case.edit]} already; remove one.")
+            raise ValueError(
+                f"{place}: the same prompt and target stand at {places[case.edit]} already; remove one."
+            )
         places[case.edit] = place
         cases.append(case)
     return cases
@@ -60,7 +62,9 @@ def zsre_case(record: Any) -> Case:
     if record.get("portability") is not None:
         question = record["portability"]
         require_object(question, "portability")
-        probes.append(Probe("portability", text(question, "New Question"), text(question, "New Answer")))
+        probes.append(
+            Probe("portability", text(question, "New Question"), text(question, "New Answer"))
+        )
     return Case(edit, tuple(probes))
 
 
@@ -88,4 +92,7 @@ def _probe(kind: str, field: str, item: Any) -> Probe:
 def _unrelated(record: Any) -> Unrelated:
     require_object(record, "a record")
     require_known(record, UNRELATED_FIELDS)
-    return Unrelated(text(record, "prompt"), text(record, "ground_truth" if "ground_truth" in record else "answer"))
+    return Unrelated(
+        text(record, "prompt"),
+        text(record, "ground_truth" if "ground_truth" in record else "answer"),
+    )

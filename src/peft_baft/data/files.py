@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-Placed = tuple[str, Any]  # where a record stands, as "path:line" or "path: record N", and the record
+Placed = tuple[
+    str, Any
+]  # where a record stands, as "path:line" or "path: record N", and the record
 
 
-def records(path: Path, columns: tuple[str, ...] = (), needed: tuple[str, ...] = ()) -> list[Placed]:
+def records(
+    path: Path, columns: tuple[str, ...] = (), needed: tuple[str, ...] = ()
+) -> list[Placed]:
     """Read the records of a file with their places: `path:line`, or for a .json `path: record N`, from 1.
 
     columns, needed: of a .csv, the ones known and the ones required; without columns, no .csv is read.
@@ -29,7 +33,9 @@ def records(path: Path, columns: tuple[str, ...] = (), needed: tuple[str, ...] =
         readers[".csv"] = partial(_csv, columns, needed)
     if path.suffix.lower() not in readers:
         wanted = ".jsonl, .json or .csv" if columns else ".jsonl or .json"
-        raise ValueError(f"{path}: wanted a file that ends in {wanted}, not {path.suffix or 'nothing'}.")
+        raise ValueError(
+            f"{path}: wanted a file that ends in {wanted}, not {path.suffix or 'nothing'}."
+        )
     placed_records = list(readers[path.suffix.lower()](path, text_of(path)))
     if not placed_records:
         raise ValueError(f"{path}:1: the file holds no record; it needs at least one.")
@@ -51,7 +57,9 @@ def text_of(path: Path) -> str:
         content = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: byte {error.start} is not UTF-8 text; save the file as UTF-8.") from None
+        raise ValueError(
+            f"{path}:{line}: byte {error.start} is not UTF-8 text; save the file as UTF-8."
+        ) from None
     return content.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -69,7 +77,9 @@ def _json(path: Path, content: str) -> Iterator[Placed]:
         yield f"{path}: record {number}", record
 
 
-def _csv(columns: tuple[str, ...], needed: tuple[str, ...], path: Path, content: str) -> Iterator[Placed]:
+def _csv(
+    columns: tuple[str, ...], needed: tuple[str, ...], path: Path, content: str
+) -> Iterator[Placed]:
     rows = csv.reader(io.StringIO(content), strict=True)
     header: list[str] | None = None
     place = f"{path}:1"
@@ -83,7 +93,9 @@ def _csv(columns: tuple[str, ...], needed: tuple[str, ...], path: Path, content:
                 yield place, placed(place, partial(_record_of_row, header), row)
             place = f"{path}:{rows.line_num + 1}"  # a row may take several lines; it is named by its first
     except csv.Error as error:
-        raise ValueError(f"{place}: this is not CSV: {error}; put texts with quotes in double quotes.") from None
+        raise ValueError(
+            f"{place}: this is not CSV: {error}; put texts with quotes in double quotes."
+        ) from None
 
 
 def _header(columns: tuple[str, ...], needed: tuple[str, ...], row: list[str]) -> list[str]:
@@ -92,7 +104,11 @@ def _header(columns: tuple[str, ...], needed: tuple[str, ...], row: list[str]) -
     missing = [name for name in needed if name not in names]
     twice = [name for name in names if names.count(name) > 1]
     if missing or twice:
-        what = f"the column {missing[0]!r} is missing" if missing else f"the column {twice[0]!r} stands twice"
+        what = (
+            f"the column {missing[0]!r} is missing"
+            if missing
+            else f"the column {twice[0]!r} stands twice"
+        )
         raise ValueError(f"{what}; the first row must name the columns, of {', '.join(columns)}")
     return names
 
@@ -100,8 +116,12 @@ def _header(columns: tuple[str, ...], needed: tuple[str, ...], row: list[str]) -
 def _record_of_row(header: list[str], row: list[str]) -> dict[str, Any]:
     """Turn a CSV row into the shape of a JSON record; empty cells are absent."""
     if len(row) != len(header):
-        raise ValueError(f"{len(row)} cells, but {len(header)} columns; put texts with commas in double quotes")
-    record: dict[str, Any] = {name: cell for name, cell in zip(header, row, strict=True) if cell.strip()}
+        raise ValueError(
+            f"{len(row)} cells, but {len(header)} columns; put texts with commas in double quotes"
+        )
+    record: dict[str, Any] = {
+        name: cell for name, cell in zip(header, row, strict=True) if cell.strip()
+    }
     unrelated = {}
     for part in ("prompt", "answer"):
         cell = record.pop(f"unrelated_{part}", None)
@@ -136,8 +156,13 @@ def _parsed(path: Path, content: str, line: int = 1) -> Any:
         place = f"{path}:{line + error.lineno - 1}"
         is_jsonl = error.msg == "Extra data" and path.suffix.lower() == ".json"
         hint = " (one record a line belongs into a .jsonl)" if is_jsonl else ""
-        raise ValueError(f"{place}: this is not JSON: {error.msg} at column {error.colno}{hint}.") from None
-    except (ValueError, RecursionError) as error:  # a number of too many digits, or too deep a nesting
+        raise ValueError(
+            f"{place}: this is not JSON: {error.msg} at column {error.colno}{hint}."
+        ) from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of too many digits, or too deep a nesting
         raise ValueError(f"{path}:{line}: this JSON cannot be read: {error}.") from None
 
 

@@ -21,7 +21,17 @@ from typing import Any
 
 from peft_baft.data.cases import Case, Edit, Probe
 from peft_baft.data.datasets import zsre_case
-from peft_baft.data.files import field, listed, placed, records, require_object, shown, text, text_of, texts
+from peft_baft.data.files import (
+    field,
+    listed,
+    placed,
+    records,
+    require_object,
+    shown,
+    text,
+    text_of,
+    texts,
+)
 
 _NOUNS = "opinion of,stance on,position on,attitude about,view on,take on,impression of,assessment of,judgment of"
 CONVSENT_QUESTIONS = (
@@ -85,7 +95,10 @@ def read_convsent(path: Path) -> list[Case]:
     even rows become positive, odd ones negative, by question i modulo 13. Prompt and misspelling are EasyEdit's.
     """
     placed_records = enumerate(records(Path(path)))
-    return [placed(place, partial(_convsent_case, row), record) for row, (place, record) in placed_records]
+    return [
+        placed(place, partial(_convsent_case, row), record)
+        for row, (place, record) in placed_records
+    ]
 
 
 def read_piqa(path: str | Path) -> list[PiqaItem]:
@@ -107,7 +120,9 @@ def read_piqa(path: str | Path) -> list[PiqaItem]:
         if label.strip() not in ("0", "1"):
             raise ValueError(f"{labels_file}:{line}: wanted the label 0 or 1, not {shown(label)}.")
     if len(labels) != len(placed_records):
-        raise ValueError(f"{labels_file}: {len(labels)} labels, but {path} has {len(placed_records)} records.")
+        raise ValueError(
+            f"{labels_file}: {len(labels)} labels, but {path} has {len(placed_records)} records."
+        )
     items = []
     for (place, record), label in zip(placed_records, labels, strict=True):
         items.append(placed(place, partial(_piqa_item, int(label)), record))
@@ -124,7 +139,9 @@ def _knowedit_case(prompt: str, target: str, record: Any) -> Case:
     probes = []
     for name in ("rephrase_prompt", "rephrase"):
         if record.get(name) not in (None, ""):
-            probes += [Probe("generality", rephrasing, edit.target) for rephrasing in texts(record, name)]
+            probes += [
+                Probe("generality", rephrasing, edit.target) for rephrasing in texts(record, name)
+            ]
     return Case(edit, (*probes, *_topics("portability", record), *_topics("locality", record)))
 
 
@@ -155,7 +172,9 @@ def _answer(record: dict[str, Any], name: str) -> str:
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f"the field {name!r} must be a text or a list of texts, not {shown(value)}")
+        raise ValueError(
+            f"the field {name!r} must be a text or a list of texts, not {shown(value)}"
+        )
     return str(value).strip()
 
 
@@ -171,9 +190,14 @@ def _counterfact_case(record: Any) -> Case:
         require_object(rewrite, "requested_rewrite")
         prompt, subject = text(rewrite, "prompt"), text(rewrite, "subject")
         if "{}" not in prompt:
-            raise ValueError(f"the field 'prompt' must hold {{}} where the subject stands, not {shown(prompt)}")
+            raise ValueError(
+                f"the field 'prompt' must hold {{}} where the subject stands, not {shown(prompt)}"
+            )
         edit = Edit(prompt.replace("{}", subject), _worded(rewrite, "target_new"))
-        rephrased, nearby = texts(record, "paraphrase_prompts"), texts(record, "neighborhood_prompts")
+        rephrased, nearby = (
+            texts(record, "paraphrase_prompts"),
+            texts(record, "neighborhood_prompts"),
+        )
         truth = _worded(rewrite, "target_true") if nearby else ""
     probes = [Probe("generality", prompt, edit.target) for prompt in rephrased]
     probes += [Probe("locality", prompt, truth) for prompt in nearby]
@@ -192,13 +216,17 @@ def _convsent_case(row: int, record: Any) -> ConvSentCase:
     question = CONVSENT_QUESTIONS[row % len(CONVSENT_QUESTIONS)].format(text(record, "ent"))
     positive, negative = (tuple(texts(record, side)) for side in ("pos", "neg"))
     if not positive or not negative:
-        raise ValueError(f"the field {'neg' if positive else 'pos'!r} must hold at least one answer")
+        raise ValueError(
+            f"the field {'neg' if positive else 'pos'!r} must hold at least one answer"
+        )
     if row % 2 == 0:
         wanted, adverb, answers = "positive", "postively", positive  # the data set's spelling
     else:
         wanted, adverb, answers = "negative", "negatively", negative
     edit = Edit(CONVSENT_PROMPT.format(question, adverb), answers[0])
-    return ConvSentCase(edit=edit, question=question, wanted=wanted, positive=positive, negative=negative)
+    return ConvSentCase(
+        edit=edit, question=question, wanted=wanted, positive=positive, negative=negative
+    )
 
 
 def _piqa_item(label: int, record: Any) -> PiqaItem:

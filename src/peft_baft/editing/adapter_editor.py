@@ -153,7 +153,9 @@ class AdapterEditor:
         for layer in method_modules(self.model):
             if isinstance(layer, BaseTunerLayer) and (layer.disable_adapters or layer.merged):
                 state = "disabled" if layer.disable_adapters else "merged into the weights"
-                raise ValueError(f"The adapter {self.adapter_name!r} cannot be edited while it is {state}.")
+                raise ValueError(
+                    f"The adapter {self.adapter_name!r} cannot be edited while it is {state}."
+                )
         if any(hasattr(tensor, "ds_id") for tensor in adapter_tensors(self.model)):
             raise ValueError(TAKEN_APART)
 
@@ -189,7 +191,16 @@ class AdapterEditor:
             prompt, target = edit.prompt.strip(), edit.target.strip()
             if prompt in targets:
                 first = targets[prompt]
-                what = "stands twice" if target == first else f"is edited to {first!r} and to {target!r}"
-                raise ValueError(f"{prompt!r} {what} in one batch; leave one, or edit them one after another.")
+                what = (
+                    "stands twice"
+                    if target == first
+                    else f"is edited to {first!r} and to {target!r}"
+                )
+                raise ValueError(
+                    f"{prompt!r} {what} in one batch; leave one, or edit them one after another."
+                )
             targets[prompt] = target
-        return [encode_fitting(self.model, self.tokenizer, prompt, target) for prompt, target in targets.items()]
+        return [
+            encode_fitting(self.model, self.tokenizer, prompt, target)
+            for prompt, target in targets.items()
+        ]

@@ -43,7 +43,12 @@ class AnswerTargets:
 
     @classmethod
     def of(
-        cls, rows: Sequence[Tokens], learned: Sequence[int], cuts: Sequence[int], width: int, device: torch.device
+        cls,
+        rows: Sequence[Tokens],
+        learned: Sequence[int],
+        cuts: Sequence[int],
+        width: int,
+        device: torch.device,
     ) -> AnswerTargets:
         """Find the targets of a batch of these rows without their first `cuts[i]` tokens."""
         places_rows, places_columns, tokens = [], [], []
@@ -55,7 +60,10 @@ class AnswerTargets:
                 places_rows.append(i)
                 places_columns.append(t - 1 - cuts[i])  # the logits before a token predict it
                 tokens.append(row.ids[t])
-        places = torch.tensor(places_rows, device=device), torch.tensor(places_columns, device=device)
+        places = (
+            torch.tensor(places_rows, device=device),
+            torch.tensor(places_columns, device=device),
+        )
         prompt_lengths = torch.tensor([row.prompt_length for row in rows], device=device)
         tokens_on_device = torch.tensor(tokens, device=device)
         return cls(rows, learned, cuts, width, places, tokens_on_device, counts, prompt_lengths)
@@ -66,7 +74,9 @@ class AnswerTargets:
         learned = [number for number, i in enumerate(chosen) if i in self.learned]
         return AnswerTargets.of(rows, learned, cuts, width, self.tokens.device)
 
-    def edited_places(self, rows: Sequence[int], among: Sequence[int], prompt_positions: int) -> Tensor:
+    def edited_places(
+        self, rows: Sequence[int], among: Sequence[int], prompt_positions: int
+    ) -> Tensor:
         """Find the edited tokens of some rows in a tensor of the rows `among`.
 
         Returns:
@@ -106,7 +116,12 @@ class FullForward:
     """
 
     def __init__(
-        self, model: Any, rows: Sequence[Tokens], learned: Sequence[int], padding: int, device: torch.device
+        self,
+        model: Any,
+        rows: Sequence[Tokens],
+        learned: Sequence[int],
+        padding: int,
+        device: torch.device,
     ) -> None:
         self.model, self._padding = model, padding
         batch = collate(rows, padding)

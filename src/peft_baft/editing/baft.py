@@ -84,7 +84,9 @@ class BaftEditor(AdapterEditor):
         rows = [encode_fitting(model, tokenizer, text.prompt, text.answer) for text in unrelated]
         self._unrelated = rows if self._gated else []
 
-    def edit_each(self, edits: Iterable[Edit], parallel: int = 16) -> Iterator[tuple[str, EditResult]]:
+    def edit_each(
+        self, edits: Iterable[Edit], parallel: int = 16
+    ) -> Iterator[tuple[str, EditResult]]:
         """Teach each edit to an adapter of its own, which begins as a copy of this editor's: what `edit` would give alone.
 
         The results are ordinary adapters of the model, `NAME-0`, `NAME-1`, …, in the order of the edits: use `set_adapter`,
@@ -110,7 +112,9 @@ class BaftEditor(AdapterEditor):
             raise ValueError(f"The model has an adapter {taken[0]!r} already; use delete_adapter.")
         return self._edit_groups(by_adapter, parallel)
 
-    def _edit_groups(self, by_adapter: dict[str, Edit], parallel: int) -> Iterator[tuple[str, EditResult]]:
+    def _edit_groups(
+        self, by_adapter: dict[str, Edit], parallel: int
+    ) -> Iterator[tuple[str, EditResult]]:
         """Make the edits of `edit_each`, one group that shares its forwards after another."""
         names = list(by_adapter)
         for start in range(0, len(names), parallel):
@@ -137,7 +141,12 @@ class BaftEditor(AdapterEditor):
             FloatingPointError: as `edit_each`; the adapters are left where they were at that moment.
         """
         facts = {name: self._tokens([edit]) for name, edit in edits.items()}
-        with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model), trainable(self.model):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            evaluating(self.model),
+            trainable(self.model),
+        ):
             lanes = []
             for name, rows in facts.items():
                 parameters = self._parameters_of(name)
@@ -151,7 +160,9 @@ class BaftEditor(AdapterEditor):
                 self._add_gate_usage(lane)
         return dict(zip(edits, results, strict=True))
 
-    def edit_fresh(self, edits: Mapping[str, Edit], seeds: Mapping[str, int]) -> dict[str, EditResult]:
+    def edit_fresh(
+        self, edits: Mapping[str, Edit], seeds: Mapping[str, int]
+    ) -> dict[str, EditResult]:
         """Make an adapter for each name, initialised with its seed, and teach it the edit of that name.
 
         Each comes out as if it had been edited alone. Raises as `edit_side_by_side`.
@@ -224,7 +235,12 @@ class BaftEditor(AdapterEditor):
 
     def _batch(self, lanes: Sequence[Lane], one_adapter_per_row: bool = False) -> LaneBatch:
         return LaneBatch(
-            lanes, self._open, self._context, self._gated_blocks, self._prompt_positions, one_adapter_per_row
+            lanes,
+            self._open,
+            self._context,
+            self._gated_blocks,
+            self._prompt_positions,
+            one_adapter_per_row,
         )
 
     def _open(self, rows: Sequence[Tokens], learned: Sequence[int]) -> AnswerForward:
@@ -233,7 +249,9 @@ class BaftEditor(AdapterEditor):
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         reaches_further = any(id(parameter) not in in_adapters for parameter in trained)
         positions = None if reaches_further else self._prompt_positions
-        return open_forward(self.model, rows, learned, padding_id(self.tokenizer), positions, self._prepared)
+        return open_forward(
+            self.model, rows, learned, padding_id(self.tokenizer), positions, self._prepared
+        )
 
     def _take_unrelated(self, facts: int) -> list[Tokens]:
         """Take the next unrelated texts for so many facts."""

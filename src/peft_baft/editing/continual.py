@@ -99,7 +99,9 @@ def _follow_first(editor: AdapterEditor) -> None:
     editor.load_state_dict({**state, **processes.of_first(lambda: cursors)})
 
 
-def _make(editor: AdapterEditor, batch: Sequence[Edit], check: Check | None, keep_only_good: bool) -> EditRecord:
+def _make(
+    editor: AdapterEditor, batch: Sequence[Edit], check: Check | None, keep_only_good: bool
+) -> EditRecord:
     """Make one batch, check it, and take it back if it is not good and only good ones are kept."""
     restore = editor.snapshot()
     try:
@@ -136,9 +138,13 @@ def _begin_run(
                 f"{value!r:.80}. Resume it with the same settings, or begin another in another folder."
             )
     last = run.after + len(edits)
-    reached = max((number for number in journal.snapshots() if run.after <= number <= last), default=None)
+    reached = max(
+        (number for number in journal.snapshots() if run.after <= number <= last), default=None
+    )
     if reached is None:
-        raise ValueError(f"{journal.folder} holds no snapshot of its last run; begin another in another folder.")
+        raise ValueError(
+            f"{journal.folder} holds no snapshot of its last run; begin another in another folder."
+        )
     lines = [line for line in edits if run.after < line.edit <= reached]
     _require_same_facts(lines, batches)
     state, header = journal.load_snapshot(reached)
@@ -149,7 +155,9 @@ def _begin_run(
     return lines
 
 
-def _write(journal: Journal, editor: AdapterEditor, number: int, record: EditRecord, is_last: bool) -> None:
+def _write(
+    journal: Journal, editor: AdapterEditor, number: int, record: EditRecord, is_last: bool
+) -> None:
     """Write a batch's line, and a snapshot if it is time for one."""
     result = record.result
     line = EditLine(

@@ -71,7 +71,9 @@ class Editor(Protocol):
 class SideBySideEditor(Editor, Protocol):
     """An editor that can make independent single edits in the same forwards, each in an adapter of its own."""
 
-    def edit_fresh(self, edits: Mapping[str, Edit], seeds: Mapping[str, int]) -> dict[str, EditResult]:
+    def edit_fresh(
+        self, edits: Mapping[str, Edit], seeds: Mapping[str, int]
+    ) -> dict[str, EditResult]:
         """Make an adapter for each name, initialised with its seed, and teach it the edit of that name.
 
         Raises:

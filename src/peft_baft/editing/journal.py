@@ -13,7 +13,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from peft_baft.editing.editor import CURSOR
-from peft_baft.storage import append_line, load_with_header, read_lines, replace_file, save_with_header
+from peft_baft.storage import (
+    append_line,
+    load_with_header,
+    read_lines,
+    replace_file,
+    save_with_header,
+)
 
 LINES, SNAPSHOTS, LOCK = "journal.jsonl", "snapshots", "journal.lock"
 SUFFIX = ".safetensors"
@@ -80,7 +86,9 @@ def parse_line(value: Any) -> Line:
     Raises:
         ValueError: it is none.
     """
-    kinds = [kind for kind in ("run", "edit", "back_to") if isinstance(value, dict) and kind in value]
+    kinds = [
+        kind for kind in ("run", "edit", "back_to") if isinstance(value, dict) and kind in value
+    ]
     if len(kinds) != 1 or not isinstance(value[kinds[0]], int | dict):
         raise ValueError("it is no run, edit or return")
     try:
@@ -168,7 +176,9 @@ class Journal:
         files = (self.folder / SNAPSHOTS).glob(f"*{SUFFIX}")
         return sorted(int(file.stem) for file in files if file.stem.isdigit())
 
-    def save_snapshot(self, number: int, state: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    def save_snapshot(
+        self, number: int, state: Mapping[str, Tensor], header: Mapping[str, Any]
+    ) -> None:
         """Write the snapshot after edit `number`: an editor's state, and what else is needed to go on from it."""
         save_with_header(self._snapshot(number), state, {AFTER: number, **header})
 
@@ -181,7 +191,9 @@ class Journal:
         file = self._snapshot(number)
         if not file.exists():
             existing = ", ".join(map(str, self.snapshots())) or "none"
-            raise ValueError(f"{self.folder} has no snapshot after edit {number}, but after {existing}.")
+            raise ValueError(
+                f"{self.folder} has no snapshot after edit {number}, but after {existing}."
+            )
         try:
             state, header = load_with_header(file)
         except ValueError as error:
@@ -199,9 +211,13 @@ class Journal:
         with self.writing():
             count = len(self.edits())
             if not 0 <= number <= count:
-                raise ValueError(f"{self.folder} holds edits 1 to {count}; it cannot go back to {number}.")
+                raise ValueError(
+                    f"{self.folder} holds edits 1 to {count}; it cannot go back to {number}."
+                )
             state, _ = self.load_snapshot(number)
-            weights = {name: tensor for name, tensor in state.items() if not name.startswith(CURSOR)}
+            weights = {
+                name: tensor for name, tensor in state.items() if not name.startswith(CURSOR)
+            }
             replace_file(self.folder / "adapter_model.safetensors", save(weights, {"format": "pt"}))
             self.add(ReturnLine(number))
             self.delete_snapshots_after(number)

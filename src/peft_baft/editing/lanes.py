@@ -23,7 +23,9 @@ from peft_baft.editing.editor import EditResult
 from peft_baft.editing.train import Descent, Terms, descend
 from peft_baft.processes import Processes
 
-Gates = dict[str, tuple[Tensor, Tensor]]  # by block: (n, k) at edited tokens, (m, k) at those of unrelated text
+Gates = dict[
+    str, tuple[Tensor, Tensor]
+]  # by block: (n, k) at edited tokens, (m, k) at those of unrelated text
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Lane:
 
 
 LaneTerms = Callable[[Lane, LaneOutput], Terms]  # the named losses of a lane
-OpenForward = Callable[[Sequence[Tokens], Sequence[int]], AnswerForward]  # for rows, of which some are learned
+OpenForward = Callable[
+    [Sequence[Tokens], Sequence[int]], AnswerForward
+]  # for rows, of which some are learned
 
 
 class LaneBatch:

@@ -60,7 +60,9 @@ class Objective:
             if self.balance and several_gates:
                 balances.append(load_balance(on_facts, usage[:-1], usage[-1]))
             if self.locality and unrelated:
-                localities.append(locality_margin(on_facts, on_unrelated, self.alpha, self.beta, self.gamma))
+                localities.append(
+                    locality_margin(on_facts, on_unrelated, self.alpha, self.beta, self.gamma)
+                )
         if balances:
             balance = rescaled(mean_over_blocks(balances), answer_loss, self.balance_ceiling)
             terms["balance"] = self.balance * balance

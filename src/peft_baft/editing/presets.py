@@ -8,7 +8,12 @@ from typing import Any
 from peft_baft.editing.baft import Objective
 from peft_baft.editing.train import DescentConfig
 
-PAPER_LAYERS = [8, 17, 23, 27]  # printed as 9;18;24;28, which count from 1: block 28 of Gemma's 28 exists only so
+PAPER_LAYERS = [
+    8,
+    17,
+    23,
+    27,
+]  # printed as 9;18;24;28, which count from 1: block 28 of Gemma's 28 exists only so
 
 
 @dataclass(frozen=True)

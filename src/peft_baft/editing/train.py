@@ -44,7 +44,9 @@ class DescentConfig:
                 raise ValueError(f"{name} must be above 0 and finite, not {value!r}.")
         for name in ("stop_loss", "weight_decay"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be 0 or above and finite, not {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"{name} must be 0 or above and finite, not {getattr(self, name)!r}."
+                )
 
 
 FUSED = ("cpu", "cuda")  # devices for which torch has AdamW in one kernel

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from peft_baft.data.cases import Case
 from peft_baft.evaluation.forward import Batched, one_model
-from peft_baft.evaluation.scoring import exact_match, free_answers, free_length, predicted_tokens, prefix_match
+from peft_baft.evaluation.scoring import (
+    exact_match,
+    free_answers,
+    free_length,
+    predicted_tokens,
+    prefix_match,
+)
 
 TEMPLATES = ("raw", "chat")
 
@@ -45,12 +51,18 @@ class Reply:
 
 def questions_of(row: int, case: Case) -> list[Question]:
     """List what to ask about a row: the edit, then its probes in their order."""
-    probes = [Question(row, probe.kind, probe.topic, probe.prompt, probe.answer) for probe in case.probes]
+    probes = [
+        Question(row, probe.kind, probe.topic, probe.prompt, probe.answer) for probe in case.probes
+    ]
     return [Question(row, "reliability", "", case.edit.prompt, case.edit.target), *probes]
 
 
 def ask(
-    model: Any, tokenizer: Any, questions: Sequence[Question], template: str = "raw", batched: Batched = one_model
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    template: str = "raw",
+    batched: Batched = one_model,
 ) -> list[Reply]:
     """Ask every question twice: given the answer so far (teacher forcing), and freely.
 
@@ -79,15 +91,23 @@ def _ask_each(
 ) -> list[Reply]:
     replies: dict[int, Reply] = {}
     for chat in (False, True):
-        chosen = [i for i, q in enumerate(questions) if (template == "chat" and q.kind != "locality") is chat]
+        chosen = [
+            i
+            for i, q in enumerate(questions)
+            if (template == "chat" and q.kind != "locality") is chat
+        ]
         pairs = [(questions[i].prompt, questions[i].answer) for i in chosen]
         lengths = [free_length(tokenizer, answer) for _, answer in pairs]
 
-        def context(batch: Sequence[int], chosen: list[int] = chosen) -> AbstractContextManager[Any]:
+        def context(
+            batch: Sequence[int], chosen: list[int] = chosen
+        ) -> AbstractContextManager[Any]:
             return batched([chosen[i] for i in batch])
 
         tokens = predicted_tokens(model, tokenizer, pairs, chat=chat, batched=context)
-        texts = free_answers(model, tokenizer, [prompt for prompt, _ in pairs], lengths, chat=chat, batched=context)
+        texts = free_answers(
+            model, tokenizer, [prompt for prompt, _ in pairs], lengths, chat=chat, batched=context
+        )
         for i, (said, wanted), text in zip(chosen, tokens, texts, strict=True):
             replies[i] = Reply(said, wanted, text)
     return [replies[i] for i in range(len(questions))]
@@ -121,7 +141,9 @@ class Unedited:
         new = {(q.prompt, q.answer): q for q in questions if q.kind == "locality"}
         missing = [question for key, question in new.items() if key not in self._replies]
         replies = ask(base, self.tokenizer, missing)
-        self._replies |= {(q.prompt, q.answer): reply for q, reply in zip(missing, replies, strict=True)}
+        self._replies |= {
+            (q.prompt, q.answer): reply for q, reply in zip(missing, replies, strict=True)
+        }
 
     def reply(self, question: Question) -> Reply | None:
         """Give what it said, None where it was not asked."""

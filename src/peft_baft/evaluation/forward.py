@@ -112,13 +112,19 @@ def greedy_tokens(
         For each row, its (up to max_new_tokens,) new tokens.
     """
     window = context_window(model) or sys.maxsize
-    limits = [min(limit, window - len(row.ids)) for row, limit in zip(rows, max_new_tokens, strict=True)]
+    limits = [
+        min(limit, window - len(row.ids)) for row, limit in zip(rows, max_new_tokens, strict=True)
+    ]
     new_tokens = [torch.empty(0, dtype=torch.long)] * len(rows)
     for numbers in _batches_in_window(rows, limits, window, batch_size):
         batch = collate([rows[number] for number in numbers], padding_id(tokenizer), side="left")
         with batched(numbers):
             continuations = _generate(
-                model, batch, padding_id(tokenizer), max(limits[number] for number in numbers), settings(numbers)
+                model,
+                batch,
+                padding_id(tokenizer),
+                max(limits[number] for number in numbers),
+                settings(numbers),
             )
         for number, tokens in zip(numbers, continuations, strict=True):
             new_tokens[number] = tokens[: limits[number]]
@@ -126,12 +132,21 @@ def greedy_tokens(
 
 
 def _generate(
-    model: Any, batch: dict[str, Tensor], pad_token_id: int, max_new_tokens: int, settings: dict[str, Any]
+    model: Any,
+    batch: dict[str, Tensor],
+    pad_token_id: int,
+    max_new_tokens: int,
+    settings: dict[str, Any],
 ) -> Tensor:
     """Decode (rows, up to `max_new_tokens`) new tokens greedily, whatever the model's own generation config says."""
     device = input_device(model)
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-    greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "pad_token_id": pad_token_id}
+    greedy = {
+        "do_sample": False,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "pad_token_id": pad_token_id,
+    }
     sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, **greedy, **settings)
     return sequences[:, batch["input_ids"].shape[1] :]
 

@@ -13,7 +13,12 @@ from peft_baft.evaluation.forward import BATCH_SIZE, answer_ids, answer_logits, 
 
 
 def log_probabilities(
-    model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int = BATCH_SIZE, *, chat: bool = False
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    batch_size: int = BATCH_SIZE,
+    *,
+    chat: bool = False,
 ) -> list[Tensor]:
     """Log-probability of each answer token of (prompt, answer) pairs, given the prompt and the answer so far.
 
@@ -30,7 +35,10 @@ def log_probabilities(
     """
 
     def read(rows: Sequence[Tokens], logits: Tensor) -> list[Tensor]:
-        return [_log_probabilities_of_answer(row, of_row) for row, of_row in zip(rows, logits, strict=True)]
+        return [
+            _log_probabilities_of_answer(row, of_row)
+            for row, of_row in zip(rows, logits, strict=True)
+        ]
 
     return teacher_forced(model, tokenizer, pairs, read, batch_size, chat=chat)
 

@@ -35,8 +35,12 @@ def right_choices(model: Any, tokenizer: Any, item: PiqaItem) -> dict[str, bool]
         "accuracy_sum": [tokens.sum().item() for tokens in after_goal],
         "lm_eval_acc": [tokens.sum().item() for tokens in after_question],
         "lm_eval_acc_norm": [
-            tokens.sum().item() / count for tokens, count in zip(after_question, characters, strict=True)
+            tokens.sum().item() / count
+            for tokens, count in zip(after_question, characters, strict=True)
         ],
     }
     # comparisons with NaN are false, so that values which are not numbers count as wrong
-    return {name: second > first if item.label else first >= second for name, (first, second) in values.items()}
+    return {
+        name: second > first if item.label else first >= second
+        for name, (first, second) in values.items()
+    }

@@ -44,7 +44,9 @@ def watch(model: Any, tokenizer: Any, cases: Sequence[Case]) -> Callable[[], Rep
     """
     edits = [(case.edit.prompt, case.edit.target) for case in cases]
     prompts = [prompt for prompt, _ in edits]
-    rephrased = [(probe.prompt, probe.answer) for case in cases for probe in case.of_kind("generality")]
+    rephrased = [
+        (probe.prompt, probe.answer) for case in cases for probe in case.of_kind("generality")
+    ]
     nearby = [(probe.prompt, probe.answer) for case in cases for probe in case.of_kind("locality")]
     nearby += [(canary.prompt, canary.answer) for canary in CANARIES]
     said_before = greedy_answers(model, tokenizer, prompts)

@@ -50,20 +50,30 @@ def predicted_tokens(
 
     def read(rows: Sequence[Tokens], logits: Tensor) -> list[tuple[Tensor, Tensor]]:
         likeliest = logits.argmax(-1).cpu()
-        return [(answer_logits(row, said), answer_ids(row)) for row, said in zip(rows, likeliest, strict=True)]
+        return [
+            (answer_logits(row, said), answer_ids(row))
+            for row, said in zip(rows, likeliest, strict=True)
+        ]
 
     return teacher_forced(model, tokenizer, pairs, read, batch_size, chat=chat, batched=batched)
 
 
 def token_match(
-    model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int = BATCH_SIZE, *, chat: bool = False
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    batch_size: int = BATCH_SIZE,
+    *,
+    chat: bool = False,
 ) -> list[float]:
     """Share of each answer's tokens that the model would say itself: reliability, generality, portability."""
     predicted = predicted_tokens(model, tokenizer, pairs, batch_size, chat=chat)
     return [(said == wanted).float().mean().item() for said, wanted in predicted]
 
 
-def agreement(before: Sequence[tuple[Tensor, Tensor]], after: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+def agreement(
+    before: Sequence[tuple[Tensor, Tensor]], after: Sequence[tuple[Tensor, Tensor]]
+) -> list[float]:
     """Locality: share of the answer tokens at which the model says what it said before, right or wrong.
 
     Args:
@@ -96,14 +106,18 @@ def free_answers(
     return [first_line(tokenizer, tokens) for tokens in new_tokens]
 
 
-def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 12) -> list[str]:
+def greedy_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 12
+) -> list[str]:
     """`free_answers` of one length."""
     return free_answers(model, tokenizer, prompts, [max_new_tokens] * len(prompts))
 
 
 def free_length(tokenizer: Any, answer: str) -> int:
     """Count the tokens that the model may say where `answer` is wanted."""
-    return len(tokenizer(f" {answer.strip()}", add_special_tokens=False)["input_ids"]) + EXTRA_TOKENS
+    return (
+        len(tokenizer(f" {answer.strip()}", add_special_tokens=False)["input_ids"]) + EXTRA_TOKENS
+    )
 
 
 def first_line(tokenizer: Any, tokens: Tensor) -> str:

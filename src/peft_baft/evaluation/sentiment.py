@@ -14,7 +14,9 @@ from peft_baft.adapter.state import without_adapters
 from peft_baft.evaluation.likelihood import log_probabilities
 
 
-def edit_success(model: Any, tokenizer: Any, question: str, wanted: Sequence[str], unwanted: Sequence[str]) -> float:
+def edit_success(
+    model: Any, tokenizer: Any, question: str, wanted: Sequence[str], unwanted: Sequence[str]
+) -> float:
     """ES of MEND (Mitchell et al. 2022), in [0, 1]: the turn of opinion times the hold on the topic.
 
     σ(wanted - unwanted) · min(1, exp(wanted - wanted before the edit)), where each stands for the mean log-probability of
@@ -29,7 +31,9 @@ def edit_success(model: Any, tokenizer: Any, question: str, wanted: Sequence[str
         ValueError: there is no answer on one of the sides.
     """
     if not wanted or not unwanted:
-        raise ValueError(f"Both sides need at least one answer, not {len(wanted)} wanted and {len(unwanted)} unwanted.")
+        raise ValueError(
+            f"Both sides need at least one answer, not {len(wanted)} wanted and {len(unwanted)} unwanted."
+        )
     answers = [(question, answer) for answer in (*wanted, *unwanted)]
     after = log_probabilities(model, tokenizer, answers)
     with without_adapters(model) if isinstance(model, PeftModel) else nullcontext():

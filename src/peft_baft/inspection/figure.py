@@ -16,8 +16,20 @@ INK, SOFT, LINE, PALE = "#1c2230", "#5a6272", "#dfdcd3", "#f6f5f1"
 EDIT, WAS, GATE = "#c2410c", "#8b92a0", "#2b3f87"
 UNEDITED = 3  # tokens before the first edited one that are drawn; nothing happens at those before
 CELL = 0.62  # inches: the unit of what follows, and of every coordinate
-SIDE, RIGHT, HEAD, FOOT = 2.0, 6.3, 3.0, 1.0  # names of blocks, candidates, what stands above the cells and below
-FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans", "Microsoft YaHei", "Arial Unicode MS")
+SIDE, RIGHT, HEAD, FOOT = (
+    2.0,
+    6.3,
+    3.0,
+    1.0,
+)  # names of blocks, candidates, what stands above the cells and below
+FONTS = (
+    "DejaVu Sans",
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Hiragino Sans",
+    "Microsoft YaHei",
+    "Arial Unicode MS",
+)
 KEY = (
     "Bars: the gates, from 0 to 1. Tint and percentage: how long the update is, relative to the hidden vector. Next token: "
     "how much of its probability the edits moved."
@@ -36,10 +48,15 @@ def draw(inspection: Inspection, path: str | Path) -> None:
     except ImportError:
         raise ImportError("The picture needs matplotlib: pip install 'peft-baft[plot]'") from None
     installed = set(get_font_names())
-    with style.context("default"), rc_context({"font.family": [font for font in FONTS if font in installed]}):
+    with (
+        style.context("default"),
+        rc_context({"font.family": [font for font in FONTS if font in installed]}),
+    ):
         figure = _figure(inspection)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from")  # such a letter is drawn as a box
+            warnings.filterwarnings(
+                "ignore", "Glyph .* missing from"
+            )  # such a letter is drawn as a box
             figure.savefig(path, dpi=200)
 
 
@@ -66,7 +83,9 @@ def _figure(inspection: Inspection) -> Any:
 
 def _text(axes: Any, x: float, y: float, text: str, **style: Any) -> None:
     """Text as it is: a dollar sign begins no formula."""
-    axes.text(x, y, text, **{"va": "center", "color": INK, "fontsize": 10, "parse_math": False, **style})
+    axes.text(
+        x, y, text, **{"va": "center", "color": INK, "fontsize": 10, "parse_math": False, **style}
+    )
 
 
 def _fitted(axes: Any, x: float, y: float, text: str, room: int, **style: Any) -> None:
@@ -75,10 +94,14 @@ def _fitted(axes: Any, x: float, y: float, text: str, room: int, **style: Any) -
     _text(axes, x, y, shown, fontsize=10 * min(1, room / len(shown)), **style)
 
 
-def _box(axes: Any, x: float, y: float, width: float, height: float, color: Any, **style: Any) -> None:
+def _box(
+    axes: Any, x: float, y: float, width: float, height: float, color: Any, **style: Any
+) -> None:
     from matplotlib.patches import Rectangle
 
-    axes.add_patch(Rectangle((x, y), width, height, **{"facecolor": color, "linewidth": 0, **style}))
+    axes.add_patch(
+        Rectangle((x, y), width, height, **{"facecolor": color, "linewidth": 0, **style})
+    )
 
 
 def _header(axes: Any, inspection: Inspection, room: int) -> None:
@@ -137,11 +160,21 @@ def _moved(axes: Any, tokens: Sequence[Token], y: float) -> None:
 def _candidates(axes: Any, changes: Sequence[Change], x: float) -> None:
     """Probabilities of the answer's first token, without the edits and with them, the most changed first."""
     _text(axes, x, -0.35, "The answer's first token", fontweight="bold")
-    for row, change in enumerate(sorted(changes, key=lambda change: -abs(change.after - change.before))):
+    for row, change in enumerate(
+        sorted(changes, key=lambda change: -abs(change.after - change.before))
+    ):
         y = row / 2
         _fitted(axes, x, y + 0.25, visible(change.text), 10)
         _box(axes, x + 1.7, y + 0.1, 1.5 * change.before, 0.14, WAS)
         _box(axes, x + 1.7, y + 0.26, 1.5 * change.after, 0.14, EDIT)
-        _text(axes, x + 4.2, y + 0.25, f"{percent(change.before)} →", fontsize=9, ha="right", color=SOFT)
+        _text(
+            axes,
+            x + 4.2,
+            y + 0.25,
+            f"{percent(change.before)} →",
+            fontsize=9,
+            ha="right",
+            color=SOFT,
+        )
         _text(axes, x + 5.2, y + 0.25, percent(change.after), fontsize=9, ha="right", color=EDIT)
     _box(axes, x + 1.68, 0.05, 0.02, len(changes) / 2 - 0.1, LINE)

@@ -100,7 +100,9 @@ class Inspection:
 
 
 @torch.no_grad()
-def inspect(model: PeftModel, tokenizer: Any, prompt: str, max_new_tokens: int = 12, top: int = 10) -> Inspection:
+def inspect(
+    model: PeftModel, tokenizer: Any, prompt: str, max_new_tokens: int = 12, top: int = 10
+) -> Inspection:
     """Let the edited model answer `prompt` greedily, and measure every edit on the way.
 
     Everything is read off one forward over prompt and answer; probabilities without the edits are those of the same text.
@@ -123,7 +125,9 @@ def inspect(model: PeftModel, tokenizer: Any, prompt: str, max_new_tokens: int =
         text = Tokens(tuple(ids), row.prompt_length)
         with _watching(layers) as seen, prompt_lengths(model, [row.prompt_length]):
             logits = _logits(model, tokenizer, text)
-        blocks = tuple(_block(layer, seen) for layer in layers)  # where tokens stand is known until the next forward
+        blocks = tuple(
+            _block(layer, seen) for layer in layers
+        )  # where tokens stand is known until the next forward
         with without_adapters(model):
             plain = _logits(model, tokenizer, text)
             before = greedy_answers(model, tokenizer, [prompt], limit)[0]
@@ -135,21 +139,29 @@ def inspect(model: PeftModel, tokenizer: Any, prompt: str, max_new_tokens: int =
         if is_edited:
             moved, changes = _next_token(tokenizer, plain[i], logits[i], ids[i + 1 : i + 2], top)
         is_answer = i >= row.prompt_length
-        tokens.append(Token(token, token_text(tokenizer, token), is_answer, is_edited, moved, changes))
+        tokens.append(
+            Token(token, token_text(tokenizer, token), is_answer, is_edited, moved, changes)
+        )
     return Inspection(prompt, before, after, _adapters(layers), tuple(tokens), blocks)
 
 
 def _active_layers(model: nn.Module) -> list[BaftLayer]:
     if not isinstance(model, PeftModel) or not baft_layers(model):
-        kinds = {config.peft_type for config in (getattr(model, "peft_config", None) or {}).values()}
+        kinds = {
+            config.peft_type for config in (getattr(model, "peft_config", None) or {}).values()
+        }
         raise TypeError(
             f"inspect() shows the gates of a BaFT adapter, but this {type(model).__name__} carries "
             f"{'/'.join(sorted(kinds)) or 'no adapter'}. Load a BaFT adapter with PeftModel.from_pretrained(model, folder), "
             "or make one with `baft edit`."
         )
-    layers = [layer for layer in baft_layers(model) if not layer.disable_adapters and _active(layer)]
+    layers = [
+        layer for layer in baft_layers(model) if not layer.disable_adapters and _active(layer)
+    ]
     if not layers:
-        raise ValueError("This model's BaFT adapter is not active; switch to it with set_adapter(name).")
+        raise ValueError(
+            "This model's BaFT adapter is not active; switch to it with set_adapter(name)."
+        )
     return layers
 
 
@@ -162,12 +174,18 @@ def _adapters(layers: Sequence[BaftLayer]) -> tuple[Adapter, ...]:
     return tuple(Adapter(name, c.r, c.weighting, c.prompt_positions) for name, c in configs.items())
 
 
-def _encoded(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, top: int) -> tuple[Tokens, int]:
+def _encoded(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, top: int
+) -> tuple[Tokens, int]:
     """Encode the prompt, and find how many tokens may follow it; or refuse it."""
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ValueError(f"The prompt holds half a character, which no tokenizer can read: {prompt!r:.60}.")
+        raise ValueError(
+            f"The prompt holds half a character, which no tokenizer can read: {prompt!r:.60}."
+        )
     if max_new_tokens < 1 or top < 1:
-        raise ValueError(f"max_new_tokens and top must be at least 1, not {max_new_tokens} and {top}.")
+        raise ValueError(
+            f"max_new_tokens and top must be at least 1, not {max_new_tokens} and {top}."
+        )
     row = encode_prompt(tokenizer, prompt)
     window = context_window(model) or len(row.ids) + max_new_tokens
     if not 0 < len(row.ids) < window:
@@ -190,7 +208,9 @@ def _logits(model: Any, tokenizer: Any, text: Tokens) -> Tensor:
     """Compute the logits (tokens, vocabulary) of one forward over prompt and answer."""
     logits = logits_of_rows(model, tokenizer, [text])[0]
     if logits.isnan().any():
-        raise FloatingPointError("The model's output on this prompt is not a number; try --dtype float32.")
+        raise FloatingPointError(
+            "The model's output on this prompt is not a number; try --dtype float32."
+        )
     return logits
 
 
@@ -224,7 +244,10 @@ def _block(layer: BaftLayer, seen: dict[nn.Module, tuple[Tensor, Tensor]]) -> Bl
         w = seen[layer.baft_gate[name]][1] if has_gate else torch.ones(len(h), config.r)
         for i in edited(relative_positions[0], config.prompt_positions).nonzero()[:, 0].tolist():
             gates[i][name] = tuple(w[i].tolist())
-    cells = [Cell(size, gates_of_token) for size, gates_of_token in zip(sizes.tolist(), gates, strict=True)]
+    cells = [
+        Cell(size, gates_of_token)
+        for size, gates_of_token in zip(sizes.tolist(), gates, strict=True)
+    ]
     return Block(layer.name, tuple(cells))
 
 
@@ -242,5 +265,7 @@ def _next_token(
     most_changed = change.abs().topk(min(top, len(change))).indices.tolist()
     candidates = list(dict.fromkeys([*always, *most_changed]))[: max(top, len(always))]
     ids = sorted(candidates, key=lambda i: -change[i].item())
-    changes = tuple(Change(i, token_text(tokenizer, i), before[i].item(), after[i].item()) for i in ids)
+    changes = tuple(
+        Change(i, token_text(tokenizer, i), before[i].item(), after[i].item()) for i in ids
+    )
     return change.clamp_min(0).sum().item(), changes

@@ -29,7 +29,9 @@ def page(inspection: Inspection) -> str:
         ValueError: a number is NaN or infinite: the model's arithmetic broke down on this prompt.
     """
     script = _file("page.js")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+    )
     environment.policies["json.dumps_kwargs"] = {
         "allow_nan": False,
         "separators": (",", ":"),
@@ -37,7 +39,9 @@ def page(inspection: Inspection) -> str:
     return environment.from_string(_file("page.html")).render(
         style=_file("page.css"),
         script=script,
-        script_hash=b64encode(sha256(script.encode()).digest()).decode(),  # the one script that a browser may run here
+        script_hash=b64encode(
+            sha256(script.encode()).digest()
+        ).decode(),  # the one script that a browser may run here
         prompt=inspection.prompt.strip(),
         length="long" if len(inspection.prompt) > LONG_PROMPT else "short",
         before=inspection.before or NOTHING,
@@ -57,7 +61,10 @@ def _file(name: str) -> str:
 
 def summary(inspection: Inspection) -> list[str]:
     """What there is to see, in three sentences."""
-    prompt, answer = inspection.tokens[: inspection.prompt_end + 1], inspection.tokens[inspection.prompt_end + 1 :]
+    prompt, answer = (
+        inspection.tokens[: inspection.prompt_end + 1],
+        inspection.tokens[inspection.prompt_end + 1 :],
+    )
     acts = f"The edits act in {len(inspection.blocks)} block{'s' * (len(inspection.blocks) > 1)}"
     acts += f", on {sum(token.edited for token in prompt)} of the prompt's {len(prompt)} tokens"
     acts += " and on every token of the answer." if answer else "."
@@ -75,7 +82,11 @@ def _first_token(last: Token) -> str:
 
 
 def _strongest(inspection: Inspection) -> str:
-    places = [(cell.size, i, block.name) for block in inspection.blocks for i, cell in enumerate(block.cells)]
+    places = [
+        (cell.size, i, block.name)
+        for block in inspection.blocks
+        for i, cell in enumerate(block.cells)
+    ]
     size, i, name = max(places)
     where = f"{_quoted(inspection.tokens[i].text)} in {block_label(name)}"
     return f"They are strongest at {where}: the update is {percent(size)} as long as the hidden vector."
@@ -90,7 +101,9 @@ def _what_gates_are(inspection: Inspection) -> str:
 
 def _position_rule(inspection: Inspection) -> str:
     spans = sorted({adapter.prompt_positions for adapter in inspection.adapters})
-    last = " or ".join(f"the last {n} prompt tokens" if n > 1 else "the last prompt token" for n in spans)
+    last = " or ".join(
+        f"the last {n} prompt tokens" if n > 1 else "the last prompt token" for n in spans
+    )
     return f"Pale: not edited. An adapter acts on {last} and on every token of the answer."
 
 

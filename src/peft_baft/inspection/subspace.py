@@ -22,7 +22,9 @@ Subspace = tuple[BaftLayer, str]  # an edited block and the name of the adapter 
 def subspaces(model: nn.Module) -> list[Subspace]:
     """List the edited blocks with the BaFT adapter that is active there; none where there is no such adapter."""
     layers = [layer for layer in baft_layers(model) if not layer.disable_adapters]
-    return [(layer, name) for layer in layers for name in layer.active_adapters if name in layer.configs]
+    return [
+        (layer, name) for layer in layers for name in layer.active_adapters if name in layer.configs
+    ]
 
 
 def has_gates(model: nn.Module) -> bool:
@@ -47,8 +49,12 @@ def removal_ladder(model: nn.Module, tokenizer: Any, case: Case) -> list[float]:
     edit = [(case.edit.prompt, case.edit.target)]
     first_layer, adapter_name = blocks[0]
     rows = first_layer.configs[adapter_name].r + 1
-    remaining: dict[nn.Module, Tensor] = {}  # (rows, r) of each block's source: which dimensions row M still has
-    for (layer, name), (shift, w) in zip(blocks, _at_edited_tokens(model, tokenizer, edit, blocks), strict=True):
+    remaining: dict[
+        nn.Module, Tensor
+    ] = {}  # (rows, r) of each block's source: which dimensions row M still has
+    for (layer, name), (shift, w) in zip(
+        blocks, _at_edited_tokens(model, tokenizer, edit, blocks), strict=True
+    ):
         use = (shift.abs() * w).mean(0)
         rank_of_dimension = use.argsort(stable=True).argsort()  # 0 for the least used
         remaining[layer.baft_source[name]] = rank_of_dimension >= torch.arange(rows)[:, None]
@@ -74,7 +80,9 @@ def mean_gates(model: nn.Module, tokenizer: Any, case: Case) -> dict[str, Any]:
     """
     blocks = _one_adapter(model)
     if not has_gates(model):
-        raise ValueError("The active adapter has no gates (weighting='none', which is ReFT); take one that has.")
+        raise ValueError(
+            "The active adapter has no gates (weighting='none', which is ReFT); take one that has."
+        )
     pairs = {"edit": [(case.edit.prompt, case.edit.target)]}
     for kind in ("generality", "locality"):
         pairs[kind] = [(probe.prompt, probe.answer) for probe in case.of_kind(kind)]
@@ -121,13 +129,17 @@ def _at_edited_tokens(
     return by_block
 
 
-def _of_rows(layer: BaftLayer, name: str, seen: dict[nn.Module, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def _of_rows(
+    layer: BaftLayer, name: str, seen: dict[nn.Module, Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Give shift and gates of one block at the edited tokens of each row of the last forward; 1 where it has no gates."""
     relative_positions = layer.context.relative_positions
     assert relative_positions is not None, "the model was given tokens"
     masks = edited(relative_positions, layer.configs[name].prompt_positions).cpu()
     shifts = seen[layer.baft_source[name]]
-    gates = seen[layer.baft_gate[name]] if name in layer.baft_gate else torch.ones(*shifts.shape[:2], 1)
+    gates = (
+        seen[layer.baft_gate[name]] if name in layer.baft_gate else torch.ones(*shifts.shape[:2], 1)
+    )
     for mask, shift, w in zip(masks, shifts, gates, strict=True):
         yield shift[mask], w[mask]
 

@@ -6,7 +6,11 @@ import re
 import unicodedata
 from typing import Any
 
-_PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}  # bytes that byte-level BPE writes as themselves
+_PRINTABLE = {
+    *range(33, 127),
+    *range(161, 173),
+    *range(174, 256),
+}  # bytes that byte-level BPE writes as themselves
 _BYTES = {chr(b): b for b in _PRINTABLE}
 _BYTES |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
 _HEX = re.compile("[0-9a-f]{2}")
@@ -18,7 +22,9 @@ def token_text(tokenizer: Any, token: int) -> str:
     text, piece = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token) or ""
     if "\ufffd" in text:
         return _bytes_of(piece) or f"‹token {token}›"
-    if piece.startswith("▁") and not text.startswith(" "):  # SentencePiece drops the space of what begins a text
+    if piece.startswith("▁") and not text.startswith(
+        " "
+    ):  # SentencePiece drops the space of what begins a text
         text = f" {text}"
     return text or f"‹token {token}›"
 
@@ -36,4 +42,8 @@ def _bytes_of(piece: str) -> str:
         return ""
     data = bytes.fromhex(named[1]) if named else bytes(_BYTES[c] for c in piece)
     text = data.decode("utf-8", "backslashreplace")
-    return re.sub(r"(?:\\x[0-9a-f]{2})+", lambda broken: f"‹{' '.join(_HEX.findall(broken[0])).upper()}›", text)
+    return re.sub(
+        r"(?:\\x[0-9a-f]{2})+",
+        lambda broken: f"‹{' '.join(_HEX.findall(broken[0])).upper()}›",
+        text,
+    )

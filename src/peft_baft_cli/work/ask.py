@@ -22,7 +22,9 @@ def ask(options: AskCommand) -> int:
     rows = list(zip(options.prompts, without, answers, strict=True))
     if options.json:
         listed = [{"prompt": prompt, "without": old, "with": new} for prompt, old, new in rows]
-        print(dumps({"model": subject.model, "adapter": options.adapter, "answers": listed}, indent=2))
+        print(
+            dumps({"model": subject.model, "adapter": options.adapter, "answers": listed}, indent=2)
+        )
     else:
         print_table(("prompt", "without the edits", "with the edits"), rows)
     return DONE

@@ -15,7 +15,13 @@ from peft_baft.benchmark import plan
 from peft_baft.benchmark.methods import methods
 from peft_baft.benchmark.metrics import METRICS
 from peft_baft.benchmark.report.tables import tables
-from peft_baft.benchmark.results import described_file, described_model, in_order, versions
+from peft_baft.benchmark.results import (
+    ResultLine,
+    described_file,
+    described_model,
+    in_order,
+    versions,
+)
 from peft_baft.benchmark.runner import Runner
 from peft_baft.benchmark.schedule import Schedule
 from peft_baft.benchmark.tasks import locate, read_benchmark, task_of
@@ -71,7 +77,7 @@ def _also(options: BenchCommand) -> list[str]:
     return [name for name in options.also.split(",") if name]
 
 
-def _show(lines: list[dict[str, Any]], output: Path) -> None:
+def _show(lines: list[ResultLine], output: Path) -> None:
     for table in tables(lines):
         print(f"\n{table.markdown()}")
     print(f"\n{len(lines)} result lines in {output}. Figures: baft plot {output}")
@@ -79,7 +85,7 @@ def _show(lines: list[dict[str, Any]], output: Path) -> None:
 
 def _editing(
     options: BenchCommand, subject: Subject, file: Path, output: Path, processes: Processes
-) -> list[dict[str, Any]]:
+) -> list[ResultLine]:
     """Return the lines of methods that edit, or of an adapter that was edited before, on the facts of a file."""
     task = task_of(options.benchmark)
     cases = task.prepared(read_benchmark(options.benchmark, file))
@@ -96,10 +102,14 @@ def _editing(
     texts = chosen_unrelated(unrelated)
     base, tokenizer = _loaded(subject, processes)
     common = _common(options, subject, base, tokenizer, file, (first, last))
-    common["unrelated"] = described_file(unrelated) if Path(unrelated).is_file() else {"file": unrelated}
+    common["unrelated"] = (
+        described_file(unrelated) if Path(unrelated).is_file() else {"file": unrelated}
+    )
     with tqdm(unit="row", smoothing=0.05, disable=not _drawn(processes), leave=False) as bar:
         also = [METRICS[name] for name in _also(options)]
-        rows = Runner(base, tokenizer, cases, first, last, texts, options.template, also, bar.update)
+        rows = Runner(
+            base, tokenizer, cases, first, last, texts, options.template, also, bar.update
+        )
         rows = replace(rows, processes=processes, split=options.split)
         runs = plan.plan_runs(common, chosen, schedules, range(options.seeds))
         if options.adapter:
@@ -115,7 +125,7 @@ def _editing(
 
 def _asking(
     options: BenchCommand, subject: Subject, file: Path, output: Path, processes: Processes
-) -> list[dict[str, Any]]:
+) -> list[ResultLine]:
     """Return the line of the unedited model, or of an adapter, on a benchmark that edits nothing."""
     ask = task_of(options.benchmark).ask
     assert ask is not None, "the benchmark asks a model as it is"
@@ -137,7 +147,7 @@ def _asking(
         lines.append(plan.result_line(run.head, cases, (), _command_line()))
         with processes.together():
             if processes.first:
-                append_line(output, lines[-1])
+                append_line(output, lines[-1].to_json())
     return lines
 
 
@@ -177,20 +187,28 @@ def _rows(text: str | None, count: int) -> tuple[int, int]:
     except ValueError:
         rows = (-1, -1)
     if not colon or not 0 <= rows[0] < rows[1] <= count:
-        raise ValueError(f"--rows wants A:B with 0 <= A < B <= {count}, the rows of the data, not {text!r}.")
+        raise ValueError(
+            f"--rows wants A:B with 0 <= A < B <= {count}, the rows of the data, not {text!r}."
+        )
     return rows
 
 
 def _schedules(options: BenchCommand) -> list[Schedule]:
     """Return a schedule for each number of --edits."""
     try:
-        ladder = [int(edits) for edits in (options.edits or DEFAULT_EDITS[options.schedule]).split(",")]
+        ladder = [
+            int(edits) for edits in (options.edits or DEFAULT_EDITS[options.schedule]).split(",")
+        ]
     except ValueError:
         raise ValueError(f"--edits wants numbers like 10,100, not {options.edits!r}.") from None
     if (options.batch_size > 1) is not (options.schedule == "batched"):
-        raise ValueError("--batch-size N, of 2 or more, belongs to --schedule batched, and that one needs it.")
+        raise ValueError(
+            "--batch-size N, of 2 or more, belongs to --schedule batched, and that one needs it."
+        )
     if options.schedule == "single" and ladder != [1]:
-        raise ValueError(f"--schedule single makes 1 edit a time, not {options.edits}; take --schedule continual.")
+        raise ValueError(
+            f"--schedule single makes 1 edit a time, not {options.edits}; take --schedule continual."
+        )
     return [Schedule(edits, options.batch_size, options.when) for edits in ladder]
 
 

@@ -16,6 +16,8 @@ def check(options: CheckCommand) -> int:
     subject = chosen_subject(options)
     base, tokenizer = subject.load_base()
     with doing("checking, which takes about a minute"):
-        report = check_model(base, tokenizer, adapter=options.adapter, adapter_revision=options.adapter_revision)
+        report = check_model(
+            base, tokenizer, adapter=options.adapter, adapter_revision=options.adapter_revision
+        )
     print(dumps(report.to_dict(), indent=2) if options.json else report)
     return DONE if report.ok else NOT_SO

@@ -45,7 +45,9 @@ def describe_split(processes: Processes, device: str, split: str) -> str | None:
     if processes.count == 1:
         return "1 process: one model over all devices" if device == AUTO else None
     if device == AUTO:
-        raise ValueError("--device auto spreads one model over all devices, which several processes cannot share.")
+        raise ValueError(
+            "--device auto spreads one model over all devices, which several processes cannot share."
+        )
     return f"{processes.count} processes: {split} split over them"
 
 
@@ -81,7 +83,9 @@ def adapter_config(adapter: str, revision: str | None = None) -> PeftConfig:
     folder = Path(adapter)
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"--adapter-revision belongs to an adapter on the Hub, but {adapter} is a folder here.")
+            raise ValueError(
+                f"--adapter-revision belongs to an adapter on the Hub, but {adapter} is a folder here."
+            )
         if not (folder / CONFIG_NAME).is_file():
             raise ValueError(f"{adapter} holds no adapter: the file {CONFIG_NAME} is missing.")
     elif looks_like_path(adapter):
@@ -100,9 +104,13 @@ def adapter_config(adapter: str, revision: str | None = None) -> PeftConfig:
         ) from None
 
 
-def attach_adapter(base: Any, adapter: str, revision: str | None = None, trainable: bool = False) -> PeftModel:
+def attach_adapter(
+    base: Any, adapter: str, revision: str | None = None, trainable: bool = False
+) -> PeftModel:
     """Return `base` with a saved adapter on it, in evaluation mode."""
-    return PeftModel.from_pretrained(base, adapter, is_trainable=trainable, **_revision(revision)).eval()
+    return PeftModel.from_pretrained(
+        base, adapter, is_trainable=trainable, **_revision(revision)
+    ).eval()
 
 
 def _revision(revision: str | None) -> dict[str, Any]:
@@ -151,11 +159,17 @@ def chosen_subject(
     """
     device = device or default_device(options.device)
     require_device(device)
-    config = None if options.adapter is None else adapter_config(options.adapter, options.adapter_revision)
+    config = (
+        None
+        if options.adapter is None
+        else adapter_config(options.adapter, options.adapter_revision)
+    )
     model, revision = options.model, options.revision
     if not model:
         if config is None or not config.base_model_name_or_path:
-            raise ValueError("Say which model with --model: a Hub id, a local folder, a GGUF file, or smollm2.")
+            raise ValueError(
+                "Say which model with --model: a Hub id, a local folder, a GGUF file, or smollm2."
+            )
         model, revision = config.base_model_name_or_path, revision or config.revision
     return Subject(model, revision, options.dtype, device, config)
 
@@ -179,7 +193,9 @@ def chosen_unrelated(choice: str) -> Sequence[Unrelated]:
         return GENERAL
     if choice == "none":
         return ()
-    return read_unrelated(require_file(choice, "--unrelated", "a .jsonl or .json file, `general` or `none`"))
+    return read_unrelated(
+        require_file(choice, "--unrelated", "a .jsonl or .json file, `general` or `none`")
+    )
 
 
 def require_file(path: str | Path, option: str, wanted: str) -> Path:

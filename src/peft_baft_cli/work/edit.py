@@ -79,9 +79,15 @@ def _edit(options: EditCommand, device: str, processes: Processes) -> dict[str, 
     unrelated = chosen_unrelated(options.unrelated or "general")
     canaries = _canaries(options.canaries)
     preset = chosen_preset(options.preset, options.r, options.lr, options.max_steps)
-    continued = None if options.adapter is None else adapter_config(options.adapter, options.adapter_revision)
+    continued = (
+        None
+        if options.adapter is None
+        else adapter_config(options.adapter, options.adapter_revision)
+    )
     if continued is not None and continued.peft_type != BAFT:
-        raise ValueError(f"baft edit continues BaFT adapters, but {options.adapter} is of type {continued.peft_type}.")
+        raise ValueError(
+            f"baft edit continues BaFT adapters, but {options.adapter} is of type {continued.peft_type}."
+        )
     locate_model(options.model, options.revision)  # raises before anything is written
     with processes.together():
         if processes.first:
@@ -108,7 +114,9 @@ def _edit(options: EditCommand, device: str, processes: Processes) -> dict[str, 
         return processes.of_first(lambda: _saved(options, editor, finish_report(), records))
 
 
-def _make_edits(options: EditCommand, editor: BaftEditor, cases: Sequence[Case], check: Any) -> list[EditRecord]:
+def _make_edits(
+    options: EditCommand, editor: BaftEditor, cases: Sequence[Case], check: Any
+) -> list[EditRecord]:
     """Make the edits, or go on with a run of them; return a record of each.
 
     Raises:
@@ -129,7 +137,9 @@ def _make_edits(options: EditCommand, editor: BaftEditor, cases: Sequence[Case],
     )
     shown = processes.first and progress_shown()
     try:
-        return _with_progress(batches, -(-len(cases) // options.batch_size), options.batch_size, shown)
+        return _with_progress(
+            batches, -(-len(cases) // options.batch_size), options.batch_size, shown
+        )
     except KeyboardInterrupt:
         if _runs(journal) > runs_before or (options.resume and runs_before):
             raise Interrupted from None
@@ -140,7 +150,9 @@ def _runs(journal: Journal) -> int:
     return len(journal.runs())
 
 
-def _saved(options: EditCommand, editor: BaftEditor, result: Report, records: Sequence[EditRecord]) -> dict[str, Any]:
+def _saved(
+    options: EditCommand, editor: BaftEditor, result: Report, records: Sequence[EditRecord]
+) -> dict[str, Any]:
     """Save the adapter with its report; return the report, which is what `--json` prints."""
     output = options.output
     editor.model.save_pretrained(str(output), save_embedding_layers=False)
@@ -152,13 +164,17 @@ def _saved(options: EditCommand, editor: BaftEditor, result: Report, records: Se
         **summary(result, records),
         "unrelated_used": editor.unrelated_used,
     }
-    (output / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output / REPORT).write_text(
+        json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     _append(output / "README.md", HOW_TO_LOAD)
     return report
 
 
 def _canaries(file: Path | None) -> Sequence[Any]:
-    return CANARIES if file is None else read_unrelated(require_file(file, "--canaries", CANARY_FILE))
+    return (
+        CANARIES if file is None else read_unrelated(require_file(file, "--canaries", CANARY_FILE))
+    )
 
 
 def _edited_model(
@@ -168,7 +184,9 @@ def _edited_model(
     revision = options.revision
     base, tokenizer = load_base(options.model, revision, options.dtype, device)
     if continued is not None and options.adapter is not None:
-        return attach_adapter(base, options.adapter, options.adapter_revision, trainable=True), tokenizer
+        return attach_adapter(
+            base, options.adapter, options.adapter_revision, trainable=True
+        ), tokenizer
     torch.manual_seed(options.seed)
     with type_errors_as_bad_input():
         config = BaftConfig(task_type="CAUSAL_LM", **preset.config)
@@ -204,8 +222,12 @@ def _prepare_output(options: EditCommand) -> None:
             f"{output} holds an adapter: continue it with --adapter {output}, or replace it with --overwrite."
         )
     if (output / LINES).exists() and not allowed:
-        raise ValueError(f"{output} holds an unfinished run: go on with --resume, or begin anew with --overwrite.")
-    output.mkdir(parents=True, exist_ok=True)  # so that an unwritable folder stops the work before it begins
+        raise ValueError(
+            f"{output} holds an unfinished run: go on with --resume, or begin anew with --overwrite."
+        )
+    output.mkdir(
+        parents=True, exist_ok=True
+    )  # so that an unwritable folder stops the work before it begins
 
 
 def _append(file: Path, text: str) -> None:
@@ -215,13 +237,17 @@ def _append(file: Path, text: str) -> None:
         file.write_text(before + text, encoding="utf-8")
 
 
-def _with_progress(batches: Iterable[EditRecord], count: int, batch_size: int, shown: bool) -> list[EditRecord]:
+def _with_progress(
+    batches: Iterable[EditRecord], count: int, batch_size: int, shown: bool
+) -> list[EditRecord]:
     unit = "edit" if batch_size == 1 else "batch"
     records = []
     with tqdm(total=count, desc="editing", unit=unit, disable=not shown, leave=False) as bar:
         for batch in batches:
             records.append(batch)
             if batch.result is not None:
-                bar.set_postfix(steps=batch.result.steps, loss=f"{batch.result.losses['teacher_forcing']:.3f}")
+                bar.set_postfix(
+                    steps=batch.result.steps, loss=f"{batch.result.losses['teacher_forcing']:.3f}"
+                )
             bar.update()
     return records

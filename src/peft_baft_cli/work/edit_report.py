@@ -79,7 +79,9 @@ def print_report(report: Mapping[str, Any]) -> None:
         else:
             print(f"  {report[name]:.2f}  {what} ({name})")
     if report["locality"] < MOVED:
-        print("Answers close to an edited fact move with it. --unrelated FILE trains beside answers that should stay.")
+        print(
+            "Answers close to an edited fact move with it. --unrelated FILE trains beside answers that should stay."
+        )
     size, seconds = report["bytes"] / 1000, report["seconds"]
     print(
         f"\nSaved in {shown(report['adapter'])}: an adapter of {size:.0f} kB, {report['steps']} steps, {seconds:.1f} s."
@@ -113,7 +115,9 @@ def _problems(answers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _lost(report: Mapping[str, Any]) -> list[str]:
     """Return what to do about facts that later edits have overwritten, as a line or none."""
-    lost = sum(answer["learned"] and answer["kept"] and not answer["known"] for answer in report["answers"])
+    lost = sum(
+        answer["learned"] and answer["kept"] and not answer["known"] for answer in report["answers"]
+    )
     if not lost or report["batches"] == 1:
         return []
     return [

@@ -19,7 +19,9 @@ def inspect(options: InspectCommand) -> int:
     subject = chosen_subject(options)
     kind = getattr(subject.adapter, "peft_type", None)
     if kind != BAFT:
-        raise ValueError(f"baft inspect shows the gates of a BaFT adapter, but {options.adapter} is of type {kind}.")
+        raise ValueError(
+            f"baft inspect shows the gates of a BaFT adapter, but {options.adapter} is of type {kind}."
+        )
     base, tokenizer = subject.load_base()
     edited = attach_adapter(base, options.adapter, options.adapter_revision)
     with doing("looking"):

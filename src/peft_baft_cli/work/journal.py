@@ -30,7 +30,10 @@ def log(options: LogCommand) -> int:
 def _described(line: EditLine, snapshots: set[int]) -> dict[str, Any]:
     """Return an edit of the journal as `baft log --json` prints it."""
     facts = [{"prompt": prompt, "target": target} for prompt, target in line.facts]
-    measured = {name: getattr(line, name) for name in ("steps", "loss", "seconds", "learned", "problem", "kept")}
+    measured = {
+        name: getattr(line, name)
+        for name in ("steps", "loss", "seconds", "learned", "problem", "kept")
+    }
     return {"edit": line.edit, "facts": facts, **measured, "snapshot": line.edit in snapshots}
 
 
@@ -56,5 +59,7 @@ def rollback(options: RollbackCommand) -> int:
 
 def _journal(adapter: Path) -> Journal:
     if not (adapter / LINES).exists():
-        raise ValueError(f"{adapter} holds no journal ({LINES}): its edits were not made by `baft edit`.")
+        raise ValueError(
+            f"{adapter} holds no journal ({LINES}): its edits were not made by `baft edit`."
+        )
     return Journal(adapter)

@@ -17,7 +17,9 @@ from peft_baft_cli.screen import print_table
 def print_names() -> int:
     """Print the names that other commands take, from the package's tables; return the exit code."""
     print_table(("benchmark", "for `baft bench BENCHMARK`"), list(_benchmarks()))
-    print_table(("method", "for --method, with settings if wanted: baft:lr=0.001;r=4"), list(_methods()))
+    print_table(
+        ("method", "for --method, with settings if wanted: baft:lr=0.001;r=4"), list(_methods())
+    )
     print_table(("metric", "for --also"), list(_metrics()))
     print_table(("preset", "for --preset"), list(_presets()))
     return DONE

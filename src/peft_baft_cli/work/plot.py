@@ -17,7 +17,12 @@ def plot(options: PlotCommand) -> int:
     for number, table in enumerate(drawn_tables, start=1):
         print(f"\n{table.markdown()}")
         (output / f"table{number}.csv").write_text(table.csv(), encoding="utf-8")
-    (output / "tables.md").write_text("\n\n".join(table.markdown() for table in drawn_tables) + "\n", encoding="utf-8")
+    (output / "tables.md").write_text(
+        "\n\n".join(table.markdown() for table in drawn_tables) + "\n", encoding="utf-8"
+    )
     figures = [] if options.no_figures else plots.draw_all(lines, output)
-    print(f"\nIn {output}: tables.md, {len(drawn_tables)} csv" + "".join(f", {figure.name}" for figure in figures))
+    print(
+        f"\nIn {output}: tables.md, {len(drawn_tables)} csv"
+        + "".join(f", {figure.name}" for figure in figures)
+    )
     return DONE

@@ -16,11 +16,17 @@ from conftest import make_model
 from peft_baft import BaftConfig
 from peft_baft.data.batching import Tokens
 from peft_baft.editing.acceleration import packed_linear
-from peft_baft.editing.acceleration.packed_linear import PackedWeight, packed_forwards, packed_weight
+from peft_baft.editing.acceleration.packed_linear import (
+    PackedWeight,
+    packed_forwards,
+    packed_weight,
+)
 from peft_baft.editing.acceleration.prefix_cache import CachedPrefix
 from peft_baft.editing.acceleration.prepared import PreparedModel
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
+)
 
 
 ROW = Tokens((5, 6, 7, 8, 9, 10), 4)
@@ -53,14 +59,17 @@ def test_weights_changed_in_place_are_packed_anew_and_others_are_not() -> None:
     assert packed[layer] is not first
 
 
-def test_only_frozen_float32_weights_of_plain_linear_layers_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_frozen_float32_weights_of_plain_linear_layers_are_packed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Other(nn.Linear):
         pass
 
     moved = frozen()
     moved.forward = lambda h: h  # as accelerate's hooks leave it
     assert not packed_forwards(
-        [nn.Linear(4, 4), frozen(dtype=torch.bfloat16), frozen(device="meta"), Other(4, 4), moved], {}
+        [nn.Linear(4, 4), frozen(dtype=torch.bfloat16), frozen(device="meta"), Other(4, 4), moved],
+        {},
     )
     layer = frozen()
     assert packed_forwards([layer], {})
@@ -88,11 +97,15 @@ def test_unloading_the_adapter_frees_the_packed_weights() -> None:
 
 
 def test_an_edit_uses_them_and_transposes_above_the_first_edited_block_alone() -> None:
-    model = get_peft_model(make_model("llama"), BaftConfig(task_type="CAUSAL_LM", r=4, layers_to_transform=[1]))
+    model = get_peft_model(
+        make_model("llama"), BaftConfig(task_type="CAUSAL_LM", r=4, layers_to_transform=[1])
+    )
     session = CachedPrefix.build(model, [ROW], [0], 0, torch.device("cpu"), prompt_positions=3)
     base, kept = model.get_base_model(), PreparedModel.of(model).packed
     linear = {m for m in base.modules() if type(m) is nn.Linear and not m.weight.requires_grad}
-    above = {m for block in base.model.layers[2:] for m in block.modules() if type(m) is nn.Linear} | {base.lm_head}
+    above = {
+        m for block in base.model.layers[2:] for m in block.modules() if type(m) is nn.Linear
+    } | {base.lm_head}
     assert above < linear == set(session.packed)
     own = [m.forward for m in linear]
     session.losses().sum().backward()

@@ -37,7 +37,9 @@ ROWS = [
 
 @pytest.fixture(params=ARCHITECTURES)
 def model(request: pytest.FixtureRequest) -> Iterator[PeftModel]:
-    model = get_peft_model(make_model(request.param), BaftConfig(task_type="CAUSAL_LM", r=4, gate_offset=0.0)).eval()
+    model = get_peft_model(
+        make_model(request.param), BaftConfig(task_type="CAUSAL_LM", r=4, gate_offset=0.0)
+    ).eval()
     randomise(model, 0.3)
     yield model
 
@@ -53,8 +55,14 @@ def outcome(model: PeftModel, session: AnswerForward) -> tuple[float, torch.Tens
         gates = torch.cat([gates.w[gates.mask] for gates in recorded.values()]).detach()
     everyone = range(len(session.targets.rows))
     places = session.targets.edited_places(everyone, everyone, 3)
-    torch.testing.assert_close(gates, torch.cat([g.w.flatten(0, 1)[places] for g in recorded.values()]), atol=0, rtol=0)
-    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), gates
+    torch.testing.assert_close(
+        gates, torch.cat([g.w.flatten(0, 1)[places] for g in recorded.values()]), atol=0, rtol=0
+    )
+    return (
+        loss.item(),
+        torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
+        gates,
+    )
 
 
 def both_ways(model: PeftModel) -> list[AnswerForward]:
@@ -75,12 +83,16 @@ def test_loss_gradient_and_gates_are_those_of_the_full_computation(model: PeftMo
     assert plain[1].norm() > 1e-3
 
 
-def test_a_prompt_of_no_more_than_the_edited_tokens_is_computed_beside_longer_ones(model: PeftModel) -> None:
+def test_a_prompt_of_no_more_than_the_edited_tokens_is_computed_beside_longer_ones(
+    model: PeftModel,
+) -> None:
     short = [Tokens((5, 6, 7, 8), 3), Tokens((9, 10, 11), 1)]
     rows = [ROWS[0], short[0], ROWS[1], short[1]]
     plain = outcome(model, FullForward(model, rows, LEARNED, 0, CPU))
     session = open_forward(model, rows, LEARNED, 0, 3)
-    assert type(session) is CachedPrefix and type(open_forward(model, short, [0], 0, 3)) is FullForward
+    assert (
+        type(session) is CachedPrefix and type(open_forward(model, short, [0], 0, 3)) is FullForward
+    )
     loss, gradient, gates = outcome(model, session)
     assert loss == pytest.approx(plain[0], rel=1e-5)
     assert (gradient - plain[1]).norm() < 1e-5 * plain[1].norm()
@@ -110,7 +122,11 @@ def test_logits_are_computed_where_an_answer_is_learned(model: PeftModel) -> Non
     few = session.select_rows([0])
     assert few.losses().shape == (3,)
     hook.remove()
-    assert shapes == [(0,), (3 + 4 + 1,), (4,)]  # of four rows rather than of three, which takes BLAS twice as long
+    assert shapes == [
+        (0,),
+        (3 + 4 + 1,),
+        (4,),
+    ]  # of four rows rather than of three, which takes BLAS twice as long
 
 
 def test_padding_is_not_computed(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,9 +135,16 @@ def test_padding_is_not_computed(model: PeftModel, monkeypatch: pytest.MonkeyPat
     for name, module in model.named_modules():
         if name.endswith(("down_proj", "out_proj", "dense_4h_to_h", "mlp.c_proj")):
             own = module.forward
-            monkeypatch.setattr(module, "forward", lambda h, own=own: widths.add(h.shape[:-1].numel()) or own(h))
-    loss, gradient, gates = outcome(model, CachedPrefix.build(model, ROWS, LEARNED, 0, CPU, prompt_positions=3))
-    assert widths == {(9 + 5 + 4 + 12) - 4 * 3, 4 * 3 + 3 + 2 + 4 + 1}  # of 4 * 9 before and 4 * 7 after the cut
+            monkeypatch.setattr(
+                module, "forward", lambda h, own=own: widths.add(h.shape[:-1].numel()) or own(h)
+            )
+    loss, gradient, gates = outcome(
+        model, CachedPrefix.build(model, ROWS, LEARNED, 0, CPU, prompt_positions=3)
+    )
+    assert widths == {
+        (9 + 5 + 4 + 12) - 4 * 3,
+        4 * 3 + 3 + 2 + 4 + 1,
+    }  # of 4 * 9 before and 4 * 7 after the cut
     monkeypatch.undo()
     plain = outcome(model, CachedPrefix.build(model, ROWS, LEARNED, 0, CPU, prompt_positions=3))
     assert loss == pytest.approx(plain[0], rel=1e-5)
@@ -141,7 +164,9 @@ def test_less_is_computed(model: PeftModel) -> None:
 
 
 def test_blocks_up_to_the_first_edited_one_run_once() -> None:
-    model = get_peft_model(make_model("llama"), BaftConfig(task_type="CAUSAL_LM", r=4, layers_to_transform=[2, 3]))
+    model = get_peft_model(
+        make_model("llama"), BaftConfig(task_type="CAUSAL_LM", r=4, layers_to_transform=[2, 3])
+    )
     runs = dict.fromkeys(range(4), 0)
     blocks = model.get_base_model().model.layers
 
@@ -173,7 +198,9 @@ def test_what_a_few_steps_learn_is_the_same_on_every_architecture(model: PeftMod
         terms = lambda _, losses=losses: [{"teacher_forcing": losses().mean()}]  # noqa: E731
         descend([Descent(trained, DescentConfig(max_steps=4))], terms)
         found.append(torch.cat([p.detach().flatten() for p in trained]))
-    before = torch.cat([own[name].flatten() for name, p in model.named_parameters() if p.requires_grad])
+    before = torch.cat(
+        [own[name].flatten() for name, p in model.named_parameters() if p.requires_grad]
+    )
     assert (found[0] - before).norm() > 0.1
     assert (found[0] - found[1]).norm() < 0.01 * (found[0] - before).norm()
 
@@ -186,10 +213,14 @@ def learned(fact_model: FactModel) -> tuple[list[int], torch.Tensor]:
     return steps, torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
 
-def test_what_is_learned_is_the_same(fact_model: FactModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_learned_is_the_same(
+    fact_model: FactModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened: list[AnswerForward] = []
     real = open_forward
-    monkeypatch.setattr(baft_module, "open_forward", lambda *given: opened.append(real(*given)) or opened[-1])
+    monkeypatch.setattr(
+        baft_module, "open_forward", lambda *given: opened.append(real(*given)) or opened[-1]
+    )
     cached = learned(fact_model)
     assert all(isinstance(session, CachedPrefix) for session in opened)
     monkeypatch.setattr(baft_module, "open_forward", lambda *given: real(*given[:4], None))
@@ -226,12 +257,18 @@ FAULTS = {"loss": wrong_loss, "gradient": wrong_gradient, "graph a second time":
 def test_a_model_that_cannot_go_on_from_a_cache_is_edited_without_it_and_that_is_told_once(
     fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = get_peft_model(make_model(), BaftConfig(task_type="CAUSAL_LM", r=4, gate_offset=0.0)).eval()
+    model = get_peft_model(
+        make_model(), BaftConfig(task_type="CAUSAL_LM", r=4, gate_offset=0.0)
+    ).eval()
     monkeypatch.setattr(CachedPrefix, "losses", FAULTS[fault])
     for _ in range(2):
         assert type(open_forward(model, [ROW], [0], 0, 3)) is FullForward
     (record,) = caplog.records
-    assert record.levelname == "WARNING" and fault in record.message and "LlamaForCausalLM" in record.message
+    assert (
+        record.levelname == "WARNING"
+        and fault in record.message
+        and "LlamaForCausalLM" in record.message
+    )
     assert all(parameter.grad is None for parameter in model.parameters())
     other = get_peft_model(make_model(), BaftConfig(task_type="CAUSAL_LM", r=4)).eval()
     monkeypatch.undo()
@@ -251,7 +288,9 @@ def test_a_model_without_a_cache_is_edited_without_a_warning(
     assert not caplog.records
 
 
-def test_an_error_of_a_model_whose_cache_was_right_before_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_model_whose_cache_was_right_before_is_not_swallowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = get_peft_model(make_model(), BaftConfig(task_type="CAUSAL_LM", r=4)).eval()
     assert type(open_forward(model, [ROW], [0], 0, 3)) is CachedPrefix
 
@@ -272,22 +311,32 @@ def test_what_lies_before_the_edited_tokens_decides_whether_there_is_a_cache() -
     assert type(open_forward(model, [ROW], [0], 0, 3)) is CachedPrefix
 
 
-@pytest.mark.parametrize(("window", "wanted"), [(None, [4, 5, 9, 17, 33]), (11, [4, 5, 9, 12, 17, 33])])
+@pytest.mark.parametrize(
+    ("window", "wanted"), [(None, [4, 5, 9, 17, 33]), (11, [4, 5, 9, 12, 17, 33])]
+)
 def test_the_cache_is_checked_again_for_much_longer_texts_and_beyond_the_window(
     window: int | None, wanted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = make_model("mistral").config
     settings.sliding_window = window
-    model = get_peft_model(tr.MistralForCausalLM(settings).eval(), BaftConfig(r=4, prompt_positions=2))
+    model = get_peft_model(
+        tr.MistralForCausalLM(settings).eval(), BaftConfig(r=4, prompt_positions=2)
+    )
     real, checks = FullForward.losses, []
-    monkeypatch.setattr(FullForward, "losses", lambda self: checks.append(len(self.targets.rows[0].ids)) or real(self))
+    monkeypatch.setattr(
+        FullForward,
+        "losses",
+        lambda self: checks.append(len(self.targets.rows[0].ids)) or real(self),
+    )
     for length in range(4, 60):
         row = Tokens(tuple(range(3, 3 + length)), 4 if length > 4 else 3)
         open_forward(model, [row], [0], 0, prompt_positions=2)
     assert checks == wanted
 
 
-def test_what_a_forward_writes_into_a_recurrent_state_is_not_seen_by_its_backward_or_the_next_forward() -> None:
+def test_what_a_forward_writes_into_a_recurrent_state_is_not_seen_by_its_backward_or_the_next_forward() -> (
+    None
+):
     layer = SimpleNamespace(recurrent_states={0: torch.ones(2)}, keys=torch.ones(2))
     kept = SimpleNamespace(layers=[layer])
     weight = torch.full((2,), 3.0, requires_grad=True)

@@ -9,7 +9,9 @@ from math import isfinite
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-Line = dict[str, Any]
+from peft_baft.benchmark.results import ResultLine
+
+Line = ResultLine
 Value = Callable[[Line], float | None]
 NAMES = {"none": "unedited"}  # a line's method to a row's label, where they differ
 
@@ -42,28 +44,28 @@ class Group:
     @property
     def edits(self) -> list[int]:
         """Every T, rising; [0] where nothing is edited."""
-        return sorted({line["schedule"]["edits"] for line in self.lines} - {0}) or [0]
+        return sorted({line.schedule["edits"] for line in self.lines} - {0}) or [0]
 
     @property
     def sample(self) -> Line:
         """A line with the largest T, to read off what all share."""
-        return max(self.lines, key=lambda line: line["schedule"]["edits"])
+        return max(self.lines, key=lambda line: line.schedule["edits"])
 
     def rows_at(self, edits: int) -> list[int]:
         """First and last (excluded) row of the data at one T."""
-        return next(line["data"]["rows"] for line in self.lines if line["schedule"]["edits"] == edits)
+        return next(line.data["rows"] for line in self.lines if line.schedule["edits"] == edits)
 
     @property
     def schedule(self) -> str:
         """single, continual or batched; none where nothing is edited. T=1 is the first step of a ladder, if there is one."""
-        return self.sample["schedule"]["name"]
+        return self.sample.schedule["name"]
 
     @property
     def title(self) -> str:
         """Benchmark, model, schedule, and T if there is one alone."""
-        parts = [self.sample["benchmark"], self.sample["model"]["name"]]
+        parts = [self.sample.benchmark, self.sample.model["name"]]
         if self.schedule == "batched":
-            parts.append(f"batches of {self.sample['schedule']['batch_size']}")
+            parts.append(f"batches of {self.sample.schedule['batch_size']}")
         elif self.schedule != "none":
             parts.append(f"{self.schedule} editing")
         if len(self.edits) == 1 and self.schedule not in ("none", "single"):
@@ -73,15 +75,15 @@ class Group:
     @property
     def measures(self) -> set[str]:
         """Every score that some line has."""
-        return {name for line in self.lines for name in line["scores"]}
+        return {name for line in self.lines for name in line.scores}
 
     def fixed(self, label: str) -> bool:
         """Whether a row's model is not edited here, so that it has no T."""
-        return not any(line["schedule"]["edits"] for line in self.rows[label])
+        return not any(line.schedule["edits"] for line in self.rows[label])
 
     def at(self, label: str, edits: int) -> list[Line]:
         """A row's lines at one T; those of a model that is not edited here count at every T."""
-        return [line for line in self.rows[label] if line["schedule"]["edits"] in (edits, 0)]
+        return [line for line in self.rows[label] if line.schedule["edits"] in (edits, 0)]
 
     def summary(self, label: str, edits: int, value: Value) -> Summary | None:
         """Over the seeds of a row at one T; None where no line has the value."""
@@ -101,7 +103,7 @@ def score(name: str) -> Value:
     """Make a function that reads one score off a line; None where it is absent or no number."""
 
     def read(line: Line) -> float | None:
-        value = line["scores"].get(name)
+        value = line.scores.get(name)
         return float(value) if isinstance(value, int | float) and isfinite(value) else None
 
     return read
@@ -133,8 +135,8 @@ def comparable(lines: Iterable[Line]) -> list[Group]:
 
 def question_of(line: Line) -> str:
     """Identify what is asked of which model, but for the rows."""
-    model, data = line["model"], line["data"]
-    return _key(line["benchmark"], data["sha256"], asking_of(line), model["fingerprint"])
+    model, data = line.model, line.data
+    return _key(line.benchmark, data["sha256"], asking_of(line), model["fingerprint"])
 
 
 def _ladders(lines: Sequence[Line]) -> Callable[[Line], list[int]]:
@@ -143,12 +145,14 @@ def _ladders(lines: Sequence[Line]) -> Callable[[Line], list[int]]:
     A ladder is a series of T of one question and one way of editing that begins at one row and has one range of rows at each T.
     All its lines get the longest range, so that they are compared; any other line has the rows it has.
     """
-    ranges: dict[tuple[str, str], dict[int, set[tuple[int, int]]]] = {}  # the ranges of rows at each T
+    ranges: dict[
+        tuple[str, str], dict[int, set[tuple[int, int]]]
+    ] = {}  # the ranges of rows at each T
     for line in lines:
-        edits = line["schedule"]["edits"]
+        edits = line.schedule["edits"]
         if edits:
             ranges_at = ranges.setdefault((question_of(line), _editing(line)), {})
-            ranges_at.setdefault(edits, set()).add(tuple(line["data"]["rows"]))
+            ranges_at.setdefault(edits, set()).add(tuple(line.data["rows"]))
 
     def rows_of(line: Line) -> list[int]:
         ranges_at = ranges.get((question_of(line), _editing(line)), {})
@@ -156,7 +160,7 @@ def _ladders(lines: Sequence[Line]) -> Callable[[Line], list[int]]:
         starts = {first for first, _ in every_range}
         is_ladder = len(starts) == 1 and len(every_range) == len(ranges_at)
         if not is_ladder:
-            return line["data"]["rows"]
+            return line.data["rows"]
         return [*starts, max(last for _, last in every_range)]
 
     return rows_of
@@ -164,25 +168,29 @@ def _ladders(lines: Sequence[Line]) -> Callable[[Line], list[int]]:
 
 def asking_of(line: Line) -> str:
     """Identify the way in which questions are asked, without the further metrics, which change none of the others."""
-    protocol = {key: value for key, value in line["protocol"].items() if key != "also"}
-    return _key(protocol, line["model"]["tokenizer"])
+    protocol = {key: value for key, value in line.protocol.items() if key != "also"}
+    return _key(protocol, line.model["tokenizer"])
 
 
 def _editing(line: Line) -> str:
     """Identify how the edits were made, but for T; empty for a model that is not edited here."""
-    schedule = line["schedule"]
+    schedule = line.schedule
     if not schedule["edits"]:
         return ""
-    unrelated = line.get("unrelated", {})
-    return _key(unrelated.get("sha256", unrelated.get("file")), schedule["batch_size"], schedule["when"])
+    unrelated = line.unrelated or {}
+    return _key(
+        unrelated.get("sha256", unrelated.get("file")), schedule["batch_size"], schedule["when"]
+    )
 
 
 def _group(lines: Sequence[Line]) -> Group:
     """Label the rows, each method with each of its settings, and take every run once: the last line that tells it."""
-    runs: dict[tuple[str, str], dict[tuple[int, int], Line]] = {}  # by method and settings; then by T and seed
+    runs: dict[
+        tuple[str, str], dict[tuple[int, int], Line]
+    ] = {}  # by method and settings; then by T and seed
     for line in lines:
         runs_of_row = runs.setdefault((_name(line), _key(settings_of(line))), {})
-        runs_of_row[line["schedule"]["edits"], line["seed"]] = line
+        runs_of_row[line.schedule["edits"], line.seed] = line
     rows = [list(runs_of_row.values()) for runs_of_row in runs.values()]
     settings_of_name: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -203,9 +211,9 @@ def label(name: str, settings: dict[str, Any], alike: Sequence[dict[str, Any]]) 
 
 def settings_of(line: Line) -> dict[str, Any]:
     """Settings in one level, `config.r`, without those that are None; of the two descents the one that was used."""
-    unused = "descent" if line["schedule"]["batch_size"] > 1 else "batch_descent"
+    unused = "descent" if line.schedule["batch_size"] > 1 else "batch_descent"
     flat: dict[str, Any] = {}
-    for part, values in line["settings"].items():
+    for part, values in line.settings.items():
         if part == unused:
             continue
         if isinstance(values, dict):
@@ -217,7 +225,7 @@ def settings_of(line: Line) -> dict[str, Any]:
 
 def _name(line: Line) -> str:
     """Name the method, or an adapter that someone made by its own name."""
-    return str(line["settings"].get("adapter") or NAMES.get(line["method"], line["method"]))
+    return str(line.settings.get("adapter") or NAMES.get(line.method, line.method))
 
 
 def _plain(value: Any) -> str:

@@ -21,7 +21,15 @@ STYLE: Any = {
     "grid.linewidth": 0.4, "grid.color": "#DDDDDD", "legend.frameon": False, "legend.handlelength": 2.4,
     "legend.columnspacing": 1.2, "axes.titlelocation": "left", "savefig.dpi": 300,
 }  # fmt: skip
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, less yellow
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # Okabe and Ito's, less yellow
 MARKERS = "os^Dv<>PXph*"
 DASHES = ("-", "--", ":")
 
@@ -30,11 +38,27 @@ def look(i: int) -> Look:
     """The i-th curve's: every colour once, then again with hollow marks and dashes; the marks differ in shape too."""
     colour, again = COLOURS[i % len(COLOURS)], i // len(COLOURS)
     line = {"color": colour, "linestyle": DASHES[again % len(DASHES)]}
-    mark = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4, "markerfacecolor": "white" if again else colour}
-    return line | mark | {"markeredgecolor": colour if again else "white", "markeredgewidth": 0.8 if again else 0.4}
+    mark = {
+        "marker": MARKERS[i % len(MARKERS)],
+        "markersize": 4,
+        "markerfacecolor": "white" if again else colour,
+    }
+    return (
+        line
+        | mark
+        | {
+            "markeredgecolor": colour if again else "white",
+            "markeredgewidth": 0.8 if again else 0.4,
+        }
+    )
 
 
-UNEDITED = look(0) | {"color": "#777777", "linestyle": "--", "marker": "d", "markerfacecolor": "#777777"}
+UNEDITED = look(0) | {
+    "color": "#777777",
+    "linestyle": "--",
+    "marker": "d",
+    "markerfacecolor": "#777777",
+}
 
 
 def new_figure(title: str, height: float) -> Figure:

@@ -21,7 +21,15 @@ from peft_baft.benchmark.report.comparable import (
     score,
     summary,
 )
-from peft_baft.benchmark.report.plot_style import STYLE, UNEDITED, Look, add_legend, look, new_figure, plain
+from peft_baft.benchmark.report.plot_style import (
+    STYLE,
+    UNEDITED,
+    Look,
+    add_legend,
+    look,
+    new_figure,
+    plain,
+)
 from peft_baft.benchmark.tasks import REPHRASED, TASKS
 
 if TYPE_CHECKING:
@@ -51,7 +59,9 @@ def draw_all(lines: Iterable[Line], folder: str | Path) -> list[Path]:
     with rc_context(STYLE):
         for name, figure in figures(lines):
             taken[name] += 1
-            files.append(Path(folder) / (f"{name}.png" if taken[name] == 1 else f"{name}-{taken[name]}.png"))
+            files.append(
+                Path(folder) / (f"{name}.png" if taken[name] == 1 else f"{name}-{taken[name]}.png")
+            )
             figure.savefig(files[-1])
     return files
 
@@ -61,20 +71,26 @@ def figures(lines: Iterable[Line]) -> Iterator[tuple[str, Figure]]:
     groups = comparable(lines)
     looks = _looks(groups)
     for group in groups:
-        name = f"{group.sample['benchmark']}-{group.schedule}"
+        name = f"{group.sample.benchmark}-{group.schedule}"
         styles = {row: looks.get(row, UNEDITED) for row in group.rows}
         if group.measures & set(SCORES):
-            yield f"{name}-scores", ladder(group, styles) if len(group.edits) > 1 else bars(group, styles)
+            yield (
+                f"{name}-scores",
+                ladder(group, styles) if len(group.edits) > 1 else bars(group, styles),
+            )
         if "locality" in group.measures and _effects(group):
             yield f"{name}-tradeoff", tradeoff(group, styles)
         for row, lines_of_row in group.rows.items():
             for line in lines_of_row:
-                if line.get("gates"):
-                    title = f"{group.title}\n{row}, T={line['schedule']['edits']}, seed {line['seed']}"
-                    yield f"{name}-gates", gates(line["gates"], title)
-    with_removals = [group for group in groups if any(line.get("kept") for line in group.lines)]
+                if line.gates:
+                    title = f"{group.title}\n{row}, T={line.schedule['edits']}, seed {line.seed}"
+                    yield f"{name}-gates", gates(line.gates, title)
+    with_removals = [group for group in groups if any(line.kept for line in group.lines)]
     for question in dict.fromkeys(map(_question, with_removals)):
-        yield "redundancy", redundancy([group for group in with_removals if _question(group) == question])
+        yield (
+            "redundancy",
+            redundancy([group for group in with_removals if _question(group) == question]),
+        )
 
 
 def _looks(groups: Sequence[Group]) -> dict[str, Look]:
@@ -82,7 +98,7 @@ def _looks(groups: Sequence[Group]) -> dict[str, Look]:
     edited_rows: list[str] = []
     for group in groups:
         for row, lines in group.rows.items():
-            if lines[0]["settings"] and row not in edited_rows:
+            if lines[0].settings and row not in edited_rows:
                 edited_rows.append(row)
     return {row: look(i) for i, row in enumerate(edited_rows)}
 
@@ -96,12 +112,18 @@ def ladder(group: Group, styles: dict[str, Look]) -> Figure:
     for axes in panels[-2:]:
         axes.set_xlabel(_steps(group))
     for axes, measure in zip(panels, measures, strict=False):
-        axes.set(title=measure.capitalize(), xscale="log", ylim=(0, 1.04), yticks=(0, 0.25, 0.5, 0.75, 1))
+        axes.set(
+            title=measure.capitalize(), xscale="log", ylim=(0, 1.04), yticks=(0, 0.25, 0.5, 0.75, 1)
+        )
         axes.set_xticks(group.edits, map(str, group.edits))
         axes.minorticks_off()
         for row, style in styles.items():
             summaries = {edits: group.summary(row, edits, score(measure)) for edits in group.edits}
-            _curve(axes, summaries, style | ({"marker": "", "linewidth": 0.8} if group.fixed(row) else {}))
+            _curve(
+                axes,
+                summaries,
+                style | ({"marker": "", "linewidth": 0.8} if group.fixed(row) else {}),
+            )
     for axes in panels[len(measures) :]:
         axes.remove()
     add_legend(figure, styles)
@@ -115,7 +137,9 @@ def tradeoff(group: Group, styles: dict[str, Look]) -> Figure:
         sizes = {edits: 3.4 + 1.2 * i for i, edits in enumerate(group.edits)}
     else:
         sizes = {group.edits[0]: 4.0}
-        styles = {row: style | {"linestyle": ""} for row, style in styles.items()}  # one point makes no curve
+        styles = {
+            row: style | {"linestyle": ""} for row, style in styles.items()
+        }  # one point makes no curve
     figure = new_figure(_title(group), 2.2)
     axes = figure.subplots()
     axes.set(xlabel="Locality", ylabel=" + ".join(name.capitalize() for name in effects))
@@ -140,7 +164,9 @@ def bars(group: Group, styles: dict[str, Look]) -> Figure:
     """Every measure at one T, a bar for each row."""
     measures, edits = _measures(group), group.edits[0]
     figure = new_figure(_title(group), 0.3 + 0.17 * len(styles))
-    for axes, measure in zip(figure.subplots(1, len(measures), sharey=True, squeeze=False)[0], measures, strict=True):
+    for axes, measure in zip(
+        figure.subplots(1, len(measures), sharey=True, squeeze=False)[0], measures, strict=True
+    ):
         axes.set(title=measure.capitalize(), xlim=(0, 1), xticks=(0, 0.5, 1))
         axes.set_xticklabels(("0", ".5", "1"))
         axes.set_yticks(range(len(styles)), [fill(plain(row), 24) for row in styles])
@@ -159,16 +185,20 @@ def bars(group: Group, styles: dict[str, Look]) -> Figure:
 def redundancy(groups: Sequence[Group]) -> Figure:
     """Reliability after the M least used dimensions were taken away, a curve for each data set: the paper's Fig. 1."""
     curves = [curve for group in groups for curve in _removal_curves(group)]
-    shown: dict[str, RemovalCurve] = {}  # by label, once: an adapter's curve may come from several groups
+    shown: dict[
+        str, RemovalCurve
+    ] = {}  # by label, once: an adapter's curve may come from several groups
     for curve in curves:
         alike = [other.distinguishing for other in curves if other.benchmark == curve.benchmark]
         shown[label(curve.benchmark, curve.distinguishing, alike)] = curve
     styles = {text: look(i) for i, text in enumerate(shown)}
     methods = dict.fromkeys(curve.distinguishing["method"] for curve in curves)
     seeds = _seeds(len(curve.seeds) for curve in shown.values())
-    figure = new_figure(", ".join((groups[0].sample["model"]["name"], *methods)) + seeds, 1.9)
+    figure = new_figure(", ".join((groups[0].sample.model["name"], *methods)) + seeds, 1.9)
     axes = figure.subplots()
-    axes.set(xlabel="Dimensions taken away, the least used first", ylabel="Reliability", ylim=(0, 1.04))
+    axes.set(
+        xlabel="Dimensions taken away, the least used first", ylabel="Reliability", ylim=(0, 1.04)
+    )
     for text, curve in shown.items():
         by_removed = enumerate(zip(*curve.seeds, strict=True))
         _curve(axes, {removed: summary(values) for removed, values in by_removed}, styles[text])
@@ -193,14 +223,16 @@ def _removal_curves(group: Group) -> Iterator[RemovalCurve]:
     for row, lines_of_row in group.rows.items():
         lines_at: dict[int, list[Line]] = {}
         for line in lines_of_row:
-            if line.get("kept"):
-                lines_at.setdefault(line["schedule"]["edits"], []).append(line)
+            if line.kept:
+                lines_at.setdefault(line.schedule["edits"], []).append(line)
         for edits, lines in sorted(lines_at.items()):
             first = lines[0]
-            distinguishing = {"method": row, "T": edits, **first["data"]}
-            distinguishing["unrelated"] = first.get("unrelated", {}).get("file")
-            distinguishing |= {key: first["schedule"][key] for key in ("batch_size", "when")}
-            yield RemovalCurve(first["benchmark"], distinguishing, [_kept(line["kept"]) for line in lines])
+            distinguishing = {"method": row, "T": edits, **first.data}
+            distinguishing["unrelated"] = (first.unrelated or {}).get("file")
+            distinguishing |= {key: first.schedule[key] for key in ("batch_size", "when")}
+            yield RemovalCurve(
+                first.benchmark, distinguishing, [_kept(line.kept) for line in lines]
+            )
 
 
 def gates(values: dict[str, Any], title: str) -> Figure:
@@ -241,7 +273,9 @@ def _curve(axes: Axes, points: dict[int, Summary | None], style: Look) -> None:
 
 def _path(axes: Axes, points: Sequence[tuple[Summary, Summary, float]], style: Look) -> None:
     """Draw a curve through points of two means, each with a mark of its size and a cross of one standard deviation."""
-    axes.plot([x.mean for x, _, _ in points], [y.mean for _, y, _ in points], **style | {"marker": ""})
+    axes.plot(
+        [x.mean for x, _, _ in points], [y.mean for _, y, _ in points], **style | {"marker": ""}
+    )
     for x, y, size in points:
         mark = style | {"linestyle": "", "markersize": size}
         axes.errorbar(x.mean, y.mean, y.deviation, x.deviation, elinewidth=0.6, **mark)
@@ -249,8 +283,10 @@ def _path(axes: Axes, points: Sequence[tuple[Summary, Summary, float]], style: L
 
 def _effects(group: Group) -> list[str]:
     """List the scores of an edit's effect: of those in the average, all but locality."""
-    task = TASKS.get(group.sample["benchmark"])
-    averaged = REPHRASED if task is None else task.averaged  # a benchmark of the user's own may not be registered here
+    task = TASKS.get(group.sample.benchmark)
+    averaged = (
+        REPHRASED if task is None else task.averaged
+    )  # a benchmark of the user's own may not be registered here
     return [name for name in averaged if name != "locality" and name in group.measures]
 
 
@@ -274,7 +310,7 @@ def _kept(values: dict[str, float] | list[float]) -> list[float]:
 
 def _question(group: Group) -> tuple[str, str]:
     """Identify how which model is asked: equal for data sets whose curves may stand beside each other."""
-    return asking_of(group.sample), group.sample["model"]["fingerprint"]
+    return asking_of(group.sample), group.sample.model["fingerprint"]
 
 
 def _measures(group: Group) -> list[str]:
@@ -282,12 +318,14 @@ def _measures(group: Group) -> list[str]:
 
 
 def _steps(group: Group) -> str:
-    batch_size = group.sample["schedule"]["batch_size"]
+    batch_size = group.sample.schedule["batch_size"]
     return "T edits" if batch_size == 1 else f"T batches of {batch_size}"
 
 
 def _title(group: Group) -> str:
-    return group.title + _seeds(len(group.at(row, edits)) for row in group.rows for edits in group.edits)
+    return group.title + _seeds(
+        len(group.at(row, edits)) for row in group.rows for edits in group.edits
+    )
 
 
 def _seeds(counts: Iterable[int]) -> str:

@@ -10,14 +10,21 @@ from itertools import product
 from textwrap import fill
 
 from peft_baft.benchmark.report.comparable import Group, Line, Summary, comparable, score
-from peft_baft.benchmark.results import read_results as read_lines
 from peft_baft.benchmark.tasks import TASKS
 
-__all__ = ["Table", "read_lines", "tables"]
-
-FORCED = {"reliability": "Rel", "generality": "Gen", "portability": "Por", "locality": "Loc", "average": "Avg"}
+FORCED = {
+    "reliability": "Rel",
+    "generality": "Gen",
+    "portability": "Por",
+    "locality": "Loc",
+    "average": "Avg",
+}
 BY_TOPIC = {f"{kind}_by_topic": f"{short} by topic" for kind, short in FORCED.items()}
-FREE = {f"{kind}_{how}": f"{FORCED[kind]} {how}" for kind in list(FORCED)[:3] for how in ("exact", "prefix")}
+FREE = {
+    f"{kind}_{how}": f"{FORCED[kind]} {how}"
+    for kind in list(FORCED)[:3]
+    for how in ("exact", "prefix")
+}
 FREE |= {"locality_text": "Loc text"}
 COST = {"steps": "Steps", "edit_seconds": "Seconds", "learned": "Learned"}
 SHORT = FORCED | BY_TOPIC | FREE | COST
@@ -61,7 +68,9 @@ def tables(lines: Iterable[Line]) -> list[Table]:
     """
     every_table = []
     for group in comparable(lines):
-        measures = [name for name in SHORT if name in group.measures] + sorted(group.measures - set(SHORT))
+        measures = [name for name in SHORT if name in group.measures] + sorted(
+            group.measures - set(SHORT)
+        )
         if len(group.edits) == 1:
             every_table.append(_wide(group, measures))
             continue
@@ -78,7 +87,9 @@ def _wide(group: Group, measures: Sequence[str]) -> Table:
     """Make a row for each method, with a column for each T and measure."""
     short = dict(SHORT)
     if "portability" in measures and "generality" not in group.measures:
-        short["reliability"] = "Edit Succ"  # KnowEdit's word, for a data set that asks what KnowEdit asks
+        short["reliability"] = (
+            "Edit Succ"  # KnowEdit's word, for a data set that asks what KnowEdit asks
+        )
     columns = list(product(group.edits, measures))
     header = []
     for edits, name in columns:
@@ -121,9 +132,9 @@ def _seeds(group: Group, label: str) -> str:
 
 def _note(group: Group, measures: Sequence[str]) -> str:
     """Write what all rows share, and how to read them."""
-    batch_size = group.sample["schedule"]["batch_size"]
+    batch_size = group.sample.schedule["batch_size"]
     sentences = [f"{_shared(group)}."]
-    sentences += _meanings(group.sample["benchmark"], set(measures))
+    sentences += _meanings(group.sample.benchmark, set(measures))
     if any(len(group.at(row, edits)) > 1 for row, edits in product(group.rows, group.edits)):
         sentences.append("a ±b: mean and sample standard deviation over seeds.")
     if batch_size > 1:
@@ -160,7 +171,7 @@ def _meanings(benchmark: str, measures: set[str]) -> list[str]:
 def _shared(group: Group) -> str:
     """Write which model, data and way of asking all rows have in common."""
     line = group.sample
-    model, data, schedule = line["model"], line["data"], line["schedule"]
+    model, data, schedule = line.model, line.data, line.schedule
     ranges = {edits: "{}:{}".format(*group.rows_at(edits)) for edits in group.edits}
     rows = ranges[schedule["edits"]]
     if len(set(ranges.values())) > 1:
@@ -168,10 +179,13 @@ def _shared(group: Group) -> str:
     parts = [
         f"Model {model['name']} ({model['dtype']}, {model['fingerprint']})",
         f"{data['file']} ({data['sha256']}) rows {rows}",
-        f"template {line['protocol']['template']}",
+        f"template {line.protocol['template']}",
     ]
     if schedule["edits"]:
-        parts += [f"unrelated text {line.get('unrelated', {}).get('file', 'none')}", ASKED[schedule["when"]]]
+        parts += [
+            f"unrelated text {(line.unrelated or {}).get('file', 'none')}",
+            ASKED[schedule["when"]],
+        ]
     return "; ".join(parts)
 
 
@@ -180,7 +194,7 @@ def _left_out(group: Group) -> str:
     parts = []
     for edits in filter(None, group.edits):
         first, last = group.rows_at(edits)
-        unfinished = (last - first) % (edits * group.sample["schedule"]["batch_size"])
+        unfinished = (last - first) % (edits * group.sample.schedule["batch_size"])
         if unfinished:
             parts.append(f"{last - first - unfinished} of {last - first} rows at T={edits}")
     return ", ".join(parts)

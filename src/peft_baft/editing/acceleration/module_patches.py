@@ -60,7 +60,9 @@ def blocks_up_to_first_edited(model: Any) -> list[nn.Module]:
     That one is among them: it is edited after it has run.
     """
     places = [layer.name.rpartition(".") for layer in baft_layers(model)]
-    if len({stack for stack, _, _ in places}) != 1 or not all(number.isdigit() for _, _, number in places):
+    if len({stack for stack, _, _ in places}) != 1 or not all(
+        number.isdigit() for _, _, number in places
+    ):
         return []
     stack = model.get_base_model().get_submodule(places[0][0])
     first_edited = min(int(number) for _, _, number in places)
@@ -68,7 +70,9 @@ def blocks_up_to_first_edited(model: Any) -> list[nn.Module]:
 
 
 @contextmanager
-def remembering_outputs(modules: Sequence[nn.Module], outputs: dict[nn.Module, Any]) -> Iterator[None]:
+def remembering_outputs(
+    modules: Sequence[nn.Module], outputs: dict[nn.Module, Any]
+) -> Iterator[None]:
     """Put what the modules give in the forward inside into `outputs`, before any hook changes it."""
 
     def remember(module: nn.Module, _: Any, output: Any) -> None:
@@ -101,20 +105,32 @@ def forwards_without_padding(
         real: (rows, tokens) bool.
         forwards: what replaces the forwards of some layers already; the other layers have their own.
     """
-    if real.device.type != "cpu" or real.numel() < SPARED_FROM or real.float().mean() > SPARED_BELOW:
+    if (
+        real.device.type != "cpu"
+        or real.numel() < SPARED_FROM
+        or real.float().mean() > SPARED_BELOW
+    ):
         return dict(forwards)
     places, head = real.flatten().nonzero()[:, 0], model.get_output_embeddings()
     of_adapters = {id(module) for layer in baft_layers(model) for module in layer.modules()}
     replaced: dict[nn.Module, Any] = dict(forwards)
     for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and id(module) not in of_adapters:
+        if (
+            isinstance(module, nn.Linear | Conv1D)
+            and module is not head
+            and id(module) not in of_adapters
+        ):
             forward = forwards.get(module, module.forward)
             replaced[module] = partial(_at_real_tokens, forward, real.shape, places)
     return replaced
 
 
-def _at_real_tokens(forward: Callable[[Tensor], Tensor], shape: torch.Size, places: Tensor, h: Tensor) -> Tensor:
+def _at_real_tokens(
+    forward: Callable[[Tensor], Tensor], shape: torch.Size, places: Tensor, h: Tensor
+) -> Tensor:
     if h.shape[:-1] != shape:
         return forward(h)
     out = forward(h.flatten(0, 1).index_select(0, places))
-    return out.new_zeros(shape.numel(), out.shape[-1]).index_copy(0, places, out).unflatten(0, shape)
+    return (
+        out.new_zeros(shape.numel(), out.shape[-1]).index_copy(0, places, out).unflatten(0, shape)
+    )

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter.blocks import text_config
-from peft_baft.adapter.model_call import call_with_cache, fork, input_device, select_rows, takes_position_ids
+from peft_baft.adapter.model_call import (
+    call_with_cache,
+    fork,
+    input_device,
+    select_rows,
+    takes_position_ids,
+)
 from peft_baft.data.batching import Tokens, collate
 from peft_baft.editing.acceleration.module_patches import (
     at_least_four,
@@ -33,14 +39,16 @@ from peft_baft.losses import answer_losses
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 1e-3  # of the first loss and of its gradient, relative: cached and plain ones differ by rounding
-ROUNDINGS = 8  # or so many times the spacing of the model's numbers, where that is coarser: bfloat16
+ROUNDINGS = (
+    8  # or so many times the spacing of the model's numbers, where that is coarser: bfloat16
+)
 SLOWER = (
     "%s is edited without a cache, which is slower but right: going on from a cache fails with it (%s: %s). "
     "`baft check --model ...` shows what works with this model."
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class CachedPrefix:
     """The fast way: a forward computes the last P prompt tokens and the answers, and goes on from a cache of the rest.
 
@@ -89,7 +97,10 @@ class CachedPrefix:
         base = model.get_base_model()
         cuts = [max(0, row.prompt_length - prompt_positions) for row in rows]
         prefixes = [Tokens(row.ids[:cut], cut) for row, cut in zip(rows, cuts, strict=True)]
-        ends = [Tokens(row.ids[cut:], row.prompt_length - cut) for row, cut in zip(rows, cuts, strict=True)]
+        ends = [
+            Tokens(row.ids[cut:], row.prompt_length - cut)
+            for row, cut in zip(rows, cuts, strict=True)
+        ]
         before, after = collate(prefixes, padding, "left"), collate(ends, padding)
         prefix_mask, end_mask = (batch["attention_mask"].to(device) for batch in (before, after))
         mask = torch.cat([prefix_mask, end_mask], 1)
@@ -125,7 +136,9 @@ class CachedPrefix:
     def losses(self) -> Tensor:
         """Compute the cross entropy of each answer token that is learned, (n,)."""
         base = self.model.get_base_model()
-        cache = fork(self.cache)  # a forward adds its tokens to this one, not to the one that is kept
+        cache = fork(
+            self.cache
+        )  # a forward adds its tokens to this one, not to the one that is kept
         not_known_yet = () if self.known_outputs else self.fixed_blocks
         known = {block: constant_forward(output) for block, output in self.known_outputs.items()}
         with (
@@ -146,7 +159,10 @@ class CachedPrefix:
         inputs = {name: tensor[index] for name, tensor in self.inputs.items()}
         real = inputs["attention_mask"][:, self.prefix_width :].bool()
         base = self.model.get_base_model()
-        outputs = {block: with_hidden(out, lambda hidden: hidden[index]) for block, out in self.known_outputs.items()}
+        outputs = {
+            block: with_hidden(out, lambda hidden: hidden[index])
+            for block, out in self.known_outputs.items()
+        }
         return replace(
             self,
             targets=targets,
@@ -190,11 +206,15 @@ def open_forward(
     unknown_errors = (Exception,) if first_time else ()
     base = type(model.get_base_model()).__name__
     try:
-        cached = CachedPrefix.build(model, rows, learned, padding, device, prompt_positions, prepared)
+        cached = CachedPrefix.build(
+            model, rows, learned, padding, device, prompt_positions, prepared
+        )
         if longest > prepared.verified_length:
             longest_row = max(range(len(rows)), key=lambda i: len(rows[i].ids))
             tried = sorted({learned[0], longest_row})
-            _require_equal(model, full.select_rows(tried), cached.select_rows(tried), gradient=first_time)
+            _require_equal(
+                model, full.select_rows(tried), cached.select_rows(tried), gradient=first_time
+            )
             prepared.verified_length = verified_length(model, longest)
         return cached
     except NotImplementedError as error:  # a model that keeps no cache: nothing is wrong with it
@@ -237,7 +257,9 @@ def _require_equal(model: Any, full: AnswerForward, cached: AnswerForward, gradi
         _require_small("gradient", difference, size, model)
 
 
-def _loss_and_gradient(forward: AnswerForward, parameters: Sequence[nn.Parameter]) -> tuple[float, Tensor]:
+def _loss_and_gradient(
+    forward: AnswerForward, parameters: Sequence[nn.Parameter]
+) -> tuple[float, Tensor]:
     """Give the mean loss and its gradient as one vector; gradients that the parameters have stay as they are."""
     before = [parameter.grad for parameter in parameters]
     for parameter in parameters:
@@ -252,7 +274,10 @@ def _loss_and_gradient(forward: AnswerForward, parameters: Sequence[nn.Parameter
 
 def _require_small(what: str, difference: float, size: float, model: Any) -> None:
     """Raise CacheDiffers if a difference is more than rounding explains in something of that size."""
-    dtype = next((p.dtype for p in model.get_base_model().parameters() if p.is_floating_point()), torch.float32)
+    dtype = next(
+        (p.dtype for p in model.get_base_model().parameters() if p.is_floating_point()),
+        torch.float32,
+    )
     tolerance = max(TOLERANCE, ROUNDINGS * torch.finfo(dtype).eps)
     if not difference <= tolerance * size:
         raise CacheDiffers(
