@@ -234,8 +234,7 @@ def prepare_sessions(files: Sequence[str], sample: int, seed: int) -> dict[str, 
 
 def make_copy(number: int) -> Path:
     """Make a copy of the working tree, what is not committed included, and return its folder."""
-    copy = BUILD / f"copy-{number}"
-    shutil.rmtree(copy, ignore_errors=True)
+    copy = BUILD / f"copy-{os.getpid()}-{number}"  # what a killed run left running must not write into this one's copy
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -326,6 +325,8 @@ def quoted(argument: str) -> str:
 
 def try_all(sessions: dict[str, Session], python: str, jobs: int) -> list[str]:
     """Try the mutants of all files, `jobs` files at a time, each in a copy of its own; return what went wrong."""
+    for left_over in BUILD.glob("copy-*"):
+        shutil.rmtree(left_over, ignore_errors=True)
     waiting: Queue[str] = Queue()
     for file in sorted(sessions, key=lambda file: -len(sessions[file].places)):
         waiting.put(file)
