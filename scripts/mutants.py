@@ -234,9 +234,8 @@ def prepare_sessions(files: Sequence[str], sample: int, seed: int) -> dict[str, 
 
 def make_copy(number: int) -> Path:
     """Make a copy of the working tree, what is not committed included, and return its folder."""
-    copy = (
-        BUILD / f"copy-{os.getpid()}-{number}"
-    )  # what a killed run left running must not write into this one's copy
+    # What a killed run left running must not write into this one's copy.
+    copy = BUILD / f"copy-{os.getpid()}-{number}"
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -17,6 +18,7 @@ import torch
 import facts
 from facts import CAPITALS, MEALS, FactModel
 from peft_baft import Case, Edit
+from peft_baft.adapter.parameters import GATE_NORMS, WEIGHTINGS
 from peft_baft.baselines.ft_m import FineTuning
 from peft_baft.benchmark.methods import METHODS, method
 from peft_baft.benchmark.progress import Progress
@@ -153,3 +155,23 @@ def test_a_user_adds_a_method_with_one_class_and_one_entry(
     (entry,) = runner.edited(mine, Schedule(), 0, Progress(None))
     assert entry["learned"] and mine.settings.described()["size"] == 0.01
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
+# a kind of gate
+
+
+def files_with_constant(text: str) -> list[str]:
+    """List the files whose code has this string as a whole."""
+    files = []
+    for path in FILES:
+        nodes = ast.walk(ast.parse(path.read_text()))
+        if any(isinstance(node, ast.Constant) and node.value == text for node in nodes):
+            files.append(str(path.relative_to(SOURCE)))
+    return files
+
+
+@pytest.mark.parametrize("name", ["product", "scale"])
+def test_a_kind_of_gate_stands_in_the_table_alone(name: str) -> None:
+    assert name in {**WEIGHTINGS, **GATE_NORMS}
+    assert files_with_constant(name) == ["peft_baft/adapter/parameters.py"]
+    assert len(files_with_constant("rms")) == 2  # the control: the default stands in the config

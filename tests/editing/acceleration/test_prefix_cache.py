@@ -248,7 +248,7 @@ def right_once(self: CachedPrefix) -> torch.Tensor:
     """As a model whose recurrent state keeps the first backward's graph."""
     if vars(self).setdefault("used", False):
         raise RuntimeError("Trying to backward through the graph a second time")
-    self.used = True
+    vars(self)["used"] = True
     return CACHED_LOSSES(self)
 
 

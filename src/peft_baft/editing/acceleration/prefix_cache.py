@@ -96,29 +96,23 @@ class CachedPrefix:
         """
         base = model.get_base_model()
         cuts = [max(0, row.prompt_length - prompt_positions) for row in rows]
-        prefixes = [Tokens(row.ids[:cut], cut) for row, cut in zip(rows, cuts, strict=True)]
-        ends = [
-            Tokens(row.ids[cut:], row.prompt_length - cut)
-            for row, cut in zip(rows, cuts, strict=True)
-        ]
-        before, after = collate(prefixes, padding, "left"), collate(ends, padding)
-        prefix_mask, end_mask = (batch["attention_mask"].to(device) for batch in (before, after))
-        mask = torch.cat([prefix_mask, end_mask], 1)
-        prefix_width, width = prefix_mask.shape[1], end_mask.shape[1]
-        prefix_inputs = {"input_ids": before["input_ids"].to(device), "attention_mask": prefix_mask}
-        inputs = {"input_ids": after["input_ids"].to(device), "attention_mask": mask}
+        prefix_inputs, inputs = _split_batch(rows, cuts, padding, device)
+        prefix_width, width = (part["input_ids"].shape[1] for part in (prefix_inputs, inputs))
         if takes_position_ids(base):
-            position = (mask.cumsum(1) - 1).clamp(min=0)
+            # The model would count the padding at the left of the prefixes as positions.
+            position = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
             prefix_inputs["position_ids"] = position[:, :prefix_width]
             inputs["position_ids"] = position[:, prefix_width:]
         targets = AnswerTargets.of(rows, learned, cuts, width, device)
         packed = packed_forwards(base.modules(), (prepared or PreparedModel.of(model)).packed)
-        nowhere = (targets.places[0][:0], targets.places[1][:0])
+        real_prefix = inputs["attention_mask"][:, :prefix_width].bool()
+        real_end = inputs["attention_mask"][:, prefix_width:].bool()
+        nowhere = (targets.places[0][:0], targets.places[1][:0])  # nobody reads a prefix's logits
         with (
             torch.no_grad(),
             stated_lengths(model, targets),
             logits_only_at(base.get_output_embeddings(), nowhere),
-            replaced_forwards(forwards_without_padding(base, prefix_mask.bool(), packed)),
+            replaced_forwards(forwards_without_padding(base, real_prefix, packed)),
         ):
             _, cache = call_with_cache(model, base, prefix_inputs)
         return cls(
@@ -129,7 +123,7 @@ class CachedPrefix:
             prefix_width=prefix_width,
             places=at_least_four(targets.places),
             packed=packed,
-            forwards=forwards_without_padding(base, end_mask.bool(), packed),
+            forwards=forwards_without_padding(base, real_end, packed),
             fixed_blocks=blocks_up_to_first_edited(model),
         )
 
@@ -171,6 +165,25 @@ class CachedPrefix:
             forwards=forwards_without_padding(base, real, self.packed),
             known_outputs=outputs,
         )
+
+
+def _split_batch(
+    rows: Sequence[Tokens], cuts: Sequence[int], padding: int, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Collate the first `cuts[i]` tokens of each row, and its other tokens, as two calls of a model.
+
+    Prefixes are padded on the left, so that what follows them in a cache follows their last token. The second call's
+    attention mask covers both.
+    """
+    prefixes = [Tokens(row.ids[:cut], cut) for row, cut in zip(rows, cuts, strict=True)]
+    ends = []
+    for row, cut in zip(rows, cuts, strict=True):
+        ends.append(Tokens(row.ids[cut:], row.prompt_length - cut))
+    before, after = collate(prefixes, padding, "left"), collate(ends, padding)
+    prefix_mask = before["attention_mask"].to(device)
+    mask = torch.cat([prefix_mask, after["attention_mask"].to(device)], 1)
+    first = {"input_ids": before["input_ids"].to(device), "attention_mask": prefix_mask}
+    return first, {"input_ids": after["input_ids"].to(device), "attention_mask": mask}
 
 
 def open_forward(
