@@ -104,6 +104,7 @@ class Runner:
         questions: list[Question] = []
         for block in blocks:
             questions += self._questions(self._asked_here(block))
+        # Locality compares with the unedited model, which is asked while there is no edit on it.
         self.unedited.ask(self.base, questions)
         if schedule.block == 1 and self.parallel > 1 and method.side_by_side:
             self._edit_singles(method, [block.start for block in blocks], seed, progress)
@@ -137,6 +138,7 @@ class Runner:
     ) -> None:
         """Edit rows side by side, up to the first group in which one diverged: it must not take the others with it."""
         for start in range(0, len(rows), self.parallel):
+            # A failure elsewhere ends this process too, and not only when its own share is done.
             self.processes.look_up()
             entries = self._edit_side_by_side(method, rows[start : start + self.parallel], seed)
             if entries is None:

@@ -90,6 +90,7 @@ class AdapterEditor:
         facts = self._tokens(checked_edits(edits))
         self._require_in_use()
         descent = self.descent if len(facts) == 1 else self.batch_descent
+        # The caller may have gradients off, or the model in training mode with an adapter that is frozen.
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -100,6 +101,7 @@ class AdapterEditor:
                 raise ValueError(f"The adapter {self.adapter_name!r} has no trainable parameters.")
             with self._restored_on_error(), self.processes.together():
                 self.processes.require_alike(facts, "edits")
+                # Fresh adapters differ where processes were seeded differently: the first one's counts.
                 self.processes.spread(adapter_tensors(self.model))
                 return self._train(facts, Descent(parameters, descent))
 

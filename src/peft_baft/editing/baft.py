@@ -150,6 +150,7 @@ class BaftEditor(AdapterEditor):
             lanes = []
             for name, rows in facts.items():
                 parameters = self._parameters_of(name)
+                # `trainable` has frozen all adapters but the active one.
                 for parameter in parameters:
                     parameter.requires_grad_()
                 descent = Descent(parameters, self.descent)
@@ -168,6 +169,7 @@ class BaftEditor(AdapterEditor):
         Each comes out as if it had been edited alone. Raises as `edit_side_by_side`.
         """
         for name in edits:
+            # PEFT initialises an adapter when it adds it, from torch's global random numbers.
             torch.manual_seed(seeds[name])
             self.model.add_adapter(name, deepcopy(self.model.peft_config[self.adapter_name]))
         return self.edit_side_by_side(edits)

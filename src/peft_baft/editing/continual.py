@@ -149,6 +149,7 @@ def _begin_run(
     _require_same_facts(lines, batches)
     state, header = journal.load_snapshot(reached)
     editor.load_state_dict(state)
+    # Whatever is drawn from here on is what an uninterrupted run would have drawn.
     torch.set_rng_state(torch.tensor(list(bytes.fromhex(header[RNG])), dtype=torch.uint8))
     journal.add(ReturnLine(reached))
     journal.delete_snapshots_after(reached)

@@ -125,6 +125,7 @@ class LaneBatch:
         """
         with self._editing(), self._recording() as recorded:
             losses = self._forward.losses()
+        # The losses stand in the order of the rows, and each lane has the next of them.
         counts = self._forward.targets.counts
         ranges = row_ranges(self._lanes)
         parts = losses.split([sum(counts[i] for i in places) for places in ranges])

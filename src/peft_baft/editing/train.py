@@ -65,6 +65,7 @@ class Descent:
     def __init__(self, parameters: Iterable[nn.Parameter], config: DescentConfig) -> None:
         self.parameters, self.config = list(parameters), config
         self.result: EditResult | None = None
+        # A new optimiser for each edit (App. C): what it remembers of the last edit would push this one.
         self._optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.lr,
@@ -118,6 +119,7 @@ def descend(
     processes = processes or Processes()
     running, begin = list(descents), time.perf_counter()
     while running:
+        # The losses are looked at before each step and after the last one, so that a fact that is known takes no step.
         terms, now = losses(running), time.perf_counter()
         values = processes.of_first(partial(_fetch_values, terms))
         for descent, own_values in zip(running, values, strict=True):
