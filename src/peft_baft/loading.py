@@ -22,7 +22,7 @@ MODEL_FILES = (
 def load_model(
     name: str, dtype: torch.dtype | str = "auto", *, revision: str | None = None, **kwargs: Any
 ) -> tuple[Any, Any]:
-    """The causal language model `name` and its tokenizer, in evaluation mode.
+    """Load the causal language model `name` and its tokenizer, in evaluation mode.
 
     Args:
         name: a Hub id; a folder with a transformers model, or with exactly one GGUF file; a GGUF file; or `smollm2`, the
@@ -65,7 +65,7 @@ def load_model(
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name cannot be a Hub id, which is `model` or `user/model`, and so must be a path."""
+    """Tell whether a name cannot be a Hub id, which is `model` or `user/model`, and so must be a path."""
     return (
         name.startswith((".", "/", "~"))
         or name.count("/") > 1
@@ -75,7 +75,7 @@ def looks_like_path(name: str) -> bool:
 
 
 def locate_model(name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """The folder or Hub id of a model, and the GGUF file in it if it is one; nothing is loaded or downloaded.
+    """Find the folder or Hub id of a model, and the GGUF file in it if it is one; nothing is loaded or downloaded.
 
     Raises:
         ValueError, OSError, ImportError: as `load_model`, where that can be told without the Hub.

@@ -39,7 +39,7 @@ class Processes:
     @classmethod
     @contextmanager
     def started(cls, expected: int | None = None) -> Iterator[Processes]:
-        """The processes that torchrun, or accelerate, has started, brought together; an error of one is raised by all.
+        """Bring together the processes that torchrun, or accelerate, has started; an error of one is raised by all.
 
         Args:
             expected: how many are meant to run.
@@ -68,7 +68,7 @@ class Processes:
         return self.rank == 0
 
     def device(self, wanted: str) -> str:
-        """A device of this process's own where `cuda` is wanted and there are several."""
+        """Choose a device of this process's own where `cuda` is wanted and there are several."""
         if self.count == 1 or wanted != "cuda":
             return wanted
         return f"cuda:{int(os.environ.get('LOCAL_RANK', self.rank)) % torch.cuda.device_count()}"
@@ -78,7 +78,7 @@ class Processes:
         return list(items[self.rank :: self.count])
 
     def gather(self, work: Callable[[], T]) -> list[T]:
-        """What `work` gives in each process, in the order of their ranks; an error of one is raised by all."""
+        """List what `work` gives in each process, in the order of their ranks; an error of one is raised by all."""
         if self.count == 1:
             return [work()]
         try:
@@ -107,11 +107,11 @@ class Processes:
             raise Stopped("another process has failed")
 
     def of_first(self, work: Callable[[], T]) -> T:
-        """What `work`, done by the first process alone, gives it."""
+        """Let the first process alone do `work`, and give all processes its result."""
         return self.gather(lambda: work() if self.first else None)[0]  # type: ignore[return-value]
 
     def require_alike(self, value: Any, what: str) -> None:
-        """A ValueError in all processes unless `value` is equal in all."""
+        """Raise a ValueError in all processes unless `value` is equal in all."""
         values = self.gather(lambda: value)
         if any(other != values[0] for other in values):
             raise ValueError(f"All processes must have the same {what}.")
@@ -128,7 +128,7 @@ class Processes:
                 tensor.copy_(value)
 
     def joined(self, work: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Each tensor (n, …) that `work` gives, with its rows from all processes: (n₁ + n₂ + …, …), in the order of ranks.
+        """Join each tensor (n, …) that `work` gives with its rows from all processes: (n₁ + n₂ + …, …), in the order of ranks.
 
         Only this process's rows carry gradients. A process with nothing to do gives no tensors.
         """
@@ -168,7 +168,7 @@ class Processes:
             parameter.grad = gradient.view_as(parameter).to(parameter) if reached else None
 
     def _exchange(self, result: T | None, error: Exception | None) -> list[T]:
-        """One message of each to all: a result, or an error."""
+        """Send one message of each to all: a result, or an error."""
         if error is not None and not isinstance(error, Stopped):
             dist.distributed_c10d._get_default_store().set(self._alarm, "")
         said: list[Any] = [None] * self.count
@@ -202,7 +202,7 @@ UNEXPECTED = (
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """The error as it can be sent: not every class of errors can be pickled."""
+    """Make the error one that can be sent: not every class of errors can be pickled."""
     try:
         return pickle.loads(pickle.dumps(error))
     except Exception:

@@ -89,7 +89,7 @@ def read_lines(file: Path) -> list[tuple[int, Any]]:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether what follows the last line break of a file is a part of a line. A whole one may lack its line break alone."""
+    """Tell whether what follows the last line break of a file is a part of a line. A whole one may lack its line break alone."""
     try:
         json.loads(line)
     except (ValueError, RecursionError):

@@ -119,14 +119,16 @@ def _attached(model: nn.Module) -> list[LoadBalanceTerm]:
 
 def _balanced(model: nn.Module) -> list[tuple[BaftLayer, str]]:
     """Return the blocks, each with the name of an adapter that is active, trained, and asks for the load balance."""
-    return [
-        (layer, name)
-        for layer in (module for module in model.modules() if isinstance(module, BaftLayer))
-        for name in (() if layer.disable_adapters else layer.active_adapters)
-        if name in layer.configs
-        and layer.configs[name].balance_weight > 0
-        and any(parameter.requires_grad for parameter in layer.baft_gate[name].parameters())
-    ]
+    balanced = []
+    for layer in model.modules():
+        if not isinstance(layer, BaftLayer) or layer.disable_adapters:
+            continue
+        for name in layer.active_adapters:
+            if name in layer.configs and layer.configs[name].balance_weight > 0:
+                parameters = layer.baft_gate[name].parameters()
+                if any(parameter.requires_grad for parameter in parameters):
+                    balanced.append((layer, name))
+    return balanced
 
 
 def _terms(model: nn.Module, recorded: Mapping[Any, RecordedGates], loss: Tensor) -> list[Tensor]:

@@ -58,12 +58,11 @@ def own_modules(
     model: nn.Module, configs: Iterable[PeftConfig]
 ) -> list[BaftLayer | AuxiliaryTrainingWrapper]:
     """Return the BaftLayers of a model, and the wrappers of the modules that BaFT's configs name in `modules_to_save`."""
-    saved = tuple(
-        name
-        for config in configs
-        if isinstance(config, BaftConfig)
-        for name in config.modules_to_save or ()
-    )
+    names: list[str] = []
+    for config in configs:
+        if isinstance(config, BaftConfig):
+            names += config.modules_to_save or ()
+    saved = tuple(names)  # as `str.endswith` takes them
     return [
         module
         for name, module in model.named_modules()

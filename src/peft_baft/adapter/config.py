@@ -235,7 +235,7 @@ def _field_types() -> dict[str, Any]:
 
 
 def _is_of_type(value: object, type_: Any) -> bool:
-    """Whether a field annotated as `type_` may hold `value`; a tuple or a set will do for a list."""
+    """Tell whether a field annotated as `type_` may hold `value`; a tuple or a set will do for a list."""
     if get_origin(type_) in (Union, UnionType):
         return any(_is_of_type(value, option) for option in get_args(type_))
     if get_origin(type_) is list:

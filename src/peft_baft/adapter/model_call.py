@@ -51,7 +51,7 @@ UNTESTED = (
 
 
 def newer_than_tested(version: str) -> bool:
-    """Whether a version of transformers is newer, in its first two numbers, than what the tests have passed with."""
+    """Tell whether a version of transformers is newer, in its first two numbers, than what the tests have passed with."""
 
     def numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
@@ -123,7 +123,7 @@ class StackCall:
 
     @property
     def is_continuous_batch(self) -> bool:
-        """Whether this is continuous batching: pieces of several requests in one row."""
+        """Tell whether this is continuous batching: pieces of several requests in one row."""
         return _is_paged(self.memory)
 
 
@@ -317,7 +317,7 @@ def _columns_of_layers(cache: Any) -> int | None:
 
 
 def _is_filled(state: Any) -> bool:
-    """Whether a recurrent layer has seen tokens; newer versions keep one flag a state."""
+    """Tell whether a recurrent layer has seen tokens; newer versions keep one flag a state."""
     return any(state.values()) if isinstance(state, dict) else state is True
 
 
@@ -414,7 +414,7 @@ def _masked_columns(call: StackCall) -> int | None:
 
 
 def _is_static(memory: Any) -> bool:
-    """Whether a cache has room for more tokens than it holds, so that a mask may be as wide as the room."""
+    """Tell whether a cache has room for more tokens than it holds, so that a mask may be as wide as the room."""
     return bool(getattr(memory, "is_compileable", False))
 
 
@@ -448,12 +448,12 @@ def full_logits(model: Any, **inputs: Any) -> Tensor:
 
 
 def takes_position_ids(model: nn.Module) -> bool:
-    """Whether the model can be told each token's position."""
+    """Tell whether the model can be told each token's position."""
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def takes_tokens(module: nn.Module) -> bool:
-    """Whether a module is called with token ids or their embeddings."""
+    """Tell whether a module is called with token ids or their embeddings."""
     return not {"input_ids", "inputs_embeds"}.isdisjoint(
         inspect.signature(module.forward).parameters
     )

@@ -51,7 +51,7 @@ def prepare_config(
 
 
 def is_target(config: BaftConfig, name: str) -> bool:
-    """Whether a config names this module, by PEFT's matching of names; parts of BaFT adapters are none.
+    """Tell whether a config names this module, by PEFT's matching of names; parts of BaFT adapters are none.
 
     PEFT's `layers_to_transform` is left out of the matching: there it picks modules inside blocks, and never a block.
     """

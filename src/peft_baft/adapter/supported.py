@@ -81,7 +81,7 @@ def require_editable(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _generates(model: Any) -> bool:
-    """Whether a model is one of transformers' that generate text."""
+    """Tell whether a model is one of transformers' that generate text."""
     return (
         hasattr(model, "generate") and hasattr(model, "can_generate") and bool(model.can_generate())
     )

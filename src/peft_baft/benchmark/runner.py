@@ -301,10 +301,10 @@ def _outcome(result: EditResult, edits: int = 1) -> dict[str, Any]:
 def _require_apart(unrelated: Sequence[Unrelated], cases: Sequence[Case]) -> None:
     """Raise a ValueError if text that is trained on is asked as well."""
     trained = {text.prompt for text in unrelated}
-    both = next(
-        (probe.prompt for case in cases for probe in case.probes if probe.prompt in trained), None
-    )
-    if both is not None:
-        raise ValueError(
-            f"The unrelated text holds {both!r:.80}, which the benchmark asks; take other unrelated text."
-        )
+    for case in cases:
+        for probe in case.probes:
+            if probe.prompt in trained:
+                raise ValueError(
+                    f"The unrelated text holds {probe.prompt!r:.80}, which the benchmark asks; "
+                    "take other unrelated text."
+                )

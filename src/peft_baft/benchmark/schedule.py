@@ -40,7 +40,9 @@ class Schedule:
     @property
     def name(self) -> str:
         """The field's word for it."""
-        return "batched" if self.batch_size > 1 else "continual" if self.edits > 1 else "single"
+        if self.batch_size > 1:
+            return "batched"
+        return "continual" if self.edits > 1 else "single"
 
     @property
     def block(self) -> int:
@@ -48,7 +50,7 @@ class Schedule:
         return self.edits * self.batch_size
 
     def blocks(self, first: int, last: int) -> list[range]:
-        """The rows first…last-1 in whole blocks; rows of an unfinished last block are left out.
+        """Cut the rows first…last-1 into whole blocks; rows of an unfinished last block are left out.
 
         Raises:
             ValueError: there are not enough rows for one block.
@@ -64,7 +66,7 @@ class Schedule:
         ]
 
     def described(self) -> dict[str, Any]:
-        """As it stands in a result line."""
+        """Give the schedule as it stands in a result line."""
         return {
             "name": self.name,
             "edits": self.edits,

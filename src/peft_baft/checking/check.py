@@ -177,7 +177,7 @@ def _contents(model: nn.Module) -> dict[str, Any]:
 
 
 def _sum_of_bits(tensor: Tensor) -> int | None:
-    """A number that any one changed byte changes; None where the values are elsewhere, or of no plain kind."""
+    """Compute a number that any one changed byte changes; None where the values are elsewhere, or of no plain kind."""
     if tensor.device.type == "meta" or type(tensor) not in (Tensor, nn.Parameter):
         return None
     return int(tensor.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64))

@@ -101,7 +101,7 @@ def with_and_without_later_tokens(tried: TriedModel) -> LogitPairs:
 
 
 def generated_and_alone(prompts: list[list[int]], tried: TriedModel) -> LogitPairs:
-    """Of each row, the logits of generation in one batch, and those of one full forward of that row alone."""
+    """Compute, for each row, the logits of generation in one batch, and those of one full forward of that row alone."""
     answers, logits = tried.generate(tried.padded(prompts, "left"))
     alone = []
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -111,7 +111,7 @@ def generated_and_alone(prompts: list[list[int]], tried: TriedModel) -> LogitPai
 
 @torch.no_grad()
 def padded_and_alone(tried: TriedModel) -> LogitPairs:
-    """Of each row, the logits in a right-padded batch, and those of that row alone."""
+    """Compute, for each row, the logits in a right-padded batch, and those of that row alone."""
     batch = tried.padded([[*prompt, *tried.answer] for prompt in tried.prompts], "right")
     together = full_logits(
         tried.model, **batch, prompt_lengths=[len(prompt) for prompt in tried.prompts]

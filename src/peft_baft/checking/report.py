@@ -60,11 +60,11 @@ class CheckReport:
         return all(finding.holds is not False for finding in self.findings)
 
     def __getitem__(self, name: str) -> Finding:
-        """The finding of that name."""
+        """Get the finding of that name."""
         return next(finding for finding in self.findings if finding.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON takes it."""
+        """Give the report as JSON takes it."""
         return {"ok": self.ok, **asdict(self)}
 
     def __str__(self) -> str:

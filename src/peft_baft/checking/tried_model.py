@@ -82,6 +82,6 @@ class TriedModel:
 
 
 def _computing_dtype(base: Any) -> torch.dtype:
-    """The dtype that a model computes with: that of its first weights that are not quantised."""
+    """Find the dtype that a model computes with: that of its first weights that are not quantised."""
     dtypes = (p.dtype for p in base.parameters() if p.is_floating_point() and p.element_size() > 1)
     return next(dtypes, torch.float32)

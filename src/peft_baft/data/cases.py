@@ -61,7 +61,7 @@ class Case:
     probes: tuple[Probe, ...] = field(default=())
 
     def of_kind(self, kind: str) -> tuple[Probe, ...]:
-        """The probes of one kind."""
+        """List the probes of one kind."""
         return tuple(probe for probe in self.probes if probe.kind == kind)
 
 

@@ -28,7 +28,10 @@ class Preset:
 
 
 def _paper(alpha: float, beta: float, gamma: float) -> Preset:
-    """The paper's values; its learning rate for single and continual editing is unreadable in Table 5: 5e-4 is ours."""
+    """Make a preset of the paper's values.
+
+    Its learning rate for single and continual editing is unreadable in Table 5: 5e-4 is ours.
+    """
     return Preset(
         config={"r": 12, "prompt_positions": 3, "layers_to_transform": PAPER_LAYERS},
         objective=Objective(alpha=alpha, beta=beta, gamma=gamma),

@@ -45,7 +45,7 @@ class Reply:
     text: str
 
     def match(self, other: Tensor) -> float:
-        """Share of the answer tokens at which the model says what stands in `other`."""
+        """Compute the share of the answer tokens at which the model says what stands in `other`."""
         return (self.said == other).float().mean().item()
 
 
@@ -82,7 +82,7 @@ def ask(
 
 
 def _texts(question: Question) -> tuple[str, str, str]:
-    """What decides the reply: the kind, since it decides about the chat template, and the texts."""
+    """Give what decides the reply: the kind, since it decides about the chat template, and the texts."""
     return question.kind, question.prompt, question.answer
 
 

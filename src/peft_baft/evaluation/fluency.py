@@ -21,12 +21,12 @@ WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def fluency(model: Any, tokenizer: Any, prompts: Sequence[str], seed: int = 0) -> list[float]:
-    """`n_gram_entropy` of what the model makes of each prompt; lower where it repeats itself."""
+    """Compute the `n_gram_entropy` of what the model makes of each prompt; lower where it repeats itself."""
     return [n_gram_entropy(text) for text in sampled_texts(model, tokenizer, prompts, seed)]
 
 
 def n_gram_entropy(text: str) -> float:
-    """Mean of 2/3 H2 and 4/3 H3: entropies, in bits, of how often which two, and three, words follow each other.
+    """Compute the mean of 2/3 H2 and 4/3 H3: entropies, in bits, of how often which two, and three, words follow each other.
 
     Words are runs of letters and digits, and single punctuation marks. KnowEdit prints a hundredfold of this, with words
     as nltk splits them.

@@ -77,7 +77,7 @@ def answer_logits(row: Tokens, logits: Tensor) -> Tensor:
 
 
 def answer_ids(row: Tokens) -> Tensor:
-    """(answer tokens,) ids of a row's answer."""
+    """Give the ids of a row's answer, (answer tokens,)."""
     return torch.tensor(row.ids[row.prompt_length :])
 
 

@@ -44,6 +44,6 @@ def log_probabilities(
 
 
 def _log_probabilities_of_answer(row: Tokens, logits: Tensor) -> Tensor:
-    """(answer tokens,) of one row, from its logits (tokens, vocabulary)."""
+    """Compute those of one row's answer, (answer tokens,), from its logits (tokens, vocabulary)."""
     answer = answer_ids(row).to(logits.device)
     return -F.cross_entropy(answer_logits(row, logits).float(), answer, reduction="none").cpu()

@@ -66,7 +66,7 @@ def token_match(
     *,
     chat: bool = False,
 ) -> list[float]:
-    """Share of each answer's tokens that the model would say itself: reliability, generality, portability."""
+    """Compute the share of each answer's tokens that the model would say itself: reliability, generality, portability."""
     predicted = predicted_tokens(model, tokenizer, pairs, batch_size, chat=chat)
     return [(said == wanted).float().mean().item() for said, wanted in predicted]
 
@@ -109,7 +109,7 @@ def free_answers(
 def greedy_answers(
     model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 12
 ) -> list[str]:
-    """`free_answers` of one length."""
+    """Give `free_answers` of one length."""
     return free_answers(model, tokenizer, prompts, [max_new_tokens] * len(prompts))
 
 

@@ -61,7 +61,7 @@ def draw(inspection: Inspection, path: str | Path) -> None:
 
 
 def _figure(inspection: Inspection) -> Any:
-    """One column a token, one row a block; the candidates for the answer's first token on the right."""
+    """Draw one column a token, one row a block; the candidates for the answer's first token on the right."""
     from matplotlib.figure import Figure
 
     first = max(0, next(i for i, token in enumerate(inspection.tokens) if token.edited) - UNEDITED)
@@ -105,7 +105,7 @@ def _box(
 
 
 def _header(axes: Any, inspection: Inspection, room: int) -> None:
-    """The prompt and both answers, each on one line of `room` characters."""
+    """Write the prompt and both answers, each on one line of `room` characters."""
     texts = [inspection.prompt, inspection.before or NOTHING, inspection.after or NOTHING]
     prompt, before, after = (textwrap.shorten(text, room, placeholder=" …") for text in texts)
     _text(axes, 0.3 - SIDE, 0.6 - HEAD, prompt, fontsize=15, fontweight="bold")
@@ -116,9 +116,11 @@ def _header(axes: Any, inspection: Inspection, room: int) -> None:
 
 
 def _tokens(axes: Any, tokens: Sequence[Token]) -> None:
-    """The tokens over their columns, those of the answer underlined."""
+    """Write the tokens over their columns, those of the answer underlined."""
     for x, token in enumerate(tokens):
-        color = EDIT if token.answer else INK if token.edited else WAS
+        color = INK if token.edited else WAS
+        if token.answer:
+            color = EDIT
         _fitted(axes, x + 0.5, -0.35, visible(token.text), 7, color=color, ha="center")
         if token.answer:
             _box(axes, x, -0.06, 1, 0.04, EDIT)
@@ -133,7 +135,7 @@ def _grid(axes: Any, inspection: Inspection, first: int) -> None:
 
 
 def _cell(axes: Any, x: float, y: float, cell: Cell, tint: float) -> None:
-    """One token in one block: a bar a gate on a tint, and the update's size."""
+    """Draw one token in one block: a bar a gate on a tint, and the update's size."""
     _box(axes, x + 0.04, y + 0.04, 0.92, 0.92, PALE)
     if not cell.gates:
         return
@@ -148,7 +150,7 @@ def _cell(axes: Any, x: float, y: float, cell: Cell, tint: float) -> None:
 
 
 def _moved(axes: Any, tokens: Sequence[Token], y: float) -> None:
-    """How much of the next token's probability the edits moved."""
+    """Draw how much of the next token's probability the edits moved."""
     _text(axes, 0.3 - SIDE, y + 0.3, "next token", color=SOFT)
     for x, token in enumerate(tokens):
         if token.edited:

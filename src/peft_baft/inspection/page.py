@@ -23,7 +23,7 @@ NO_GATES = "has no gates, as in ReFT: its updates pass whole, which is drawn as 
 
 
 def page(inspection: Inspection) -> str:
-    """The page that shows `inspection`: both answers, the edited blocks' gates at each token, and what they changed.
+    """Make the page that shows `inspection`: both answers, the edited blocks' gates at each token, and what they changed.
 
     Raises:
         ValueError: a number is NaN or infinite: the model's arithmetic broke down on this prompt.
@@ -40,9 +40,8 @@ def page(inspection: Inspection) -> str:
     return environment.from_string(_file("page.html")).render(
         style=_file("page.css"),
         script=script,
-        script_hash=b64encode(
-            sha256(script.encode()).digest()
-        ).decode(),  # the one script that a browser may run here
+        # A browser runs no other script here.
+        script_hash=b64encode(sha256(script.encode()).digest()).decode(),
         prompt=inspection.prompt.strip(),
         length="long" if len(inspection.prompt) > LONG_PROMPT else "short",
         before=inspection.before or NOTHING,
@@ -61,7 +60,7 @@ def _file(name: str) -> str:
 
 
 def summary(inspection: Inspection) -> list[str]:
-    """What there is to see, in three sentences."""
+    """Say what there is to see, in three sentences."""
     prompt, answer = (
         inspection.tokens[: inspection.prompt_end + 1],
         inspection.tokens[inspection.prompt_end + 1 :],
@@ -73,7 +72,7 @@ def summary(inspection: Inspection) -> list[str]:
 
 
 def _first_token(last: Token) -> str:
-    """What the edits did to the first token of the answer."""
+    """Say what the edits did to the first token of the answer."""
     was, now = max(last.changes, key=lambda c: c.before), max(last.changes, key=lambda c: c.after)
     if was.id == now.id:
         shares = f"{percent(now.before)} without the edits, {percent(now.after)} with them"
@@ -113,22 +112,28 @@ def _quoted(text: str) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in [0, 1] as a percentage that never rounds a little to nothing or nearly all to all."""
+    """Write a share in [0, 1] as a percentage that never rounds a little to nothing or nearly all to all."""
     if 0 < share < 0.0001:
         return "<0.01%"
     if 0.999 < share < 1:
         return ">99.9%"
-    return f"{100 * share:.{0 if share == 0 else 2 if share < 0.01 else int(share < 0.1 or 0.99 < share < 1)}f}%"
+    if share in (0, 1):
+        digits = 0
+    elif share < 0.01:
+        digits = 2
+    else:
+        digits = 1 if share < 0.1 or share > 0.99 else 0
+    return f"{100 * share:.{digits}f}%"
 
 
 def block_label(name: str) -> str:
-    """A short name for a block of the base model: `block 7` for `model.layers.7`."""
+    """Make a short name for a block of the base model: `block 7` for `model.layers.7`."""
     last = name.rpartition(".")[2]
     return f"block {last}" if last.isdigit() else name
 
 
 def _data(inspection: Inspection) -> dict[str, Any]:
-    """The data for the script; the page's template writes it as JSON that cannot end the element it stands in."""
+    """Collect the data for the script; the page's template writes it as JSON that cannot end the element it stands in."""
     data: dict[str, Any] = asdict(inspection)
     for token in data["tokens"]:
         for shown in (token, *token["changes"]):

@@ -21,10 +21,11 @@ Subspace = tuple[BaftLayer, str]  # an edited block and the name of the adapter 
 
 def subspaces(model: nn.Module) -> list[Subspace]:
     """List the edited blocks with the BaFT adapter that is active there; none where there is no such adapter."""
-    layers = [layer for layer in baft_layers(model) if not layer.disable_adapters]
-    return [
-        (layer, name) for layer in layers for name in layer.active_adapters if name in layer.configs
-    ]
+    blocks: list[Subspace] = []
+    for layer in baft_layers(model):
+        if not layer.disable_adapters:
+            blocks += [(layer, name) for name in layer.active_adapters if name in layer.configs]
+    return blocks
 
 
 def has_gates(model: nn.Module) -> bool:

@@ -19,7 +19,7 @@ _MARKS = {" ": "·", "\n": "↵", "\t": "⇥"}
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """What one token stands for: its text with the space before it; bytes of a part of a character as ‹E6 97›."""
+    """Write what one token stands for: its text with the space before it; bytes of a part of a character as ‹E6 97›."""
     text, piece = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token) or ""
     if "\ufffd" in text:
         return _bytes_of(piece) or f"‹token {token}›"
@@ -30,7 +30,7 @@ def token_text(tokenizer: Any, token: int) -> str:
 
 
 def visible(text: str) -> str:
-    """`text` with marks for what cannot be seen: · for a space, ↵ and ⇥, and ‹U+200B› for other such characters."""
+    """Write `text` with marks for what cannot be seen: · for a space, ↵ and ⇥, and ‹U+200B› for other such characters."""
     hidden = {c for c in text if unicodedata.category(c)[0] in "CZ"}
     return "".join(_MARKS.get(c, f"‹U+{ord(c):04X}›") if c in hidden else c for c in text)
 

@@ -78,11 +78,11 @@ class Group:
         return {name for line in self.lines for name in line.scores}
 
     def fixed(self, label: str) -> bool:
-        """Whether a row's model is not edited here, so that it has no T."""
+        """Tell whether a row's model is not edited here, so that it has no T."""
         return not any(line.schedule["edits"] for line in self.rows[label])
 
     def at(self, label: str, edits: int) -> list[Line]:
-        """A row's lines at one T; those of a model that is not edited here count at every T."""
+        """List a row's lines at one T; those of a model that is not edited here count at every T."""
         return [line for line in self.rows[label] if line.schedule["edits"] in (edits, 0)]
 
     def summary(self, label: str, edits: int, value: Value) -> Summary | None:
@@ -91,7 +91,7 @@ class Group:
 
 
 def summary(values: Iterable[float | None]) -> Summary | None:
-    """Mean and deviation of the values that are there; None if none is."""
+    """Average the values, with their deviation, of those that are there; None if none is."""
     present = [value for value in values if value is not None]
     if not present:
         return None
@@ -203,7 +203,7 @@ def _group(lines: Sequence[Line]) -> Group:
 
 
 def label(name: str, settings: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:
-    """The name, and where it stands for several settings (`alike`), those in which they differ."""
+    """Make the label of a row: the name, and where it stands for several settings (`alike`), those in which they differ."""
     differing = [key for key in settings if len({_key(other.get(key)) for other in alike}) > 1]
     text = ", ".join(f"{key.rpartition('.')[2]}={_plain(settings[key])}" for key in differing)
     return f"{name} ({text})" if text else name

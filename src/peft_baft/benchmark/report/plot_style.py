@@ -36,7 +36,10 @@ DASHES = ("-", "--", ":")
 
 
 def look(i: int) -> Look:
-    """The i-th curve's: every colour once, then again with hollow marks and dashes; the marks differ in shape too."""
+    """Choose the look of the i-th curve: every colour once, then again with hollow marks and dashes.
+
+    The marks differ in shape too.
+    """
     colour, again = COLOURS[i % len(COLOURS)], i // len(COLOURS)
     line = {"color": colour, "linestyle": DASHES[again % len(DASHES)]}
     mark = {
@@ -63,7 +66,7 @@ UNEDITED = look(0) | {
 
 
 def new_figure(title: str, height: float) -> Figure:
-    """An empty figure with room for so many inches of axes below its title."""
+    """Make an empty figure with room for so many inches of axes below its title."""
     from matplotlib.figure import Figure
 
     lines = [text for line in title.split("\n") for text in wrap(plain(line), LETTERS - 10)]
@@ -85,5 +88,5 @@ def add_legend(figure: Figure, looks: dict[str, Look]) -> None:
 
 
 def plain(text: str) -> str:
-    """A text that matplotlib takes for no formula, and does not hide from a legend."""
+    """Write a text so that matplotlib takes it for no formula, and does not hide from a legend."""
     return " " * text.startswith("_") + text.replace("$", r"\$")

@@ -67,7 +67,7 @@ def draw_all(lines: Iterable[Line], folder: str | Path) -> list[Path]:
 
 
 def figures(lines: Iterable[Line]) -> Iterator[tuple[str, Figure]]:
-    """Every figure that the lines allow, with a name, one after the other."""
+    """Draw every figure that the lines allow, with a name, one after the other."""
     groups = comparable(lines)
     looks = _looks(groups)
     for group in groups:
@@ -104,7 +104,7 @@ def _looks(groups: Sequence[Group]) -> dict[str, Look]:
 
 
 def ladder(group: Group, styles: dict[str, Look]) -> Figure:
-    """Every measure against T, a curve for each row: the paper's Fig. 3."""
+    """Draw every measure against T, a curve for each row: the paper's Fig. 3."""
     measures = _measures(group)
     panel_rows = ceil(len(measures) / 2)
     figure = new_figure(_title(group), 1.2 * panel_rows)
@@ -131,7 +131,7 @@ def ladder(group: Group, styles: dict[str, Look]) -> Figure:
 
 
 def tradeoff(group: Group, styles: dict[str, Look]) -> Figure:
-    """What an edit achieves against what it leaves alone, a curve through the T of each row; larger marks for larger T."""
+    """Draw what an edit achieves against what it leaves alone, a curve through the T of each row; larger marks for larger T."""
     effects, several = _effects(group), len(group.edits) > 1
     if several:
         sizes = {edits: 3.4 + 1.2 * i for i, edits in enumerate(group.edits)}
@@ -160,7 +160,7 @@ def tradeoff(group: Group, styles: dict[str, Look]) -> Figure:
 
 
 def bars(group: Group, styles: dict[str, Look]) -> Figure:
-    """Every measure at one T, a bar for each row."""
+    """Draw every measure at one T, a bar for each row."""
     measures, edits = _measures(group), group.edits[0]
     figure = new_figure(_title(group), 0.3 + 0.17 * len(styles))
     for axes, measure in zip(
@@ -235,7 +235,7 @@ def _removal_curves(group: Group) -> Iterator[RemovalCurve]:
 
 
 def gates(values: dict[str, Any], title: str) -> Figure:
-    """Mean gate of every basis in every block, a panel for each kind of prompt: the paper's Fig. 2.
+    """Draw the mean gate of every basis in every block, a panel for each kind of prompt: the paper's Fig. 2.
 
     values: as `mean_gates` gives them.
     """

@@ -45,7 +45,7 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        """The table in GitHub's Markdown, its columns padded."""
+        """Write the table in GitHub's Markdown, its columns padded."""
         cells = [[_escaped(cell) for cell in row] for row in (self.header, *self.rows)]
         widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(self.header))]
         padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
@@ -62,7 +62,7 @@ class Table:
 
 
 def tables(lines: Iterable[Line]) -> list[Table]:
-    """A table for each group of comparable lines.
+    """Make a table for each group of comparable lines.
 
     Where a group has several T, these make columns of the teacher-forced scores, and rows of a second table for the rest.
     """
