@@ -52,9 +52,8 @@ def check_folder(folder: Path, config: BaftConfig) -> dict[str, tuple[int, ...]]
         )
     try:
         tensors = load_file(file)
-    except (
-        Exception
-    ) as error:  # safetensors lets through torch's errors and Python's beside its own
+    except Exception as error:
+        # safetensors lets through torch's errors and Python's beside its own.
         raise ValueError(
             f"{file} cannot be read ({error}). It is damaged: take a good copy, or edit again."
         ) from None

@@ -71,7 +71,7 @@ def fast(tried: TriedModel) -> Finding:
         chosen = open_forward(*arguments, tried.positions)
         try:
             cached = CachedPrefix.build(*arguments, tried.device, tried.positions)
-            # twice, since a step must not change the cache that the next one uses
+            # Twice, since a step must not change the cache that the next one uses.
             difference = max(
                 step_difference(plain, loss_and_gradients(tried, cached)) for _ in range(2)
             )

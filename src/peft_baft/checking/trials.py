@@ -25,19 +25,17 @@ LEFT = "generating from a left-padded batch = each row alone"
 RIGHT = "a right-padded batch = each row alone"
 
 __all__ = [
-    *(
-        "CACHED",
-        "CAUSAL",
-        "CONTROL",
-        "FAST",
-        "LEARNS",
-        "LEFT",
-        "PLACES",
-        "REACHED",
-        "RELOADS",
-        "RIGHT",
-        "RUNS",
-    ),
+    "CACHED",
+    "CAUSAL",
+    "CONTROL",
+    "FAST",
+    "LEARNS",
+    "LEFT",
+    "PLACES",
+    "REACHED",
+    "RELOADS",
+    "RIGHT",
+    "RUNS",
     "findings_of",
 ]
 
@@ -69,9 +67,8 @@ def _attempted(name: str, trial: Callable[[TriedModel], Finding], tried: TriedMo
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return trial(tried)
-    except (
-        Exception
-    ) as error:  # of code that nobody here has seen: it is what the user wants to know
+    except Exception as error:
+        # Of code that nobody here has seen: it is what the user wants to know.
         return Finding(name, False, detail=in_words(error))
 
 
@@ -94,7 +91,7 @@ def _equal(name: str, pairs_of: Callable[[TriedModel], LogitPairs], tried: Tried
             )
     detail = in_words(error) if error else ""
     unedited_differs = f"The unedited model differs by {of_unedited:.2g}."
-    # ten times the unedited model's difference is more than its own weakness explains
+    # Ten times the unedited model's difference is more than its own weakness explains.
     if of_unedited > tried.tolerance and (error or difference < 10 * of_unedited):
         return Finding(name, None, shown, tried.tolerance, f"{unedited_differs} {detail}".strip())
     return Finding(name, False, shown, tried.tolerance, detail or unedited_differs)

@@ -158,10 +158,8 @@ def _parsed(path: Path, content: str, line: int = 1) -> Any:
         raise ValueError(
             f"{place}: this is not JSON: {error.msg} at column {error.colno}{hint}."
         ) from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of too many digits, or too deep a nesting
+    except (ValueError, RecursionError) as error:
+        # A number has too many digits, or the nesting is too deep.
         raise ValueError(f"{path}:{line}: this JSON cannot be read: {error}.") from None
 
 

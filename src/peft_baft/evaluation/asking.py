@@ -72,7 +72,7 @@ def ask(
     """
     if batched is not one_model:
         return _ask_each(model, tokenizer, questions, template, batched)
-    # one model answers equal questions alike, so each is asked once, whichever rows and topics it belongs to
+    # One model answers equal questions alike, so each is asked once, whichever rows and topics it belongs to.
     different: dict[tuple[str, str, str], Question] = {}
     for question in questions:
         different.setdefault(_texts(question), question)

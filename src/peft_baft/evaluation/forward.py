@@ -65,7 +65,7 @@ def teacher_forced(
         numbers = order[start : start + batch_size]
         batch = [rows[number] for number in numbers]
         with batched(numbers):
-            # not bound to a name: the logits of one batch are freed before those of the next are computed
+            # Not bound to a name: the logits of one batch are freed before those of the next are computed.
             values_of_batch = read(batch, logits_of_rows(model, tokenizer, batch))
         values.update(zip(numbers, values_of_batch, strict=True))
     return [values[number] for number in range(len(rows))]

@@ -39,7 +39,7 @@ def right_choices(model: Any, tokenizer: Any, item: PiqaItem) -> dict[str, bool]
             for tokens, count in zip(after_question, characters, strict=True)
         ],
     }
-    # comparisons with NaN are false, so that values which are not numbers count as wrong
+    # Comparisons with NaN are false, so that values which are not numbers count as wrong.
     return {
         name: second > first if item.label else first >= second
         for name, (first, second) in values.items()

@@ -50,9 +50,8 @@ def removal_ladder(model: nn.Module, tokenizer: Any, case: Case) -> list[float]:
     edit = [(case.edit.prompt, case.edit.target)]
     first_layer, adapter_name = blocks[0]
     rows = first_layer.configs[adapter_name].r + 1
-    remaining: dict[
-        nn.Module, Tensor
-    ] = {}  # (rows, r) of each block's source: which dimensions row M still has
+    # (rows, r) by each block's source: which dimensions row M still has.
+    remaining: dict[nn.Module, Tensor] = {}
     for (layer, name), (shift, w) in zip(
         blocks, _at_edited_tokens(model, tokenizer, edit, blocks), strict=True
     ):
@@ -63,7 +62,7 @@ def removal_ladder(model: nn.Module, tokenizer: Any, case: Case) -> list[float]:
     def take_away(source: nn.Module, _: Any, shift: Tensor) -> Tensor:
         return torch.where(remaining[source].to(shift.device)[:, None], shift, 0)
 
-    # the edit is asked in all r + 1 ways at once: row M of the batch lacks M dimensions
+    # The edit is asked in all r + 1 ways at once: row M of the batch lacks M dimensions.
     with _hooked(remaining, take_away):
         return token_match(model, tokenizer, edit * rows, batch_size=rows)
 

@@ -93,7 +93,7 @@ def print_report(report: Mapping[str, Any]) -> None:
 
 
 def _outcome(report: Mapping[str, Any]) -> str:
-    """Return like `8 of 8 learned when made, 4 still known at the end.`"""
+    """Return a sentence like `8 of 8 learned when made, 4 still known at the end.`"""
     known = "all known" if report["known"] == report["facts"] else f"{report['known']} known"
     if report["known"] < report["learned"]:
         known = f"{report['known']} still known"

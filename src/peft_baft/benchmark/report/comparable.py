@@ -122,7 +122,7 @@ def comparable(lines: Iterable[Line]) -> list[Group]:
     members: dict[tuple[str, str], list[Line]] = {key: [] for key in keys}
     for line, (question, editing) in zip(lines, keys, strict=True):
         for (question_of_group, editing_of_group), group in members.items():
-            # a line without editing, such as the unedited model's, belongs to every group of its question
+            # A line without editing, such as the unedited model's, belongs to every group of its question.
             if question == question_of_group and editing in ("", editing_of_group):
                 group.append(line)
     questions_with_edits = {question for question, editing in members if editing}
@@ -145,9 +145,8 @@ def _ladders(lines: Sequence[Line]) -> Callable[[Line], list[int]]:
     A ladder is a series of T of one question and one way of editing that begins at one row and has one range of rows at each T.
     All its lines get the longest range, so that they are compared; any other line has the rows it has.
     """
-    ranges: dict[
-        tuple[str, str], dict[int, set[tuple[int, int]]]
-    ] = {}  # the ranges of rows at each T
+    # The ranges of rows at each T.
+    ranges: dict[tuple[str, str], dict[int, set[tuple[int, int]]]] = {}
     for line in lines:
         edits = line.schedule["edits"]
         if edits:
@@ -185,9 +184,8 @@ def _editing(line: Line) -> str:
 
 def _group(lines: Sequence[Line]) -> Group:
     """Label the rows, each method with each of its settings, and take every run once: the last line that tells it."""
-    runs: dict[
-        tuple[str, str], dict[tuple[int, int], Line]
-    ] = {}  # by method and settings; then by T and seed
+    # By method and settings; then by T and seed.
+    runs: dict[tuple[str, str], dict[tuple[int, int], Line]] = {}
     for line in lines:
         runs_of_row = runs.setdefault((_name(line), _key(settings_of(line))), {})
         runs_of_row[line.schedule["edits"], line.seed] = line

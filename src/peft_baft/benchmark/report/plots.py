@@ -184,9 +184,8 @@ def bars(group: Group, styles: dict[str, Look]) -> Figure:
 def redundancy(groups: Sequence[Group]) -> Figure:
     """Reliability after the M least used dimensions were taken away, a curve for each data set: the paper's Fig. 1."""
     curves = [curve for group in groups for curve in _removal_curves(group)]
-    shown: dict[
-        str, RemovalCurve
-    ] = {}  # by label, once: an adapter's curve may come from several groups
+    # By label, each once: an adapter's curve may come from several groups.
+    shown: dict[str, RemovalCurve] = {}
     for curve in curves:
         alike = [other.distinguishing for other in curves if other.benchmark == curve.benchmark]
         shown[label(curve.benchmark, curve.distinguishing, alike)] = curve
