@@ -114,7 +114,7 @@ def failing(toy: FactModel, processes: Processes, _: Path) -> Found:
                     raise error
                 return losses()
 
-            session.losses = broken
+            vars(session)["losses"] = broken  # of this one alone, which is frozen
             return session
 
         return opened
