@@ -235,8 +235,31 @@ def byte_damage(draw: Any, names: list[str]) -> Callable[[Path], Any]:
     return damage
 
 
+def harmless_damage(name: str) -> list[Callable[[Path], Any]]:
+    """Give changes of bytes that change nothing that matters: white space in JSON, the last bits of numbers."""
+
+    def change(place: int) -> Callable[[Path], Any]:
+        def damage(folder: Path) -> None:
+            data = bytearray((folder / name).read_bytes())
+            if name == CONFIG:
+                data = data[:place] + b" " + data[place:] if place >= 0 else data + b"\n"
+            else:
+                data[-4 * place] ^= 1  # little-endian float32: the lowest bit of a mantissa
+            (folder / name).write_bytes(data)
+
+        return damage
+
+    return [change(place) for place in ((1, 0, -1) if name == CONFIG else (1, 2, 3))]
+
+
 def bytes_are_refused_or_harmless(trial: Trial, budget: settings, names: list[str]) -> None:
-    counted(trial, budget(given(byte_damage(names))(lambda damage: trial.damaged(damage) and None)))
+    def check() -> None:
+        # Of random damage, only a few per cent are harmless: some that is known to be stands for them all.
+        for name in names:
+            assert [trial.damaged(damage) for damage in harmless_damage(name)] == ["loaded"] * 3
+        budget(given(byte_damage(names))(lambda damage: trial.damaged(damage) and None))()
+
+    counted(trial, check)
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
