@@ -57,8 +57,22 @@ def test_fine_tuning_that_diverges_leaves_the_weight_as_it_was(toy: FactModel) -
 
 
 def test_fine_tuning_refuses_a_block_that_is_not_there(toy: FactModel) -> None:
+    for layer in (True, 1.5, "last"):
+        with pytest.raises(TypeError, match=f"layer must be an integer, not {layer!r}"):
+            FineTuning(layer=layer)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a block of the model, 0 to 3, not 7"):
         FineTuningEditor(toy.base, toy.tokenizer, FineTuning(layer=7))
     toy.base.model.layers[2].mlp = torch.nn.Identity()
-    with pytest.raises(ValueError, match="no down projection"):
+    with pytest.raises(ValueError, match=r"must have one down projection.* but has none"):
         FineTuningEditor(toy.base, toy.tokenizer, FineTuning(layer=2))
+
+
+def test_fine_tuning_refuses_several_experts_and_quantised_weights(toy: FactModel) -> None:
+    mlp = toy.base.model.layers[1].mlp
+    mlp.expert = deepcopy(mlp)
+    with pytest.raises(ValueError, match=r"several \(mlp.down_proj, mlp.expert.down_proj\)"):
+        FineTuningEditor(toy.base, toy.tokenizer, FineTuning(layer=1))
+    of_block = toy.base.model.layers[0].mlp.down_proj
+    of_block.weight = torch.nn.Parameter(of_block.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"is torch.int8: load the model without quantisation"):
+        FineTuningEditor(toy.base, toy.tokenizer, FineTuning(layer=0))

@@ -36,12 +36,19 @@ class FineTuning:
     Args:
         layer: block whose down projection is trained, counted from 0; by default EasyEdit's 21 of 32 scaled to the model.
         descent: how an edit, or a batch of edits, is trained.
+
+    Raises:
+        TypeError: layer is no integer.
     """
 
     layer: int | None = None
     descent: DescentConfig = field(
         default_factory=lambda: DescentConfig(lr=5e-4, max_steps=25, weight_decay=0.0)
     )
+
+    def __post_init__(self) -> None:
+        if self.layer is not None and type(self.layer) is not int:
+            raise TypeError(f"ft-m: layer must be an integer, not {self.layer!r}.")
 
     def start(
         self,
@@ -53,7 +60,10 @@ class FineTuning:
         processes: Processes | None = None,
         prepared: Any = None,
     ) -> FineTuningEditor:
-        """Make an editor of `base`. FT-M takes no unrelated text, and draws no random numbers."""
+        """Make an editor of `base`. FT-M takes no unrelated text, and draws no random numbers.
+
+        Where several processes share the facts of a batch, each one trains on all of them, and they come out alike.
+        """
         return FineTuningEditor(base, tokenizer, self)
 
     def described(self) -> dict[str, Any]:
@@ -65,13 +75,18 @@ class FineTuningEditor:
     """Fine-tunes one weight of a model; an `Editor`.
 
     Raises:
-        ValueError: the block does not exist, or has no down projection under a known name.
+        ValueError: the block does not exist, has not one down projection under a known name, or a quantised one.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: FineTuning) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.weight_name = _down_projection(model, settings.layer)
         self._weight: nn.Parameter = model.get_parameter(self.weight_name)
+        if not self._weight.is_floating_point():
+            raise ValueError(
+                f"ft-m trains a weight of floating-point numbers, but {self.weight_name} is "
+                f"{self._weight.dtype}: load the model without quantisation."
+            )
         self._original = self._weight.detach().clone()
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
@@ -140,11 +155,17 @@ def _down_projection(model: Any, layer: int | None) -> str:
             f"ft-m: layer must be a block of the model, 0 to {depth - 1}, not {layer}."
         )
     block = model.get_submodule(f"{stack}.{layer}")
-    for name, _ in block.named_modules():
-        parent, _, last = name.rpartition(".")
-        if last in DOWN_PROJECTIONS and "attn" not in parent and "attention" not in parent:
-            return f"{stack}.{layer}.{name}.weight"
-    raise ValueError(
-        f"ft-m: block {layer} of {type(model).__name__} has no down projection under a known name "
-        f"({', '.join(DOWN_PROJECTIONS)})."
-    )
+    found = [name for name, _ in block.named_modules() if _is_down_projection(name)]
+    if len(found) != 1:
+        what = f"several ({', '.join(found)})" if found else "none"
+        raise ValueError(
+            f"ft-m: block {layer} of {type(model).__name__} must have one down projection, called one of "
+            f"{', '.join(DOWN_PROJECTIONS)}, but has {what}."
+        )
+    return f"{stack}.{layer}.{found[0]}.weight"
+
+
+def _is_down_projection(name: str) -> bool:
+    """Tell whether a module of a block, by its name, is the last product of an MLP; some attentions end in one alike."""
+    parent, _, last = name.rpartition(".")
+    return last in DOWN_PROJECTIONS and "attn" not in parent and "attention" not in parent
