@@ -3,6 +3,7 @@
 # mypy: disable-error-code="call-arg"
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -91,6 +92,14 @@ def test_where_several_lists_may_be_meant_all_are_named_and_one_can_be_chosen() 
     assert find_stack(model, "H_module.layers") == "model.H_module.layers"
     with pytest.raises(ValueError, match="several lists"):
         find_stack(model, "layers")
+
+
+def test_two_lists_that_are_as_long_as_configured_are_not_told_apart() -> None:
+    model = tiny_model("llama")
+    assert find_stack(model) == "model.layers"
+    model.model.twin = copy.deepcopy(model.model.layers)
+    with pytest.raises(ValueError, match=r"several lists .*model\.layers, model\.twin"):
+        find_stack(model)
 
 
 def test_by_default_blocks_that_need_a_picture_are_passed_over_and_named_ones_refused() -> None:

@@ -354,6 +354,30 @@ def test_a_block_that_is_run_again_in_a_thread_of_autograd_edits_what_it_edited(
     assert not torch.equal(seen[0], hidden)
 
 
+def test_a_block_that_is_run_again_is_refused_where_two_threads_have_trained() -> None:
+    model, ids = adapted(make_model()).train(), torch.tensor([PROMPT])
+    block = model.get_base_model().model.layers[1]
+    errors: list[str] = []
+
+    def again() -> None:
+        try:
+            block._modules["baft"](torch.randn(1, len(PROMPT), 32))
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    def in_a_thread(work: Callable[[], Any]) -> None:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    model(ids, prompt_lengths=[4])
+    in_a_thread(again)
+    assert not errors  # the control: one thread has trained
+    in_a_thread(lambda: model(ids, prompt_lengths=[4]))
+    in_a_thread(again)
+    assert len(errors) == 1 and "Several threads train" in errors[0]
+
+
 def test_a_block_alone_is_refused() -> None:
     with pytest.raises(ValueError, match="Call the model"):
         adapted(make_model()).get_base_model().model.layers[1]._modules["baft"](

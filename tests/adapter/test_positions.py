@@ -316,6 +316,18 @@ def test_padding_in_a_cache_is_not_counted() -> None:
     assert relative_positions_after(model, **new, prompt_lengths=[3, 7]) == [[-1, 0], [-2, -1]]
 
 
+def test_the_mask_over_cached_tokens_is_read_where_the_new_ones_stand() -> None:
+    rows = [draw(4), draw(8)]
+    model, batch = adapted(), padded(rows)  # the first row has padding up to the fourth column
+    first = {name: tensor[:, :5] for name, tensor in batch.items()}
+    with torch.no_grad():
+        cache = cache_of(model(**first, use_cache=True))
+    new = {"input_ids": batch["input_ids"][:, 5:], "attention_mask": batch["attention_mask"]}
+    new |= with_cache(model, cache)
+    positions = relative_positions_after(model, **new, prompt_lengths=[1, 5])
+    assert positions == [[0, 1, 2], [0, 1, 2]]
+
+
 def test_nothing_is_left_behind_for_the_next_call() -> None:
     model, ids = adapted(), torch.tensor([draw(4)])
     backbone, context = model.base_model.model.model, find_context(model)

@@ -255,6 +255,14 @@ def test_each_fact_is_trained_beside_the_next_unrelated_texts_in_turn(
     list(editor.edit_in_turn(edits(0, 1, 2)))
     assert batches == [[texts[0], texts[1]], [texts[2], texts[0]], [texts[1], texts[2]]]
     assert editor.unrelated_used == 6
+    opened = []
+    monkeypatch.setattr(
+        baft_module,
+        "open_forward",
+        lambda m, rows, *rest: opened.extend(rows) or real(m, rows, *rest),
+    )
+    editor.edit(edits(0, 1))  # a batch: two for each of its facts
+    assert opened[2:] == [texts[0], texts[1], texts[2], texts[0]] and editor.unrelated_used == 10
 
 
 def gates_at(model: PeftModel, pairs: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
