@@ -72,11 +72,20 @@ FILES: dict[str, list[str]] = {
     "editing/lanes.py": ["editing/test_lanes.py", "editing/test_editing.py"],
     "editing/objective.py": [
         "test_losses.py",
+        "editing/test_objective.py",
         "editing/test_presets.py",
         "editing/test_editing.py",
     ],
-    "editing/baft.py": ["editing/test_editing.py", "editing/test_lanes.py"],
-    "editing/adapter_editor.py": ["editing/test_editing.py", "editing/test_journal.py"],
+    "editing/baft.py": [
+        "editing/test_editing.py",
+        "editing/test_lanes.py",
+        "benchmark/test_parallel.py",
+    ],
+    "editing/adapter_editor.py": [
+        "editing/test_presets.py",
+        "editing/test_editing.py",
+        "editing/test_journal.py",
+    ],
 }
 # What all of them are tried with: a change here makes every earlier result void.
 SHARED = ["conftest.py", "adapters.py", "facts.py"]

@@ -15,7 +15,7 @@ from adapters import config, logits
 from conftest import make_model, randomise
 from peft_baft import BaftConfig
 from peft_baft.adapter import baft_layers
-from peft_baft.adapter.parameters import GATE_NORMS, WEIGHTINGS, GateNorm, Weighting
+from peft_baft.adapter.parameters import GATE_NORMS, WEIGHTINGS, Gate, GateNorm, Weighting
 
 SETTINGS: dict[str, Any] = {"gate_norm": "squashed", "weighting": "pairs", "gate_bias": True}
 USE = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -124,3 +124,25 @@ def test_without_its_entry_the_kind_is_unknown() -> None:
         match="weighting must be one of 'basis', 'subspace', 'product', 'none', not 'pairs'",
     ):
         BaftConfig(weighting="pairs")
+
+
+SEEN = {
+    "none": lambda h, v: h,
+    "rms": lambda h, v: h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt(),
+    "scale": lambda h, v: h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() * v,
+    "center": lambda h, v: h - v,
+}
+
+
+@pytest.mark.parametrize("norm", SEEN)
+def test_a_gate_sees_what_its_kind_says_and_starts_with_h_itself(norm: str) -> None:
+    torch.manual_seed(0)
+    gate = Gate(config(gate_norm=norm, gate_offset=0.5), 8)
+    h, start = torch.randn(3, 8), {"scale": 1.0, "center": 0.0}
+    learned = [getattr(gate, name) for name in start if hasattr(gate, name)]
+    assert [name for name in start if hasattr(gate, name)] == [norm] * (norm in start)
+    for vector in learned:
+        assert (vector == start[norm]).all()
+        torch.nn.init.uniform_(vector, 0.5, 2.0)
+    seen = SEEN[norm](h, learned[0] if learned else None)
+    torch.testing.assert_close(gate(h), (seen @ gate.weight.T + 0.5).sigmoid())

@@ -6,7 +6,11 @@ from dataclasses import asdict
 
 import pytest
 
-from peft_baft import PRESETS, DescentConfig, Objective
+import facts
+from facts import FactModel, adapted
+from peft_baft import PRESETS, AdapterEditor, BaftEditor, DescentConfig, Objective
+
+fact_model = facts.fact_model
 
 # α, β, γ of Table 5
 TABLE_5 = {
@@ -69,3 +73,13 @@ def test_the_papers_presets(name: str) -> None:
     assert asdict(preset.batch_descent) == asdict(
         DescentConfig(lr=1e-4, max_steps=70, stop_loss=0.01)
     )
+
+
+def test_an_editor_takes_these_for_one_fact_and_for_a_batch(fact_model: FactModel) -> None:
+    model = adapted(fact_model.base)
+    for editor in (
+        AdapterEditor(model, fact_model.tokenizer),
+        BaftEditor(model, fact_model.tokenizer),
+    ):
+        assert editor.descent == DescentConfig(max_steps=40)
+        assert editor.batch_descent == DescentConfig(max_steps=70)

@@ -110,3 +110,12 @@ def test_parameters_that_no_kernel_takes_are_trained_all_the_same() -> None:
     parameter.real.sum().backward()
     descent.step()
     assert parameter.real.item() < 1
+
+
+def test_the_time_of_a_descent_is_the_sum_of_what_it_was_told() -> None:
+    descent = Descent([nn.Parameter(torch.ones(1))], DescentConfig(max_steps=2, stop_loss=0.0))
+    for seconds in (0.25, 0.5, 0.125):
+        assert descent.result is None
+        descent.record_losses({STOP_TERM: 1.0}, seconds)
+        descent.step()
+    assert descent.result is not None and descent.result.seconds == 0.875
