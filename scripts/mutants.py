@@ -208,7 +208,8 @@ def prepare_session(file: str, work: Sequence[WorkItem], count: int, seed: int) 
     They are the first of an order that depends on the file and the seed alone, so that a larger sample holds every smaller
     one, and results of an earlier run are never lost.
     """
-    order = list(work)
+    # By place first: cosmic-ray lists its work in the order of random job ids.
+    order = sorted(work, key=place)
     random.Random(f"{seed} {file}").shuffle(order)
     chosen = {place(item): item for item in order[:count]}
     session = session_of(file)
