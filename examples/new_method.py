@@ -5,7 +5,7 @@ In the package this is a file of src/peft_baft/baselines/ and one entry of METHO
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from peft_baft import PRESETS, DescentConfig, Edit, Editor, EditResult, load_model
 from peft_baft.benchmark.methods import METHODS, method
 from peft_baft.data.batching import collate, encode_fitting, padding_id
+from peft_baft.editing.method import EditorSetup, MethodSettings
 from peft_baft.editing.train import Descent, descend
 
 
@@ -46,14 +47,11 @@ DESCENT = DescentConfig(lr=0.05, max_steps=60)
 
 
 @dataclass(frozen=True)
-class NormTuning:  # the settings; `norm:lr=0.01` sets them by name
+class NormTuning(MethodSettings):  # `norm:lr=0.01` sets them by name
     descent: DescentConfig = DESCENT
 
-    def start(self, base: Any, tokenizer: Any, unrelated: Any = (), **shared: Any) -> NormEditor:
+    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> NormEditor:
         return NormEditor(base, tokenizer, self.descent)
-
-    def described(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 METHODS["norm"] = lambda preset: NormTuning()

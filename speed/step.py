@@ -23,6 +23,7 @@ from common import (
 
 import peft_baft
 from peft_baft.editing.acceleration.prefix_cache import open_forward
+from peft_baft.editing.editor import encode_edits
 
 STEPS = 10
 
@@ -44,7 +45,9 @@ def limits(base, tokenizer, edits, device, packing) -> float:
     edited, found = editor(base, tokenizer, "reft"), []
     try:
         for edit in edits:
-            session = open_forward(edited.model, edited._tokens([edit]), [0], 0, 3)
+            session = open_forward(
+                edited.model, encode_edits(edited.model, edited.tokenizer, [edit]), [0], 0, 3
+            )
             session.losses()
             found.append(bound(products(edited.model, session.losses), device, packing))
     finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from peft_baft.storage import (
     append_line,
@@ -87,6 +88,13 @@ def test_a_file_of_another_kind_is_damaged(tmp_path: Path, data: bytes) -> None:
     file = tmp_path / "state.safetensors"
     file.write_bytes(data)
     with pytest.raises(ValueError, match=r"state.safetensors is damaged \("):
+        load_with_header(file)
+
+
+def test_a_file_of_an_earlier_version_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+    file.write_bytes(save({"a": torch.ones(1)}, {"progress": "{}"}))
+    with pytest.raises(ValueError, match="no 'header', as files of earlier versions have none"):
         load_with_header(file)
 
 

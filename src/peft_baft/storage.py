@@ -117,7 +117,10 @@ def load_with_header(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     data = file.read_bytes()  # in one go: the file may be replaced at any instant
     try:
         file_header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        header = json.loads(file_header["__metadata__"][HEADER])
+        metadata = file_header["__metadata__"]
+        if HEADER not in metadata:
+            raise ValueError(f"it has no {HEADER!r}, as files of earlier versions have none")
+        header = json.loads(metadata[HEADER])
         tensors = load(data)
         checksum = header.pop("sha256")
     except (

@@ -9,9 +9,11 @@ import torch
 
 import facts
 from facts import FactModel, edits
+from peft_baft import Edit
 from peft_baft.baselines.ft_m import FineTuning
 from peft_baft.benchmark.methods import METHODS, method
-from peft_baft.editing.editor import Editor
+from peft_baft.editing.editor import CURSOR, Editor
+from peft_baft.editing.method import EditorSetup
 from peft_baft.editing.presets import PRESETS
 from peft_baft.evaluation.scoring import token_match
 
@@ -21,7 +23,7 @@ QUICK = ";lr=0.02;stop_loss=0.02;max_steps=60"
 
 def start(name: str, toy: FactModel) -> Editor:
     settings = method(f"{name}:{QUICK.strip(';')}", PRESETS["default"]).settings
-    return settings.start(toy.base, toy.tokenizer, facts.meals(0, 12), seed=3)
+    return settings.start(toy.base, toy.tokenizer, EditorSetup(facts.meals(0, 12), seed=3))
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -66,6 +68,38 @@ def test_a_fresh_editor_goes_on_from_the_state_of_another(toy: FactModel, name: 
     # The control: the second edit changed it.
     assert not all(torch.equal(state[key], expected[key]) for key in state)
     again.remove()
+
+
+@pytest.mark.parametrize("name", ["baft", "lora", "reft"])
+def test_a_state_of_another_adapter_is_refused_and_changes_nothing(
+    toy: FactModel, name: str
+) -> None:
+    editor = start(name, toy)
+    editor.edit(edits(0))
+    state = {key: tensor.clone() for key, tensor in editor.state_dict().items()}
+    weights_alone = {key: tensor for key, tensor in state.items() if not key.startswith(CURSOR)}
+    renamed = {key.replace("layers.1", "layers.9"): tensor for key, tensor in state.items()}
+    fewer = {key: tensor for key, tensor in state.items() if "layers.1" not in key}
+    for wrong in (renamed, fewer):
+        zeros = {key: torch.zeros_like(tensor) for key, tensor in wrong.items()}
+        with pytest.raises(ValueError, match=r"not a state of the adapter 'default'.*layers"):
+            editor.load_state_dict(zeros)
+    if name != "lora":
+        with pytest.raises(
+            ValueError, match=r"'editor\.unrelated_used'; this one, of an adapter alone"
+        ):
+            editor.load_state_dict(weights_alone)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in editor.state_dict().items())
+    editor.load_state_dict(state)
+    editor.remove()
+
+
+@pytest.mark.parametrize("name", ["baft", "lora", "ft-m"])
+def test_every_method_refuses_a_batch_that_contradicts_itself(toy: FactModel, name: str) -> None:
+    editor, (fact,) = start(name, toy), edits(0)
+    with pytest.raises(ValueError, match="is edited to"):
+        editor.edit([fact, Edit(fact.prompt, "Kasburg")])
+    editor.remove()
 
 
 def test_settings_of_any_method_are_set_by_name() -> None:

@@ -55,7 +55,17 @@ def adapter_state_dict(model: PeftModel, adapter_name: str) -> dict[str, Tensor]
 def load_adapter_state_dict(
     model: PeftModel, adapter_name: str, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Bring an adapter to a state that `adapter_state_dict` gave."""
+    """Bring an adapter to a state that `adapter_state_dict` gave.
+
+    Raises:
+        ValueError: the tensors are not this adapter's, by their names. PEFT would load those that it knows, without a word.
+    """
+    wrong = adapter_state_dict(model, adapter_name).keys() ^ tensors.keys()
+    if wrong:
+        raise ValueError(
+            f"This is not a state of the adapter {adapter_name!r}, but of another one, or of another version: "
+            f"{', '.join(sorted(wrong)[:3])} stands in one of them alone."
+        )
     set_peft_model_state_dict(model, dict(tensors), adapter_name=adapter_name)
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
 
 from peft_baft.adapter import BaftConfig
-from peft_baft.data.cases import Unrelated
-from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.adapter_editor import AdapterEditor
 from peft_baft.editing.baft import BaftEditor
+from peft_baft.editing.method import EditorSetup, MethodSettings
 from peft_baft.editing.objective import Objective
 from peft_baft.editing.presets import Preset
 from peft_baft.editing.train import DescentConfig
-from peft_baft.processes import Processes
 
 # Settings of a BaFT adapter that a result line spells out, whether or not they were given.
 BAFT_SETTINGS = (
@@ -32,7 +30,7 @@ BAFT_SETTINGS = (
 
 
 @dataclass(frozen=True)
-class AdapterMethod:
+class AdapterMethod(MethodSettings):
     """Settings of a method that trains a PEFT adapter.
 
     Args:
@@ -50,41 +48,44 @@ class AdapterMethod:
     unrelated: bool = True
 
     @property
-    def side_by_side(self) -> bool:
+    def side_by_side(self) -> bool:  # type: ignore[override]
         """Whether independent single edits can share forwards."""
         return self.objective is not None
 
-    def config_fields(self) -> set[str]:
-        """List the names of the adapter's settings."""
-        return {f.name for f in fields(self.config_class)}  # type: ignore[arg-type]
-
-    def start(
-        self,
-        base: Any,
-        tokenizer: Any,
-        unrelated: Sequence[Unrelated] = (),
-        *,
-        seed: int = 0,
-        processes: Processes | None = None,
-        prepared: PreparedModel | None = None,
-    ) -> AdapterEditor:
-        """Put a fresh adapter on `base`, initialised with `seed`, and make its editor."""
-        torch.manual_seed(seed)
+    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> AdapterEditor:
+        """Put a fresh adapter on `base`, and make its editor."""
+        setup = setup or EditorSetup()
+        torch.manual_seed(setup.seed)
         model = get_peft_model(base, self.config_class(task_type="CAUSAL_LM", **self.config)).eval()
         if self.objective is None:
             return AdapterEditor(
-                model, tokenizer, self.descent, self.batch_descent, processes=processes
+                model, tokenizer, self.descent, self.batch_descent, processes=setup.processes
             )
         return BaftEditor(
             model,
             tokenizer,
-            unrelated if self.unrelated else (),
+            setup.unrelated if self.unrelated else (),
             self.objective,
             self.descent,
             self.batch_descent,
-            processes=processes,
-            prepared=prepared,
+            processes=setup.processes,
+            prepared=setup.prepared,
         )
+
+    def setting_names(self) -> set[str]:
+        """List what may be set by name: of the adapter's config, what BaFT's result lines spell out."""
+        return super().setting_names() | set(BAFT_SETTINGS)
+
+    def with_setting(self, name: str, value: Any) -> MethodSettings:
+        """Set one setting of the training or of the objective, else of the adapter's config."""
+        of_config = {f.name for f in fields(self.config_class)}  # type: ignore[arg-type]
+        if name in super().setting_names() or name not in of_config:
+            return super().with_setting(name, value)
+        return replace(self, config=self.config | {name: value})
+
+    def _own_settings(self) -> list[str]:
+        """List none: the fields of this class say what the method is."""
+        return []
 
     def described(self) -> dict[str, Any]:
         """Give the settings, resolved, as they stand in a result line."""

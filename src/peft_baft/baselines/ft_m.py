@@ -7,7 +7,7 @@ answer tokens from the last prompt token, and so cannot learn an answer of sever
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from peft_baft.adapter.blocks import find_stack
 from peft_baft.adapter.model_call import full_logits, input_device
 from peft_baft.adapter.state import evaluating
-from peft_baft.data.batching import collate, encode_fitting, padding_id
-from peft_baft.data.cases import Edit, Unrelated
-from peft_baft.editing.editor import EditResult, checked_edits
+from peft_baft.data.batching import collate, padding_id
+from peft_baft.data.cases import Edit
+from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
+from peft_baft.editing.method import EditorSetup, MethodSettings
 from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms, descend
 from peft_baft.losses import answer_losses
-from peft_baft.processes import Processes
 
 EASYEDIT_BLOCK, EASYEDIT_DEPTH = 21, 32  # EasyEdit's block of a model of 32, counted from 0
 DOWN_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2")
 
 
 @dataclass(frozen=True)
-class FineTuning:
+class FineTuning(MethodSettings):
     """Fine-tune one MLP down projection on the answer tokens (FT-M), by default with EasyEdit's settings.
 
     These are AdamW without weight decay, and at most 25 steps.
@@ -51,24 +51,13 @@ class FineTuning:
             raise TypeError(f"ft-m: layer must be an integer, not {self.layer!r}.")
 
     def start(
-        self,
-        base: Any,
-        tokenizer: Any,
-        unrelated: Sequence[Unrelated] = (),
-        *,
-        seed: int = 0,
-        processes: Processes | None = None,
-        prepared: Any = None,
+        self, base: Any, tokenizer: Any, setup: EditorSetup | None = None
     ) -> FineTuningEditor:
         """Make an editor of `base`. FT-M takes no unrelated text, and draws no random numbers.
 
         Where several processes share the facts of a batch, each one trains on all of them, and they come out alike.
         """
         return FineTuningEditor(base, tokenizer, self)
-
-    def described(self) -> dict[str, Any]:
-        """Give the settings as they stand in a result line."""
-        return asdict(self)
 
 
 class FineTuningEditor:
@@ -91,10 +80,7 @@ class FineTuningEditor:
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
         """Train the weight until the answers are learned; as `Editor.edit`."""
-        facts = checked_edits(edits)
-        rows = [
-            encode_fitting(self.model, self.tokenizer, fact.prompt, fact.target) for fact in facts
-        ]
+        rows = encode_edits(self.model, self.tokenizer, checked_edits(edits))
         device = input_device(self.model)
         batch = {
             name: tensor.to(device)

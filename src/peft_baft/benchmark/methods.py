@@ -1,53 +1,22 @@
 """Editing methods by name: a name and some settings become what starts editors.
 
-A new method is one file, in `baselines/`, with a frozen dataclass of its settings, and one entry of `METHODS`.
+A new method is one file in `baselines/`, with its `MethodSettings` and its `Editor`, and one entry of `METHODS`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig
 
-from peft_baft.baselines.adapters import BAFT_SETTINGS, AdapterMethod, baft, other_adapter
+from peft_baft.baselines.adapters import baft, other_adapter
 from peft_baft.baselines.ft_m import FineTuning
-from peft_baft.data.cases import Unrelated
-from peft_baft.editing.acceleration.prepared import PreparedModel
-from peft_baft.editing.editor import Editor
+from peft_baft.editing.method import MethodSettings
 from peft_baft.editing.presets import Preset
-from peft_baft.processes import Processes
-
-
-class MethodSettings(Protocol):
-    """Settings of an editing method: a frozen dataclass whose fields, also nested ones, the user may set by name."""
-
-    def start(
-        self,
-        base: Any,
-        tokenizer: Any,
-        unrelated: Sequence[Unrelated] = (),
-        *,
-        seed: int = 0,
-        processes: Processes | None = None,
-        prepared: PreparedModel | None = None,
-    ) -> Editor:
-        """Make an editor of `base`, which has no edit yet; `editor.remove()` gives `base` back.
-
-        Args:
-            unrelated: the texts for this editor's edits, one each.
-            seed: of the first weights, where they are random.
-            processes: those that share the facts of each batch.
-            prepared: what editors of this base model share.
-        """
-        ...
-
-    def described(self) -> dict[str, Any]:
-        """Give the settings, resolved, as they stand in a result line."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -56,11 +25,6 @@ class Method:
 
     name: str
     settings: MethodSettings
-
-    @property
-    def side_by_side(self) -> bool:
-        """Whether its editors can make independent single edits in the same forwards."""
-        return bool(getattr(self.settings, "side_by_side", False))
 
 
 METHODS: dict[str, Callable[[Preset], MethodSettings]] = {
@@ -112,11 +76,10 @@ def method(variant: str, preset: Preset, overrides: Mapping[str, Any] | None = N
     settings = METHODS[name](preset)
     chosen = dict(overrides or {}) | dict(_setting(text) for text in rest.split(";") if text)
     for key, value in chosen.items():
-        changed = with_setting(settings, key, value)
-        if changed is None:
-            known = ", ".join(sorted(_setting_names(settings)))
-            raise ValueError(f"{variant}: unknown setting {key!r}; known are {known}.")
-        settings = changed
+        try:
+            settings = settings.with_setting(key, value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{variant}: {error}") from error
     return Method(variant, settings)
 
 
@@ -129,49 +92,3 @@ def _setting(text: str) -> tuple[str, Any]:
         return key.strip(), json.loads(value)
     except json.JSONDecodeError:
         return key.strip(), value.strip()
-
-
-def with_setting(settings: Any, key: str, value: Any) -> Any:
-    """Set one setting wherever it belongs: in the dataclass, in each one nested in it, or in an adapter's config.
-
-    Returns:
-        The changed settings, or None where none has that name.
-    """
-    own, nested = _own_and_nested(settings)
-    if key in own:
-        return replace(settings, **{key: value})
-    changes = {}
-    for name in nested:
-        part = getattr(settings, name)
-        if key in {f.name for f in fields(part)}:
-            changes[name] = replace(part, **{key: value})
-    if changes:
-        return replace(settings, **changes)
-    if isinstance(settings, AdapterMethod) and key in settings.config_fields():
-        return replace(settings, config=settings.config | {key: value})
-    return None
-
-
-def _own_and_nested(settings: Any) -> tuple[list[str], list[str]]:
-    """List the fields that a user may set, and those that hold settings of their own.
-
-    The fields of an AdapterMethod itself say what the method is, and none of them is for the user.
-    """
-    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    nested = [
-        name
-        for name, value in values.items()
-        if is_dataclass(value) and not isinstance(value, type)
-    ]
-    if isinstance(settings, AdapterMethod):
-        return [], nested
-    return [name for name in values if name not in nested], nested
-
-
-def _setting_names(settings: Any) -> set[str]:
-    """List the names that `with_setting` knows; of an adapter's config, those of BaFT."""
-    own, nested = _own_and_nested(settings)
-    names = set(own)
-    for name in nested:
-        names |= {f.name for f in fields(getattr(settings, name))}
-    return names | (set(BAFT_SETTINGS) if isinstance(settings, AdapterMethod) else set())

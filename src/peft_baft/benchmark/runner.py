@@ -15,6 +15,7 @@ from peft_baft.benchmark.schedule import Schedule
 from peft_baft.data.cases import Case, Unrelated
 from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.editor import Editor, EditResult, SideBySideEditor
+from peft_baft.editing.method import EditorSetup
 from peft_baft.evaluation.asking import Question, Unedited, ask, judged, questions_of
 from peft_baft.evaluation.forward import one_model
 from peft_baft.processes import Processes
@@ -106,7 +107,7 @@ class Runner:
             questions += self._questions(self._asked_here(block))
         # Locality compares with the unedited model, which is asked while there is no edit on it.
         self.unedited.ask(self.base, questions)
-        if schedule.block == 1 and self.parallel > 1 and method.side_by_side:
+        if schedule.block == 1 and self.parallel > 1 and method.settings.side_by_side:
             self._edit_singles(method, [block.start for block in blocks], seed, progress)
         for block in self._unfinished(schedule, progress):
             self.processes.look_up()
@@ -124,14 +125,8 @@ class Runner:
         texts = (
             [self.unrelated[row % len(self.unrelated)] for row in rows] if self.unrelated else ()
         )
-        return method.settings.start(
-            self.base,
-            self.tokenizer,
-            texts,
-            seed=seed,
-            processes=self._sharing,
-            prepared=self.prepared,
-        )
+        setup = EditorSetup(texts, seed, self._sharing, self.prepared)
+        return method.settings.start(self.base, self.tokenizer, setup)
 
     def _edit_singles(
         self, method: Method, rows: Sequence[int], seed: int, progress: Progress

@@ -14,7 +14,7 @@ from peft_baft.checking.tools import (
     flags_kept,
     in_words,
     largest_difference,
-    reasons_of_session,
+    reasons_for_plain_path,
     step_difference,
 )
 from peft_baft.checking.tried_model import TriedModel
@@ -66,7 +66,7 @@ def reached(tried: TriedModel) -> Finding:
 def fast(tried: TriedModel) -> Finding:
     """Try whether the fast path gives the plain path's loss and gradient, and whether an edit would take it."""
     arguments = (tried.model, tried.rows_to_train(), [0], tried.pad)
-    with trainable(tried.model), reasons_of_session() as reasons:
+    with trainable(tried.model), reasons_for_plain_path() as reasons:
         plain = loss_and_gradients(tried, FullForward(*arguments, tried.device))
         chosen = open_forward(*arguments, tried.positions)
         try:

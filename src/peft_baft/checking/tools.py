@@ -74,8 +74,8 @@ def changed_tokens(layers: Sequence[BaftLayer]) -> Iterator[dict[str, list[Tenso
 
 
 @contextmanager
-def reasons_of_session() -> Iterator[list[str]]:
-    """Collect why a session does without a cache, instead of letting it be logged."""
+def reasons_for_plain_path() -> Iterator[list[str]]:
+    """Collect why edits go the plain path, without a cache, instead of letting it be logged."""
     reasons: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:

@@ -20,11 +20,11 @@ from peft_baft.adapter.state import (
     snapshot,
     trainable,
 )
-from peft_baft.data.batching import Tokens, encode_fitting, padding_id
+from peft_baft.data.batching import Tokens, padding_id
 from peft_baft.data.cases import Edit
 from peft_baft.editing.acceleration.prefix_cache import open_forward
 from peft_baft.editing.answers import AnswerForward
-from peft_baft.editing.editor import CURSOR, EditResult, checked_edits
+from peft_baft.editing.editor import CURSOR, EditResult, checked_edits, encode_edits
 from peft_baft.editing.lanes import Lane, LaneBatch, LaneOutput, train_lanes
 from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms
 from peft_baft.processes import Processes
@@ -87,7 +87,7 @@ class AdapterEditor:
                 another one; or the adapter is not the active one, disabled or merged.
             FloatingPointError: a loss became NaN or infinite. In each case the adapter is as it was.
         """
-        facts = self._tokens(checked_edits(edits))
+        facts = encode_edits(self.model, self.tokenizer, checked_edits(edits))
         self._require_in_use()
         descent = self.descent if len(facts) == 1 else self.batch_descent
         # The caller may have gradients off, or the model in training mode with an adapter that is frozen.
@@ -121,7 +121,7 @@ class AdapterEditor:
         self._require_in_use()
         batches = [facts[i : i + batch_size] for i in range(0, len(facts), batch_size)]
         for batch in batches:
-            self._tokens(batch)
+            encode_edits(self.model, self.tokenizer, batch)
         return batches
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -185,24 +185,3 @@ class AdapterEditor:
     def _terms(self, lane: Lane, output: LaneOutput) -> Terms:
         """Give the named losses of a lane."""
         return {STOP_TERM: output.answer_losses.mean()}
-
-    def _tokens(self, edits: Sequence[Edit]) -> list[Tokens]:
-        """Tokenise one batch, after a check of its edits against each other."""
-        targets: dict[str, str] = {}
-        for edit in edits:
-            prompt, target = edit.prompt.strip(), edit.target.strip()
-            if prompt in targets:
-                first = targets[prompt]
-                what = (
-                    "stands twice"
-                    if target == first
-                    else f"is edited to {first!r} and to {target!r}"
-                )
-                raise ValueError(
-                    f"{prompt!r} {what} in one batch; leave one, or edit them one after another."
-                )
-            targets[prompt] = target
-        return [
-            encode_fitting(self.model, self.tokenizer, prompt, target)
-            for prompt, target in targets.items()
-        ]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from peft_baft.adapter import find_context
+from peft_baft.adapter import EditContext, find_context
 from peft_baft.adapter.model_call import full_logits
 from peft_baft.data.batching import Tokens, collate
 from peft_baft.losses import answer_losses
@@ -123,7 +123,7 @@ class FullForward:
         padding: int,
         device: torch.device,
     ) -> None:
-        self.model, self._padding = model, padding
+        self.model, self._padding, self._context = model, padding, find_context(model)
         batch = collate(rows, padding)
         self._inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
         width = self._inputs["input_ids"].shape[1]
@@ -131,7 +131,7 @@ class FullForward:
 
     def losses(self) -> Tensor:
         """Compute the cross entropy of each answer token that is learned, (n,)."""
-        with stated_lengths(self.model, self.targets):
+        with stated_lengths(self._context, self.targets):
             logits = full_logits(self.model, **self._inputs)
         at_answers = logits[on_device(logits.device, self.targets.places)]
         return answer_losses(at_answers, self.targets.tokens.to(logits.device))
@@ -143,9 +143,10 @@ class FullForward:
         return FullForward(self.model, rows, learned, self._padding, self.targets.tokens.device)
 
 
-def stated_lengths(model: Any, targets: AnswerTargets) -> AbstractContextManager[Any]:
-    """Tell the BaFT adapters of a model, if it has any, where the prompts of a batch end."""
-    context = find_context(model)
+def stated_lengths(
+    context: EditContext | None, targets: AnswerTargets
+) -> AbstractContextManager[Any]:
+    """Tell the BaFT adapters of a model, if it has any and so a context, where the prompts of a batch end."""
     return nullcontext() if context is None else context.stating(targets.prompt_lengths)
 
 

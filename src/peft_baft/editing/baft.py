@@ -21,7 +21,7 @@ from peft_baft.editing.acceleration.prefix_cache import open_forward
 from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.adapter_editor import AdapterEditor
 from peft_baft.editing.answers import AnswerForward
-from peft_baft.editing.editor import CURSOR, EditResult, checked_edits
+from peft_baft.editing.editor import CURSOR, EditResult, checked_edits, encode_edits
 from peft_baft.editing.lanes import Gates, Lane, LaneBatch, LaneOutput, train_lanes
 from peft_baft.editing.objective import Objective
 from peft_baft.editing.train import Descent, DescentConfig, Terms
@@ -105,7 +105,7 @@ class BaftEditor(AdapterEditor):
         facts = checked_edits(edits)
         self._require_in_use()
         for fact in facts:
-            self._tokens([fact])
+            encode_edits(self.model, self.tokenizer, [fact])
         by_adapter = {f"{self.adapter_name}-{i}": fact for i, fact in enumerate(facts)}
         taken = [name for name in by_adapter if name in self.model.peft_config]
         if taken:
@@ -140,7 +140,9 @@ class BaftEditor(AdapterEditor):
         Raises:
             FloatingPointError: as `edit_each`; the adapters are left where they were at that moment.
         """
-        facts = {name: self._tokens([edit]) for name, edit in edits.items()}
+        facts = {
+            name: encode_edits(self.model, self.tokenizer, [edit]) for name, edit in edits.items()
+        }
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -188,6 +190,11 @@ class BaftEditor(AdapterEditor):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave."""
+        if UNRELATED_USED not in state:
+            raise ValueError(
+                f"The state of a BaftEditor has {UNRELATED_USED!r}; this one, of an adapter alone, does not say which unrelated "
+                "text comes next. Load it with PEFT, and make a BaftEditor with unrelated_used=...."
+            )
         super().load_state_dict(state)
         self.unrelated_used = int(state[UNRELATED_USED])
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from peft_baft.data.batching import Tokens, encode_fitting
 from peft_baft.data.cases import Edit
 
 
@@ -105,3 +106,24 @@ def checked_edits(edits: Iterable[Edit]) -> list[Edit]:
     if not facts:
         raise ValueError("There is nothing to edit: the list of edits is empty.")
     return facts
+
+
+def encode_edits(model: Any, tokenizer: Any, edits: Sequence[Edit]) -> list[Tokens]:
+    """Tokenise one batch of edits, after a check of them against each other.
+
+    Raises:
+        ValueError: an edit stands twice, contradicts another one, or is longer than the model can read.
+    """
+    targets: dict[str, str] = {}
+    for edit in edits:
+        prompt, target = edit.prompt.strip(), edit.target.strip()
+        if prompt in targets:
+            first = targets[prompt]
+            what = (
+                "stands twice" if target == first else f"is edited to {first!r} and to {target!r}"
+            )
+            raise ValueError(
+                f"{prompt!r} {what} in one batch; leave one, or edit them one after another."
+            )
+        targets[prompt] = target
+    return [encode_fitting(model, tokenizer, prompt, target) for prompt, target in targets.items()]

@@ -200,7 +200,7 @@ def _unrelated_used(adapter: str | None, revision: str | None) -> int:
     journal = Journal(adapter)
     if journal.snapshots():
         state, _ = journal.load_snapshot(journal.snapshots()[-1])
-        return int(state.get(UNRELATED_USED, 0))
+        return int(state[UNRELATED_USED])
     report = Path(adapter) / REPORT
     if not Path(adapter).is_dir():
         try:

@@ -73,7 +73,7 @@ class Group:
         return ", ".join(filter(None, parts))
 
     @property
-    def measures(self) -> set[str]:
+    def score_names(self) -> set[str]:
         """Every score that some line has."""
         return {name for line in self.lines for name in line.scores}
 

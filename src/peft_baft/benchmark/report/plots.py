@@ -73,12 +73,12 @@ def figures(lines: Iterable[Line]) -> Iterator[tuple[str, Figure]]:
     for group in groups:
         name = f"{group.sample.benchmark}-{group.schedule}"
         styles = {row: looks.get(row, UNEDITED) for row in group.rows}
-        if group.measures & set(SCORES):
+        if group.score_names & set(SCORES):
             yield (
                 f"{name}-scores",
                 ladder(group, styles) if len(group.edits) > 1 else bars(group, styles),
             )
-        if "locality" in group.measures and _effects(group):
+        if "locality" in group.score_names and _effects(group):
             yield f"{name}-tradeoff", tradeoff(group, styles)
         for row, lines_of_row in group.rows.items():
             for line in lines_of_row:
@@ -284,7 +284,7 @@ def _effects(group: Group) -> list[str]:
     task = TASKS.get(group.sample.benchmark)
     # A benchmark of the user's own may not be registered here.
     averaged = REPHRASED if task is None else task.averaged
-    return [name for name in averaged if name != "locality" and name in group.measures]
+    return [name for name in averaged if name != "locality" and name in group.score_names]
 
 
 def _effect(names: Sequence[str]) -> Value:
@@ -311,7 +311,7 @@ def _question(group: Group) -> tuple[str, str]:
 
 
 def _measures(group: Group) -> list[str]:
-    return [name for name in SCORES if name in group.measures]
+    return [name for name in SCORES if name in group.score_names]
 
 
 def _steps(group: Group) -> str:

@@ -68,8 +68,8 @@ def tables(lines: Iterable[Line]) -> list[Table]:
     """
     every_table = []
     for group in comparable(lines):
-        measures = [name for name in SHORT if name in group.measures] + sorted(
-            group.measures - set(SHORT)
+        measures = [name for name in SHORT if name in group.score_names] + sorted(
+            group.score_names - set(SHORT)
         )
         if len(group.edits) == 1:
             every_table.append(_wide(group, measures))
@@ -86,7 +86,7 @@ def tables(lines: Iterable[Line]) -> list[Table]:
 def _wide(group: Group, measures: Sequence[str]) -> Table:
     """Make a row for each method, with a column for each T and measure."""
     short = dict(SHORT)
-    if "portability" in measures and "generality" not in group.measures:
+    if "portability" in measures and "generality" not in group.score_names:
         short["reliability"] = (
             "Edit Succ"  # KnowEdit's word, for a data set that asks what KnowEdit asks
         )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_baft.adapter import EditContext, find_context
 from peft_baft.adapter.blocks import text_config
 from peft_baft.adapter.model_call import (
     call_with_cache,
@@ -56,7 +57,7 @@ class CachedPrefix:
     once: their outputs do not depend on the adapter.
 
     Attributes:
-        targets: what is learned. inputs: what the model is called with at each step.
+        context: of the model's BaFT adapters. targets: what is learned. inputs: what the model is called with at each step.
         cache: keys and values of the tokens before. prefix_width: its columns.
         places: where logits are computed; at least those of the targets.
         forwards: what replaces forwards of the model's linear layers: packed weights, and padding left out.
@@ -64,6 +65,7 @@ class CachedPrefix:
     """
 
     model: Any
+    context: EditContext | None
     targets: AnswerTargets
     inputs: Mapping[str, Tensor]
     cache: Any
@@ -94,7 +96,7 @@ class CachedPrefix:
         Raises:
             NotImplementedError: the model keeps no cache.
         """
-        base = model.get_base_model()
+        base, context = model.get_base_model(), find_context(model)
         cuts = [max(0, row.prompt_length - prompt_positions) for row in rows]
         prefix_inputs, inputs = _split_batch(rows, cuts, padding, device)
         prefix_width, width = (part["input_ids"].shape[1] for part in (prefix_inputs, inputs))
@@ -110,13 +112,14 @@ class CachedPrefix:
         nowhere = (targets.places[0][:0], targets.places[1][:0])  # nobody reads a prefix's logits
         with (
             torch.no_grad(),
-            stated_lengths(model, targets),
+            stated_lengths(context, targets),
             logits_only_at(base.get_output_embeddings(), nowhere),
             replaced_forwards(forwards_without_padding(base, real_prefix, packed)),
         ):
             _, cache = call_with_cache(model, base, prefix_inputs)
         return cls(
             model=model,
+            context=context,
             targets=targets,
             inputs=inputs,
             cache=cache,
@@ -135,7 +138,7 @@ class CachedPrefix:
         not_known_yet = () if self.known_outputs else self.fixed_blocks
         known = {block: constant_forward(output) for block, output in self.known_outputs.items()}
         with (
-            stated_lengths(self.model, self.targets),
+            stated_lengths(self.context, self.targets),
             logits_only_at(base.get_output_embeddings(), self.places),
             remembering_outputs(not_known_yet, self.known_outputs),
             replaced_forwards({**self.forwards, **known}),
