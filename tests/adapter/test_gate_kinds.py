@@ -146,3 +146,10 @@ def test_a_gate_sees_what_its_kind_says_and_starts_with_h_itself(norm: str) -> N
         torch.nn.init.uniform_(vector, 0.5, 2.0)
     seen = SEEN[norm](h, learned[0] if learned else None)
     torch.testing.assert_close(gate(h), (seen @ gate.weight.T + 0.5).sigmoid())
+
+
+def test_fresh_gates_differ_a_little_from_each_other() -> None:
+    torch.manual_seed(0)
+    h = torch.nn.functional.normalize(torch.randn(64, 512)) * 512**0.5  # of unit root mean square
+    logits_of_gates = h @ Gate(config(r=64), 512).weight.T
+    assert logits_of_gates.std().item() == pytest.approx(0.1, rel=0.1)
