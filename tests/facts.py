@@ -38,7 +38,7 @@ FOODS = [
 CITIES[3::4] = [f"Port {name}" for name in CITIES[3::4]]  # every fourth answer has two tokens
 CAPITAL, FOOD = dict(zip(COUNTRIES, CITIES, strict=True)), dict(zip(ANIMALS, FOODS, strict=True))
 # Settings of tests are spelled out, so that a change of the package's defaults changes no test of editing.
-DESCENT = DescentConfig(lr=0.02, max_steps=60, stop_loss=0.02, weight_decay=0.01)
+DESCENT = DescentConfig(lr=0.02, max_steps=60, stop_loss=0.02, weight_decay=0.01, learn_end=False)
 OBJECTIVE = Objective(
     alpha=0.01,
     beta=0.05,

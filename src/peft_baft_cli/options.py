@@ -27,10 +27,13 @@ MODEL, TRAINING, JOURNAL = "The model", "Training", "Journal and checks"  # head
 # A test compares these with the package, whose import takes seconds. Names of its tables stand there alone: `baft list`.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("single", "continual", "batched")
-TEMPLATES = ("raw", "chat")
+FORMS = ("auto", "raw", "chat", "both")  # of prompts
+ONE_FORM = ("raw", "chat")
+ASKED_FORMS = ("auto", "raw", "chat")
 WHEN = ("after_all", "immediate")
 SPLITS = ("blocks", "facts")
 
+ASKED_FORM = "form of the prompts; auto is the chat template where there is one, else raw text"
 MODEL_NAME = "Hub id, local folder, GGUF file, or smollm2"
 TORCHRUN = "start them with torchrun --nproc_per_node N -m peft_baft_cli ..."
 
@@ -104,6 +107,13 @@ class EditCommand(TrainingOptions, ModelOptions):
     )
     adapter_revision: AdapterRevision = None
     batch_size: Annotated[int, whole_number("facts learned at once; 1 is one after another")] = 1
+    template: Annotated[
+        str,
+        choice(
+            FORMS,
+            "form in which facts are taught; auto is the chat template where there is one, else raw text; both teaches both",
+        ),
+    ] = "auto"
     seed: Annotated[
         int, whole_number("of a new adapter's first weights", least=0, most=LARGEST_SEED)
     ] = 0
@@ -148,6 +158,10 @@ class AskCommand(ModelOptions):
     adapter: Annotated[str, text("ADAPTER", "the adapter: folder or Hub id")]
     adapter_revision: AdapterRevision = None
     max_new_tokens: Annotated[int, whole_number("length of an answer")] = 16
+    template: Annotated[str, choice(ASKED_FORMS, ASKED_FORM)] = "auto"
+    show_sent: Annotated[
+        bool, flag("--show-sent", "print the text that the model gets, template included")
+    ] = False
     json: Json = False
 
     def run(self) -> int:
@@ -214,7 +228,9 @@ class BenchCommand(TrainingOptions, ModelOptions):
         str | None, text("A:B", "rows of the data from 0, B excluded; by default all")
     ] = None
     seeds: Annotated[int, whole_number("repeat with so many seeds")] = 1
-    template: Annotated[str, choice(TEMPLATES, "raw text or the chat template")] = "raw"
+    template: Annotated[
+        str, choice(ONE_FORM, "form in which facts are taught and everything is asked")
+    ] = "raw"
     also: Annotated[str, text("NAMES", "further metrics of `baft list`, with commas")] = ""
     split: Annotated[
         str, choice(SPLITS, "what processes share: blocks, or the facts of each batch")

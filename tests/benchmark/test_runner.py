@@ -28,6 +28,7 @@ from peft_baft.benchmark.progress import Progress
 from peft_baft.benchmark.results import ResultLine, RunHead, described_model, read_results
 from peft_baft.benchmark.runner import Runner
 from peft_baft.benchmark.schedule import Schedule
+from peft_baft.data.templates import CHAT, RAW
 from peft_baft.editing.presets import PRESETS
 from peft_baft.evaluation import asking
 from peft_baft.evaluation.asking import Unedited, ask, questions_of
@@ -173,12 +174,17 @@ def test_someone_elses_adapter_is_judged_against_the_model_without_it(bench: Run
     assert judged(bench, None, Schedule()).scores["locality"] == 1
 
 
-def test_the_chat_template_is_for_everything_but_locality(bench: Runner) -> None:
+def test_the_chat_template_is_for_every_question_locality_included(bench: Runner) -> None:
     tokenizer = deepcopy(bench.tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}" + MEALS[0].prompt + "{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}"
+        + MEALS[0].prompt
+        + "{% else %} {{ m['content'] }}{% endif %}{% endfor %}"
+    )
     questions = questions_of(0, bench.cases[0])
-    raw, chat = (ask(bench.base, tokenizer, questions, template) for template in ("raw", "chat"))
-    assert [a.text == b.text for a, b in zip(raw, chat, strict=True)] == [False, False, True]
+    raw, chat = (ask(bench.base, tokenizer, questions, template) for template in (RAW, CHAT))
+    assert len({reply.text for reply in chat}) == 1  # the template asks the same, whatever is asked
+    assert [a.text == b.text for a, b in zip(raw, chat, strict=True)] == [False, False, False]
 
 
 def test_the_unedited_model_is_asked_once(bench: Runner, monkeypatch) -> None:

@@ -27,10 +27,10 @@ from peft_baft.benchmark.runner import SPLITS
 from peft_baft.benchmark.schedule import WHEN
 from peft_baft.benchmark.tasks import TASKS
 from peft_baft.data.cases import Edit
+from peft_baft.data.templates import FORMS
 from peft_baft.editing.continual import EditRecord
 from peft_baft.editing.editor import EditResult
 from peft_baft.editing.presets import PRESETS
-from peft_baft.evaluation.asking import TEMPLATES
 from peft_baft.evaluation.report import Answered, Report
 from peft_baft_cli import options, screen
 from peft_baft_cli.work import bench as bench_command
@@ -148,7 +148,7 @@ def test_the_light_files_import_the_standard_library_and_typer_alone() -> None:
 
 
 def test_choices_that_the_command_line_repeats_are_those_of_the_package() -> None:
-    assert options.TEMPLATES == TEMPLATES and options.WHEN == WHEN and options.SPLITS == SPLITS
+    assert options.FORMS == FORMS and options.WHEN == WHEN and options.SPLITS == SPLITS
     assert list(options.SCHEDULES) == list(bench_command.DEFAULT_EDITS)
 
 
@@ -430,11 +430,11 @@ def outcome(learned: bool) -> EditResult:
 def told(made: list[EditRecord], known: list[bool]) -> dict[str, Any]:
     edits = [edit for batch in made for edit in batch.edits]
     answers = [
-        Answered(e.prompt, "old", e.target if k else "other", e.target)
+        Answered(str(e.prompt), "old", e.target if k else "other", e.target)
         for e, k in zip(edits, known, strict=True)
     ]
     found = summary(Report(answers, 0.5, None, 0.9), made)
-    return found | {"model": "m", "adapter": "folder", "bytes": 1000}
+    return found | {"model": "m", "adapter": "folder", "template": "auto", "bytes": 1000}
 
 
 def facts_of(*names: str) -> list[Edit]:

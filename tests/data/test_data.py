@@ -163,7 +163,7 @@ COMPLAINTS = {
         "f.jsonl",
         '{"prompt": "a", "target": "b", "zzz": 1}',
         ":1: ",
-        "unknown field 'zzz'; known are prompt, target",
+        "unknown field 'zzz'; known are prompt, messages, target",
     ),
     "given twice": (
         "f.json",

@@ -56,7 +56,9 @@ def outcome(path: Path, data: bytes) -> str:
             assert found
             ends.append("read")
     if ends[0] == "read":
-        texts = [text for case in read_cases(path) for text in (case.edit.prompt, case.edit.target)]
+        texts = [
+            text for case in read_cases(path) for text in (str(case.edit.prompt), case.edit.target)
+        ]
         assert all(text == text.strip() != "" and text.encode() for text in texts)
     ENDS["read" if "read" in ends else "refused"] += 1
     return "read" if "read" in ends else "refused"

@@ -297,7 +297,7 @@ def test_statistics_sum_the_gates_over_the_edited_tokens_of_all_edits(baft: Sett
     ):
         editor.edit(batch)
         tokens += edited_tokens
-        for name, w in gates_at(model, [(edit.prompt, edit.target) for edit in batch]).items():
+        for name, w in gates_at(model, [(str(edit.prompt), edit.target) for edit in batch]).items():
             sums[name] = sums.get(name, torch.zeros(4)) + w.sum(0)
     for layer in baft_layers(model):
         load = layer.baft_gate_usage["default"]

@@ -16,6 +16,7 @@ import facts
 from facts import CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals, questions
 from peft_baft import BaftEditor
 from peft_baft.data.batching import encode
+from peft_baft.data.templates import CHAT
 from peft_baft.evaluation.scoring import (
     agreement,
     exact_match,
@@ -252,15 +253,15 @@ def test_exact_and_prefix_match_on_hand_worked_answers(
     assert prefix_match(said, wanted) is prefix
 
 
-CHAT = "{% for m in messages %}<s> {{ m['content'] }}{{ '\\n' }}{% endfor %}"
+CHAT_TEXT = "<s>{% for m in messages %}{{ m['content'] + '\\n' }}{% endfor %}"
 
 
 def test_the_chat_template_is_used_where_it_is_asked_for(fact_model: FactModel) -> None:
     tokenizer = deepcopy(fact_model.tokenizer)
-    tokenizer.chat_template = CHAT
-    row = encode(tokenizer, "the capital of Arvia", "Kasgrad", chat=True)
+    tokenizer.chat_template = CHAT_TEXT
+    row = encode(tokenizer, "the capital of Arvia", "Kasgrad", template=CHAT)
     assert tokenizer.convert_ids_to_tokens(row.ids)[: row.prompt_length][:1] == ["<s>"]
     assert row.ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.decode(row.ids[row.prompt_length :]) == "Kasgrad"
     with pytest.raises(ValueError, match="no chat template"):
-        encode(fact_model.tokenizer, "the", "Kasgrad", chat=True)
+        encode(fact_model.tokenizer, "the", "Kasgrad", template=CHAT)

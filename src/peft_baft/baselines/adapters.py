@@ -59,7 +59,12 @@ class AdapterMethod(MethodSettings):
         model = get_peft_model(base, self.config_class(task_type="CAUSAL_LM", **self.config)).eval()
         if self.objective is None:
             return AdapterEditor(
-                model, tokenizer, self.descent, self.batch_descent, processes=setup.processes
+                model,
+                tokenizer,
+                self.descent,
+                self.batch_descent,
+                processes=setup.processes,
+                template=setup.template,
             )
         return BaftEditor(
             model,
@@ -70,6 +75,7 @@ class AdapterMethod(MethodSettings):
             self.batch_descent,
             processes=setup.processes,
             prepared=setup.prepared,
+            template=setup.template,
         )
 
     def setting_names(self) -> set[str]:

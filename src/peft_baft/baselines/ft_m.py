@@ -18,6 +18,7 @@ from peft_baft.adapter.model_call import full_logits, input_device
 from peft_baft.adapter.state import evaluating
 from peft_baft.data.batching import collate, padding_id
 from peft_baft.data.cases import Edit
+from peft_baft.data.templates import chosen_templates
 from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
 from peft_baft.editing.method import EditorSetup, MethodSettings
 from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms, descend
@@ -31,7 +32,7 @@ DOWN_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2
 class FineTuning(MethodSettings):
     """Fine-tune one MLP down projection on the answer tokens (FT-M), by default with EasyEdit's settings.
 
-    These are AdamW without weight decay, and at most 25 steps.
+    These are AdamW without weight decay, at most 25 steps, and the answer alone without its end.
 
     Args:
         layer: block whose down projection is trained, counted from 0; by default EasyEdit's 21 of 32 scaled to the model.
@@ -43,7 +44,9 @@ class FineTuning(MethodSettings):
 
     layer: int | None = None
     descent: DescentConfig = field(
-        default_factory=lambda: DescentConfig(lr=5e-4, max_steps=25, weight_decay=0.0)
+        default_factory=lambda: DescentConfig(
+            lr=5e-4, max_steps=25, weight_decay=0.0, learn_end=False
+        )
     )
 
     def __post_init__(self) -> None:
@@ -57,18 +60,24 @@ class FineTuning(MethodSettings):
 
         Where several processes share the facts of a batch, each one trains on all of them, and they come out alike.
         """
-        return FineTuningEditor(base, tokenizer, self)
+        template = "raw" if setup is None else setup.template
+        return FineTuningEditor(base, tokenizer, self, template)
 
 
 class FineTuningEditor:
     """Fine-tunes one weight of a model; an `Editor`.
 
+    template: the form in which facts are taught, as `AdapterEditor` takes it.
+
     Raises:
         ValueError: the block does not exist, has not one down projection under a known name, or a quantised one.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, settings: FineTuning) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, settings: FineTuning, template: str = "raw"
+    ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self._templates = chosen_templates(tokenizer, template)
         self.weight_name = _down_projection(model, settings.layer)
         self._weight: nn.Parameter = model.get_parameter(self.weight_name)
         if not self._weight.is_floating_point():
@@ -80,7 +89,11 @@ class FineTuningEditor:
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
         """Train the weight until the answers are learned; as `Editor.edit`."""
-        rows = encode_edits(self.model, self.tokenizer, checked_edits(edits))
+        end = self.settings.descent.learn_end
+        facts = encode_edits(
+            self.model, self.tokenizer, checked_edits(edits), self._templates, end=end
+        )
+        rows = [row for forms in facts for row in forms]
         device = input_device(self.model)
         batch = {
             name: tensor.to(device)

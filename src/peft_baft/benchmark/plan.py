@@ -95,13 +95,16 @@ def plan_adapter(common: dict[str, Any], name: str, model: PeftModel) -> Planned
 
 
 def described_protocol(template: str, also: Sequence[str]) -> dict[str, Any]:
-    """Say how questions are asked, as it stands in a result line."""
+    """Say how facts are taught and everything is asked, as it stands in a result line.
+
+    template: `raw` or `chat`.
+    """
     return {
         "template": template,
         "aliases": "first",
         "join": "one space; texts stripped"
         if template == "raw"
-        else "chat template; texts stripped",
+        else "chat template, in training and for every question; texts stripped",
         "positions": "prompt end and answer of each probe",
         "generation": {"greedy": True, "stop": "first line break", "extra_tokens": EXTRA_TOKENS},
         "also": list(also),

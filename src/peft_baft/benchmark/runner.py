@@ -13,6 +13,7 @@ from peft_baft.benchmark.progress import Progress
 from peft_baft.benchmark.results import in_order
 from peft_baft.benchmark.schedule import Schedule
 from peft_baft.data.cases import Case, Unrelated
+from peft_baft.data.templates import RAW, Template
 from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.editor import Editor, EditResult, SideBySideEditor
 from peft_baft.editing.method import EditorSetup
@@ -34,7 +35,7 @@ class Runner:
     Args:
         base: the model without any edit. cases: all rows of the benchmark. first, last: the rows judged, last excluded.
         unrelated: text to train beside; row i takes number i, from the beginning again at its end.
-        template: how edits and rephrasings are asked, `raw` or `chat`.
+        template: the form in which facts are taught, and everything is asked.
         also: further metrics, whose values go beside a row's replies.
         tick: called with the number of rows that are through, for a progress bar.
         parallel: how many single edits share each forward, where the method can.
@@ -48,7 +49,7 @@ class Runner:
     first: int
     last: int
     unrelated: Sequence[Unrelated] = ()
-    template: str = "raw"
+    template: Template = RAW
     also: Sequence[Metric] = ()
     tick: Callable[[int], None] = lambda rows: None
     parallel: int = 16
@@ -62,7 +63,7 @@ class Runner:
             raise ValueError(
                 f"The rows must lie in 0:{len(self.cases)}, which the data holds, not be {self.first}:{self.last}."
             )
-        object.__setattr__(self, "unedited", Unedited(self.tokenizer))
+        object.__setattr__(self, "unedited", Unedited(self.tokenizer, self.template))
         object.__setattr__(self, "prepared", PreparedModel())
         _require_apart(self.unrelated, self.cases[self.first : self.last])
 
@@ -125,7 +126,7 @@ class Runner:
         texts = (
             [self.unrelated[row % len(self.unrelated)] for row in rows] if self.unrelated else ()
         )
-        setup = EditorSetup(texts, seed, self._sharing, self.prepared)
+        setup = EditorSetup(texts, seed, self._sharing, self.prepared, self.template.name)
         return method.settings.start(self.base, self.tokenizer, setup)
 
     def _edit_singles(

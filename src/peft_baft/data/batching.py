@@ -9,80 +9,136 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_baft.data.cases import Prompt, prompt_words
+from peft_baft.data.templates import RAW, Rendering, Template, chat_prompt, chat_turn, is_chat
 from peft_baft.span import IGNORED_LABEL
+
+RAW_END = "\n"  # what ends an answer in raw text, where it is learned
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A prompt and its answer as token ids; `ids[:prompt_length]` is the prompt with its special tokens."""
+    """A prompt and the reply to it as token ids.
+
+    Attributes:
+        ids: prompt, reply and, where it is learned, the reply's end.
+        prompt_length: `ids[:prompt_length]` is the prompt with its special tokens.
+        lead: tokens of the reply before the answer, such as a template's empty thinking block; they are no part of a score.
+    """
 
     ids: tuple[int, ...]
     prompt_length: int
+    lead: int = 0
 
 
-def encode(tokenizer: Any, prompt: str, answer: str, *, chat: bool = False) -> Tokens:
-    """Tokenise `prompt + " " + answer` once, jointly, and split where the answer begins.
+def encode(
+    tokenizer: Any, prompt: Prompt, answer: str, *, template: Template = RAW, end: bool = False
+) -> Tokens:
+    """Tokenise a prompt and its answer once, jointly, and split where the reply begins.
 
-    White space around the prompt and around the answer is dropped first, so that exactly one space joins them. A token
-    that reaches over the join counts to the answer. The tokenizer's special tokens before the text count to the prompt;
-    those behind it are left out.
+    White space around the prompt and around the answer is dropped first. In raw text exactly one space joins them; in a chat
+    nothing is put between the template's own text and the reply, nor is anything taken from it. A token that reaches over the
+    join counts to the answer. The tokenizer's special tokens before the text count to the prompt; those behind it are left out.
 
     Args:
-        chat: put the prompt into the tokenizer's chat template, as a user's message; the answer then begins the reply
-            and no space is put before it.
+        template: the form in which the prompt is put to the model.
+        end: add the reply's end: what ends the assistant's turn in a chat, a line break in raw text.
 
     Raises:
         TypeError: the tokenizer cannot tell which characters a token stands for (it is a slow one).
-        ValueError: no token is left for the prompt or for the answer, or there is no chat template.
+        ValueError: no token is left for the prompt or for the answer; or as `chat_turn`.
     """
-    answer = answer.strip()
+    answer, chat = answer.strip(), is_chat(prompt, template)
     if chat:
-        prompt, gap = in_chat(tokenizer, prompt), ""
+        turn = chat_turn(tokenizer, prompt, answer, template.options)
     else:
-        prompt, gap = prompt.strip(), " "
-    ids, ends = _tokens_and_ends(tokenizer, f"{prompt}{gap}{answer}", template=chat)
-    start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ends))
+        assert isinstance(prompt, str)
+        turn = Rendering(prompt.strip(), " ", answer, RAW_END)
+    text = turn.prompt + turn.before + turn.answer
+    ids, ends = _tokens_and_ends(tokenizer, text, template=chat)
+    start = _first_after(ends, len(turn.prompt))
     if not any(ends[:start]):
         raise ValueError(
             f"The prompt {prompt!r:.60} gives no token with this tokenizer; write it in other words."
         )
-    if not any(end > len(prompt) + len(gap) for end in ends):
+    if not any(position > len(turn.prompt) + len(turn.before) for position in ends):
         raise ValueError(
             f"The target {answer!r:.60} gives no token with this tokenizer; write it in other words."
         )
-    return Tokens(ids, start)
+    # White space alone before the answer belongs to it, as the space of raw text does.
+    lead = _first_after(ends, len(turn.prompt + turn.before)) if turn.before.strip() else start
+    if end:
+        ids += _end_tokens(tokenizer, text, turn.end, ids, chat)
+    return Tokens(ids, start, lead - start)
 
 
-def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tokens:
+def encode_prompt(tokenizer: Any, prompt: Prompt, *, template: Template = RAW) -> Tokens:
     """Tokenise the prompt alone, as `encode` would begin with it; its answer is empty."""
-    text = in_chat(tokenizer, prompt) if chat else prompt.strip()
-    ids, _ = _tokens_and_ends(tokenizer, text, template=chat)
+    text = prompt_text(tokenizer, prompt, template=template)
+    ids, _ = _tokens_and_ends(tokenizer, text, template=is_chat(prompt, template))
     return Tokens(ids, len(ids))
 
 
+def prompt_text(tokenizer: Any, prompt: Prompt, *, template: Template = RAW) -> str:
+    """Give the text that a model gets for a prompt, its chat template included."""
+    if is_chat(prompt, template):
+        return chat_prompt(tokenizer, prompt, template.options)
+    assert isinstance(prompt, str)
+    return prompt.strip()
+
+
 def encode_fitting(
-    model: Any, tokenizer: Any, prompt: str, answer: str, *, chat: bool = False
+    model: Any,
+    tokenizer: Any,
+    prompt: Prompt,
+    answer: str,
+    *,
+    template: Template = RAW,
+    end: bool = False,
 ) -> Tokens:
     """Do as `encode`, with a ValueError if the text is longer than the model's context window."""
-    row = encode(tokenizer, prompt, answer, chat=chat)
+    row = encode(tokenizer, prompt, answer, template=template, end=end)
     window = context_window(model)
     if window is not None and len(row.ids) > window:
         raise ValueError(
-            f"{prompt[:40]!r}… has {len(row.ids)} tokens with its answer, but the model reads at most {window}."
+            f"{prompt_words(prompt)[:40]!r}… has {len(row.ids)} tokens with its answer, but the model reads at most {window}."
         )
     return row
 
 
-def in_chat(tokenizer: Any, prompt: str) -> str:
-    """Put the prompt as a user's message into the tokenizer's chat template, up to where the reply begins.
+def _first_after(ends: Sequence[int], position: int) -> int:
+    """Find the first token that ends behind a character."""
+    return next((i for i, end in enumerate(ends) if end > position), len(ends))
 
-    Raises:
-        ValueError: the tokenizer has no chat template.
+
+def _end_tokens(
+    tokenizer: Any, text: str, end: str, ids: tuple[int, ...], chat: bool
+) -> tuple[int, ...]:
+    """Find the tokens that end a reply: those of the text `end`, up to the first special one.
+
+    A chat template that ends a turn with no special token leaves it to the model's end-of-sequence token.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("This tokenizer has no chat template; ask with raw text instead.")
-    message = [{"role": "user", "content": prompt.strip()}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    whole, _ = _tokens_and_ends(tokenizer, text + end, template=chat)
+    tokens = whole[len(ids) :]
+    if whole[: len(ids)] != ids:
+        # A tokenizer may join the answer's last character and the end to one token. The answer is scored without its end, and
+        # so is learned as it is scored: its tokens stay, and those of the end follow them.
+        tokens, _ = _tokens_and_ends(tokenizer, end, template=True)
+    if not chat:
+        return tokens
+    special = {*tokenizer.all_special_ids, *_special_added(tokenizer)}
+    for number, token in enumerate(tokens):
+        if token in special:
+            return tokens[: number + 1]
+    if tokenizer.eos_token_id is not None:
+        return (tokenizer.eos_token_id,)
+    return tokens[:1]
+
+
+def _special_added(tokenizer: Any) -> list[int]:
+    """List the tokens that a tokenizer was given as special ones, such as the end of a turn."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return [number for number, token in added.items() if token.special]
 
 
 def _tokens_and_ends(

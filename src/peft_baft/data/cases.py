@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 KINDS = ("generality", "locality", "portability")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation: who speaks (`system`, `user`, `assistant`, `tool`), and what."""
+
+    role: str
+    content: str
+
+    def __post_init__(self) -> None:
+        _require_text("a message's role", self.role)
+        _require_text("a message's content", self.content)
+
+
+# A text, or the messages of a conversation; records keep the latter as a tuple of `Message`s.
+Prompt = str | Sequence[Message | Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Edit:
     """A fact to be learned: after `prompt`, the model shall say `target`.
 
-    The two are joined by one space, and white space around either is dropped.
+    White space around either is dropped. How they are joined is a matter of the editor's template: by one space in raw text,
+    as a turn of the assistant in a chat.
+
+    Args:
+        prompt: a text, or messages such as `[{"role": "user", "content": "..."}]` whose last one awaits the reply.
+        target: the answer.
 
     Raises:
-        TypeError: one of them is not a string.
-        ValueError: one of them is empty, or not valid Unicode.
+        TypeError: one of them is of another type.
+        ValueError: one of them is empty, or not valid Unicode; or the last message is the assistant's own.
     """
 
-    prompt: str
+    prompt: Prompt
     target: str
 
     def __post_init__(self) -> None:
-        _require_text("Edit.prompt", self.prompt)
+        object.__setattr__(self, "prompt", checked_prompt("Edit.prompt", self.prompt))
         _require_text("Edit.target", self.target)
 
 
@@ -38,7 +61,7 @@ class Probe:
     """
 
     kind: str
-    prompt: str
+    prompt: Prompt
     answer: str
     topic: str = ""
 
@@ -49,7 +72,7 @@ class Probe:
             raise TypeError(
                 f"Probe.topic must be a string, empty for none, not {type(self.topic).__name__}."
             )
-        _require_text("Probe.prompt", self.prompt)
+        object.__setattr__(self, "prompt", checked_prompt("Probe.prompt", self.prompt))
         _require_text("Probe.answer", self.answer)
 
 
@@ -72,12 +95,56 @@ class Unrelated:
     `prompt` and `answer` are read at the same places as an edit's: the last prompt tokens and the answer.
     """
 
-    prompt: str
+    prompt: Prompt
     answer: str
 
     def __post_init__(self) -> None:
-        _require_text("Unrelated.prompt", self.prompt)
+        object.__setattr__(self, "prompt", checked_prompt("Unrelated.prompt", self.prompt))
         _require_text("Unrelated.answer", self.answer)
+
+
+def checked_prompt(name: str, value: Any) -> Prompt:
+    """Return a text as it is, and messages as a tuple of `Message`s; refuse what is neither."""
+    if isinstance(value, str):
+        _require_text(name, value)
+        return value
+    if not isinstance(value, Sequence) or not value:
+        raise TypeError(
+            f"{name} must be a string or a list of messages, not {type(value).__name__} ({value!r:.60})."
+        )
+    messages = tuple(_message(name, item) for item in value)
+    if messages[-1].role == "assistant":
+        raise ValueError(
+            f"{name} ends with a message of the assistant; leave that out, it is the answer."
+        )
+    return messages
+
+
+def _message(name: str, item: Any) -> Message:
+    if isinstance(item, Message):
+        return item
+    if not isinstance(item, Mapping) or set(item) != {"role", "content"}:
+        raise TypeError(f"{name}: a message has role and content alone, not {item!r:.80}.")
+    return Message(item["role"], item["content"])
+
+
+def as_messages(prompt: Prompt) -> tuple[Message, ...]:
+    """Give the messages of a prompt; a text is a user's message, without white space around it."""
+    if isinstance(prompt, str):
+        return (Message("user", prompt.strip()),)
+    return tuple(_message("a prompt", item) for item in prompt)
+
+
+def prompt_words(prompt: Prompt) -> str:
+    """Give what stands for a prompt in a table: the text, or the last message."""
+    return as_messages(prompt)[-1].content.strip()
+
+
+def prompt_in_json(prompt: Prompt) -> Any:
+    """Give a prompt as JSON has it: a text, or a list of messages."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{"role": message.role, "content": message.content} for message in as_messages(prompt)]
 
 
 def _require_text(name: str, value: object) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peft_baft.data.cases import Case, Edit, Probe, Unrelated
+from peft_baft.data.cases import Case, Edit, Message, Probe, Unrelated
 from peft_baft.data.files import listed, placed, records, require_known, require_object, text, texts
 
-FACT_FIELDS = ("prompt", "target", "rephrase", "unrelated", "portability")
+FACT_FIELDS = ("prompt", "messages", "target", "rephrase", "unrelated", "portability")
 FACT_COLUMNS = ("prompt", "target", "rephrase", "unrelated_prompt", "unrelated_answer")
 UNRELATED_FIELDS = ("prompt", "answer", "ground_truth")
 
@@ -16,7 +16,8 @@ UNRELATED_FIELDS = ("prompt", "answer", "ground_truth")
 def read_cases(path: str | Path) -> list[Case]:
     """Read the facts of a file, in its order.
 
-    A record has `prompt` and `target`; `rephrase` (a text or a list of them), `unrelated` and `portability` (an object
+    A record has `prompt` and `target`; or `messages`, in the Hub's conversational format, with the answer as `target` or as the
+    last message, the assistant's. `rephrase` (a text or a list of them), `unrelated` and `portability` (an object
     with prompt and answer, or a list of them) may be absent. A .csv has a header row of the columns prompt, target,
     rephrase, unrelated_prompt and unrelated_answer, of which the first two are needed. Records with `src` instead of
     `prompt` are read as ZsRE. White space around texts is dropped. One prompt may have several targets, for continual
@@ -73,11 +74,35 @@ def _case(record: Any) -> Case:
     if "src" in record and "prompt" not in record:
         return zsre_case(record)
     require_known(record, FACT_FIELDS)
-    edit = Edit(text(record, "prompt"), text(record, "target"))
+    edit = _conversation(record) if "messages" in record else _text_edit(record)
     probes = [Probe("generality", rephrase, edit.target) for rephrase in texts(record, "rephrase")]
     for field, kind in (("unrelated", "locality"), ("portability", "portability")):
         probes += [_probe(kind, field, item) for item in listed(record.get(field))]
     return Case(edit, tuple(probes))
+
+
+def _text_edit(record: dict[str, Any]) -> Edit:
+    return Edit(text(record, "prompt"), text(record, "target"))
+
+
+def _conversation(record: dict[str, Any]) -> Edit:
+    """Read an edit of messages, whose last one may be the answer."""
+    if "prompt" in record:
+        raise ValueError("a record has 'prompt' or 'messages', not both")
+    messages = [_message(item) for item in listed(record["messages"])]
+    if messages and messages[-1].role == "assistant":
+        if "target" in record:
+            raise ValueError(
+                "the answer stands twice: as 'target' and as the assistant's last message; leave one out"
+            )
+        return Edit(messages[:-1], messages[-1].content)
+    return Edit(messages, text(record, "target"))
+
+
+def _message(item: Any) -> Message:
+    require_object(item, "a message")
+    require_known(item, ("role", "content"))
+    return Message(text(item, "role"), text(item, "content"))
 
 
 def _probe(kind: str, field: str, item: Any) -> Probe:

@@ -22,6 +22,7 @@ from peft_baft.adapter.state import (
 )
 from peft_baft.data.batching import Tokens, padding_id
 from peft_baft.data.cases import Edit
+from peft_baft.data.templates import chosen_templates
 from peft_baft.editing.acceleration.prefix_cache import open_forward
 from peft_baft.editing.answers import AnswerForward
 from peft_baft.editing.editor import CURSOR, EditResult, checked_edits, encode_edits
@@ -47,10 +48,13 @@ class AdapterEditor:
         batch_descent: how a batch of several facts is trained.
         processes: those that share the facts of each batch; by default this one alone. All of them are given the same edits,
             and end with the same adapter, as if one had made them.
+        template: the form in which facts are taught: `auto`, the chat template where the tokenizer has one and raw text
+            elsewhere; `raw`; `chat`; or `both` at once. Messages are always taught as a chat.
+        template_options: further arguments of `apply_chat_template`, such as `enable_thinking`.
 
     Raises:
         TypeError: the model is no PeftModel, or its adapter is one that learns a prompt.
-        ValueError: not exactly one adapter is active.
+        ValueError: not exactly one adapter is active; or a chat template is wanted and the tokenizer has none.
     """
 
     def __init__(
@@ -61,6 +65,8 @@ class AdapterEditor:
         batch_descent: DescentConfig | None = None,
         *,
         processes: Processes | None = None,
+        template: str = "auto",
+        template_options: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(model, PeftModel):
             raise TypeError(
@@ -78,6 +84,7 @@ class AdapterEditor:
         self.descent = descent or DescentConfig()
         self.batch_descent = batch_descent or DescentConfig(max_steps=70)
         self.processes = processes or Processes()
+        self.templates = chosen_templates(tokenizer, template, template_options)
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
         """Teach `edits` to the adapter at once, as one batch.
@@ -87,9 +94,10 @@ class AdapterEditor:
                 another one; or the adapter is not the active one, disabled or merged.
             FloatingPointError: a loss became NaN or infinite. In each case the adapter is as it was.
         """
-        facts = encode_edits(self.model, self.tokenizer, checked_edits(edits))
+        batch = checked_edits(edits)
+        descent = self.descent if len(batch) == 1 else self.batch_descent
+        facts = self._encode(batch, descent)
         self._require_in_use()
-        descent = self.descent if len(facts) == 1 else self.batch_descent
         # The caller may have gradients off, or the model in training mode with an adapter that is frozen.
         with (
             torch.inference_mode(False),
@@ -121,7 +129,7 @@ class AdapterEditor:
         self._require_in_use()
         batches = [facts[i : i + batch_size] for i in range(0, len(facts), batch_size)]
         for batch in batches:
-            encode_edits(self.model, self.tokenizer, batch)
+            self._encode(batch, self.descent)
         return batches
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -143,7 +151,17 @@ class AdapterEditor:
 
     def described(self) -> dict[str, str]:
         """Say what decides how edits come out, besides the adapter's config, for a journal to compare."""
-        return {"descent": repr(self.descent), "batch_descent": repr(self.batch_descent)}
+        return {
+            "descent": repr(self.descent),
+            "batch_descent": repr(self.batch_descent),
+            "templates": repr(self.templates),
+        }
+
+    def _encode(self, edits: Sequence[Edit], descent: DescentConfig) -> list[list[Tokens]]:
+        """Tokenise a batch of edits: for each its rows."""
+        return encode_edits(
+            self.model, self.tokenizer, edits, self.templates, end=descent.learn_end
+        )
 
     def _require_in_use(self) -> None:
         """Raise a ValueError unless the adapter is the active one, enabled and not merged."""
@@ -171,9 +189,10 @@ class AdapterEditor:
             restore()
             raise
 
-    def _train(self, facts: list[Tokens], descent: Descent) -> EditResult:
+    def _train(self, facts: list[list[Tokens]], descent: Descent) -> EditResult:
         """Train the active adapter on one batch of facts, of which each process takes its part."""
-        lane = Lane(self.adapter_name, self.processes.share(facts), [], descent)
+        own_rows = [row for rows in self.processes.share(facts) for row in rows]
+        lane = Lane(self.adapter_name, own_rows, [], descent)
         batch = LaneBatch([lane], self._open) if lane.rows else None
         (result,) = train_lanes([lane], batch, self._terms, processes=self.processes)
         return result

@@ -21,7 +21,7 @@ from peft_baft.editing.acceleration.prefix_cache import open_forward
 from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.adapter_editor import AdapterEditor
 from peft_baft.editing.answers import AnswerForward
-from peft_baft.editing.editor import CURSOR, EditResult, checked_edits, encode_edits
+from peft_baft.editing.editor import CURSOR, EditResult, checked_edits
 from peft_baft.editing.lanes import Gates, Lane, LaneBatch, LaneOutput, train_lanes
 from peft_baft.editing.objective import Objective
 from peft_baft.editing.train import Descent, DescentConfig, Terms
@@ -48,6 +48,7 @@ class BaftEditor(AdapterEditor):
         unrelated_used: how many unrelated texts earlier edits of a reloaded adapter have been trained beside; this editor goes
             on with the next one, exactly as the earlier one would have.
         prepared: what edits of the same base model have found out and prepared before; by default the model's own.
+        template, template_options: as for `AdapterEditor`; of `both`, unrelated texts take them in turn.
 
     Raises:
         TypeError, ValueError: as `AdapterEditor`, or the active adapter is not a BaFT adapter.
@@ -66,8 +67,18 @@ class BaftEditor(AdapterEditor):
         processes: Processes | None = None,
         unrelated_used: int = 0,
         prepared: PreparedModel | None = None,
+        template: str = "auto",
+        template_options: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(model, tokenizer, descent, batch_descent, processes=processes)
+        super().__init__(
+            model,
+            tokenizer,
+            descent,
+            batch_descent,
+            processes=processes,
+            template=template,
+            template_options=template_options,
+        )
         self.layers = [layer for layer in baft_layers(model) if self.adapter_name in layer.configs]
         if not self.layers:
             raise ValueError(
@@ -81,7 +92,10 @@ class BaftEditor(AdapterEditor):
         self.unrelated_used, self._prepared = unrelated_used, prepared
         self._gated = [layer for layer in self.layers if self.adapter_name in layer.baft_gate]
         self._gated_blocks = [layer.name for layer in self._gated]
-        rows = [encode_fitting(model, tokenizer, text.prompt, text.answer) for text in unrelated]
+        rows = []
+        for i, text in enumerate(unrelated):
+            form = self.templates[i % len(self.templates)]
+            rows.append(encode_fitting(model, tokenizer, text.prompt, text.answer, template=form))
         self._unrelated = rows if self._gated else []
 
     def edit_each(
@@ -105,7 +119,7 @@ class BaftEditor(AdapterEditor):
         facts = checked_edits(edits)
         self._require_in_use()
         for fact in facts:
-            encode_edits(self.model, self.tokenizer, [fact])
+            self._encode([fact], self.descent)
         by_adapter = {f"{self.adapter_name}-{i}": fact for i, fact in enumerate(facts)}
         taken = [name for name in by_adapter if name in self.model.peft_config]
         if taken:
@@ -140,9 +154,7 @@ class BaftEditor(AdapterEditor):
         Raises:
             FloatingPointError: as `edit_each`; the adapters are left where they were at that moment.
         """
-        facts = {
-            name: encode_edits(self.model, self.tokenizer, [edit]) for name, edit in edits.items()
-        }
+        facts = {name: self._encode([edit], self.descent)[0] for name, edit in edits.items()}
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -228,7 +240,7 @@ class BaftEditor(AdapterEditor):
     def _prompt_positions(self) -> int:
         return self.layers[0].configs[self.adapter_name].prompt_positions
 
-    def _train(self, facts: list[Tokens], descent: Descent) -> EditResult:
+    def _train(self, facts: list[list[Tokens]], descent: Descent) -> EditResult:
         """Train the active adapter on one batch of facts, of which each process takes its part with its unrelated texts."""
         per_edit = self.unrelated_per_edit if self._unrelated else 0
         texts = self._take_unrelated(len(facts))
@@ -236,7 +248,8 @@ class BaftEditor(AdapterEditor):
         own_texts: list[Tokens] = []
         for i in own_facts:
             own_texts += texts[i * per_edit : (i + 1) * per_edit]
-        lane = Lane(self.adapter_name, [facts[i] for i in own_facts], own_texts, descent)
+        own_rows = [row for i in own_facts for row in facts[i]]
+        lane = Lane(self.adapter_name, own_rows, own_texts, descent)
         batch = self._batch([lane]) if lane.rows else None
         (result,) = train_lanes([lane], batch, self._terms, self._gated_blocks, self.processes)
         self._add_gate_usage(lane)

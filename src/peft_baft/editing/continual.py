@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from peft_baft.adapter.state import adapter_tensors
-from peft_baft.data.cases import Edit
+from peft_baft.data.cases import Edit, prompt_in_json
 from peft_baft.editing.adapter_editor import AdapterEditor
 from peft_baft.editing.editor import CURSOR, EditResult
 from peft_baft.editing.journal import EditLine, Journal, ReturnLine, RunLine
@@ -200,8 +200,8 @@ def _require_same_facts(lines: Sequence[EditLine], batches: Sequence[Sequence[Ed
             )
 
 
-def _facts_of(batch: Sequence[Edit]) -> list[list[str]]:
-    return [[edit.prompt, edit.target] for edit in batch]
+def _facts_of(batch: Sequence[Edit]) -> list[list[Any]]:
+    return [[prompt_in_json(edit.prompt), edit.target] for edit in batch]
 
 
 def _settings(editor: AdapterEditor, batch_size: int) -> dict[str, Any]:

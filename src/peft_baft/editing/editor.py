@@ -10,7 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from peft_baft.data.batching import Tokens, encode_fitting
-from peft_baft.data.cases import Edit
+from peft_baft.data.cases import Edit, Message, as_messages, prompt_words
+from peft_baft.data.templates import RAW, Template
 
 
 @dataclass(frozen=True)
@@ -108,22 +109,41 @@ def checked_edits(edits: Iterable[Edit]) -> list[Edit]:
     return facts
 
 
-def encode_edits(model: Any, tokenizer: Any, edits: Sequence[Edit]) -> list[Tokens]:
+def encode_edits(
+    model: Any,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    templates: Sequence[Template] = (RAW,),
+    end: bool = False,
+) -> list[list[Tokens]]:
     """Tokenise one batch of edits, after a check of them against each other.
+
+    Args:
+        templates: the forms in which each edit is taught. end: whether the end of the answer is learned with it.
+
+    Returns:
+        For each edit its rows, one for each form that differs.
 
     Raises:
         ValueError: an edit stands twice, contradicts another one, or is longer than the model can read.
     """
-    targets: dict[str, str] = {}
+    targets: dict[tuple[Message, ...], str] = {}
     for edit in edits:
-        prompt, target = edit.prompt.strip(), edit.target.strip()
-        if prompt in targets:
-            first = targets[prompt]
+        messages, target = as_messages(edit.prompt), edit.target.strip()
+        if messages in targets:
+            first, prompt = targets[messages], prompt_words(edit.prompt)
             what = (
                 "stands twice" if target == first else f"is edited to {first!r} and to {target!r}"
             )
             raise ValueError(
                 f"{prompt!r} {what} in one batch; leave one, or edit them one after another."
             )
-        targets[prompt] = target
-    return [encode_fitting(model, tokenizer, prompt, target) for prompt, target in targets.items()]
+        targets[messages] = target
+    rows = []
+    for edit in edits:
+        forms = [
+            encode_fitting(model, tokenizer, edit.prompt, edit.target, template=template, end=end)
+            for template in templates
+        ]
+        rows.append(list(dict.fromkeys(forms)))  # messages are put to a model in one way only
+    return rows

@@ -45,7 +45,7 @@ class EditLine:
 
     Attributes:
         edit: its number, from 1 over all runs of the adapter.
-        facts: pairs of prompt and target.
+        facts: pairs of prompt and target; a prompt of messages as JSON has them.
         steps, loss, seconds: what it cost; None if it broke off.
         learned: whether its loss fell below the stop loss.
         problem: why it is not good; None if it is.
@@ -53,7 +53,7 @@ class EditLine:
     """
 
     edit: int
-    facts: Sequence[Sequence[str]]
+    facts: Sequence[Sequence[Any]]
     steps: int | None
     loss: float | None
     seconds: float | None

@@ -22,12 +22,14 @@ class EditorSetup:
         seed: of the first weights, where these are random.
         processes: those that share the facts of each batch.
         prepared: what editors of one base model share; None where there is only one.
+        template: the form in which facts are taught, as `AdapterEditor` takes it.
     """
 
     unrelated: Sequence[Unrelated] = ()
     seed: int = 0
     processes: Processes = field(default_factory=Processes)
     prepared: PreparedModel | None = None
+    template: str = "raw"
 
 
 class MethodSettings(ABC):

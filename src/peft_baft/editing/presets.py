@@ -35,8 +35,8 @@ def _paper(alpha: float, beta: float, gamma: float) -> Preset:
     return Preset(
         config={"r": 12, "prompt_positions": 3, "layers_to_transform": PAPER_LAYERS},
         objective=Objective(alpha=alpha, beta=beta, gamma=gamma),
-        descent=DescentConfig(lr=5e-4, max_steps=40, stop_loss=0.01),
-        batch_descent=DescentConfig(lr=1e-4, max_steps=70, stop_loss=0.01),
+        descent=DescentConfig(lr=5e-4, max_steps=40, stop_loss=0.01, learn_end=False),
+        batch_descent=DescentConfig(lr=1e-4, max_steps=70, stop_loss=0.01, learn_end=False),
     )
 
 

@@ -24,9 +24,11 @@ class DescentConfig:
         stop_loss: stop once the mean cross entropy of the answers is below this; the paper takes 0.01.
         weight_decay: of AdamW.
         clip_norm: bound on the norm of all gradients together; None for no bound.
+        learn_end: whether the end of the answer is learned with it, so that a free reply says the answer and stops: the end
+            of the assistant's turn in a chat, a line break in raw text. Teacher-forced scores leave the end out.
 
     Raises:
-        TypeError: max_steps is not an integer. ValueError: a value is out of its range.
+        TypeError: max_steps is not an integer, or learn_end not a bool. ValueError: a value is out of its range.
     """
 
     lr: float = 2e-3
@@ -34,10 +36,13 @@ class DescentConfig:
     stop_loss: float = 0.01
     weight_decay: float = 0.01
     clip_norm: float | None = None
+    learn_end: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int):
             raise TypeError(f"max_steps must be an integer, not {self.max_steps!r}.")
+        if not isinstance(self.learn_end, bool):
+            raise TypeError(f"learn_end must be True or False, not {self.learn_end!r}.")
         for name in ("lr", "max_steps", "clip_norm"):
             value = getattr(self, name)
             if not (value is None and name == "clip_norm") and not 0 < value < float("inf"):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from peft_baft.data.cases import Case
+from peft_baft.data.cases import Case, Prompt
+from peft_baft.data.templates import RAW, Template
 from peft_baft.evaluation.forward import Batched, one_model
 from peft_baft.evaluation.scoring import (
     exact_match,
@@ -18,8 +18,6 @@ from peft_baft.evaluation.scoring import (
     predicted_tokens,
     prefix_match,
 )
-
-TEMPLATES = ("raw", "chat")
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Question:
     row: int
     kind: str
     topic: str
-    prompt: str
+    prompt: Prompt
     answer: str
 
 
@@ -61,56 +59,35 @@ def ask(
     model: Any,
     tokenizer: Any,
     questions: Sequence[Question],
-    template: str = "raw",
+    template: Template = RAW,
     batched: Batched = one_model,
 ) -> list[Reply]:
     """Ask every question twice: given the answer so far (teacher forcing), and freely.
 
     Args:
-        template: `raw` text, or `chat`: the tokenizer's chat template for everything but locality, as EasyEdit has it.
+        template: the form in which every question is put to the model, locality included.
         batched: given the numbers of the questions of a batch, a context to ask it in.
     """
     if batched is not one_model:
         return _ask_each(model, tokenizer, questions, template, batched)
-    # One model answers equal questions alike, so each is asked once, whichever rows and topics it belongs to.
-    different: dict[tuple[str, str, str], Question] = {}
+    # One model answers equal questions alike, so each is asked once, whichever rows, kinds and topics it belongs to.
+    different: dict[tuple[Prompt, str], Question] = {}
     for question in questions:
-        different.setdefault(_texts(question), question)
+        different.setdefault((question.prompt, question.answer), question)
     replies = _ask_each(model, tokenizer, list(different.values()), template, batched)
     reply_to = dict(zip(different, replies, strict=True))
-    return [reply_to[_texts(question)] for question in questions]
-
-
-def _texts(question: Question) -> tuple[str, str, str]:
-    """Give what decides the reply: the kind, since it decides about the chat template, and the texts."""
-    return question.kind, question.prompt, question.answer
+    return [reply_to[question.prompt, question.answer] for question in questions]
 
 
 def _ask_each(
-    model: Any, tokenizer: Any, questions: Sequence[Question], template: str, batched: Batched
+    model: Any, tokenizer: Any, questions: Sequence[Question], template: Template, batched: Batched
 ) -> list[Reply]:
-    replies: dict[int, Reply] = {}
-    for chat in (False, True):
-        chosen = [
-            i
-            for i, q in enumerate(questions)
-            if (template == "chat" and q.kind != "locality") is chat
-        ]
-        pairs = [(questions[i].prompt, questions[i].answer) for i in chosen]
-        lengths = [free_length(tokenizer, answer) for _, answer in pairs]
-
-        def context(
-            batch: Sequence[int], chosen: list[int] = chosen
-        ) -> AbstractContextManager[Any]:
-            return batched([chosen[i] for i in batch])
-
-        tokens = predicted_tokens(model, tokenizer, pairs, chat=chat, batched=context)
-        texts = free_answers(
-            model, tokenizer, [prompt for prompt, _ in pairs], lengths, chat=chat, batched=context
-        )
-        for i, (said, wanted), text in zip(chosen, tokens, texts, strict=True):
-            replies[i] = Reply(said, wanted, text)
-    return [replies[i] for i in range(len(questions))]
+    pairs = [(question.prompt, question.answer) for question in questions]
+    prompts = [prompt for prompt, _ in pairs]
+    lengths = [free_length(tokenizer, answer) for _, answer in pairs]
+    tokens = predicted_tokens(model, tokenizer, pairs, template=template, batched=batched)
+    texts = free_answers(model, tokenizer, prompts, lengths, template=template, batched=batched)
+    return [Reply(said, wanted, text) for (said, wanted), text in zip(tokens, texts, strict=True)]
 
 
 def judged(question: Question, reply: Reply, before: Reply | None) -> dict[str, Any]:
@@ -132,15 +109,15 @@ def judged(question: Question, reply: Reply, before: Reply | None) -> dict[str, 
 class Unedited:
     """Keep the unedited model's replies, each asked for once, however many runs compare with it."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self._replies: dict[tuple[str, str], Reply] = {}
+    def __init__(self, tokenizer: Any, template: Template = RAW) -> None:
+        self.tokenizer, self.template = tokenizer, template
+        self._replies: dict[tuple[Prompt, str], Reply] = {}
 
     def ask(self, base: Any, questions: Iterable[Question]) -> None:
         """Ask `base`, which must be without edits now, those of `questions` that are about locality and new."""
         new = {(q.prompt, q.answer): q for q in questions if q.kind == "locality"}
         missing = [question for key, question in new.items() if key not in self._replies]
-        replies = ask(base, self.tokenizer, missing)
+        replies = ask(base, self.tokenizer, missing, self.template)
         self._replies |= {
             (q.prompt, q.answer): reply for q, reply in zip(missing, replies, strict=True)
         }

@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from peft_baft.data.batching import encode_prompt
+from peft_baft.data.cases import Prompt
 from peft_baft.evaluation.forward import BATCH_SIZE, greedy_tokens
 
 LENGTH, TOP_K = 100, 5
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
-def fluency(model: Any, tokenizer: Any, prompts: Sequence[str], seed: int = 0) -> list[float]:
+def fluency(model: Any, tokenizer: Any, prompts: Sequence[Prompt], seed: int = 0) -> list[float]:
     """Compute the `n_gram_entropy` of what the model makes of each prompt; lower where it repeats itself."""
     return [n_gram_entropy(text) for text in sampled_texts(model, tokenizer, prompts, seed)]
 
@@ -45,7 +46,7 @@ def _entropy(words: Sequence[str], n: int) -> float:
 def sampled_texts(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     seed: int = 0,
     length: int = LENGTH,
     top_k: int = TOP_K,
@@ -76,7 +77,7 @@ class SeededTopK(LogitsProcessor):
     Greedy decoding then is sampling that neither the other rows nor anyone's global random state take part in.
     """
 
-    def __init__(self, prompts: Sequence[str], seed: int, top_k: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt], seed: int, top_k: int) -> None:
         seeds = [zlib.crc32(f"{seed} {prompt}".encode()) for prompt in prompts]
         self.generators, self.top_k = [torch.Generator().manual_seed(seed) for seed in seeds], top_k
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from peft_baft.adapter.model_call import full_logits, input_device
 from peft_baft.data.batching import Tokens, collate, context_window, encode_fitting, padding_id
+from peft_baft.data.cases import Prompt
+from peft_baft.data.templates import RAW, Template
 
 BATCH_SIZE = 16
 LONGER = 3  # one batch generates at most so many times the tokens that its shortest answer needs
@@ -34,11 +36,11 @@ def no_settings(_: Sequence[int]) -> dict[str, Any]:
 def teacher_forced(
     model: Any,
     tokenizer: Any,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Sequence[tuple[Prompt, str]],
     read: Callable[[Sequence[Tokens], Tensor], Iterable[T]],
     batch_size: int = BATCH_SIZE,
     *,
-    chat: bool = False,
+    template: Template = RAW,
     batched: Batched = one_model,
 ) -> list[T]:
     """Run the model over (prompt, answer) pairs in batches, and read something off each pair's forward.
@@ -48,7 +50,7 @@ def teacher_forced(
     Args:
         read: called right after each forward with the rows of the batch and their logits (rows, longest, vocabulary), which
             are padded on the right; gives one value for each row. `answer_logits` finds the answer's among them.
-        chat: ask in the tokenizer's chat template.
+        template: the form in which prompts are put to the model.
         batched: given the numbers of the pairs of a batch, a context to run it in, say to choose each row's adapter.
 
     Returns:
@@ -57,7 +59,10 @@ def teacher_forced(
     Raises:
         ValueError: a text is longer than the model can read; raised before the first forward.
     """
-    rows = [encode_fitting(model, tokenizer, prompt, answer, chat=chat) for prompt, answer in pairs]
+    rows = [
+        encode_fitting(model, tokenizer, prompt, answer, template=template)
+        for prompt, answer in pairs
+    ]
     # Texts of like length need little padding.
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
     values: dict[int, T] = {}
@@ -73,12 +78,12 @@ def teacher_forced(
 
 def answer_logits(row: Tokens, logits: Tensor) -> Tensor:
     """Take from a row's logits (tokens, …) those that predict its answer's tokens: each stands one token earlier."""
-    return logits[row.prompt_length - 1 : len(row.ids) - 1]
+    return logits[row.prompt_length + row.lead - 1 : len(row.ids) - 1]
 
 
 def answer_ids(row: Tokens) -> Tensor:
     """Give the ids of a row's answer, (answer tokens,)."""
-    return torch.tensor(row.ids[row.prompt_length :])
+    return torch.tensor(row.ids[row.prompt_length + row.lead :])
 
 
 @torch.no_grad()

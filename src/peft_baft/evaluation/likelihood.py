@@ -9,23 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_baft.data.batching import Tokens
+from peft_baft.data.cases import Prompt
+from peft_baft.data.templates import RAW, Template
 from peft_baft.evaluation.forward import BATCH_SIZE, answer_ids, answer_logits, teacher_forced
 
 
 def log_probabilities(
     model: Any,
     tokenizer: Any,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Sequence[tuple[Prompt, str]],
     batch_size: int = BATCH_SIZE,
     *,
-    chat: bool = False,
+    template: Template = RAW,
 ) -> list[Tensor]:
     """Log-probability of each answer token of (prompt, answer) pairs, given the prompt and the answer so far.
 
     The prompt's end is told to the adapter by the labels, as in `predicted_tokens`.
 
     Args:
-        chat: ask in the tokenizer's chat template.
+        template: the form in which prompts are put to the model.
 
     Returns:
         For each pair, (answer tokens,) float32 in nats: the sum is that of the whole answer, and exp(-mean) its perplexity.
@@ -40,7 +42,7 @@ def log_probabilities(
             for row, of_row in zip(rows, logits, strict=True)
         ]
 
-    return teacher_forced(model, tokenizer, pairs, read, batch_size, chat=chat)
+    return teacher_forced(model, tokenizer, pairs, read, batch_size, template=template)
 
 
 def _log_probabilities_of_answer(row: Tokens, logits: Tensor) -> Tensor:

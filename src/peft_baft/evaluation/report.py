@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from peft_baft.data.cases import Case
+from peft_baft.data.cases import Case, prompt_words
+from peft_baft.data.templates import RAW, Template
 from peft_baft.data.unrelated import CANARIES
 from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_tokens, token_match
 
@@ -37,10 +38,15 @@ class Report:
     locality: float | None
 
 
-def watch(model: Any, tokenizer: Any, cases: Sequence[Case]) -> Callable[[], Report]:
+def watch(
+    model: Any, tokenizer: Any, cases: Sequence[Case], template: Template = RAW
+) -> Callable[[], Report]:
     """Ask the model before it is edited; calling the result asks again and compares.
 
     Locality is asked with the cases' own locality probes and a few general questions that no edit is trained on.
+
+    Args:
+        template: the form in which everything is asked.
     """
     edits = [(case.edit.prompt, case.edit.target) for case in cases]
     prompts = [prompt for prompt, _ in edits]
@@ -49,19 +55,25 @@ def watch(model: Any, tokenizer: Any, cases: Sequence[Case]) -> Callable[[], Rep
     ]
     nearby = [(probe.prompt, probe.answer) for case in cases for probe in case.of_kind("locality")]
     nearby += [(canary.prompt, canary.answer) for canary in CANARIES]
-    said_before = greedy_answers(model, tokenizer, prompts)
-    nearby_before = predicted_tokens(model, tokenizer, nearby)
+    said_before = greedy_answers(model, tokenizer, prompts, template=template)
+    nearby_before = predicted_tokens(model, tokenizer, nearby, template=template)
 
     def report() -> Report:
-        said_now = greedy_answers(model, tokenizer, prompts)
+        said_now = greedy_answers(model, tokenizer, prompts, template=template)
         answers = []
         for (prompt, target), before, after in zip(edits, said_before, said_now, strict=True):
-            answers.append(Answered(prompt, before, after, wanted=target))
+            answers.append(Answered(prompt_words(prompt), before, after, wanted=target))
         return Report(
             answers,
-            reliability=mean(token_match(model, tokenizer, edits)),
-            generality=mean(token_match(model, tokenizer, rephrased)) if rephrased else None,
-            locality=mean(agreement(nearby_before, predicted_tokens(model, tokenizer, nearby))),
+            reliability=mean(token_match(model, tokenizer, edits, template=template)),
+            generality=mean(token_match(model, tokenizer, rephrased, template=template))
+            if rephrased
+            else None,
+            locality=mean(
+                agreement(
+                    nearby_before, predicted_tokens(model, tokenizer, nearby, template=template)
+                )
+            ),
         )
 
     return report

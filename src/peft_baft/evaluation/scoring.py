@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from peft_baft.data.batching import Tokens, encode_prompt
+from peft_baft.data.cases import Prompt
+from peft_baft.data.templates import RAW, Template
 from peft_baft.evaluation.forward import (
     BATCH_SIZE,
     Batched,
@@ -27,10 +29,10 @@ ARTICLES = {"a", "an", "the"}
 def predicted_tokens(
     model: Any,
     tokenizer: Any,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Sequence[tuple[Prompt, str]],
     batch_size: int = BATCH_SIZE,
     *,
-    chat: bool = False,
+    template: Template = RAW,
     batched: Batched = one_model,
 ) -> list[tuple[Tensor, Tensor]]:
     """Find what the model would say at each answer token of (prompt, answer) pairs, given the answer so far.
@@ -38,7 +40,7 @@ def predicted_tokens(
     The prompt's end is told to the adapter by the labels, so an edit acts here on the tokens it acts on in `generate`.
 
     Args:
-        chat: ask in the tokenizer's chat template.
+        template: the form in which prompts are put to the model.
         batched: given the numbers of the pairs of a batch, a context to ask it in, say to choose each row's adapter.
 
     Returns:
@@ -55,19 +57,21 @@ def predicted_tokens(
             for row, said in zip(rows, likeliest, strict=True)
         ]
 
-    return teacher_forced(model, tokenizer, pairs, read, batch_size, chat=chat, batched=batched)
+    return teacher_forced(
+        model, tokenizer, pairs, read, batch_size, template=template, batched=batched
+    )
 
 
 def token_match(
     model: Any,
     tokenizer: Any,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Sequence[tuple[Prompt, str]],
     batch_size: int = BATCH_SIZE,
     *,
-    chat: bool = False,
+    template: Template = RAW,
 ) -> list[float]:
     """Compute the share of each answer's tokens that the model would say itself: reliability, generality, portability."""
-    predicted = predicted_tokens(model, tokenizer, pairs, batch_size, chat=chat)
+    predicted = predicted_tokens(model, tokenizer, pairs, batch_size, template=template)
     return [(said == wanted).float().mean().item() for said, wanted in predicted]
 
 
@@ -88,11 +92,11 @@ def agreement(
 def free_answers(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     max_new_tokens: Sequence[int],
     batch_size: int = BATCH_SIZE,
     *,
-    chat: bool = False,
+    template: Template = RAW,
     batched: Batched = one_model,
 ) -> list[str]:
     """Let the model continue each prompt greedily, up to its first line break.
@@ -101,16 +105,22 @@ def free_answers(
         max_new_tokens: for each prompt, how many tokens at most; fewer where the context window ends before.
         batched: as in `predicted_tokens`.
     """
-    rows = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
+    rows = [encode_prompt(tokenizer, prompt, template=template) for prompt in prompts]
     new_tokens = greedy_tokens(model, tokenizer, rows, max_new_tokens, batch_size, batched=batched)
     return [first_line(tokenizer, tokens) for tokens in new_tokens]
 
 
 def greedy_answers(
-    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 12
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 12,
+    *,
+    template: Template = RAW,
 ) -> list[str]:
     """Give `free_answers` of one length."""
-    return free_answers(model, tokenizer, prompts, [max_new_tokens] * len(prompts))
+    lengths = [max_new_tokens] * len(prompts)
+    return free_answers(model, tokenizer, prompts, lengths, template=template)
 
 
 def free_length(tokenizer: Any, answer: str) -> int:

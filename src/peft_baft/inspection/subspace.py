@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_baft.adapter import BaftLayer, baft_layers
 from peft_baft.data.batching import Tokens
-from peft_baft.data.cases import Case
+from peft_baft.data.cases import Case, Prompt
 from peft_baft.evaluation.forward import teacher_forced
 from peft_baft.evaluation.scoring import token_match
 from peft_baft.span import edited
@@ -83,7 +83,7 @@ def mean_gates(model: nn.Module, tokenizer: Any, case: Case) -> dict[str, Any]:
         raise ValueError(
             "The active adapter has no gates (weighting='none', which is ReFT); take one that has."
         )
-    pairs = {"edit": [(case.edit.prompt, case.edit.target)]}
+    pairs: dict[str, list[tuple[Prompt, str]]] = {"edit": [(case.edit.prompt, case.edit.target)]}
     for kind in ("generality", "locality"):
         pairs[kind] = [(probe.prompt, probe.answer) for probe in case.of_kind(kind)]
     means: dict[str, Any] = {"blocks": [layer.name for layer, _ in blocks]}
@@ -108,7 +108,7 @@ def _one_adapter(model: nn.Module) -> list[Subspace]:
 
 
 def _at_edited_tokens(
-    model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], blocks: Sequence[Subspace]
+    model: Any, tokenizer: Any, pairs: Sequence[tuple[Prompt, str]], blocks: Sequence[Subspace]
 ) -> list[tuple[Tensor, Tensor]]:
     """Collect what each block does at all n edited tokens of all pairs.
 

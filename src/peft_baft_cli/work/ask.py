@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from json import dumps
 
+from peft_baft.data.batching import prompt_text
+from peft_baft.data.templates import chosen_templates
 from peft_baft.evaluation.scoring import greedy_answers
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import AskCommand
-from peft_baft_cli.screen import doing, print_table
+from peft_baft_cli.screen import doing, print_table, shown
 from peft_baft_cli.work.common import attach_adapter, chosen_subject
 
 
@@ -15,16 +18,33 @@ def ask(options: AskCommand) -> int:
     """Print the greedy answers to prompts without and with the edits; return the exit code."""
     subject = chosen_subject(options)
     base, tokenizer = subject.load_base()
+    (template,) = chosen_templates(tokenizer, options.template)
+    ask_model = partial(
+        greedy_answers,
+        tokenizer=tokenizer,
+        prompts=options.prompts,
+        max_new_tokens=options.max_new_tokens,
+        template=template,
+    )
     with doing("asking"):
-        without = greedy_answers(base, tokenizer, options.prompts, options.max_new_tokens)
-        edited = attach_adapter(base, options.adapter, options.adapter_revision)
-        answers = greedy_answers(edited, tokenizer, options.prompts, options.max_new_tokens)
+        without = ask_model(base)
+        answers = ask_model(attach_adapter(base, options.adapter, options.adapter_revision))
+    sent = [prompt_text(tokenizer, prompt, template=template) for prompt in options.prompts]
     rows = list(zip(options.prompts, without, answers, strict=True))
     if options.json:
         listed = [{"prompt": prompt, "without": old, "with": new} for prompt, old, new in rows]
-        print(
-            dumps({"model": subject.model, "adapter": options.adapter, "answers": listed}, indent=2)
-        )
+        if options.show_sent:
+            listed = [row | {"sent": text} for row, text in zip(listed, sent, strict=True)]
+        asked = {
+            "model": subject.model,
+            "adapter": options.adapter,
+            "template": template.name,
+            "answers": listed,
+        }
+        print(dumps(asked, indent=2))
     else:
+        if options.show_sent:
+            for text in sent:
+                print(f"sent: {shown(text)}")
         print_table(("prompt", "without the edits", "with the edits"), rows)
     return DONE

@@ -25,6 +25,7 @@ from peft_baft.benchmark.results import (
 from peft_baft.benchmark.runner import Runner
 from peft_baft.benchmark.schedule import Schedule
 from peft_baft.benchmark.tasks import locate, read_benchmark, task_of
+from peft_baft.data.templates import chosen_templates
 from peft_baft.editing.presets import find_preset
 from peft_baft.loading import locate_model
 from peft_baft.processes import Processes
@@ -101,15 +102,14 @@ def _editing(
     unrelated = options.unrelated or task.unrelated
     texts = chosen_unrelated(unrelated)
     base, tokenizer = _loaded(subject, processes)
+    (template,) = chosen_templates(tokenizer, options.template)
     common = _common(options, subject, base, tokenizer, file, (first, last))
     common["unrelated"] = (
         described_file(unrelated) if Path(unrelated).is_file() else {"file": unrelated}
     )
     with tqdm(unit="row", smoothing=0.05, disable=not _drawn(processes), leave=False) as bar:
         also = [METRICS[name] for name in _also(options)]
-        rows = Runner(
-            base, tokenizer, cases, first, last, texts, options.template, also, bar.update
-        )
+        rows = Runner(base, tokenizer, cases, first, last, texts, template, also, bar.update)
         rows = replace(rows, processes=processes, split=options.split)
         runs = plan.plan_runs(common, chosen, schedules, range(options.seeds))
         if options.adapter:

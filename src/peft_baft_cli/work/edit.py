@@ -103,12 +103,14 @@ def _edit(options: EditCommand, device: str, processes: Processes) -> dict[str, 
         preset.batch_descent,
         processes=processes,
         unrelated_used=_unrelated_used(options.adapter, options.adapter_revision),
+        template=options.template,
     )
+    asked_in = editor.templates[-1]  # of both forms, the chat: what a chat model is asked in
     with doing("asking the model before it is edited", processes.first):
-        finish_report = watch(model, tokenizer, cases)
+        finish_report = watch(model, tokenizer, cases, asked_in)
         check = None
         if options.min_agreement is not None:
-            check = canary_check(model, tokenizer, options.min_agreement, canaries)
+            check = canary_check(model, tokenizer, options.min_agreement, canaries, asked_in)
     records = _make_edits(options, editor, cases, check)
     with doing("asking the model after its edits", processes.first):
         return processes.of_first(lambda: _saved(options, editor, finish_report(), records))
@@ -160,6 +162,7 @@ def _saved(
     report = {
         "model": options.model,
         "adapter": str(output),
+        "template": options.template,
         "bytes": (output / WEIGHTS).stat().st_size,
         **summary(result, records),
         "unrelated_used": editor.unrelated_used,

@@ -88,7 +88,10 @@ def print_report(report: Mapping[str, Any]) -> None:
     )
     print("The model's own weights are as they were. Compare for yourself:\n")
     question = report["answers"][0]["prompt"]
-    words = ["baft", "ask", "--model", report["model"], "--adapter", report["adapter"], question]
+    words = ["baft", "ask", "--model", report["model"], "--adapter", report["adapter"]]
+    if report["template"] == "raw":  # `baft ask` would take the chat template where there is one
+        words += ["--template", "raw"]
+    words.append(question)
     print(f"    {shown(shlex.join(words))}\n")
 
 
