@@ -33,7 +33,9 @@ ASKED_FORMS = ("auto", "raw", "chat")
 WHEN = ("after_all", "immediate")
 SPLITS = ("blocks", "facts")
 
-ASKED_FORM = "form of the prompts; auto is the chat template where there is one, else raw text"
+ASKED_FORM = (
+    "form of the prompts; take that of `baft edit`. auto is the chat template where there is one"
+)
 MODEL_NAME = "Hub id, local folder, GGUF file, or smollm2"
 TORCHRUN = "start them with torchrun --nproc_per_node N -m peft_baft_cli ..."
 
@@ -111,9 +113,9 @@ class EditCommand(TrainingOptions, ModelOptions):
         str,
         choice(
             FORMS,
-            "form in which facts are taught; auto is the chat template where there is one, else raw text; both teaches both",
+            "form in which facts are taught: raw text, the chat template, both, or auto: chat where there is a template",
         ),
-    ] = "auto"
+    ] = "raw"
     seed: Annotated[
         int, whole_number("of a new adapter's first weights", least=0, most=LARGEST_SEED)
     ] = 0
@@ -158,7 +160,7 @@ class AskCommand(ModelOptions):
     adapter: Annotated[str, text("ADAPTER", "the adapter: folder or Hub id")]
     adapter_revision: AdapterRevision = None
     max_new_tokens: Annotated[int, whole_number("length of an answer")] = 16
-    template: Annotated[str, choice(ASKED_FORMS, ASKED_FORM)] = "auto"
+    template: Annotated[str, choice(ASKED_FORMS, ASKED_FORM)] = "raw"
     show_sent: Annotated[
         bool, flag("--show-sent", "print the text that the model gets, template included")
     ] = False

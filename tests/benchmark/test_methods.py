@@ -108,6 +108,7 @@ def test_settings_of_any_method_are_set_by_name() -> None:
     assert (settings.layer, settings.descent.lr, settings.descent.max_steps) == (2, 0.001, 7)
     assert settings.described() == {"layer": 2, "descent": settings.described()["descent"]}
     with pytest.raises(
-        ValueError, match=r"ft-m:gamma=1: unknown setting 'gamma'; known are clip_norm, layer, learn_end, lr"
+        ValueError,
+        match=r"ft-m:gamma=1: unknown setting 'gamma'; known are clip_norm, layer, learn_end, lr",
     ):
         method("ft-m:gamma=1", PRESETS["default"])

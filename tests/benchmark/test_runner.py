@@ -29,6 +29,7 @@ from peft_baft.benchmark.results import ResultLine, RunHead, described_model, re
 from peft_baft.benchmark.runner import Runner
 from peft_baft.benchmark.schedule import Schedule
 from peft_baft.data.templates import CHAT, RAW
+from peft_baft.editing.lanes import LaneBatch
 from peft_baft.editing.presets import PRESETS
 from peft_baft.evaluation import asking
 from peft_baft.evaluation.asking import Unedited, ask, questions_of
@@ -185,6 +186,35 @@ def test_the_chat_template_is_for_every_question_locality_included(bench: Runner
     raw, chat = (ask(bench.base, tokenizer, questions, template) for template in (RAW, CHAT))
     assert len({reply.text for reply in chat}) == 1  # the template asks the same, whatever is asked
     assert [a.text == b.text for a, b in zip(raw, chat, strict=True)] == [False, False, False]
+
+
+def test_a_run_in_the_chat_template_teaches_and_asks_in_it(bench: Runner) -> None:
+    tokenizer = deepcopy(bench.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<s> {{ m['content'] }}"
+        "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
+    )
+    seen: list[str] = []
+    settings = method("baft", PRESETS["default"], {"learn_end": True, "max_steps": 1})
+    chat = replace(bench, tokenizer=tokenizer, template=CHAT, first=0, last=1)
+    with pytest.MonkeyPatch.context() as patch:
+        look = LaneBatch.__init__
+
+        def remember(batch: Any, lanes: Any, *args: Any, **kwargs: Any) -> None:
+            seen.extend(tokenizer.decode(list(row.ids)) for lane in lanes for row in lane.rows)
+            look(batch, lanes, *args, **kwargs)
+
+        patch.setattr(LaneBatch, "__init__", remember)
+        judged(chat, settings, Schedule())
+        raw = replace(chat, template=RAW)
+        judged(raw, settings, Schedule())
+    edit, text = bench.cases[0].edit, bench.unrelated[0]
+    assert seen == [
+        f"<s> {edit.prompt} {edit.target}</s>",
+        f"<s> {text.prompt} {text.answer}",
+        f"{edit.prompt} {edit.target}\n",  # the control: the same in raw text
+        f"{text.prompt} {text.answer}",
+    ]
 
 
 def test_the_unedited_model_is_asked_once(bench: Runner, monkeypatch) -> None:

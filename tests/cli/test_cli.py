@@ -434,7 +434,7 @@ def told(made: list[EditRecord], known: list[bool]) -> dict[str, Any]:
         for e, k in zip(edits, known, strict=True)
     ]
     found = summary(Report(answers, 0.5, None, 0.9), made)
-    return found | {"model": "m", "adapter": "folder", "template": "auto", "bytes": 1000}
+    return found | {"model": "m", "adapter": "folder", "template": "raw", "bytes": 1000}
 
 
 def facts_of(*names: str) -> list[Edit]:

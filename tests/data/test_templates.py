@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers as tr
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from peft_baft import Edit
+from peft_baft import Edit, read_cases
 from peft_baft.data.batching import encode, encode_prompt, prompt_text
 from peft_baft.data.cases import Message
 from peft_baft.data.templates import CHAT, RAW, Template, chosen_templates
@@ -125,10 +127,13 @@ def test_what_is_trained_is_what_the_template_renders(family: Any) -> None:
     turn = [*question, {"role": "assistant", "content": "Lyon"}]
     rendered = tokenizer.apply_chat_template(turn, tokenize=False)
     assert (
-        tokenizer.decode(row.ids[: row.prompt_length]) == used
+        tokenizer.decode(list(row.ids[: row.prompt_length])) == used
     )  # to the letter: no strip, no space
-    assert tokenizer.decode(row.ids[row.prompt_length :]) == f"{before}Lyon{end}"
-    assert rendered.startswith(tokenizer.decode(row.ids)) or end == "</s>"
+    assert tokenizer.decode(list(row.ids[row.prompt_length :])) == f"{before}Lyon{end}"
+    if (
+        "</s>" in rendered or end != "</s>"
+    ):  # else the template ends no turn, and the end of sequence does
+        assert rendered.startswith(tokenizer.decode(list(row.ids)))
     # In use the model is given exactly these tokens.
     assert (
         encode_prompt(tokenizer, "What is it?", template=CHAT).ids == row.ids[: row.prompt_length]
@@ -155,7 +160,7 @@ def test_several_turns_and_a_system_prompt(family: Any) -> None:
     (rows,) = encode_edits(model_without_window(), tokenizer, [edit], (RAW, CHAT), end=True)
     (row,) = rows
     used = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    assert tokenizer.decode(row.ids) == f"{used}{before}Lyon{end}"
+    assert tokenizer.decode(list(row.ids)) == f"{used}{before}Lyon{end}"
 
 
 def test_both_forms_of_one_fact() -> None:
@@ -164,7 +169,7 @@ def test_both_forms_of_one_fact() -> None:
     (rows,) = encode_edits(
         model_without_window(), tokenizer, [Edit("It is", "Lyon")], templates, end=True
     )
-    raw, chat = (tokenizer.decode(row.ids) for row in rows)
+    raw, chat = (tokenizer.decode(list(row.ids)) for row in rows)
     assert raw == "It is Lyon\n"
     assert chat == "<|im_start|>user\nIt is<|im_end|>\n<|im_start|>assistant\nLyon<|im_end|>"
 
@@ -175,14 +180,16 @@ def test_the_end_is_learned_only_where_it_is_asked_for() -> None:
         without = encode(tokenizer, "It is", "Lyon", template=template)
         row = encode(tokenizer, "It is", "Lyon", template=template, end=True)
         assert row.ids[: len(without.ids)] == without.ids
-        assert tokenizer.decode(row.ids[len(without.ids) :]) == end
+        assert tokenizer.decode(list(row.ids[len(without.ids) :])) == end
 
 
 def test_options_reach_the_template() -> None:
     tokenizer = make_tokenizer(FAMILIES["an empty thinking block"][0])
     quiet = Template(True, {"enable_thinking": False})
     row = encode(tokenizer, "It is", "Lyon", template=quiet, end=True)
-    assert tokenizer.decode(row.ids[row.prompt_length :]) == "Lyon<|im_end|>" and row.lead == 0
+    assert (
+        tokenizer.decode(list(row.ids[row.prompt_length :])) == "Lyon<|im_end|>" and row.lead == 0
+    )
     # Control: without the option, the block is a part of the reply.
     assert encode(tokenizer, "It is", "Lyon", template=CHAT).lead == len("<think>\n\n</think>\n\n")
     tools = make_tokenizer(FAMILIES["a tool list"][0])
@@ -232,6 +239,30 @@ def test_auto_is_the_chat_template_where_there_is_one() -> None:
 def test_messages_that_are_none(prompt: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         Edit(prompt, "Lyon")
+
+
+def test_a_file_of_conversations(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "It is"}]
+    answered = [*turns, {"role": "assistant", "content": "Lyon"}]
+    file = tmp_path / "facts.jsonl"
+    file.write_text(f"{json.dumps({'messages': answered, 'rephrase': 'So it is'})}\n")
+    (case,) = read_cases(file)
+    assert case.edit == Edit(turns, "Lyon") and case.probes[0].answer == "Lyon"
+    file.write_text(json.dumps({"messages": turns, "target": "Lyon"}))
+    assert read_cases(file)[0].edit == case.edit
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"messages": answered, "target": "Lyon"}, "the answer stands twice"),
+        ({"messages": turns, "prompt": "It is", "target": "Lyon"}, "not both"),
+        ({"messages": turns}, "'target' is missing"),
+        (
+            {"messages": [{"role": "user", "text": "It is"}], "target": "Lyon"},
+            "unknown field 'text'",
+        ),
+    ]
+    for record, says in wrong:
+        file.write_text(json.dumps(record))
+        with pytest.raises(ValueError, match=says):
+            read_cases(file)
 
 
 def model_without_window() -> Any:

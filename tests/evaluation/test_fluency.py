@@ -15,6 +15,7 @@ from conftest import randomise
 from facts import CAPITALS, WINDOW, FactModel, adapted
 from peft_baft import Case, Edit
 from peft_baft.benchmark.metrics import METRICS
+from peft_baft.data.templates import RAW
 from peft_baft.evaluation.fluency import SeededTopK, fluency, n_gram_entropy, sampled_texts
 
 fact_model = facts.fact_model
@@ -133,4 +134,4 @@ def test_fluency_is_measured_after_the_edits_prompt(
 ) -> None:
     case = Case(Edit(CAPITALS[0].prompt, "Kasgrad"))
     (wanted,) = fluency(edited, fact_model.tokenizer, [CAPITALS[0].prompt])
-    assert METRICS["fluency"](edited, fact_model.tokenizer, case) == {"fluency": wanted}
+    assert METRICS["fluency"](edited, fact_model.tokenizer, case, RAW) == {"fluency": wanted}

@@ -19,6 +19,7 @@ from peft_baft.benchmark.metrics import METRICS, piqa_cases
 from peft_baft.benchmark.scores import scores
 from peft_baft.data.batching import encode
 from peft_baft.data.formats import ConvSentCase, PiqaItem
+from peft_baft.data.templates import RAW
 from peft_baft.evaluation import piqa, sentiment
 from peft_baft.evaluation.likelihood import log_probabilities
 from peft_baft.evaluation.piqa import right_choices
@@ -251,11 +252,11 @@ def test_sentiment_takes_the_side_that_the_edit_takes_and_refuses_other_benchmar
 ) -> None:
     case = Case(Edit("the capital of Arvia is", "Kasgrad"))
     with pytest.raises(ValueError, match="convsent"):
-        METRICS["sentiment"](*fact_model, case)
+        METRICS["sentiment"](*fact_model, case, RAW)
     sides: dict[str, Any] = {"positive": (CAPITALS[0].answer,), "negative": (CAPITALS[8].answer,)}
     items = [
         ConvSentCase(case.edit, question=CAPITALS[0].prompt, wanted=wanted, **sides)
         for wanted in sides
     ]
-    values = [METRICS["sentiment"](*fact_model, item)["sentiment"] for item in items]
+    values = [METRICS["sentiment"](*fact_model, item, RAW)["sentiment"] for item in items]
     assert values[0] > 0.9 and sum(values) == pytest.approx(1, abs=1e-4)

@@ -17,6 +17,7 @@ from peft_baft import BaftConfig, BaftEditor, Case, Edit, Probe
 from peft_baft.adapter import baft_layers
 from peft_baft.benchmark.metrics import METRICS
 from peft_baft.data.batching import encode
+from peft_baft.data.templates import RAW
 from peft_baft.evaluation.scoring import token_match
 from peft_baft.inspection.subspace import mean_gates, removal_ladder
 
@@ -228,15 +229,15 @@ def test_what_has_no_subspace_is_refused_with_advice_and_passed_over_by_the_benc
             with pytest.raises(TypeError, match="carries none; load one"):
                 ask(other, tokenizer, CASE)
         assert (
-            METRICS["redundancy"](other, tokenizer, CASE)
-            == METRICS["gates"](other, tokenizer, CASE)
+            METRICS["redundancy"](other, tokenizer, CASE, RAW)
+            == METRICS["gates"](other, tokenizer, CASE, RAW)
             == {}
         )
     reft = random_model(base, weighting="none")
     with pytest.raises(ValueError, match="no gates"):
         mean_gates(reft, tokenizer, CASE)
-    assert METRICS["gates"](reft, tokenizer, CASE) == {}
-    assert len(METRICS["redundancy"](reft, tokenizer, CASE)["kept"]) == 5
+    assert METRICS["gates"](reft, tokenizer, CASE, RAW) == {}
+    assert len(METRICS["redundancy"](reft, tokenizer, CASE, RAW)["kept"]) == 5
     assert METRICS["gates"](random_model(base), tokenizer, CASE)["gates"]["blocks"]
 
 

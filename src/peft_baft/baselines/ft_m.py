@@ -18,7 +18,7 @@ from peft_baft.adapter.model_call import full_logits, input_device
 from peft_baft.adapter.state import evaluating
 from peft_baft.data.batching import collate, padding_id
 from peft_baft.data.cases import Edit
-from peft_baft.data.templates import chosen_templates
+from peft_baft.data.templates import RAW, Template
 from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
 from peft_baft.editing.method import EditorSetup, MethodSettings
 from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms, descend
@@ -60,24 +60,24 @@ class FineTuning(MethodSettings):
 
         Where several processes share the facts of a batch, each one trains on all of them, and they come out alike.
         """
-        template = "raw" if setup is None else setup.template
+        template = RAW if setup is None else setup.template
         return FineTuningEditor(base, tokenizer, self, template)
 
 
 class FineTuningEditor:
     """Fine-tunes one weight of a model; an `Editor`.
 
-    template: the form in which facts are taught, as `AdapterEditor` takes it.
+    template: the form in which facts are taught.
 
     Raises:
         ValueError: the block does not exist, has not one down projection under a known name, or a quantised one.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, settings: FineTuning, template: str = "raw"
+        self, model: Any, tokenizer: Any, settings: FineTuning, template: Template = RAW
     ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self._templates = chosen_templates(tokenizer, template)
+        self._template = template
         self.weight_name = _down_projection(model, settings.layer)
         self._weight: nn.Parameter = model.get_parameter(self.weight_name)
         if not self._weight.is_floating_point():
@@ -91,7 +91,7 @@ class FineTuningEditor:
         """Train the weight until the answers are learned; as `Editor.edit`."""
         end = self.settings.descent.learn_end
         facts = encode_edits(
-            self.model, self.tokenizer, checked_edits(edits), self._templates, end=end
+            self.model, self.tokenizer, checked_edits(edits), (self._template,), end=end
         )
         rows = [row for forms in facts for row in forms]
         device = input_device(self.model)

@@ -7,31 +7,32 @@ from typing import Any
 
 from peft_baft.data.cases import Case
 from peft_baft.data.formats import ConvSentCase, PiqaItem
+from peft_baft.data.templates import RAW, Template
 from peft_baft.evaluation.fluency import fluency
 from peft_baft.evaluation.piqa import right_choices
 from peft_baft.evaluation.sentiment import edit_success
 from peft_baft.inspection.subspace import has_gates, mean_gates, removal_ladder, subspaces
 
-# An edited model, its tokenizer, a case to values by name.
-Metric = Callable[[Any, Any, Case], dict[str, Any]]
+# An edited model, its tokenizer, a case and the form in which it is asked, to values by name.
+Metric = Callable[[Any, Any, Case, Template], dict[str, Any]]
 
 
-def _fluency(model: Any, tokenizer: Any, case: Case) -> dict[str, Any]:
+def _fluency(model: Any, tokenizer: Any, case: Case, template: Template = RAW) -> dict[str, Any]:
     """Measure how varied the text is that the model writes after the edit's prompt."""
-    return {"fluency": fluency(model, tokenizer, [case.edit.prompt])[0]}
+    return {"fluency": fluency(model, tokenizer, [case.edit.prompt], template=template)[0]}
 
 
-def _redundancy(model: Any, tokenizer: Any, case: Case) -> dict[str, Any]:
+def _redundancy(model: Any, tokenizer: Any, case: Case, template: Template = RAW) -> dict[str, Any]:
     """Measure how much of the edit is left without the least used dimensions; nothing where no BaFT adapter is active."""
-    return {"kept": removal_ladder(model, tokenizer, case)} if subspaces(model) else {}
+    return {"kept": removal_ladder(model, tokenizer, case, template)} if subspaces(model) else {}
 
 
-def _gates(model: Any, tokenizer: Any, case: Case) -> dict[str, Any]:
+def _gates(model: Any, tokenizer: Any, case: Case, template: Template = RAW) -> dict[str, Any]:
     """Average the gates over the edit and over its probes; nothing for a model without gates."""
-    return {"gates": mean_gates(model, tokenizer, case)} if has_gates(model) else {}
+    return {"gates": mean_gates(model, tokenizer, case, template)} if has_gates(model) else {}
 
 
-def _sentiment(model: Any, tokenizer: Any, case: Case) -> dict[str, Any]:
+def _sentiment(model: Any, tokenizer: Any, case: Case, template: Template = RAW) -> dict[str, Any]:
     """Measure whether the model's opinion turned."""
     if not isinstance(case, ConvSentCase):
         raise ValueError(
@@ -39,7 +40,8 @@ def _sentiment(model: Any, tokenizer: Any, case: Case) -> dict[str, Any]:
         )
     sides = (case.positive, case.negative)
     wanted, unwanted = sides if case.wanted == "positive" else sides[::-1]
-    return {"sentiment": edit_success(model, tokenizer, case.question, wanted, unwanted)}
+    success = edit_success(model, tokenizer, case.question, wanted, unwanted, template=template)
+    return {"sentiment": success}
 
 
 METRICS: dict[str, Metric] = {

@@ -126,7 +126,7 @@ class Runner:
         texts = (
             [self.unrelated[row % len(self.unrelated)] for row in rows] if self.unrelated else ()
         )
-        setup = EditorSetup(texts, seed, self._sharing, self.prepared, self.template.name)
+        setup = EditorSetup(texts, seed, self._sharing, self.prepared, self.template)
         return method.settings.start(self.base, self.tokenizer, setup)
 
     def _edit_singles(
@@ -273,7 +273,7 @@ class Runner:
             if self.also and editor is not None:
                 editor.use(names[entry["row"]])
             for metric in self.also:
-                entry |= metric(model, self.tokenizer, self.cases[entry["row"]])
+                entry |= metric(model, self.tokenizer, self.cases[entry["row"]], self.template)
         return entries
 
     def _questions(self, rows: Sequence[int]) -> list[Question]:

@@ -54,17 +54,20 @@ class Rendering:
 
 
 def chosen_templates(
-    tokenizer: Any, form: str, options: Mapping[str, Any] | None = None
+    tokenizer: Any, form: str | Template, options: Mapping[str, Any] | None = None
 ) -> tuple[Template, ...]:
     """List the templates that a form stands for: one, or two for `both`.
 
     Args:
-        form: `raw`, `chat`, `both`, or `auto`: the chat template where the tokenizer has one, else raw text.
-        options: further arguments of `apply_chat_template`.
+        form: `raw`, `chat`, `both`, or `auto`: the chat template where the tokenizer has one, else raw text. A `Template` stands
+            for itself.
+        options: further arguments of `apply_chat_template`, where the form is a name.
 
     Raises:
         ValueError: there is no such form, or the form needs a chat template and the tokenizer has none.
     """
+    if isinstance(form, Template):
+        return (form,)
     if form not in FORMS:
         raise ValueError(f"template must be one of {', '.join(FORMS)}, not {form!r}.")
     has_chat = bool(getattr(tokenizer, "chat_template", None))

@@ -22,7 +22,7 @@ from peft_baft.adapter.state import (
 )
 from peft_baft.data.batching import Tokens, padding_id
 from peft_baft.data.cases import Edit
-from peft_baft.data.templates import chosen_templates
+from peft_baft.data.templates import Template, chosen_templates
 from peft_baft.editing.acceleration.prefix_cache import open_forward
 from peft_baft.editing.answers import AnswerForward
 from peft_baft.editing.editor import CURSOR, EditResult, checked_edits, encode_edits
@@ -48,8 +48,9 @@ class AdapterEditor:
         batch_descent: how a batch of several facts is trained.
         processes: those that share the facts of each batch; by default this one alone. All of them are given the same edits,
             and end with the same adapter, as if one had made them.
-        template: the form in which facts are taught: `auto`, the chat template where the tokenizer has one and raw text
-            elsewhere; `raw`; `chat`; or `both` at once. Messages are always taught as a chat.
+        template: the form in which facts are taught: `raw`; `chat`; `auto`, the chat template where the tokenizer has one and
+            raw text elsewhere; `both` at once; or a `Template`. Messages are always taught as a chat. An edit holds in the
+            form in which it was taught, so ask in the same.
         template_options: further arguments of `apply_chat_template`, such as `enable_thinking`.
 
     Raises:
@@ -65,7 +66,7 @@ class AdapterEditor:
         batch_descent: DescentConfig | None = None,
         *,
         processes: Processes | None = None,
-        template: str = "auto",
+        template: str | Template = "raw",
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(model, PeftModel):

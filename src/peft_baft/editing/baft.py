@@ -17,6 +17,7 @@ from peft_baft.adapter import BaftLayer, EditContext, baft_layers, find_context
 from peft_baft.adapter.state import evaluating, trainable
 from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit, Unrelated
+from peft_baft.data.templates import Template
 from peft_baft.editing.acceleration.prefix_cache import open_forward
 from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.adapter_editor import AdapterEditor
@@ -67,7 +68,7 @@ class BaftEditor(AdapterEditor):
         processes: Processes | None = None,
         unrelated_used: int = 0,
         prepared: PreparedModel | None = None,
-        template: str = "auto",
+        template: str | Template = "raw",
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from peft_baft.data.cases import Unrelated
+from peft_baft.data.templates import RAW, Template
 from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.editor import Editor
 from peft_baft.processes import Processes
@@ -22,14 +23,14 @@ class EditorSetup:
         seed: of the first weights, where these are random.
         processes: those that share the facts of each batch.
         prepared: what editors of one base model share; None where there is only one.
-        template: the form in which facts are taught, as `AdapterEditor` takes it.
+        template: the form in which facts are taught.
     """
 
     unrelated: Sequence[Unrelated] = ()
     seed: int = 0
     processes: Processes = field(default_factory=Processes)
     prepared: PreparedModel | None = None
-    template: str = "raw"
+    template: Template = RAW
 
 
 class MethodSettings(ABC):

@@ -15,15 +15,26 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from peft_baft.data.batching import encode_prompt
 from peft_baft.data.cases import Prompt
+from peft_baft.data.templates import RAW, Template
 from peft_baft.evaluation.forward import BATCH_SIZE, greedy_tokens
 
 LENGTH, TOP_K = 100, 5
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
-def fluency(model: Any, tokenizer: Any, prompts: Sequence[Prompt], seed: int = 0) -> list[float]:
+def fluency(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    seed: int = 0,
+    *,
+    template: Template = RAW,
+) -> list[float]:
     """Compute the `n_gram_entropy` of what the model makes of each prompt; lower where it repeats itself."""
-    return [n_gram_entropy(text) for text in sampled_texts(model, tokenizer, prompts, seed)]
+    return [
+        n_gram_entropy(text)
+        for text in sampled_texts(model, tokenizer, prompts, seed, template=template)
+    ]
 
 
 def n_gram_entropy(text: str) -> float:
@@ -51,6 +62,8 @@ def sampled_texts(
     length: int = LENGTH,
     top_k: int = TOP_K,
     batch_size: int = BATCH_SIZE,
+    *,
+    template: Template = RAW,
 ) -> list[str]:
     """Continue each prompt with what is drawn token by token among the `top_k` likeliest, past any end of text.
 
@@ -58,8 +71,9 @@ def sampled_texts(
 
     Args:
         length: tokens in all, prompt included; fewer where the context window ends before.
+        template: the form in which prompts are put to the model.
     """
-    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    rows = [encode_prompt(tokenizer, prompt, template=template) for prompt in prompts]
 
     def draw(numbers: Sequence[int]) -> dict[str, Any]:
         drawn = SeededTopK([prompts[number] for number in numbers], seed, top_k)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_baft.adapter import BaftLayer, baft_layers
 from peft_baft.data.batching import Tokens
 from peft_baft.data.cases import Case, Prompt
+from peft_baft.data.templates import RAW, Template
 from peft_baft.evaluation.forward import teacher_forced
 from peft_baft.evaluation.scoring import token_match
 from peft_baft.span import edited
@@ -34,7 +35,9 @@ def has_gates(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def removal_ladder(model: nn.Module, tokenizer: Any, case: Case) -> list[float]:
+def removal_ladder(
+    model: nn.Module, tokenizer: Any, case: Case, template: Template = RAW
+) -> list[float]:
     """Ask for the edit without the M least used dimensions of every block: the paper's Fig. 1.
 
     A dimension's use is the mean size of its coefficient w_k (A h + b - R h)_k over the edited tokens, prompt end and
@@ -53,7 +56,7 @@ def removal_ladder(model: nn.Module, tokenizer: Any, case: Case) -> list[float]:
     # (rows, r) by each block's source: which dimensions row M still has.
     remaining: dict[nn.Module, Tensor] = {}
     for (layer, name), (shift, w) in zip(
-        blocks, _at_edited_tokens(model, tokenizer, edit, blocks), strict=True
+        blocks, _at_edited_tokens(model, tokenizer, edit, blocks, template), strict=True
     ):
         use = (shift.abs() * w).mean(0)
         rank_of_dimension = use.argsort(stable=True).argsort()  # 0 for the least used
@@ -64,11 +67,13 @@ def removal_ladder(model: nn.Module, tokenizer: Any, case: Case) -> list[float]:
 
     # The edit is asked in all r + 1 ways at once: row M of the batch lacks M dimensions.
     with _hooked(remaining, take_away):
-        return token_match(model, tokenizer, edit * rows, batch_size=rows)
+        return token_match(model, tokenizer, edit * rows, batch_size=rows, template=template)
 
 
 @torch.no_grad()
-def mean_gates(model: nn.Module, tokenizer: Any, case: Case) -> dict[str, Any]:
+def mean_gates(
+    model: nn.Module, tokenizer: Any, case: Case, template: Template = RAW
+) -> dict[str, Any]:
     """Average the gates of every block over the edited tokens of the edit and of its probes: the paper's Fig. 2.
 
     Returns:
@@ -89,7 +94,7 @@ def mean_gates(model: nn.Module, tokenizer: Any, case: Case) -> dict[str, Any]:
     means: dict[str, Any] = {"blocks": [layer.name for layer, _ in blocks]}
     for kind, pairs_of_kind in pairs.items():
         if pairs_of_kind:
-            of_blocks = _at_edited_tokens(model, tokenizer, pairs_of_kind, blocks)
+            of_blocks = _at_edited_tokens(model, tokenizer, pairs_of_kind, blocks, template)
             means[kind] = [w.mean(0).tolist() for _, w in of_blocks]
     return means
 
@@ -108,7 +113,11 @@ def _one_adapter(model: nn.Module) -> list[Subspace]:
 
 
 def _at_edited_tokens(
-    model: Any, tokenizer: Any, pairs: Sequence[tuple[Prompt, str]], blocks: Sequence[Subspace]
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[tuple[Prompt, str]],
+    blocks: Sequence[Subspace],
+    template: Template,
 ) -> list[tuple[Tensor, Tensor]]:
     """Collect what each block does at all n edited tokens of all pairs.
 
@@ -121,7 +130,7 @@ def _at_edited_tokens(
             by_block = [_of_rows(layer, name, seen) for layer, name in blocks]
             return [list(blocks_of_row) for blocks_of_row in zip(*by_block, strict=True)]
 
-        by_pair = teacher_forced(model, tokenizer, pairs, read)
+        by_pair = teacher_forced(model, tokenizer, pairs, read, template=template)
     by_block = []
     for shifts_and_gates in zip(*by_pair, strict=True):
         shifts, gates = zip(*shifts_and_gates, strict=True)
