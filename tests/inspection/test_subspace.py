@@ -238,7 +238,7 @@ def test_what_has_no_subspace_is_refused_with_advice_and_passed_over_by_the_benc
         mean_gates(reft, tokenizer, CASE)
     assert METRICS["gates"](reft, tokenizer, CASE, RAW) == {}
     assert len(METRICS["redundancy"](reft, tokenizer, CASE, RAW)["kept"]) == 5
-    assert METRICS["gates"](random_model(base), tokenizer, CASE)["gates"]["blocks"]
+    assert METRICS["gates"](random_model(base), tokenizer, CASE, RAW)["gates"]["blocks"]
 
 
 def test_one_adapter_at_a_time(fact_model: FactModel) -> None:
