@@ -19,7 +19,7 @@ from peft_baft.benchmark.metrics import METRICS, piqa_cases
 from peft_baft.benchmark.scores import scores
 from peft_baft.data.batching import encode
 from peft_baft.data.formats import ConvSentCase, PiqaItem
-from peft_baft.data.templates import RAW
+from peft_baft.data.templates import RAW, Template
 from peft_baft.evaluation import piqa, sentiment
 from peft_baft.evaluation.likelihood import log_probabilities
 from peft_baft.evaluation.piqa import right_choices
@@ -199,8 +199,9 @@ class Opinion:
     asked: int = 0
 
     def __call__(
-        self, _model: Any, _tokenizer: Any, pairs: list[tuple[str, str]]
+        self, _model: Any, _tokenizer: Any, pairs: list[tuple[str, str]], template: Template
     ) -> list[torch.Tensor]:
+        assert template == RAW
         self.asked += 1
         values = self.after if self.asked == 1 else self.before
         return [torch.tensor(values[answer]) for _, answer in pairs]
