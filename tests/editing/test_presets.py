@@ -44,6 +44,7 @@ def test_the_defaults_of_the_descent() -> None:
         "stop_loss": 0.01,
         "weight_decay": 0.01,
         "clip_norm": None,
+        "learn_end": False,
     }
     assert asdict(DescentConfig()) == expected
 
