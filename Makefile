@@ -26,7 +26,7 @@ PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 # The tests of what other packages' versions can break, which test-newest, test-oldest and test-main run.
 VERSION_TESTS = adapter/test_adapter adapter/test_beside_lora adapter/test_corruption adapter/test_model_call adapter/test_native \
 	adapter/test_positions adapter/test_saving editing/test_journal editing/acceleration/test_prefix_cache \
-	cli/test_cli inspection/test_page
+	editing/acceleration/test_shared_prefix integrations/test_hub integrations/test_run cli/test_cli inspection/test_page
 SELECTION = -m "not slow" $(VERSION_TESTS:%=tests/%.py)
 
 .PHONY: demo test test-slow test-newest test-oldest test-main test-across lock safety conformance architectures mutants check clean
@@ -64,7 +64,8 @@ $(VENV)-mutants/ready:
 
 demo: $(VENV)/ready
 	$(DEMO)/baft edit --model smollm2 --edits examples/edits.jsonl --batch-size 5 --output edits/demo --overwrite
-	$(DEMO)/baft ask --model smollm2 --adapter edits/demo "The capital of France is" "The largest planet of the solar system is"
+	$(DEMO)/baft ask --model smollm2 --adapter edits/demo --max-new-tokens 24 "What is the capital of France?" \
+		"Could you tell me which city is the capital of France?" "What is the capital of Spain?" "Who invented the steam engine?"
 
 test: $(VENV)-test/ready
 	$(TEST)/python -m pytest -m "not slow"

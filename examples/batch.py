@@ -26,7 +26,7 @@ def main(model_name: str = "smollm2", folder: str = "edits/batch") -> None:
         model,
         tokenizer,
         unrelated=peft_baft.GENERAL,  # each fact is trained beside one of these, which should stay as it is
-        batch_descent=peft_baft.DescentConfig(max_steps=70),
+        template="raw",  # in chats it is "chat", and by default what the tokenizer has
     )
     result = editor.edit(FACTS)
     print(f"learned {result.learned} after {result.steps} steps; losses {result.losses}")

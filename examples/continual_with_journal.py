@@ -23,7 +23,7 @@ def fresh_editor(model_name: str) -> peft_baft.BaftEditor:
     """Load the model as a new process does."""
     base, tokenizer = peft_baft.load_model(model_name)
     model = get_peft_model(base, peft_baft.BaftConfig(task_type="CAUSAL_LM"))
-    return peft_baft.BaftEditor(model, tokenizer, unrelated=peft_baft.GENERAL)
+    return peft_baft.BaftEditor(model, tokenizer, unrelated=peft_baft.GENERAL, template="raw")
 
 
 def main(model_name: str = "smollm2", folder: str = "edits/journal") -> None:

@@ -32,7 +32,7 @@ CASES = [
 def main(model_name: str = "smollm2") -> None:
     base, tokenizer = peft_baft.load_model(model_name)
     model = get_peft_model(base, peft_baft.BaftConfig(task_type="CAUSAL_LM"))
-    editor = peft_baft.BaftEditor(model, tokenizer, unrelated=peft_baft.GENERAL)
+    editor = peft_baft.BaftEditor(model, tokenizer, unrelated=peft_baft.GENERAL, template="raw")
 
     compare = watch(model, tokenizer, CASES)  # asks before the edits
     editor.edit([case.edit for case in CASES])

@@ -24,7 +24,7 @@ def main(model_name: str = "smollm2", folder: str = "edits/quickstart") -> None:
     print(f"before:   {PROMPT} -> {complete(base, tokenizer, PROMPT)!r}")
 
     model = get_peft_model(base, peft_baft.BaftConfig(task_type="CAUSAL_LM"))
-    editor = peft_baft.BaftEditor(model, tokenizer, unrelated=peft_baft.GENERAL)
+    editor = peft_baft.BaftEditor(model, tokenizer, unrelated=peft_baft.GENERAL, template="raw")
     result = editor.edit([peft_baft.Edit(PROMPT, TARGET)])
     print(f"edited:   learned {result.learned}, {result.steps} steps, {result.seconds:.1f} s")
     print(f"after:    {PROMPT} -> {complete(model, tokenizer, PROMPT)!r}")

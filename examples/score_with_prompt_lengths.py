@@ -41,7 +41,7 @@ def main(model_name: str = "smollm2") -> None:
     base, tokenizer = peft_baft.load_model(model_name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = get_peft_model(base, peft_baft.BaftConfig(task_type="CAUSAL_LM"))
-    peft_baft.BaftEditor(model, tokenizer, unrelated=peft_baft.GENERAL).edit(
+    peft_baft.BaftEditor(model, tokenizer, unrelated=peft_baft.GENERAL, template="raw").edit(
         [peft_baft.Edit(PROMPT, "Lyon")]
     )
 

@@ -103,10 +103,12 @@ def editor(
     settings = peft_baft.DescentConfig(**descent)
     if method == "lora":
         model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16))
-        return peft_baft.AdapterEditor(model, tokenizer, settings)
+        return peft_baft.AdapterEditor(model, tokenizer, settings, template="raw")
     weighting = {"baft": "basis", "reft": "none"}[method]
     model = get_peft_model(base, peft_baft.BaftConfig(task_type="CAUSAL_LM", weighting=weighting))
-    return peft_baft.BaftEditor(model, tokenizer, unrelated, descent=settings)
+    return peft_baft.BaftEditor(
+        model, tokenizer, unrelated, descent=settings, template="raw", scope=peft_baft.NARROW
+    )
 
 
 @contextmanager

@@ -17,7 +17,14 @@ def step_seconds(base, tokenizer, edits, device, **config) -> float:
     torch.manual_seed(0)
     model = get_peft_model(base, peft_baft.BaftConfig(task_type="CAUSAL_LM", **config))
     settings = peft_baft.DescentConfig(max_steps=STEPS, stop_loss=0.0)
-    edited = peft_baft.BaftEditor(model, tokenizer, peft_baft.GENERAL, descent=settings)
+    edited = peft_baft.BaftEditor(
+        model,
+        tokenizer,
+        peft_baft.GENERAL,
+        descent=settings,
+        template="raw",
+        scope=peft_baft.NARROW,
+    )
     try:
         return seconds(lambda: list(edited.edit_in_turn(edits)), device) / (
             len(edits) * (STEPS + 1)
@@ -61,7 +68,9 @@ def main() -> None:
     table("prompt", "s a step", alternated(prompts, options.rounds), "10 tokens")
 
     model = get_peft_model(base, peft_baft.BaftConfig(task_type="CAUSAL_LM"))
-    edited = peft_baft.BaftEditor(model, tokenizer, peft_baft.GENERAL)
+    edited = peft_baft.BaftEditor(
+        model, tokenizer, peft_baft.GENERAL, template="raw", scope=peft_baft.NARROW
+    )
     print(
         "\n**T edits in turn, one adapter**\n\n| edits | s an edit | steps an edit | peak memory, MB |\n|---|---|---|---|"
     )

@@ -45,9 +45,8 @@ def limits(base, tokenizer, edits, device, packing) -> float:
     edited, found = editor(base, tokenizer, "reft"), []
     try:
         for edit in edits:
-            session = open_forward(
-                edited.model, encode_edits(edited.model, edited.tokenizer, [edit]), [0], 0, 3
-            )
+            (rows,) = encode_edits(edited.model, edited.tokenizer, [edit])
+            session = open_forward(edited.model, rows, [0], 0, 3)
             session.losses()
             found.append(bound(products(edited.model, session.losses), device, packing))
     finally:

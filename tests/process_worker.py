@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 import peft_baft_cli as cli
 from facts import ADAPTER, CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals
-from peft_baft import AdapterEditor, BaftEditor, Case, Edit, Journal, Probe, load_model
+from peft_baft import NARROW, AdapterEditor, BaftEditor, Case, Edit, Journal, Probe, load_model
 from peft_baft.adapter.state import adapter_tensors
 from peft_baft.baselines.adapters import AdapterMethod
 from peft_baft.benchmark import plan
@@ -53,7 +53,14 @@ def baft(toy: FactModel, processes: Processes, **config: Any) -> BaftEditor:
     """A BaFT editor whose adapter begins differently in each process."""
     model = adapted(toy.base, processes.rank, **config)
     editor = BaftEditor(
-        model, toy.tokenizer, meals(0, 12), OBJECTIVE, DESCENT, DESCENT, unrelated_per_edit=2
+        model,
+        toy.tokenizer,
+        meals(0, 12),
+        OBJECTIVE,
+        DESCENT,
+        DESCENT,
+        unrelated_per_edit=2,
+        scope=NARROW,
     )
     editor.processes = processes
     return editor

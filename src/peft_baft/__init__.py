@@ -1,6 +1,7 @@
 """BaFT for PEFT: an adapter that changes what a language model knows (arXiv 2503.00306).
 
-Importing this package makes PEFT know the adapter type `BAFT`; it has no other effect.
+Importing this package makes PEFT know the adapter type `BAFT`, and lets `PeftModel` write a card of this package's own for models
+that have such an adapter (`integrations/peft_methods.py`); it has no other effect.
 """
 
 from peft_baft.adapter import BaftConfig, BaftModel, prompt_lengths
@@ -16,14 +17,19 @@ from peft_baft.editing.continual import EditRecord, edit_continually
 from peft_baft.editing.editor import Editor, EditResult
 from peft_baft.editing.journal import Journal
 from peft_baft.editing.presets import PRESETS, Preset
+from peft_baft.editing.scope import NARROW, Scope
 from peft_baft.editing.train import DescentConfig
 from peft_baft.evaluation.guard import canary_check
+from peft_baft.integrations.hub import push
+from peft_baft.integrations.peft_methods import install
 from peft_baft.loading import load_model
 
 __version__ = "0.1.0"
+install()
 
 __all__ = [
     "GENERAL",
+    "NARROW",
     "PRESETS",
     "AdapterEditor",
     "BaftConfig",
@@ -41,12 +47,14 @@ __all__ = [
     "Objective",
     "Preset",
     "Probe",
+    "Scope",
     "Unrelated",
     "canary_check",
     "check",
     "edit_continually",
     "load_model",
     "prompt_lengths",
+    "push",
     "read_cases",
     "read_unrelated",
     "rolled_back",

@@ -30,12 +30,11 @@ SCHEDULES = ("single", "continual", "batched")
 FORMS = ("auto", "raw", "chat", "both")  # of prompts
 ONE_FORM = ("raw", "chat")
 ASKED_FORMS = ("auto", "raw", "chat")
+REPORT_FORMS = ("raw", "chat", "both")
 WHEN = ("after_all", "immediate")
 SPLITS = ("blocks", "facts")
 
-ASKED_FORM = (
-    "form of the prompts; take that of `baft edit`. auto is the chat template where there is one"
-)
+ASKED_FORM = "form of the prompts: raw text, the chat template, or auto: the form in which the adapter was taught"
 MODEL_NAME = "Hub id, local folder, GGUF file, or smollm2"
 TORCHRUN = "start them with torchrun --nproc_per_node N -m peft_baft_cli ..."
 
@@ -113,9 +112,10 @@ class EditCommand(TrainingOptions, ModelOptions):
         str,
         choice(
             FORMS,
-            "form in which facts are taught: raw text, the chat template, both, or auto: chat where there is a template",
+            "form in which facts are taught: raw text, the chat template, both, or auto: that of the continued adapter, else "
+            "the chat template where there is one",
         ),
-    ] = "raw"
+    ] = "auto"
     seed: Annotated[
         int, whole_number("of a new adapter's first weights", least=0, most=LARGEST_SEED)
     ] = 0
@@ -160,7 +160,7 @@ class AskCommand(ModelOptions):
     adapter: Annotated[str, text("ADAPTER", "the adapter: folder or Hub id")]
     adapter_revision: AdapterRevision = None
     max_new_tokens: Annotated[int, whole_number("length of an answer")] = 16
-    template: Annotated[str, choice(ASKED_FORMS, ASKED_FORM)] = "raw"
+    template: Annotated[str, choice(ASKED_FORMS, ASKED_FORM)] = "auto"
     show_sent: Annotated[
         bool, flag("--show-sent", "print the text that the model gets, template included")
     ] = False
@@ -170,6 +170,21 @@ class AskCommand(ModelOptions):
         from peft_baft_cli.work.ask import ask
 
         return ask(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatCommand(ModelOptions):
+    """Talk to an edited chat model; /unedited answers the last question without the edits, /again forgets, /quit ends."""
+
+    adapter: Annotated[str, text("ADAPTER", "the adapter: folder or Hub id")]
+    adapter_revision: AdapterRevision = None
+    system: Annotated[str | None, text("TEXT", "the system prompt of the conversation")] = None
+    max_new_tokens: Annotated[int, whole_number("length of an answer")] = 64
+
+    def run(self) -> int:
+        from peft_baft_cli.work.chat import chat
+
+        return chat(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +241,10 @@ class BenchCommand(TrainingOptions, ModelOptions):
     ] = None
     batch_size: Annotated[int, whole_number("facts of a batch, with --schedule batched")] = 1
     when: Annotated[str, choice(WHEN, "ask after all T edits, or right after each")] = "after_all"
+    preset: Annotated[
+        str,
+        text("NAME", "settings that `baft list` shows; plain is the paper's protocol", TRAINING),
+    ] = "plain"
     rows: Annotated[
         str | None, text("A:B", "rows of the data from 0, B excluded; by default all")
     ] = None
@@ -288,6 +307,7 @@ class InspectCommand(ModelOptions):
     adapter: Annotated[str, text("ADAPTER", "a BaFT adapter: folder or Hub id")]
     adapter_revision: AdapterRevision = None
     max_new_tokens: Annotated[int, whole_number("length of the answer")] = 12
+    template: Annotated[str, choice(ASKED_FORMS, ASKED_FORM)] = "auto"
     output: Annotated[
         Path | None,
         text("FILE", "the HTML page; the PNG goes beside it. By default inspect/PROMPT.html"),
@@ -297,6 +317,81 @@ class InspectCommand(ModelOptions):
         from peft_baft_cli.work.inspect import inspect
 
         return inspect(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportCommand(ModelOptions):
+    """Make a page of an adapter's facts, before and after, and of what moved beside them."""
+
+    adapter: Annotated[str, Argument(metavar="DIR", help="folder of the adapter and its journal")]
+    edits: Annotated[
+        Path | None,
+        text("FILE", "edit file of the facts: their subjects, rephrasings and unrelated questions"),
+    ] = None
+    template: Annotated[
+        str | None,
+        choice(
+            REPORT_FORMS,
+            "form in which everything is asked; by default both where there is a chat template",
+        ),
+    ] = None
+    limit: Annotated[
+        int,
+        whole_number("ask about so many facts at most, evenly chosen; the page counts the others"),
+    ] = 50
+    neighbours: Annotated[
+        int, whole_number("other subjects in each fact's place; 0 asks none", least=0)
+    ] = 4
+    output: Annotated[
+        Path | None, text("FILE", "the HTML page; by default report.html in the adapter's folder")
+    ] = None
+    json: Json = False
+
+    @property
+    def adapter_revision(self) -> None:
+        """None: the adapter is a folder here."""
+        return None
+
+    def run(self) -> int:
+        from peft_baft_cli.work.report import report
+
+        return report(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushCommand:
+    """Upload an adapter with its journal and a card to the Hugging Face Hub, all at once or not at all."""
+
+    folder: Annotated[Path, Argument(metavar="DIR", help="folder of the adapter")]
+    repository: Annotated[
+        str, Argument(metavar="USER/REPO", help="its name on the Hub; made where there is none")
+    ]
+    private: Annotated[bool, flag("--private", "make a new repository a private one")] = False
+    no_facts: Annotated[
+        bool, flag("--no-facts", "leave out what tells the facts: journal, reports, pictures")
+    ] = False
+    revision: Annotated[
+        str | None, text("BRANCH", "branch to upload to, made where there is none; by default main")
+    ] = None
+    base_model: Annotated[
+        str | None,
+        text(
+            "USER/REPO",
+            "the model on the Hub that the adapter is for; needed where it was made for a local file",
+        ),
+    ] = None
+    base_revision: Annotated[
+        str | None, text("REV", "branch, tag or commit of that model; by default as edited")
+    ] = None
+    results: Annotated[
+        Path | None,
+        text("FILE", "result lines of `baft bench --adapter DIR`, whose scores the card shows"),
+    ] = None
+
+    def run(self) -> int:
+        from peft_baft_cli.work.push import push
+
+        return push(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,11 +417,14 @@ class CheckCommand(ModelOptions):
 COMMANDS: dict[str, type[Command]] = {
     "edit": EditCommand,
     "ask": AskCommand,
+    "chat": ChatCommand,
     "log": LogCommand,
     "rollback": RollbackCommand,
     "bench": BenchCommand,
     "list": ListCommand,
     "plot": PlotCommand,
     "inspect": InspectCommand,
+    "report": ReportCommand,
+    "push": PushCommand,
     "check": CheckCommand,
 }

@@ -200,9 +200,9 @@ def test_what_baft_cannot_do_is_said_and_not_asked_of_the_base_model(tokens) -> 
     before = logits(model, tokens)
     with pytest.raises(
         NotImplementedError,
-        match=r"cannot be combined into one by weights.*make them active at once",
+        match=r"combined with combination_type='cat' alone.*when they are active together",
     ):
-        model.add_weighted_adapter(["default"], [0.5], "mean")
+        model.add_weighted_adapter(["default"], [0.5], "mean", "linear")
     with pytest.raises(NotImplementedError, match="cannot be merged"):
         model.unmerge_adapter()
     for name in ("update_and_allocate", "subtract_mutated_init"):  # of AdaLoRA and of LoRA

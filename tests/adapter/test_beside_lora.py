@@ -26,7 +26,7 @@ import facts
 from adapters import config, logits
 from conftest import make_model, randomise
 from facts import ADAPTER, DESCENT, FactModel, edits
-from peft_baft import AdapterEditor, BaftConfig, BaftEditor
+from peft_baft import NARROW, AdapterEditor, BaftConfig, BaftEditor
 from peft_baft.adapter import baft_layers
 from peft_baft.adapter.state import adapter_tensors, without_adapters
 
@@ -115,7 +115,7 @@ def test_an_edit_beside_a_lora_is_learned_saved_and_taken_off_and_the_lora_stays
         base, BaftConfig(task_type="CAUSAL_LM", **ADAPTER), adapter_name=name
     ).eval()
     assert torch.equal(logits(model, ids), before) and same_lora(lora, lora_state(base))
-    editor = BaftEditor(model, fact_model.tokenizer, descent=DESCENT)
+    editor = BaftEditor(model, fact_model.tokenizer, descent=DESCENT, scope=NARROW)
     assert {id(t) for t in adapter_tensors(model)} == {
         id(t) for layer in baft_layers(model) for t in (*layer.parameters(), *layer.buffers())
     }
@@ -237,7 +237,7 @@ def test_a_lora_that_is_injected_after_an_edit_is_left_alone_too(
     base = deepcopy(fact_model.base)
     ids = fact_model.tokenizer(edits(0)[0].prompt, return_tensors="pt")["input_ids"]
     model = get_peft_model(base, BaftConfig(task_type="CAUSAL_LM", **ADAPTER)).eval()
-    editor = BaftEditor(model, fact_model.tokenizer, descent=DESCENT)
+    editor = BaftEditor(model, fact_model.tokenizer, descent=DESCENT, scope=NARROW)
     assert editor.edit(edits(0)).learned
     injected(base, name)
     strengthen(base)

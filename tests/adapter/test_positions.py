@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import peft_baft
 from adapters import intervene
 from conftest import ARCHITECTURES, VOCABULARY, cache_of, make_model, randomise, with_cache
-from peft_baft import BaftConfig
+from peft_baft import BaftConfig, prompt_lengths
 from peft_baft.adapter import baft_layers, find_context
 from peft_baft.adapter.context import EditContext
 from peft_baft.intervention import gates, orthonormal_rows, rms_normalise
@@ -364,13 +364,34 @@ def test_training_without_labels_or_lengths_is_warned_of_once(
         model(input_ids=ids, prompt_lengths=[3])
         with torch.no_grad():
             model(input_ids=ids)
-        model.eval()(input_ids=ids)
+        model.eval()(input_ids=ids, logits_to_keep=1)
         assert not caplog.records  # the controls
         for _ in range(2):
             model.train()(input_ids=ids)
     assert [r.name for r in caplog.records] == [
         "peft_baft.adapter.context"
     ] and "prompt_lengths" in caplog.text
+
+
+def test_whoever_may_read_logits_inside_a_text_is_warned_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, ids = adapted(), torch.tensor([draw(6)])
+    with caplog.at_level(logging.WARNING, logger="peft_baft"), torch.no_grad():
+        model(input_ids=ids, labels=ids)
+        model(input_ids=ids, prompt_lengths=[3])
+        with prompt_lengths(model, [3]):
+            model(input_ids=ids)
+        model.generate(ids, max_new_tokens=2)
+        cached = model(input_ids=ids, logits_to_keep=1)
+        model(input_ids=ids[:, :2], **with_cache(model, cache_of(cached)))
+        model(input_ids=ids[:, :1])
+        with model.disable_adapter():
+            model(input_ids=ids)
+        assert not caplog.records  # the controls
+        for _ in range(2):
+            model(input_ids=ids)
+    assert len(caplog.records) == 1 and "prompt_lengths=[...]" in caplog.text
 
 
 # A request is put back, and its answer read as a prompt.

@@ -24,7 +24,7 @@ import facts
 import peft_baft
 from conftest import randomise
 from facts import ADAPTER, CAPITALS, DESCENT, OBJECTIVE, FactModel, edits, meals
-from peft_baft import BaftConfig, BaftEditor, Edit, EditResult
+from peft_baft import NARROW, BaftConfig, BaftEditor, Edit, EditResult
 from peft_baft.data.batching import encode
 from peft_baft.editing.acceleration.prefix_cache import CachedPrefix
 from peft_baft.evaluation.scoring import token_match
@@ -97,7 +97,7 @@ def folder(fact_model: FactModel, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def small_editor(model: PeftModel, tokenizer: Any) -> BaftEditor:
-    return BaftEditor(model, tokenizer, meals(0, 4), OBJECTIVE, DESCENT)
+    return BaftEditor(model, tokenizer, meals(0, 4), OBJECTIVE, DESCENT, scope=NARROW)
 
 
 def prove_edit(
@@ -230,7 +230,7 @@ def test_smollm2_in_4_bits_is_edited_in_110_megabytes(
         return model
 
     def editor(model: PeftModel, tokenizer: Any) -> BaftEditor:
-        return BaftEditor(model, tokenizer, peft_baft.GENERAL)
+        return BaftEditor(model, tokenizer, peft_baft.GENERAL, scope=NARROW)
 
     outcome = prove_edit(make, tokenizer, Edit("The capital of France is", "Lyon"), "Paris", editor)
     assert outcome.steps <= 40
@@ -313,7 +313,9 @@ def run_sharded(how: str, device: str, fact_model: FactModel, folder: Path, tmp_
     if device == "cpu":  # elsewhere sums are rounded otherwise, and edits may end a step apart
         torch.manual_seed(0)
         whole = get_peft_model(load(folder, "none"), BaftConfig(task_type="CAUSAL_LM", **ADAPTER))
-        BaftEditor(whole, fact_model.tokenizer, meals(0, 4), OBJECTIVE, DESCENT).edit(edits(0))
+        BaftEditor(whole, fact_model.tokenizer, meals(0, 4), OBJECTIVE, DESCENT, scope=NARROW).edit(
+            edits(0)
+        )
         wanted, found = (get_peft_model_state_dict(model) for model in (whole, edited))
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
     [edit] = edits(0)

@@ -30,6 +30,9 @@ from peft_baft_cli.work.ask import ask
 
 FROZEN = Path(__file__).parent / "format_1"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Settings that came to format 1 later: a folder without them remembers nothing, and no forward depends on them. Where
+# `pack_ranks` is not empty, on which it does, the format is 2.
+ADDED_LATER = {"template", "template_hash", "pack_ranks"}
 PROMPT = [5, 9, 17, 33, 60, 12]
 SETTINGS: dict[str, Any] = {
     "task_type": "CAUSAL_LM",
@@ -88,11 +91,11 @@ def test_a_folder_of_format_1_computes_what_it_computed_when_it_was_saved() -> N
 
 
 def shapes_and_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Names and shapes of a folder's tensors, and those of its settings that are not PEFT's."""
-    of_peft = {field.name for field in fields(PeftConfig)}
+    """Names and shapes of a folder's tensors, and its settings but for PEFT's and those that came later."""
+    left_out = {field.name for field in fields(PeftConfig)} | ADDED_LATER
     settings = json.loads((folder / CONFIG).read_text())
     shapes = {name: tuple(tensor.shape) for name, tensor in load_file(folder / WEIGHTS).items()}
-    return shapes, {name: value for name, value in settings.items() if name not in of_peft}
+    return shapes, {name: value for name, value in settings.items() if name not in left_out}
 
 
 def save_today(folder: Path) -> Path:
@@ -140,7 +143,7 @@ def write_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def to_newer(folder: Path) -> None:
-    write_config(folder, lambda settings: settings.update(baft_format=2, gate_sharpness=1.0))
+    write_config(folder, lambda settings: settings.update(baft_format=3, gate_sharpness=1.0))
 
 
 def to_former(folder: Path) -> None:
@@ -153,7 +156,7 @@ def to_former_tensors(folder: Path) -> None:
 
 
 NEWER = (
-    r"saved by a newer peft_baft \(format 2\); this version reads up to 1: pip install -U peft-baft"
+    r"saved by a newer peft_baft \(format 3\); this version reads up to 2: pip install -U peft-baft"
 )
 FORMER = r"Edit again; or bring it to format 1: in adapter_model.safetensors, rename .*\"baft_format\": 1"
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {

@@ -22,7 +22,7 @@ QUICK = ";lr=0.02;stop_loss=0.02;max_steps=60"
 
 
 def start(name: str, toy: FactModel) -> Editor:
-    settings = method(f"{name}:{QUICK.strip(';')}", PRESETS["default"]).settings
+    settings = method(f"{name}:{QUICK.strip(';')}", PRESETS["plain"]).settings
     return settings.start(toy.base, toy.tokenizer, EditorSetup(facts.meals(0, 12), seed=3))
 
 
@@ -103,7 +103,7 @@ def test_every_method_refuses_a_batch_that_contradicts_itself(toy: FactModel, na
 
 
 def test_settings_of_any_method_are_set_by_name() -> None:
-    settings = method("ft-m:layer=2;lr=0.001", PRESETS["default"], {"max_steps": 7}).settings
+    settings = method("ft-m:layer=2;lr=0.001", PRESETS["plain"], {"max_steps": 7}).settings
     assert isinstance(settings, FineTuning)
     assert (settings.layer, settings.descent.lr, settings.descent.max_steps) == (2, 0.001, 7)
     assert settings.described() == {"layer": 2, "descent": settings.described()["descent"]}
@@ -111,4 +111,4 @@ def test_settings_of_any_method_are_set_by_name() -> None:
         ValueError,
         match=r"ft-m:gamma=1: unknown setting 'gamma'; known are clip_norm, layer, learn_end, lr",
     ):
-        method("ft-m:gamma=1", PRESETS["default"])
+        method("ft-m:gamma=1", PRESETS["plain"])

@@ -525,3 +525,48 @@ def test_a_summary_skips_lines_without_the_value() -> None:
     found = group.summary("baft", 1, score("reliability"))
     assert found is not None and found.mean == mean((0.5, 0.75)) and found.seeds == 2
     assert group.summary("baft", 1, score("fluency")) is None
+
+
+# what is asked further
+
+FRAMES = {"in_context": {"frames": ["quiz"], "sha256": "aa"}}
+NEAR = {"neighbour": {"subject": 4, "relation": 2}}
+FURTHER = {"in_context_contains": 0.9, "in_context_lowest": 0.8, "neighbour_subject_spared": 0.7}
+
+
+def asking_further(scores: dict[str, float], **protocol: Any) -> ResultLine:
+    return line(
+        rel=0.5, seed=int(protocol.pop("seed", 0)), scores=scores, protocol=PROTOCOL | protocol
+    )
+
+
+PROTOCOL: dict[str, Any] = {"template": "raw", "also": []}
+
+
+def test_contexts_and_neighbours_have_columns_where_they_were_asked() -> None:
+    (table,) = tables([asking_further(FURTHER, probes=FRAMES | NEAR)])
+    cells = rows(table)["baft"]
+    assert cells["Ctx contains"] == ".900" and cells["Ctx lowest"] == ".800"
+    assert cells["Nb spared"] == ".700" and "other subjects" in table.note
+    (plain,) = tables([line(rel=0.5)])
+    assert not [name for name in plain.header if name.startswith(("Ctx", "Nb"))]
+    assert "other subjects" not in plain.note
+
+
+def test_a_line_that_asks_nothing_further_stands_beside_one_that_does() -> None:
+    older = line("none", rel=0.5)
+    (table,) = tables([older, asking_further(FURTHER, probes=FRAMES)])
+    assert rows(table)["unedited"]["Ctx contains"] == "–"
+    assert rows(table)["unedited"]["Rel"] == ".500"
+
+
+def test_lines_that_ask_the_same_kind_in_different_ways_are_not_averaged() -> None:
+    other = {"in_context": FRAMES["in_context"] | {"sha256": "bb"}}
+    first = asking_further({"in_context_contains": 0.9}, probes=FRAMES)
+    second = asking_further({"in_context_contains": 0.1}, probes=other, seed=1)
+    apart = tables([first, second])
+    assert [rows(table)["baft"]["Ctx contains"] for table in apart] == [".900", ".100"]
+    # The control: asked alike they are seeds of one row, whatever else only one of them asks.
+    alike = asking_further({"in_context_contains": 0.1}, probes=FRAMES | NEAR, seed=1)
+    (together,) = tables([first, alike])
+    assert rows(together)["baft"]["Ctx contains"] == ".500 ±.566"

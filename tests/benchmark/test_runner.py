@@ -31,8 +31,10 @@ from peft_baft.benchmark.schedule import Schedule
 from peft_baft.data.templates import CHAT, RAW
 from peft_baft.editing.lanes import LaneBatch
 from peft_baft.editing.presets import PRESETS
-from peft_baft.evaluation import asking
+from peft_baft.evaluation import asking, probing
 from peft_baft.evaluation.asking import Unedited, ask, questions_of
+from peft_baft.evaluation.frames import RAW_FRAMES
+from peft_baft.evaluation.probing import Probing
 from peft_baft.storage import append_line
 
 fact_model = facts.fact_model
@@ -148,7 +150,7 @@ def test_a_batch_is_one_edit(bench: Runner) -> None:
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "adalora"])
 def test_every_method_edits(bench: Runner, name: str) -> None:
-    made = method(f"{name}:lr=0.02;stop_loss=0.02;max_steps=60", PRESETS["default"])
+    made = method(f"{name}:lr=0.02;stop_loss=0.02;max_steps=60", PRESETS["plain"])
     short = Runner(bench.base, bench.tokenizer, bench.cases, 0, 2, bench.unrelated)
     assert judged(short, made, Schedule()).scores["reliability"] == 1
 
@@ -195,7 +197,7 @@ def test_a_run_in_the_chat_template_teaches_and_asks_in_it(bench: Runner) -> Non
         "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
     )
     seen: list[str] = []
-    settings = method("baft", PRESETS["default"], {"learn_end": True, "max_steps": 1})
+    settings = method("baft", PRESETS["plain"], {"learn_end": True, "max_steps": 1})
     chat = replace(bench, tokenizer=tokenizer, template=CHAT, first=0, last=1)
     with pytest.MonkeyPatch.context() as patch:
         look = LaneBatch.__init__
@@ -220,7 +222,7 @@ def test_a_run_in_the_chat_template_teaches_and_asks_in_it(bench: Runner) -> Non
 def test_the_unedited_model_is_asked_once(bench: Runner, monkeypatch) -> None:
     known, questions = Unedited(bench.tokenizer), questions_of(0, bench.cases[0])
     known.ask(bench.base, questions)
-    monkeypatch.setattr("peft_baft.evaluation.asking.predicted_tokens", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("peft_baft.evaluation.asking.predicted_in_rows", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         known.ask(bench.base, questions_of(1, bench.cases[1]))
 
@@ -229,11 +231,11 @@ def test_what_several_rows_ask_alike_is_asked_once(bench: Runner, monkeypatch) -
     questions = [question for row in (0, 1, 0) for question in questions_of(row, bench.cases[row])]
     each = [ask(bench.base, bench.tokenizer, [question])[0] for question in questions]
     asked: list[int] = []
-    real = asking.predicted_tokens
+    real = asking.predicted_in_rows
     monkeypatch.setattr(
         asking,
-        "predicted_tokens",
-        lambda m, t, pairs, **more: asked.append(len(pairs)) or real(m, t, pairs, **more),
+        "predicted_in_rows",
+        lambda m, t, rows, **more: asked.append(len(rows)) or real(m, t, rows, **more),
     )
     together = ask(bench.base, bench.tokenizer, questions)
     assert sum(asked) == 6 and [reply.text for reply in together] == [reply.text for reply in each]
@@ -251,13 +253,13 @@ def test_text_that_is_asked_is_not_trained_on(bench: Runner) -> None:
 
 
 def test_settings_find_their_place() -> None:
-    made = method("baft:lr=0.001;r=4;gamma=0.5;gate_norm=none", PRESETS["default"]).settings
+    made = method("baft:lr=0.001;r=4;gamma=0.5;gate_norm=none", PRESETS["plain"]).settings
     assert made.descent.lr == made.batch_descent.lr == 0.001
     assert (
         made.config["r"] == 4 and made.config["gate_norm"] == "none" and made.objective.gamma == 0.5
     )  # type: ignore[union-attr]
     assert made.described()["config"]["weighting"] == "basis"
-    assert [m and m.name for m in methods("none,table4,baft", PRESETS["default"])] == [
+    assert [m and m.name for m in methods("none,table4,baft", PRESETS["plain"])] == [
         None,
         "reft",
         "ss-w",
@@ -278,7 +280,7 @@ def test_settings_find_their_place() -> None:
 )
 def test_an_unknown_method_or_setting_is_named(given: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        methods(given, PRESETS["default"])
+        methods(given, PRESETS["plain"])
 
 
 # result lines
@@ -439,3 +441,94 @@ def test_damaged_progress_says_what_to_do(tmp_path: Path) -> None:
         file.write_bytes(damage)
         with pytest.raises(ValueError, match=r"is damaged .* Delete it"):
             Progress.load(file)
+
+
+# asked further: contexts and neighbours
+
+
+def with_subjects(bench: Runner) -> Runner:
+    """The rows with their countries as subjects, and the capitals that the model knows as old answers."""
+    known = [
+        replace(
+            case,
+            edit=replace(case.edit, subject=facts.COUNTRIES[row]),
+            old_answer=CAPITALS[row].answer,
+        )
+        for row, case in enumerate(bench.cases)
+    ]
+    further = Probing.of_kinds(("in_context", "neighbour"), known, bench.tokenizer)
+    return replace(bench, cases=known, probing=further, last=4)
+
+
+def test_the_unedited_model_spares_its_neighbours_and_says_the_old_answers(bench: Runner) -> None:
+    line = judged(with_subjects(bench), None, Schedule())
+    found = line.scores
+    assert found["neighbour_subject"] == found["neighbour_subject_unchanged"] == 1
+    assert found["neighbour_subject_spared"] == 1
+    assert found["reliability_contains"] == 0
+    kinds = [(probe["kind"], probe["topic"]) for probe in line.cases[0]["probes"]]
+    assert kinds.count(("neighbour", "subject")) == 4
+    assert [topic for kind, topic in kinds if kind == "in_context"] == list(RAW_FRAMES)
+
+
+def test_an_edit_that_moves_its_neighbours_is_seen(bench: Runner) -> None:
+    asked = with_subjects(bench)
+    # Without gates the edit of one country says its new capital of them all.
+    moved = judged(asked, toy_method("reft"), Schedule()).scores
+    assert moved["reliability_contains"] == 1
+    assert moved["neighbour_subject_spared"] < 0.5
+    assert moved["neighbour_subject_unchanged"] < 0.5
+    spared = judged(asked, toy_method("baft"), Schedule()).scores
+    assert spared["reliability_contains"] == 1
+    assert spared["neighbour_subject_spared"] > moved["neighbour_subject_spared"]
+
+
+def test_contexts_are_put_around_the_edit(bench: Runner, monkeypatch) -> None:
+    asked = with_subjects(bench)
+    inside = judged(asked, toy_method("reft"), Schedule()).scores
+    assert inside["in_context_lowest"] <= inside["in_context_contains"] <= 1
+    # The control: frames that are not applied ask for the edit itself.
+    monkeypatch.setattr(probing, "framed", lambda prompt, _, names: dict.fromkeys(names, prompt))
+    bare = judged(asked, toy_method("reft"), Schedule()).scores
+    assert bare["in_context"] == bare["in_context_contains"] == 1
+
+
+def test_further_questions_change_no_score_of_the_others(bench: Runner) -> None:
+    asked = with_subjects(bench)
+    more = judged(asked, toy_method(), Schedule()).scores
+    fewer = judged(replace(asked, probing=None), toy_method(), Schedule()).scores
+    timed = {"edit_seconds"}
+    assert set(fewer) < set(more)
+    assert {name: more[name] for name in set(fewer) - timed} == {
+        name: fewer[name] for name in set(fewer) - timed
+    }
+
+
+def test_side_by_side_and_alone_neighbours_are_judged_alike(bench: Runner) -> None:
+    asked = with_subjects(bench)
+    together, alone = (
+        judged(replace(asked, parallel=count), toy_method(), Schedule()).cases for count in (4, 1)
+    )
+
+    def further(case: dict[str, Any]) -> list[dict[str, Any]]:
+        return [p for p in case["probes"] if p["kind"] in ("in_context", "neighbour")]
+
+    assert [further(case) for case in together] == [further(case) for case in alone]
+    answers = {probe["before"] for case in alone for probe in further(case) if "before" in probe}
+    assert len(answers) > 4  # the control: they are different questions
+
+
+def test_what_a_block_teaches_is_no_neighbour_in_it(bench: Runner) -> None:
+    asked = with_subjects(bench)
+    counts = []
+    for schedule in (Schedule(), Schedule(4)):
+        cases_of_run = judged(asked, toy_method(), schedule).cases
+        near = [p["asked"] for p in cases_of_run[0]["probes"] if p["kind"] == "neighbour"]
+        taught = {asked.cases[row].edit.prompt for row in range(4)}
+        counts.append((len(near), len(taught & set(near))))
+    assert counts == [(4, 3), (1, 0)]
+
+
+def test_questions_in_another_form_than_the_runners_are_refused(bench: Runner) -> None:
+    with pytest.raises(ValueError, match="asks in the form chat, but its probing is for raw"):
+        replace(with_subjects(bench), template=CHAT)

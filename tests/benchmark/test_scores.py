@@ -74,6 +74,62 @@ def test_every_mean_of_a_result_line_on_a_case_worked_by_hand() -> None:
     )
 
 
+def judged(kind: str, topic: str, match: float, **judgements: bool) -> dict[str, Any]:
+    return {"kind": kind, "topic": topic, "match": match, **judgements, "said": ""}
+
+
+def framed(frame: str, match: float, contains: bool) -> dict[str, Any]:
+    return judged("in_context", frame, match, contains=contains, exact=False, prefix=False)
+
+
+def near(what: str, match: float, unchanged: bool, spared: bool) -> dict[str, Any]:
+    return judged("neighbour", what, match, unchanged=unchanged, spared=spared)
+
+
+def test_contexts_and_neighbours_on_a_case_worked_by_hand() -> None:
+    cases = [
+        {
+            "row": 0,
+            "probes": [
+                judged("reliability", "", 1.0, exact=True, prefix=True, contains=True),
+                framed("turn", 1.0, True),
+                framed("system", 0.5, False),
+                near("subject", 1.0, True, True),
+                near("subject", 0.5, False, True),
+                near("relation", 0.0, False, False),
+            ],
+        },
+        {
+            "row": 1,
+            "probes": [
+                judged("reliability", "", 0.0, exact=False, prefix=False, contains=False),
+                framed("turn", 1.0, True),
+                framed("system", 1.0, True),
+                near("subject", 0.25, False, False),
+            ],
+        },
+    ]
+    found = scores(cases, ("reliability",))
+    assert found == pytest.approx(
+        {
+            "reliability": 0.5,
+            "reliability_exact": 0.5,
+            "reliability_prefix": 0.5,
+            "reliability_contains": 0.5,
+            "in_context": (0.75 + 1.0) / 2,
+            "in_context_contains": (0.5 + 1.0) / 2,
+            "in_context_lowest": 0.5,  # with a system prompt; after another turn it is 1
+            "neighbour_subject": (0.75 + 0.25) / 2,
+            "neighbour_subject_unchanged": (0.5 + 0.0) / 2,
+            "neighbour_subject_spared": (1.0 + 0.0) / 2,
+            "neighbour_relation": 0.0,  # the second row has none
+            "neighbour_relation_unchanged": 0.0,
+            "neighbour_relation_spared": 0.0,
+            "average": 0.5,
+        }
+    )
+
+
 def test_the_average_is_over_the_measures_that_were_asked() -> None:
     assert scores(CASES[1:], ("reliability", "locality"))["average"] == pytest.approx(0.5)
     assert "generality" not in scores(CASES, ("reliability",))

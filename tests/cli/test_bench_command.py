@@ -13,6 +13,7 @@ import peft_baft_cli as cli
 from facts import CAPITALS, MEALS, FactModel
 from peft_baft.benchmark.results import read_results
 from peft_baft.evaluation import asking
+from peft_baft.evaluation.frames import RAW_FRAMES
 
 fact_model = facts.fact_model
 TRAINING = ["--lr", "0.02", "--max-steps", "40", "--unrelated", "none"]
@@ -28,6 +29,7 @@ def folder(fact_model: FactModel, tmp_path_factory: pytest.TempPathFactory) -> P
             record: dict[str, Any] = {
                 "prompt": old.prompt,
                 "target": CAPITALS[n + 8].answer,
+                "subject": facts.COUNTRIES[n],
                 "rephrase": [old.rephrase],
             }
             record["unrelated"] = [{"prompt": food.prompt, "answer": food.answer}]
@@ -88,7 +90,7 @@ def test_a_benchmark_gives_lines_a_table_and_figures_and_is_not_repeated(
     table = capsys.readouterr().out
     assert "baft" in table and "reft" in table
     # Nothing is asked again.
-    monkeypatch.setattr(asking, "predicted_tokens", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(asking, "predicted_in_rows", lambda *_, **__: 1 / 0)
     assert bench(folder, output, *more) == 0
     assert read_results([output]) == lines
     capsys.readouterr()
@@ -120,7 +122,7 @@ def test_an_adapter_is_judged_on_the_model_that_it_names(
         (["--batch-size", "3"], "belongs to --schedule batched"),
         (["--method", "rome"], "Unknown method 'rome'"),
         (["--seeds", "0"], "--seeds"),
-        (["--preset", "gpt"], "Unknown preset 'gpt'; known are default, llama-2-7b"),
+        (["--preset", "gpt"], "Unknown preset 'gpt'; known are default, plain, llama-2-7b"),
         (["--also", "fluency,speed"], "Unknown metric 'speed'; known are fluency"),
     ],
 )
@@ -130,6 +132,60 @@ def test_bad_arguments_are_named_before_a_model_is_loaded(
     monkeypatch.setattr("peft_baft_cli.work.common.load_model", lambda *_, **__: 1 / 0)
     assert bench(folder, tmp_path / "r.jsonl", *more) == 2
     assert complaint in capsys.readouterr().err and not (tmp_path / "r.jsonl").exists()
+
+
+def test_contexts_and_neighbours_are_asked_where_they_are_wanted(
+    folder: Path, tmp_path: Path, capsys
+) -> None:
+    output = tmp_path / "r.jsonl"
+    wanted = ["--method", "none,baft", "--also", "in_context,neighbour", "--rows", "0:2", *TRAINING]
+    assert bench(folder, output, *wanted) == 0
+    lines = read_results([output])
+    for line in lines:
+        assert "not the old one" in line.protocol["free_rule"]["contains"]
+        assert line.protocol["probes"]["in_context"]["frames"] == list(RAW_FRAMES)
+        assert line.protocol["probes"]["neighbour"] == {"subject": 4, "relation": 2}
+    unedited, edited = (line.scores for line in lines)
+    assert unedited["neighbour_subject"] == 1 and unedited["in_context_contains"] < 1
+    assert edited["reliability_contains"] == 1 and "in_context_lowest" in edited
+    table = capsys.readouterr().out
+    assert "Ctx lowest" in table and "Nb spared" in table and "Rel contains" in table
+    assert bench(folder, output, *wanted) == 0
+    assert read_results([output]) == lines  # a run that is there is not made again
+    # The control: without them nothing of it is asked, and the runs are others.
+    capsys.readouterr()
+    assert bench(folder, output, "--method", "none", "--rows", "0:2", *TRAINING) == 0
+    bare = read_results([output])[-1]
+    assert not {"free_rule", "probes"} & bare.protocol.keys() and bare.key != lines[0].key
+    assert {probe["kind"] for probe in bare.cases[0]["probes"]} == {
+        "reliability",
+        "generality",
+        "locality",
+    }
+    assert "Ctx" not in capsys.readouterr().out
+
+
+def test_what_cannot_be_asked_is_named_before_a_model_is_loaded(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("peft_baft_cli.work.common.load_model", lambda *_, **__: 1 / 0)
+    (tmp_path / "facts.jsonl").write_text('{"prompt": "It rains in", "target": "May"}\n')
+    (tmp_path / "piqa.jsonl").write_text('{"goal": "a", "sol1": "b", "sol2": "c"}\n')
+    (tmp_path / "piqa-labels.lst").write_text("0\n")
+    for name, file, complaint in (
+        ("facts", "facts.jsonl", "no record of the data names one"),
+        ("piqa", "piqa.jsonl", "--also neighbour asks about edits, and piqa edits nothing"),
+    ):
+        more = [
+            "--model",
+            str(tmp_path),
+            "--also",
+            "neighbour",
+            "--output",
+            str(tmp_path / "r.jsonl"),
+        ]
+        assert cli.main(["bench", name, "--data", str(tmp_path / file), *more]) == 2
+        assert complaint in capsys.readouterr().err
 
 
 def test_an_unknown_benchmark_is_refused_with_the_known_ones(

@@ -25,7 +25,7 @@ from peft_baft.benchmark.results import read_results
 from peft_baft.editing.journal import LINES
 
 fact_model = facts.fact_model
-TRAINING = ["--lr", "0.02", "--unrelated", "none"]
+TRAINING = ["--preset", "plain", "--lr", "0.02", "--unrelated", "none"]
 
 
 @pytest.fixture(scope="module")

@@ -142,6 +142,7 @@ def test_knowedit_asks_the_first_alias_of_the_first_answer_under_the_files_topic
             Probe("locality", "The river of Arvia is", "Dora", "Relation_Specificity"),
             Probe("locality", "Arvia was founded in", "1204", "Relation_Specificity"),
         ),
+        old_answer="Lumen",
     )
 
 
@@ -184,6 +185,7 @@ def test_counterfact_as_rome_wrote_it_asks_neighbours_for_the_old_target(tmp_pat
             Probe("locality", "Bo Berg speaks", "Dutch"),
             Probe("locality", "The mother tongue of Cy Dahl is", "Dutch"),
         ),
+        old_answer="Dutch",
     )
 
 
@@ -199,6 +201,43 @@ def test_counterfact_is_read_flat_too(tmp_path: Path) -> None:
     assert read_one(tmp_path, "counterfact", bare) == Case(
         Edit("The mother tongue of Ann Lee is", "Arvian")
     )
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "record", "old"),
+    [
+        ("zsre", {**ZSRE, "answers": [" Carabidae ", "Be"], "pred": "Ce"}, "Carabidae"),
+        ("zsre", {**ZSRE, "pred": "Ce"}, None),  # what another model said is not what is replaced
+        ("zsre", {**ZSRE, "answers": []}, None),
+        ("knowedit_zsre", {**WIKI, "ground_truth": [["Lumen", "Lum"]]}, "Lumen"),
+        ("wiki_recent", {k: v for k, v in WIKI.items() if k != "ground_truth"}, None),
+        ("wiki_counterfact", {**WIKI, "ground_truth": 1204}, "1204"),
+        ("counterfact", {**FLAT, "ground_truth": "Dutch"}, "Dutch"),
+        ("counterfact", {**ROME, "neighborhood_prompts": []}, "Dutch"),
+        ("counterfact", FLAT, None),
+        ("wikibio", WIKIBIO, None),
+    ],
+)
+def test_the_old_answer_is_the_first_alias_of_the_one_that_the_record_names(
+    tmp_path: Path, benchmark: str, record: Any, old: str | None
+) -> None:
+    assert read_one(tmp_path, benchmark, record).old_answer == old
+
+
+def test_every_format_names_the_subject_as_it_stands_in_the_prompt(tmp_path: Path) -> None:
+    records = {"zsre": {**ZSRE, "subject": "Lepid"}, "counterfact": FLAT}
+    subjects = {
+        name: read_one(tmp_path, name, record).edit.subject
+        for name, record in (GOOD | records).items()
+        if name != "facts"
+    }
+    assert subjects == {
+        "zsre": "Lepid",
+        **dict.fromkeys(["wiki_recent", "wiki_counterfact", "knowedit_zsre"], "Arvia"),
+        "wikibio": "ann lee",
+        "convsent": "Arvia",
+        "counterfact": "Ann Lee",
+    }
 
 
 def test_convsent_teaches_the_sides_in_turn_and_asks_all_questions(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, 
 import facts
 from facts import CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals, questions
 from peft_baft import (
+    NARROW,
     AdapterEditor,
     BaftConfig,
     BaftEditor,
@@ -48,7 +49,7 @@ def editor_of(
         "batch_descent": DESCENT,
         "unrelated_per_edit": 4,
     }
-    return BaftEditor(model, facts.trained().tokenizer, texts, **(settings | given))
+    return BaftEditor(model, facts.trained().tokenizer, texts, **(settings | given), scope=NARROW)
 
 
 @pytest.fixture
@@ -496,7 +497,7 @@ def test_editors_refuse_what_they_cannot_edit(lora, fact_model: FactModel) -> No
     with pytest.raises(TypeError, match=r"takes a PeftModel, .* not LlamaForCausalLM"):
         AdapterEditor(fact_model.base, fact_model.tokenizer)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not a BaFT adapter"):
-        BaftEditor(model, fact_model.tokenizer)
+        BaftEditor(model, fact_model.tokenizer, scope=NARROW)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import facts
 from facts import DESCENT, OBJECTIVE, FactModel, adapted, edits, meals
-from peft_baft import BaftEditor, DescentConfig, Edit
+from peft_baft import NARROW, BaftEditor, DescentConfig, Edit
 from peft_baft.adapter.state import adapter_state_dict
 from peft_baft.editing.continual import EditRecord, edit_continually
 from peft_baft.editing.journal import LINES, SNAPSHOTS, Journal
@@ -30,7 +30,12 @@ DAMAGED = "a damaged line or snapshot of a journal"
 
 def editor_of(fact_model: FactModel, **config: Any) -> BaftEditor:
     return BaftEditor(
-        adapted(fact_model.base, **config), fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT
+        adapted(fact_model.base, **config),
+        fact_model.tokenizer,
+        meals(0, 12),
+        OBJECTIVE,
+        DESCENT,
+        scope=NARROW,
     )
 
 
@@ -280,7 +285,12 @@ def test_canaries_notice_what_an_edit_changed(fact_model: FactModel) -> None:
     check = canary_check(model, fact_model.tokenizer, 0.9, meals(0, 12))
     assert check() is None
     BaftEditor(
-        model, fact_model.tokenizer, (), OBJECTIVE, DescentConfig(lr=0.05, stop_loss=0.0)
+        model,
+        fact_model.tokenizer,
+        (),
+        OBJECTIVE,
+        DescentConfig(lr=0.05, stop_loss=0.0),
+        scope=NARROW,
     ).edit(FACTS[:1])
     assert "agree with the unedited model in 0." in check()
     with pytest.raises(ValueError, match="needs canaries"):
@@ -300,7 +310,7 @@ def many_edits(fact_model: FactModel, folder: Path, count: int) -> None:
     ]
     quick = DescentConfig(lr=1e-3, max_steps=1)
     editor = BaftEditor(
-        adapted(fact_model.base), fact_model.tokenizer, meals(0, 12), OBJECTIVE, quick
+        adapted(fact_model.base), fact_model.tokenizer, meals(0, 12), OBJECTIVE, quick, scope=NARROW
     )
     for _ in edit_continually(editor, facts_of, journal=Journal(folder, 3), resume=True):
         pass
@@ -369,7 +379,7 @@ def test_a_thousand_edits_need_no_more_memory_than_a_hundred(
 ) -> None:
     quick = DescentConfig(lr=1e-3, max_steps=1)
     editor = BaftEditor(
-        adapted(fact_model.base), fact_model.tokenizer, meals(0, 12), OBJECTIVE, quick
+        adapted(fact_model.base), fact_model.tokenizer, meals(0, 12), OBJECTIVE, quick, scope=NARROW
     )
     facts_of = [
         Edit(f"{CAPITALS[i % 24].prompt} {'now ' * (i % 5)}", CAPITALS[i % 7].answer)

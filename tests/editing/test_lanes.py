@@ -10,7 +10,7 @@ from peft import PeftModel
 
 import facts
 from facts import DESCENT, OBJECTIVE, FactModel, adapted, edits, meals
-from peft_baft import BaftEditor, DescentConfig, Edit, rolled_back
+from peft_baft import NARROW, BaftEditor, DescentConfig, Edit, rolled_back
 from peft_baft.adapter import baft_layers
 from peft_baft.editing.acceleration import prefix_cache
 from peft_baft.evaluation.scoring import token_match
@@ -22,7 +22,7 @@ FACTS = edits(0, 3, 7, 11, 5)
 @pytest.fixture(params=["basis", "none", "subspace"])
 def editor(request: pytest.FixtureRequest, fact_model: FactModel) -> Iterator[BaftEditor]:
     model = adapted(fact_model.base, weighting=request.param)
-    editor = BaftEditor(model, fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT)
+    editor = BaftEditor(model, fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT, scope=NARROW)
     editor.edit(edits(9))  # with a history
     yield editor
 
@@ -77,7 +77,7 @@ def test_each_adapter_is_what_its_edit_gives_alone(
 
 def test_lanes_share_forwards(fact_model: FactModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(fact_model.base)
-    editor = BaftEditor(model, fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT)
+    editor = BaftEditor(model, fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT, scope=NARROW)
     rows: list[int] = []
     real = prefix_cache.CachedPrefix.losses
 
@@ -96,7 +96,7 @@ def test_lanes_share_forwards(fact_model: FactModel, monkeypatch: pytest.MonkeyP
 def test_a_lane_that_breaks_leaves_no_adapter_behind(fact_model: FactModel) -> None:
     model = adapted(fact_model.base)
     diverging = DescentConfig(lr=1e30, max_steps=5, stop_loss=0.0)
-    editor = BaftEditor(model, fact_model.tokenizer, (), OBJECTIVE, diverging)
+    editor = BaftEditor(model, fact_model.tokenizer, (), OBJECTIVE, diverging, scope=NARROW)
     before = state(model, "default")
     with pytest.raises(FloatingPointError):
         list(editor.edit_each(FACTS))
@@ -106,7 +106,7 @@ def test_a_lane_that_breaks_leaves_no_adapter_behind(fact_model: FactModel) -> N
 
 def test_bad_edits_are_named_before_any_is_made(fact_model: FactModel) -> None:
     model = adapted(fact_model.base)
-    editor = BaftEditor(model, fact_model.tokenizer, (), OBJECTIVE, DESCENT)
+    editor = BaftEditor(model, fact_model.tokenizer, (), OBJECTIVE, DESCENT, scope=NARROW)
     with pytest.raises(ValueError, match="reads at most"):
         editor.edit_each([*FACTS, Edit("the " * 40, "Kasgrad")])
     with pytest.raises(ValueError, match="at least 1"):

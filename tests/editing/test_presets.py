@@ -8,7 +8,16 @@ import pytest
 
 import facts
 from facts import FactModel, adapted
-from peft_baft import PRESETS, AdapterEditor, BaftEditor, DescentConfig, Objective
+from peft_baft import (
+    NARROW,
+    PRESETS,
+    AdapterEditor,
+    BaftEditor,
+    DescentConfig,
+    Objective,
+    Preset,
+    Scope,
+)
 
 fact_model = facts.fact_model
 
@@ -49,18 +58,37 @@ def test_the_defaults_of_the_descent() -> None:
     assert asdict(DescentConfig()) == expected
 
 
+def test_the_plain_preset_trains_as_the_paper() -> None:
+    preset = PRESETS["plain"]
+    assert preset == Preset(
+        config={},
+        objective=Objective(),
+        descent=DescentConfig(),
+        batch_descent=DescentConfig(max_steps=70),
+        scope=NARROW,
+    )
+
+
 def test_the_default_preset() -> None:
     preset = PRESETS["default"]
-    assert (
-        preset.config == {}
-        and preset.objective == Objective()
-        and preset.descent == DescentConfig()
+    assert preset.config == {}
+    assert preset.objective == Objective()
+    assert preset.descent == DescentConfig(lr=8e-3, max_steps=60, learn_end=True)
+    assert preset.batch_descent == DescentConfig(lr=8e-3, max_steps=70, learn_end=True)
+    assert preset.scope == Scope(
+        contexts=6,
+        wordings=2,
+        subjects=20,
+        questions=4,
+        answer_tokens=8,
+        weight=1e3,
+        weight_in_text=300.0,
+        bound=0.05,
     )
-    assert preset.batch_descent == DescentConfig(max_steps=70)
 
 
 def test_the_papers_models_are_all_there() -> None:
-    assert set(PRESETS) == {"default", *TABLE_5}
+    assert set(PRESETS) == {"default", "plain", *TABLE_5}
 
 
 @pytest.mark.parametrize("name", TABLE_5)
@@ -69,6 +97,7 @@ def test_the_papers_presets(name: str) -> None:
     assert (preset.objective.alpha, preset.objective.beta, preset.objective.gamma) == TABLE_5[name]
     # And nothing else differs from the defaults.
     assert preset.objective == Objective(*TABLE_5[name])
+    assert preset.scope == NARROW
     assert preset.config == {"r": 12, "prompt_positions": 3, "layers_to_transform": [8, 17, 23, 27]}
     assert asdict(preset.descent) == asdict(DescentConfig(lr=5e-4, max_steps=40, stop_loss=0.01))
     assert asdict(preset.batch_descent) == asdict(
@@ -76,11 +105,14 @@ def test_the_papers_presets(name: str) -> None:
     )
 
 
-def test_an_editor_takes_these_for_one_fact_and_for_a_batch(fact_model: FactModel) -> None:
+def test_a_baft_editor_takes_the_default_preset_and_any_other_method_the_plain_one(
+    fact_model: FactModel,
+) -> None:
     model = adapted(fact_model.base)
-    for editor in (
-        AdapterEditor(model, fact_model.tokenizer),
-        BaftEditor(model, fact_model.tokenizer),
-    ):
-        assert editor.descent == DescentConfig(max_steps=40)
-        assert editor.batch_descent == DescentConfig(max_steps=70)
+    plain = AdapterEditor(model, fact_model.tokenizer)
+    assert plain.descent == DescentConfig(max_steps=40)
+    assert plain.batch_descent == DescentConfig(max_steps=70)
+    assert plain.scope == NARROW
+    editor, preset = BaftEditor(model, fact_model.tokenizer), PRESETS["default"]
+    assert (editor.objective, editor.scope) == (preset.objective, preset.scope)
+    assert (editor.descent, editor.batch_descent) == (preset.descent, preset.batch_descent)

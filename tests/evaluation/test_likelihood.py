@@ -19,7 +19,7 @@ from peft_baft.benchmark.metrics import METRICS, piqa_cases
 from peft_baft.benchmark.scores import scores
 from peft_baft.data.batching import encode
 from peft_baft.data.formats import ConvSentCase, PiqaItem
-from peft_baft.data.templates import RAW, Template
+from peft_baft.data.templates import CHAT, RAW, Template
 from peft_baft.evaluation import piqa, sentiment
 from peft_baft.evaluation.likelihood import log_probabilities
 from peft_baft.evaluation.piqa import right_choices
@@ -109,7 +109,7 @@ def said(values: dict[str, list[float]]) -> Any:
     """A stand-in for `log_probabilities`: the solution's tokens after the goal, or after the question."""
 
     def log_probabilities(
-        _model: Any, _tokenizer: Any, pairs: list[tuple[str, str]]
+        _model: Any, _tokenizer: Any, pairs: list[tuple[str, str]], **_: Any
     ) -> list[torch.Tensor]:
         return [
             torch.tensor(values[("Q: " if prompt.startswith("Question:") else "") + text])
@@ -178,13 +178,20 @@ def test_a_model_that_knows_the_capital_chooses_it_and_an_edit_is_felt(
 
 def test_the_question_is_asked_as_in_the_evaluation_harness(monkeypatch) -> None:
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(
-        piqa, "log_probabilities", lambda _m, _t, pairs: asked.extend(pairs) or [torch.zeros(1)] * 4
-    )
+    forms: list[Any] = []
+
+    def remembered(_m: Any, _t: Any, pairs: Any, *, template: Any) -> list[torch.Tensor]:
+        asked.extend(pairs)
+        forms.append(template)
+        return [torch.zeros(1)] * 4
+
+    monkeypatch.setattr(piqa, "log_probabilities", remembered)
     right_choices(None, None, PiqaItem("Open {it}", "a", "b", 0))
     assert [prompt for prompt, _ in asked] == ["Open {it}"] * 2 + [
         "Question: Open {it}\nAnswer:"
     ] * 2
+    piqa_cases(None, None, [PiqaItem("Open {it}", "a", "b", 0)], [0], template=CHAT)
+    assert forms == [RAW, CHAT]
 
 
 # ConvSent

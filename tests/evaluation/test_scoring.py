@@ -14,11 +14,12 @@ from transformers import LlamaForCausalLM
 
 import facts
 from facts import CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals, questions
-from peft_baft import BaftEditor
+from peft_baft import NARROW, BaftEditor
 from peft_baft.data.batching import encode
 from peft_baft.data.templates import CHAT
 from peft_baft.evaluation.scoring import (
     agreement,
+    contains_new_not_old,
     exact_match,
     free_answers,
     greedy_answers,
@@ -35,7 +36,9 @@ ALL = questions([*CAPITALS, *MEALS])
 def edited(fact_model: FactModel) -> PeftModel:
     """The fact model with one fact edited."""
     model = adapted(fact_model.base)
-    BaftEditor(model, fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT).edit(edits(0))
+    BaftEditor(model, fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT, scope=NARROW).edit(
+        edits(0)
+    )
     return model
 
 
@@ -251,6 +254,37 @@ def test_exact_and_prefix_match_on_hand_worked_answers(
 ) -> None:
     assert exact_match(said, wanted) is exact
     assert prefix_match(said, wanted) is prefix
+
+
+@pytest.mark.parametrize(
+    ("said", "new", "old", "right"),
+    [
+        ("Lyon", "Lyon", "Paris", True),
+        ("Lyon, France, is the capital.", "Lyon", "Paris", True),
+        ("The capital of France is LYON", "Lyon", None, True),
+        ("It is Paris, not Lyon.", "Lyon", "Paris", False),  # both
+        ("Paris", "Lyon", "Paris", False),
+        ("Lyons", "Lyon", None, False),  # another word
+        ("", "Lyon", None, False),
+        ("the New\n York City", "New York", "York", True),  # the new one holds the old one
+        ("York", "New York", "York", False),
+        ("a Mahan-class destroyer", "destroyer", "Mahan-class destroyer", False),
+        ("a destroyer", "destroyer", "Mahan-class destroyer", True),
+        ("She was female.", "female", "male", True),  # words are compared, not letters
+        ("New, or old York", "New York", None, False),  # words next to each other
+        ("It is the U.S. Senate", "u s senate", None, True),
+        ("a “Lyon” – or so", "Lyon", None, True),
+        ("首都是北京。", "北京", "南京", True),  # no spaces between words
+        ("首都是南京,北京", "北京", "南京", False),
+        ("! ?", "?", None, True),
+        ("?", "?", None, True),
+        ("!", "?", None, False),
+    ],
+)
+def test_contains_new_not_old_on_hand_worked_answers(
+    said: str, new: str, old: str | None, right: bool
+) -> None:
+    assert contains_new_not_old(said, new, old) is right
 
 
 CHAT_TEXT = "<s>{% for m in messages %}{{ m['content'] + '\\n' }}{% endfor %}"

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import facts
 from conftest import randomise
 from facts import CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals
-from peft_baft import BaftConfig, BaftEditor, Case, Edit, Probe
+from peft_baft import NARROW, BaftConfig, BaftEditor, Case, Edit, Probe
 from peft_baft.adapter import baft_layers
 from peft_baft.benchmark.metrics import METRICS
 from peft_baft.data.batching import encode
@@ -35,7 +35,9 @@ CASE = Case(
 
 def edited_model(fact_model: FactModel, weighting: str = "basis") -> PeftModel:
     model = adapted(fact_model.base, weighting=weighting)
-    BaftEditor(model, fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT).edit([EDIT])
+    BaftEditor(model, fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT, scope=NARROW).edit(
+        [EDIT]
+    )
     return model.eval()
 
 

@@ -151,7 +151,7 @@ def test_a_user_adds_a_method_with_one_class_and_one_entry(
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     cases = [Case(Edit(CAPITALS[0].prompt, CAPITALS[8].answer))]
     runner = Runner(base, fact_model.tokenizer, cases, 0, 1)
-    mine = method("mine:size=0.01;lr=0.02;max_steps=60", PRESETS["default"])
+    mine = method("mine:size=0.01;lr=0.02;max_steps=60", PRESETS["plain"])
     (entry,) = runner.edited(mine, Schedule(), 0, Progress(None))
     assert entry["learned"] and mine.settings.described()["size"] == 0.01
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())

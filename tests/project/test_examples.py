@@ -25,6 +25,7 @@ EXPECTED = {  # what each prints on any model, as a regular expression
     r"adapter after \[0, 1, 2, 3\]\nrolled back: the journal holds 1 edit\n",
     "judge_own_facts": r"(.* -> .*\n){2}reliability \d\.\d\d: .*\ngenerality \d\.\d\d: .*\nlocality \d\.\d\d: ",
     "score_with_prompt_lengths": r"chosen - rejected: -?\d+\.\d\d nats more.*\nwithout prompt lengths .* off by \d+\.\d\d",
+    "serve": r"unedited: '.*'\nlyon: '.*'\n$",
     "new_method": r"\{'descent': \{'lr': 0.05, .*'stop_loss': 0.05.*: learned \w+ after \d+ steps",
 }
 
@@ -55,7 +56,7 @@ def test_every_script_is_listed_tested_and_short() -> None:
     lines = {
         name: (FOLDER / f"{name}.py").read_text(encoding="utf-8").splitlines() for name in SCRIPTS
     }
-    assert not [name for name in SCRIPTS if sum(bool(line.strip()) for line in lines[name]) >= 60]
+    assert not [name for name in SCRIPTS if sum(bool(line.strip()) for line in lines[name]) >= 70]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -114,6 +115,7 @@ def test_the_new_methods_editor_gives_the_model_back(fact_model: FactModel) -> N
         ("continual_with_journal", r"(made or recalled: .* kept: True\n){3}"),
         ("judge_own_facts", r"reliability 1\.00"),
         ("score_with_prompt_lengths", r"chosen - rejected: [1-9]\d*\.\d\d nats more"),
+        ("serve", r"unedited: ' Paris[\s\S]*lyon: ' Lyon"),
         ("new_method", r"learned True"),
     ],
 )
@@ -123,4 +125,4 @@ def test_a_script_does_what_it_says_on_smollm2(
     load(name).main()
     out = capsys.readouterr().out
     assert re.match(EXPECTED[name], out) and re.search(said, out), out
-    assert torch.is_grad_enabled() and peft_baft.PRESETS["default"]
+    assert torch.is_grad_enabled() and peft_baft.PRESETS["plain"]

@@ -18,7 +18,10 @@ LEVELS = [
     {"editing"},
     {"baselines", "evaluation"},
     {"benchmark", "checking", "inspection"},
+    {"reporting"},
+    {"integrations"},
     {"__init__"},
+    {"run"},
 ]
 FORBIDDEN = {
     *(

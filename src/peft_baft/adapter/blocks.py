@@ -109,6 +109,11 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def attention_window(model: nn.Module) -> int | None:
+    """Return how many columns a token of the model looks back over; None where that is not limited, or not known."""
+    return getattr(text_config(model), "sliding_window", None)
+
+
 def configured_width(model: nn.Module, block: nn.Module) -> int:
     """Return the width d of the hidden vectors that `block` gives: the block's own out_features, else the model's hidden size.
 

@@ -16,8 +16,8 @@ from peft.utils import CONFIG_NAME
 
 from peft_baft.adapter.parameters import GATE_NORMS, WEIGHTINGS
 from peft_baft.adapter.registration import BAFT
+from peft_baft.adapter.weights import COMBINED_FORMAT, FORMAT, NEWER, UNNUMBERED, check_folder
 from peft_baft.adapter.weights import FILE as WEIGHTS
-from peft_baft.adapter.weights import FORMAT, NEWER, UNNUMBERED, check_folder
 
 LARGEST_INTEGER, LARGEST_OFFSET = 2**31 - 1, 1000.0
 
@@ -49,9 +49,14 @@ class BaftConfig(PeftConfig):
         balance_weight: Weight of the gates' load balance in the loss that the model returns when it is called in training
             mode with labels, as by Trainer or a loop of your own; at most the loss times this is added. 0 adds nothing. A
             `BaftEditor` has an objective of its own and does not look at this. See docs/training.md.
+        pack_ranks: Of an adapter that was combined from several (`add_weighted_adapter`), their ranks, which sum up to r: the
+            rows of R are orthonormal within each. None for an adapter of its own.
         init_weights: True starts at Φ(h) = h exactly. False draws a random update, which is for tests alone.
         hidden_size: Width of the edited vectors, filled once the adapter is attached and checked when it is loaded;
             None where targets differ in width.
+        template: The form in which the adapter's facts were taught, `raw`, `chat` or `both`, filled in by editors; None where
+            that is not known. An editor's `template="auto"` and the commands that ask take it from here.
+        template_hash: Identifies the chat template that they were taught in, filled in likewise.
         requires: The package to import before an adapter of this type can be loaded.
         baft_format: Number of the saved format, that is of the names and shapes of the tensors and of the settings' meaning.
             Leave it empty for the one that this version writes, as `peft_version`. A folder whose number is missing or
@@ -95,11 +100,20 @@ class BaftConfig(PeftConfig):
         default=0.0,
         metadata={"help": "Weight of the gates' load balance in the loss that the model returns."},
     )
+    pack_ranks: list[int] | None = field(
+        default=None, metadata={"help": "Ranks of the adapters that were combined into this one."}
+    )
     init_weights: bool = field(
         default=True, metadata={"help": "True starts at the identity; False is for tests."}
     )
     hidden_size: int | None = field(
         default=None, metadata={"help": "Width of the edited vectors, filled in."}
+    )
+    template: str | None = field(
+        default=None, metadata={"help": "Form in which facts were taught, filled in by editors."}
+    )
+    template_hash: str | None = field(
+        default=None, metadata={"help": "Identifies the chat template of these, filled in."}
     )
     requires: str = field(
         default="peft_baft", metadata={"help": "The package to import before loading."}
@@ -113,7 +127,11 @@ class BaftConfig(PeftConfig):
         # PEFT fills `peft_version` in when a config is made, and writes it into every file: a config that comes with one was
         # saved. This is seen here, since transformers and PEFT read a file by `PeftConfig.from_pretrained`, not by ours.
         comes_from_a_file = self.peft_version is not None
-        self.baft_format = _readable_format(self.baft_format, comes_from_a_file)
+        self.baft_format = _readable_format(
+            self.baft_format,
+            comes_from_a_file,
+            of_new=COMBINED_FORMAT if self.pack_ranks else FORMAT,
+        )
         super().__post_init__()
         self.peft_type = BAFT
         # Shapes of the tensors that are to be loaded, by name. This is no field: it is not saved.
@@ -122,11 +140,14 @@ class BaftConfig(PeftConfig):
         _positive_integer("prompt_positions", self.prompt_positions)
         _require_one_of("weighting", self.weighting, WEIGHTINGS)
         _require_one_of("gate_norm", self.gate_norm, GATE_NORMS)
+        if self.template is not None:
+            _require_one_of("template", self.template, ("raw", "chat", "both"))
         for name, type_ in _field_types().items():
             value = getattr(self, name, None)
             if not _is_of_type(value, type_):
                 raise TypeError(f"{name} must hold {_in_words(type_)}, not {value!r:.60}.")
         self._require_values_in_range()
+        self._require_pack_ranks()
         for name in ("target_modules", "exclude_modules"):
             _require_expression(name, getattr(self, name))
         for module in self.modules_to_save or ():
@@ -146,6 +167,20 @@ class BaftConfig(PeftConfig):
             raise ValueError(
                 f"balance_weight={self.balance_weight} balances several gates, but weighting={self.weighting!r} has "
                 f"{self.gate_count}; use weighting='basis' or 'product' with r >= 2, or balance_weight=0."
+            )
+
+    def _require_pack_ranks(self) -> None:
+        if self.pack_ranks is None:
+            return
+        ranks = self.pack_ranks = list(self.pack_ranks)
+        for rank in ranks:
+            _positive_integer("pack_ranks", rank)
+        if sum(ranks) != self.r:
+            raise ValueError(f"pack_ranks must sum up to r={self.r}, not {ranks!r:.60}.")
+        if self.weighting not in ("basis", "none") or self.baft_format == FORMAT:
+            raise ValueError(
+                f"An adapter with pack_ranks has weighting 'basis' or 'none' and baft_format {COMBINED_FORMAT}, not "
+                f"{self.weighting!r} and {self.baft_format}."
             )
 
     @classmethod
@@ -198,10 +233,11 @@ class BaftConfig(PeftConfig):
             self.gate_norm,
             self.gate_bias,
             self.gate_offset,
+            None if self.pack_ranks is None else tuple(self.pack_ranks),
         )
 
 
-def _readable_format(number: object, comes_from_a_file: bool) -> int:
+def _readable_format(number: object, comes_from_a_file: bool, of_new: int) -> int:
     """Return the number of a config's format, this version's for a new config without one.
 
     Raises:
@@ -210,9 +246,9 @@ def _readable_format(number: object, comes_from_a_file: bool) -> int:
     if number is None:
         if comes_from_a_file:
             raise ValueError(f"This adapter was {UNNUMBERED}.")
-        return FORMAT
+        return of_new
     number = _positive_integer("baft_format", number)
-    if number > FORMAT:
+    if number > COMBINED_FORMAT:
         raise ValueError(f"This adapter was {NEWER.format(number)}")
     return number
 

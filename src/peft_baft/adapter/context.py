@@ -28,6 +28,13 @@ WITHOUT_PROMPT_LENGTHS = (
     "prompt_positions tokens are edited. State where prompts end, with model(..., prompt_lengths=...) or "
     "`with peft_baft.prompt_lengths(model, lengths):`."
 )
+SCORED_WITHOUT_PROMPT_LENGTHS = (
+    "A model with BaFT edits was called on whole texts, without labels and without prompt lengths. Each input then counts as "
+    "prompt, and only its last prompt_positions tokens are edited: the last token's logits are right, those before it are the "
+    "unedited model's. To score an answer with them, state where its prompt ends: model(..., prompt_lengths=[...]), labels, or "
+    "`with peft_baft.prompt_lengths(model, [...])`; for lm-evaluation-harness, `--model baft-hf`. For the next token alone, "
+    "pass logits_to_keep=1. This is said once; docs/positions.md says more."
+)
 # Methods of the base model that the context stands in for.
 GENERATION = (
     "generate",
@@ -112,6 +119,7 @@ class EditContext:
     # What the base model was called with, and does not pass on to its stack of blocks.
     _labels = _ThreadLocalAttribute()
     _passed_lengths = _ThreadLocalAttribute()
+    _wants_last_logits = _ThreadLocalAttribute()
     _has_run = _ThreadLocalAttribute()  # True once a forward has run in this thread
 
     def __init__(self, model: nn.Module, stack: nn.Module) -> None:
@@ -124,6 +132,7 @@ class EditContext:
         )
         self.prepared: Any = None  # what edits of this model share, such as packed weights; editing/ knows what it is
         self._warned = False
+        self._warned_of_scoring = False
         self._model: Any = model
         self._model_arguments = tuple(signature(model.forward).parameters)
         self._stack = StackSignature.of(stack)
@@ -287,12 +296,14 @@ class EditContext:
         """Before the base model's forward: take what its stack of blocks will not be told, labels and prompt lengths."""
         self._labels = model_call.read_labels(self._model_arguments, args, kwargs)
         self._passed_lengths = kwargs.get("prompt_lengths")
+        self._wants_last_logits = model_call.wants_last_logits(self._model_arguments, args, kwargs)
         return args, {k: v for k, v in kwargs.items() if k != "prompt_lengths"}
 
     def _place_tokens(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the stack of blocks runs: find the relative position of every token."""
         labels, self._labels = self._labels, None
         lengths, self._passed_lengths = self._passed_or_stated(self._passed_lengths), None
+        wants_last_logits, self._wants_last_logits = self._wants_last_logits, None
         call = model_call.read_stack_call(self._stack, args, kwargs)
         if call is None:
             self.relative_positions = None
@@ -301,8 +312,11 @@ class EditContext:
         elif self._generation is not None:
             self.relative_positions = self._positions_in_generate(call, self._generation)
         else:
-            if labels is None and lengths is None and module.training and torch.is_grad_enabled():
-                self._warn_that_lengths_are_missing()
+            if labels is None and lengths is None:
+                if module.training and torch.is_grad_enabled():
+                    self._warn_that_lengths_are_missing()
+                elif not module.training and not wants_last_logits:
+                    self._warn_of_scoring(call)
             self.relative_positions = self._positions_of_forward(call, labels, lengths)
         self._has_run = True
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -356,6 +370,21 @@ class EditContext:
         if not self._warned and not torch.compiler.is_compiling():
             self._warned = True
             logger.warning(WITHOUT_PROMPT_LENGTHS)
+
+    def _warn_of_scoring(self, call: StackCall) -> None:
+        """Warn once of a call whose logits before the last token may be read, and are not those of an edited answer."""
+        if self._warned_of_scoring or torch.compiler.is_compiling():
+            return
+        goes_on = model_call.cached_columns(call.memory) != 0
+        if goes_on or call.tokens.shape[1] == 1 or not self._is_edited():
+            return
+        self._warned_of_scoring = True
+        logger.warning(SCORED_WITHOUT_PROMPT_LENGTHS)
+
+    def _is_edited(self) -> bool:
+        """Tell whether a block is edited now: it has an adapter that is not switched off."""
+        layers = [m for m in self._model.modules() if getattr(m, "context", None) is self]
+        return any(layer.active_adapters and not layer.disable_adapters for layer in layers)
 
 
 def _real_tokens(

@@ -62,7 +62,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         self._layers_kept_unpacked += _keep_4bit_as_loaded(self.context._model)
         self.configs[adapter_name] = config
         self.in_features = self.out_features = width
-        self.baft_basis[adapter_name] = OrthonormalBasis(config.r, width)
+        self.baft_basis[adapter_name] = OrthonormalBasis(config.r, width, config.pack_ranks)
         self.baft_source[adapter_name] = source = nn.Linear(width, config.r)
         if config.gate_count:
             self.baft_gate[adapter_name] = Gate(config, width)
@@ -131,6 +131,10 @@ class BaftLayer(nn.Module, BaseTunerLayer):
             change = self._update(adapter_name, key, hidden, mask, call.recorded)
             total = change if total is None else total + change
         return hidden if total is None else (hidden + total).to(hidden.dtype)
+
+    def change_at(self, adapter_name: str, h: Tensor) -> Tensor:
+        """Compute Φ(h) - h of one adapter at vectors (m, d) that are all edited, whatever the model last ran on."""
+        return self._update(adapter_name, None, h, None, None)
 
     def _edit_rows(self, hidden: Tensor, call: CurrentForward, row_adapters: list[str]) -> Tensor:
         """Edit row i by adapter `row_adapters[i]` alone: each adapter computes its own rows, and no others."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from peft_baft.adapter.balance import attach_balance, detach_balance
 from peft_baft.adapter.blocks import configured_width, stack_owner
 from peft_baft.adapter.coexistence import bare_model, merged_configs, others_stay, own_modules
+from peft_baft.adapter.combination import combined_config, fill_combined
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.layer import CANNOT_MERGE, CHILD, BaftLayer
@@ -264,8 +266,46 @@ class BaftModel(BaseTuner):
     def unmerge_adapter(self) -> None:
         raise NotImplementedError(CANNOT_MERGE)
 
-    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
-        raise NotImplementedError(CANNOT_WEIGHT)
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+    ) -> None:
+        """Combine adapters into a new one that does what they do when they are active together, in one pass.
+
+        Args:
+            adapters: names of adapters of the same blocks and settings. weights: by what each one's update is multiplied.
+            adapter_name: of the new one, whose rank is the sum of theirs. It is not made active.
+            combination_type: `cat`, PEFT's name for this; the others have no counterpart here.
+
+        Raises:
+            NotImplementedError: another combination_type. ValueError: the adapters cannot be combined, do not exist, or the new
+                one does; nothing is changed then.
+        """
+        if combination_type != "cat":
+            raise NotImplementedError(CANNOT_WEIGHT)
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if not adapters or unknown or adapter_name in self.peft_config:
+            raise ValueError(
+                f"Wanted adapters of the model and a new name, not {list(adapters)} and {adapter_name!r}; the model has "
+                f"{list(self.peft_config)}."
+            )
+        if len(weights) != len(adapters) or not all(map(isfinite, weights)):
+            raise ValueError(
+                f"Wanted a finite weight for each of {len(adapters)} adapters, not {weights!r:.80}."
+            )
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
+        self.peft_config[adapter_name] = combined_config(configs)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            raise
+        for layer in baft_layers(self.model):
+            if adapter_name in layer.configs:
+                fill_combined(layer, adapters, weights, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -288,9 +328,9 @@ class BaftModel(BaseTuner):
 
 
 CANNOT_WEIGHT = (
-    "BaFT adapters cannot be combined into one by weights: each edits in a subspace of its own, through gates of its own, and "
-    "the mean of two bases is a basis of neither. To use several together, make them active at once: "
-    "model.base_model.set_adapter([name, other]) adds their updates up."
+    "BaFT adapters can be combined with combination_type='cat' alone: each edits in a subspace of its own, through gates of its "
+    "own, and the mean of two bases is a basis of neither. 'cat' keeps the rows of all, and does what they do when they are "
+    "active together: model.base_model.set_adapter([name, other])."
 )
 
 

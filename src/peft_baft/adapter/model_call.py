@@ -20,6 +20,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from peft_baft.span import IGNORED_LABEL
 
@@ -167,6 +168,12 @@ def read_stack_call(
 def read_labels(names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
     """Find the labels in a call of the causal language model, whose parameters are `names`."""
     return bind(names, args, kwargs).get("labels")
+
+
+def wants_last_logits(names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a call of the causal language model asks for the logits of the last token alone."""
+    wanted = bind(names, args, kwargs).get("logits_to_keep")
+    return isinstance(wanted, int) and wanted == 1
 
 
 @dataclass(frozen=True)
@@ -445,6 +452,52 @@ def input_device(model: Any) -> torch.device:
 def full_logits(model: Any, **inputs: Any) -> Tensor:
     """Compute the logits (rows, tokens, vocabulary) of whole texts, with no cache."""
     return model(**inputs, use_cache=False).logits
+
+
+def generate_greedily(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    pad_token_id: int,
+    max_new_tokens: int,
+    **settings: Any,
+) -> Tensor:
+    """Decode (rows, up to `max_new_tokens`) new tokens greedily, whatever the model's own generation config says.
+
+    Args:
+        input_ids, attention_mask: (rows, tokens), padded on the left. settings: further arguments of `generate`.
+    """
+    device = input_device(model)
+    sequences = model.generate(
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        pad_token_id=pad_token_id,
+        **settings,
+    )
+    return sequences[:, input_ids.shape[1] :]
+
+
+def holds_keys_alone(cache: Cache) -> bool:
+    """Tell whether a cache holds keys and values of attention in every layer, and no state of a recurrent one.
+
+    Layers are told by their exact types: those that hold a state as well are subclasses of these.
+    """
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+
+def generates_with_cache(model: Any) -> bool:
+    """Tell whether `generate` keeps tokens from one forward to the next."""
+    return bool(model.generation_config.use_cache)
+
+
+def end_tokens(model: Any) -> list[int]:
+    """List the tokens with which the model ends what it generates."""
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def takes_position_ids(model: nn.Module) -> bool:

@@ -16,10 +16,15 @@ if TYPE_CHECKING:
 
 
 class OrthonormalBasis(nn.Module):
-    """R (r, d) as a free matrix that is orthonormalised on use; the result is cached while no gradient is needed."""
+    """R (r, d) as a free matrix that is orthonormalised on use; the result is cached while no gradient is needed.
 
-    def __init__(self, r: int, d: int) -> None:
+    Args:
+        pack_ranks: of a combined adapter: how many rows each of its packs has, within which they are orthonormal.
+    """
+
+    def __init__(self, r: int, d: int, pack_ranks: Sequence[int] | None = None) -> None:
         super().__init__()
+        self.pack_ranks = None if pack_ranks is None else list(pack_ranks)
         self.weight = nn.Parameter(torch.empty(r, d))
         self._cached: tuple[tuple, Tensor] | None = (
             None  # a state of the weight, and R of that state
@@ -27,18 +32,23 @@ class OrthonormalBasis(nn.Module):
         if self.weight.device.type != "meta":
             nn.init.orthogonal_(self.weight)
 
+    def _orthonormal(self, weight: Tensor) -> Tensor:
+        if self.pack_ranks is None:
+            return orthonormal_rows(weight)
+        return torch.cat([orthonormal_rows(pack) for pack in weight.split(self.pack_ranks)])
+
     def forward(self) -> Tensor:
         """Return R, (r, d) float32 with orthonormal rows."""
         # A compiled forward cannot read data pointers, and weights made in inference mode have no version.
         if torch.compiler.is_compiling() or self.weight.is_inference():
-            return orthonormal_rows(self.weight)
+            return self._orthonormal(self.weight)
         if torch.is_grad_enabled() and self.weight.requires_grad:
             # An optimiser step may follow, and sharded weights change without a new version.
             self._cached = None
-            return orthonormal_rows(self.weight)
+            return self._orthonormal(self.weight)
         state = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
         if self._cached is None or self._cached[0] != state:
-            self._cached = (state, orthonormal_rows(self.weight.detach()))
+            self._cached = (state, self._orthonormal(self.weight.detach()))
         return self._cached[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,6 +149,7 @@ def stacked_parameters(modules: Sequence[nn.Module], index: Tensor) -> dict[str,
 
 def stacked_bases(bases: Sequence[Any]) -> Tensor:
     """Stack R of each basis, (bases, r, d) float32."""
-    if torch.is_grad_enabled() and any(basis.weight.requires_grad for basis in bases):
+    needs_gradient = torch.is_grad_enabled() and any(b.weight.requires_grad for b in bases)
+    if needs_gradient and bases[0].pack_ranks is None:  # all have the same settings
         return orthonormal_rows(torch.stack([basis.weight for basis in bases]))
     return torch.stack([basis() for basis in bases])

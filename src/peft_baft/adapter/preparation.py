@@ -69,6 +69,7 @@ def require_adapter_name(name: str, block_name: str) -> None:
     """Raise a ValueError if an adapter's name also names a part of the model or of an adapter.
 
     PEFT tells adapters apart by searching for their names in the names of parameters, and loses tensors where one matches.
+    Torch's `ModuleDict`, which holds them by name, takes none that is the name of one of its methods, such as `half`.
     """
     taken = {
         *block_name.split("."),
@@ -78,9 +79,9 @@ def require_adapter_name(name: str, block_name: str) -> None:
     }
     taken |= {"base_model", "model", "weight", "bias"}
     taken |= {vector for gate_norm in GATE_NORMS.values() for vector in gate_norm.learned_vectors}
-    if name in taken:
+    if name in taken or hasattr(nn.ModuleDict, name):
         raise ValueError(
-            f"The adapter name {name!r} also names a part of the model, which PEFT mixes up; choose another."
+            f"The adapter name {name!r} also names a part of the model, which PEFT or torch mixes up; choose another."
         )
 
 
@@ -99,9 +100,10 @@ def _fit_width(config: BaftConfig, widths: Mapping[str, int], model: nn.Module) 
                 f"gives width {width}. Load it on the model that it was made for "
                 f"({config.base_model_name_or_path or 'its name was not recorded'})."
             )
-        if config.r > width:
+        rank = max(config.pack_ranks or [config.r])
+        if rank > width:
             raise ValueError(
-                f"r={config.r} is more than the {width} dimensions of the output of {name}; choose r <= {width}."
+                f"r={rank} is more than the {width} dimensions of the output of {name}; choose r <= {width}."
             )
     if len(set(widths.values())) == 1:
         config.hidden_size = next(iter(widths.values()))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peft_baft.adapter.coexistence import adapter_contents, other_adapters
 from peft_baft.adapter.layer import BaftLayer
 from peft_baft.adapter.model import BaftModel
+from peft_baft.adapter.taught_form import remembered_forms
 
 
 def method_modules(model: nn.Module) -> list[nn.Module]:
@@ -70,13 +71,18 @@ def load_adapter_state_dict(
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:
-    """Remember the adapters as they are, statistics included; calling the result puts them back, bit for bit."""
+    """Remember the adapters as they are; calling the result puts them back, bit for bit.
+
+    Statistics are included, and the form in which facts were taught, which stands in the adapters' configs.
+    """
     remembered = [(tensor, tensor.detach().clone()) for tensor in adapter_tensors(model)]
+    restore_forms = remembered_forms(getattr(model, "peft_config", {}).values())
 
     def restore() -> None:
         with torch.no_grad():
             for tensor, value in remembered:
                 tensor.copy_(value)
+        restore_forms()
 
     return restore
 

@@ -15,6 +15,7 @@ from peft_baft.editing.baft import BaftEditor
 from peft_baft.editing.method import EditorSetup, MethodSettings
 from peft_baft.editing.objective import Objective
 from peft_baft.editing.presets import Preset
+from peft_baft.editing.scope import NARROW, Scope
 from peft_baft.editing.train import DescentConfig
 
 # Settings of a BaFT adapter that a result line spells out, whether or not they were given.
@@ -37,6 +38,7 @@ class AdapterMethod(MethodSettings):
         config_class, config: the class of the adapter's config, and the arguments it is made with.
         descent, batch_descent: how one fact, and a batch, is trained.
         objective: BaFT's regularisers; None for teacher forcing alone.
+        scope: in which surroundings facts are taught, and, for BaFT and ReFT, beside which contrast texts.
         unrelated: whether the method trains beside unrelated text where there is some.
     """
 
@@ -46,6 +48,7 @@ class AdapterMethod(MethodSettings):
     batch_descent: DescentConfig = field(default_factory=lambda: DescentConfig(max_steps=70))
     objective: Objective | None = field(default_factory=Objective)
     unrelated: bool = True
+    scope: Scope = NARROW
 
     @property
     def side_by_side(self) -> bool:  # type: ignore[override]
@@ -65,6 +68,7 @@ class AdapterMethod(MethodSettings):
                 self.batch_descent,
                 processes=setup.processes,
                 template=setup.template,
+                scope=replace(self.scope, subjects=0, questions=0),
             )
         return BaftEditor(
             model,
@@ -76,6 +80,7 @@ class AdapterMethod(MethodSettings):
             processes=setup.processes,
             prepared=setup.prepared,
             template=setup.template,
+            scope=self.scope,
         )
 
     def setting_names(self) -> set[str]:
@@ -102,6 +107,8 @@ class AdapterMethod(MethodSettings):
         settings: dict[str, Any] = {"config": config}
         if self.objective is not None:
             settings["objective"] = asdict(self.objective)
+        if self.scope != NARROW:
+            settings["scope"] = self.scope.described()
         return settings | {
             "descent": asdict(self.descent),
             "batch_descent": asdict(self.batch_descent),
@@ -116,6 +123,7 @@ def baft(preset: Preset, *, unrelated: bool = True, **config: Any) -> AdapterMet
         batch_descent=preset.batch_descent,
         objective=preset.objective,
         unrelated=unrelated,
+        scope=preset.scope,
     )
 
 
@@ -130,4 +138,5 @@ def other_adapter(
         batch_descent=preset.batch_descent,
         objective=None,
         unrelated=False,
+        scope=preset.scope,
     )

@@ -58,13 +58,15 @@ def piqa_cases(
     items: Sequence[PiqaItem],
     rows: Sequence[int],
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
+    template: Template = RAW,
 ) -> list[dict[str, Any]]:
     """Ask some rows of PIQA; each as it stands in a result line: whether it is right, by four rules.
 
     Args:
         progress: gives back the rows one by one, such as tqdm.
+        template: the form in which they are asked.
     """
     return [
-        {"row": row, "probes": [], **right_choices(model, tokenizer, items[row])}
+        {"row": row, "probes": [], **right_choices(model, tokenizer, items[row], template)}
         for row in progress(rows)
     ]

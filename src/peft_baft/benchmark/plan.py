@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,15 @@ def plan_adapter(common: dict[str, Any], name: str, model: PeftModel) -> Planned
     return PlannedRun(head, model=model)
 
 
-def described_protocol(template: str, also: Sequence[str]) -> dict[str, Any]:
+def described_protocol(
+    template: str, also: Sequence[str], further: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Say how facts are taught and everything is asked, as it stands in a result line.
 
-    template: `raw` or `chat`.
+    Args:
+        template: `raw` or `chat`.
+        also: names of further metrics and kinds of questions.
+        further: how what is beyond the data's own questions is asked and judged, as `Probing.described` says.
     """
     return {
         "template": template,
@@ -108,6 +113,7 @@ def described_protocol(template: str, also: Sequence[str]) -> dict[str, Any]:
         "positions": "prompt end and answer of each probe",
         "generation": {"greedy": True, "stop": "first line break", "extra_tokens": EXTRA_TOKENS},
         "also": list(also),
+        **(further or {}),
     }
 
 

@@ -17,8 +17,9 @@ from peft_baft.data.templates import RAW, Template
 from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.editor import Editor, EditResult, SideBySideEditor
 from peft_baft.editing.method import EditorSetup
-from peft_baft.evaluation.asking import Question, Unedited, ask, judged, questions_of
+from peft_baft.evaluation.asking import Question, Unedited, ask, judged
 from peft_baft.evaluation.forward import one_model
+from peft_baft.evaluation.probing import Probing
 from peft_baft.processes import Processes
 
 ASKED_TOGETHER = (
@@ -41,6 +42,7 @@ class Runner:
         parallel: how many single edits share each forward, where the method can.
         processes: those that share the work; each gets all results.
         split: what of a run that edits is split over them: its `blocks`, or the `facts` of each batch.
+        probing: which questions are asked; None asks those of the data alone.
     """
 
     base: Any
@@ -55,6 +57,7 @@ class Runner:
     parallel: int = 16
     processes: Processes = field(default_factory=Processes)
     split: str = SPLITS[0]
+    probing: Probing | None = None
     unedited: Unedited = field(init=False)
     prepared: PreparedModel = field(init=False)
 
@@ -63,9 +66,14 @@ class Runner:
             raise ValueError(
                 f"The rows must lie in 0:{len(self.cases)}, which the data holds, not be {self.first}:{self.last}."
             )
-        object.__setattr__(self, "unedited", Unedited(self.tokenizer, self.template))
+        if self._probing.template != self.template:
+            raise ValueError(
+                f"The runner asks in the form {self.template.name}, but its probing is for {self._probing.template.name}."
+            )
+        unedited = Unedited(self.tokenizer, self.template, self._probing.statement_tokens)
+        object.__setattr__(self, "unedited", unedited)
         object.__setattr__(self, "prepared", PreparedModel())
-        _require_apart(self.unrelated, self.cases[self.first : self.last])
+        _require_apart(self.unrelated, self._questions(range(self.first, self.last)))
 
     # ------------------------------------------------------------------------------------------- runs that edit
 
@@ -173,7 +181,9 @@ class Runner:
         ]
         for batch in batches[len(progress.outcomes) :]:
             outcome = _edit(editor, [self.cases[row] for row in batch])
-            replies = self._ask_here(editor.model, batch) if schedule.when == "immediate" else []
+            replies = (
+                self._ask_here(editor.model, batch, block) if schedule.when == "immediate" else []
+            )
             if schedule.edits > 1:
                 progress.add_edit(editor, outcome, replies)
             else:
@@ -183,7 +193,7 @@ class Runner:
         entries = (
             progress.replies
             if schedule.when == "immediate"
-            else self._ask_here(editor.model, block)
+            else self._ask_here(editor.model, block, block)
         )
         outcomes: list[dict[str, Any]] = []
         for outcome in progress.outcomes:
@@ -238,8 +248,13 @@ class Runner:
         """List those rows of a block that this process asks."""
         return [row for row in rows if row % self._sharing.count == self._sharing.rank]
 
-    def _ask_here(self, model: Any, rows: Sequence[int]) -> list[dict[str, Any]]:
-        return in_order(self._sharing.gather(lambda: self._ask(model, self._asked_here(rows))))
+    def _ask_here(
+        self, model: Any, rows: Sequence[int], edited: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        def ask_rows() -> list[dict[str, Any]]:
+            return self._ask(model, self._asked_here(rows), edited=edited)
+
+        return in_order(self._sharing.gather(ask_rows))
 
     def _ask(
         self,
@@ -247,13 +262,15 @@ class Runner:
         rows: Sequence[int],
         editor: SideBySideEditor | None = None,
         adapter_names: dict[int, str] | None = None,
+        edited: Sequence[int] = (),
     ) -> list[dict[str, Any]]:
         """Ask the questions of some rows, and compute the further metrics.
 
         Args:
             editor, adapter_names: of edits side by side, the editor and which adapter answers for which row.
+            edited: the rows that the model was edited by together.
         """
-        questions = self._questions(rows)
+        questions = self._questions(rows, edited)
         names = adapter_names or {}
 
         def answering(batch: Sequence[int]) -> AbstractContextManager[Any]:
@@ -262,7 +279,15 @@ class Runner:
             return editor.answering([names[questions[i].row] for i in batch])
 
         context = one_model if editor is None else answering
-        replies = ask(model, self.tokenizer, questions, self.template, context)
+        replies = ask(
+            model,
+            self.tokenizer,
+            questions,
+            self.template,
+            context,
+            statement_tokens=self._probing.statement_tokens,
+            unedited=self.unedited.reply,
+        )
         probes: dict[int, list[dict[str, Any]]] = {row: [] for row in rows}
         for question, reply in zip(questions, replies, strict=True):
             probes[question.row].append(judged(question, reply, self.unedited.reply(question)))
@@ -276,8 +301,12 @@ class Runner:
                 entry |= metric(model, self.tokenizer, self.cases[entry["row"]], self.template)
         return entries
 
-    def _questions(self, rows: Sequence[int]) -> list[Question]:
-        return [question for row in rows for question in questions_of(row, self.cases[row])]
+    @property
+    def _probing(self) -> Probing:
+        return self.probing or Probing(self.template)
+
+    def _questions(self, rows: Sequence[int], edited: Sequence[int] = ()) -> list[Question]:
+        return self._probing.questions(rows, self.cases, edited)
 
 
 def _edit(editor: Editor, cases: Sequence[Case]) -> dict[str, Any]:
@@ -294,13 +323,12 @@ def _outcome(result: EditResult, edits: int = 1) -> dict[str, Any]:
     return {"steps": result.steps, "seconds": result.seconds / edits, "learned": result.learned}
 
 
-def _require_apart(unrelated: Sequence[Unrelated], cases: Sequence[Case]) -> None:
+def _require_apart(unrelated: Sequence[Unrelated], questions: Sequence[Question]) -> None:
     """Raise a ValueError if text that is trained on is asked as well."""
     trained = {text.prompt for text in unrelated}
-    for case in cases:
-        for probe in case.probes:
-            if probe.prompt in trained:
-                raise ValueError(
-                    f"The unrelated text holds {probe.prompt!r:.80}, which the benchmark asks; "
-                    "take other unrelated text."
-                )
+    for question in questions:
+        if question.kind != "reliability" and question.prompt in trained:
+            raise ValueError(
+                f"The unrelated text holds {question.prompt!r:.80}, which the benchmark asks; "
+                "take other unrelated text."
+            )

@@ -25,6 +25,10 @@ def scores(cases: Sequence[dict[str, Any]], averaged: Sequence[str]) -> dict[str
     the cases that have such probes, of the mean over their topics, of the mean over a topic's probes.
     `*_by_topic`: its second rule, the mean over topics, of the mean over the cases that have it.
     `*_exact`, `*_prefix`, `locality_text`: the free answers, by the first rule.
+    `*_contains`: the freely made statements that say the new answer and not the old one.
+    `in_context`, `in_context_contains`: the edit in frames; `in_context_lowest`: the latter in the worst of them.
+    `neighbour_subject`, `neighbour_relation`: the edit's question of other subjects, other questions of its subject, by tokens as
+    before the edit; `*_unchanged`: to the letter; `*_spared`: without the new answer.
     `average`: the mean of the scores `averaged` that are there. Further metrics of the cases: by their names.
     """
     means: dict[str, float | None] = {}
@@ -38,6 +42,8 @@ def scores(cases: Sequence[dict[str, Any]], averaged: Sequence[str]) -> dict[str
         else:
             means[f"{kind}_exact"] = by_case(asked, lambda probe: probe["exact"])
             means[f"{kind}_prefix"] = by_case(asked, lambda probe: probe["prefix"])
+            means[f"{kind}_contains"] = _contains(asked)
+    means |= _in_context(cases) | _neighbours(cases)
     means["average"] = _mean(means[kind] for kind in averaged if means[kind] is not None)
     for name, key in (("steps", "steps"), ("edit_seconds", "seconds"), ("learned", "learned")):
         means[name] = _mean(case[key] for case in cases if case.get(key) is not None)
@@ -45,6 +51,40 @@ def scores(cases: Sequence[dict[str, Any]], averaged: Sequence[str]) -> dict[str
     for name in sorted(names - KNOWN):
         means[name] = _mean(case[name] for case in cases if isinstance(case.get(name), int | float))
     return {name: value for name, value in means.items() if value is not None}
+
+
+def _contains(asked: Sequence[Sequence[dict[str, Any]]]) -> float | None:
+    told = [[probe for probe in probes if "contains" in probe] for probes in asked]
+    return by_case(told, lambda probe: probe["contains"])
+
+
+def _in_context(cases: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Average over the frames, and find the worst of them."""
+    asked = [[probe for probe in case["probes"] if probe["kind"] == "in_context"] for case in cases]
+    frames = {probe["topic"] for probes in asked for probe in probes}
+    of_frames = [
+        _contains([[probe for probe in probes if probe["topic"] == frame] for probes in asked])
+        for frame in sorted(frames)
+    ]
+    return {
+        "in_context": by_case(asked, lambda probe: probe["match"]),
+        "in_context_contains": _contains(asked),
+        "in_context_lowest": min((share for share in of_frames if share is not None), default=None),
+    }
+
+
+def _neighbours(cases: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Average over the neighbours that differ in their subject, and over those that differ in their relation."""
+    means: dict[str, float | None] = {}
+    for what in ("subject", "relation"):
+        asked = [
+            [p for p in case["probes"] if p["kind"] == "neighbour" and p["topic"] == what]
+            for case in cases
+        ]
+        means[f"neighbour_{what}"] = by_case(asked, lambda probe: probe["match"])
+        means[f"neighbour_{what}_unchanged"] = by_case(asked, lambda probe: probe["unchanged"])
+        means[f"neighbour_{what}_spared"] = by_case(asked, lambda probe: probe["spared"])
+    return means
 
 
 def by_case(asked: Sequence[Sequence[dict[str, Any]]], value: Value) -> float | None:

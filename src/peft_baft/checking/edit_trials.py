@@ -21,6 +21,7 @@ from peft_baft.checking.tried_model import TriedModel
 from peft_baft.editing.acceleration.prefix_cache import CachedPrefix, open_forward
 from peft_baft.editing.answers import AnswerForward, FullForward
 from peft_baft.editing.baft import BaftEditor
+from peft_baft.editing.scope import NARROW
 from peft_baft.editing.train import DescentConfig
 
 STEPS = 10  # of the edit that is tried
@@ -90,7 +91,13 @@ def fast(tried: TriedModel) -> Finding:
 def learns(tried: TriedModel) -> Finding:
     """Try whether some steps of an edit lower its loss."""
     with rolled_back(tried.model):
-        editor = BaftEditor(tried.model, tried.tokenizer, descent=DescentConfig(max_steps=STEPS))
+        editor = BaftEditor(
+            tried.model,
+            tried.tokenizer,
+            descent=DescentConfig(max_steps=STEPS),
+            template="raw",
+            scope=NARROW,
+        )
         with torch.no_grad():
             forward = FullForward(
                 tried.model, tried.rows_to_train()[:1], [0], tried.pad, tried.device

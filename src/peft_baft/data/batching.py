@@ -126,7 +126,7 @@ def _end_tokens(
         tokens, _ = _tokens_and_ends(tokenizer, end, template=True)
     if not chat:
         return tokens
-    special = {*tokenizer.all_special_ids, *_special_added(tokenizer)}
+    special = special_ids(tokenizer)
     for number, token in enumerate(tokens):
         if token in special:
             return tokens[: number + 1]
@@ -135,10 +135,13 @@ def _end_tokens(
     return tokens[:1]
 
 
-def _special_added(tokenizer: Any) -> list[int]:
-    """List the tokens that a tokenizer was given as special ones, such as the end of a turn."""
+def special_ids(tokenizer: Any) -> set[int]:
+    """List a tokenizer's special tokens, those included that it was given as such, as the end of a turn may be."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    return [number for number, token in added.items() if token.special]
+    return {
+        *tokenizer.all_special_ids,
+        *(number for number, token in added.items() if token.special),
+    }
 
 
 def _tokens_and_ends(

@@ -35,18 +35,29 @@ class Edit:
     Args:
         prompt: a text, or messages such as `[{"role": "user", "content": "..."}]` whose last one awaits the reply.
         target: the answer.
+        subject: the words of the prompt that name what the fact is about, such as `France`. Neighbours are made by exchanging
+            them; where it is None they are found. It is a hint, and no part of what makes two edits equal.
 
     Raises:
         TypeError: one of them is of another type.
-        ValueError: one of them is empty, or not valid Unicode; or the last message is the assistant's own.
+        ValueError: one of them is empty, or not valid Unicode; the last message is the assistant's own; or the subject does not
+            stand in the prompt (of messages, in the last one).
     """
 
     prompt: Prompt
     target: str
+    subject: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", checked_prompt("Edit.prompt", self.prompt))
         _require_text("Edit.target", self.target)
+        if self.subject is not None:
+            _require_text("Edit.subject", self.subject)
+            if self.subject not in prompt_words(self.prompt):
+                raise ValueError(
+                    f"Edit.subject {self.subject!r:.60} does not stand in the prompt {prompt_words(self.prompt)!r:.60}; "
+                    "write it as it stands there, or leave it out."
+                )
 
 
 @dataclass(frozen=True)
@@ -78,10 +89,20 @@ class Probe:
 
 @dataclass(frozen=True)
 class Case:
-    """One record of a benchmark or of a user's file: an edit, and the probes that judge it."""
+    """One record of a benchmark or of a user's file: an edit, and the probes that judge it.
+
+    Args:
+        old_answer: the answer that the edit replaces, as the record names it; None where it names none. What the unedited
+            model says may be something else.
+    """
 
     edit: Edit
     probes: tuple[Probe, ...] = field(default=())
+    old_answer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.old_answer is not None:
+            _require_text("Case.old_answer", self.old_answer)
 
     def of_kind(self, kind: str) -> tuple[Probe, ...]:
         """List the probes of one kind."""
@@ -138,6 +159,11 @@ def as_messages(prompt: Prompt) -> tuple[Message, ...]:
 def prompt_words(prompt: Prompt) -> str:
     """Give what stands for a prompt in a table: the text, or the last message."""
     return as_messages(prompt)[-1].content.strip()
+
+
+def asked_words(prompt: Prompt) -> str:
+    """Give what two prompts have in common that ask the same in the same words: those words, in lower case."""
+    return " ".join(prompt_words(prompt).casefold().split())
 
 
 def prompt_in_json(prompt: Prompt) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft_baft.data.cases import Case, Edit, Message, Probe, Unrelated
+from peft_baft.data.cases import Case, Edit, Message, Probe, Unrelated, prompt_words
 from peft_baft.data.files import listed, placed, records, require_known, require_object, text, texts
 
-FACT_FIELDS = ("prompt", "messages", "target", "rephrase", "unrelated", "portability")
+FACT_FIELDS = ("prompt", "messages", "target", "subject", "rephrase", "unrelated", "portability")
 FACT_COLUMNS = ("prompt", "target", "rephrase", "unrelated_prompt", "unrelated_answer")
 UNRELATED_FIELDS = ("prompt", "answer", "ground_truth")
 
@@ -17,11 +18,11 @@ def read_cases(path: str | Path) -> list[Case]:
     """Read the facts of a file, in its order.
 
     A record has `prompt` and `target`; or `messages`, in the Hub's conversational format, with the answer as `target` or as the
-    last message, the assistant's. `rephrase` (a text or a list of them), `unrelated` and `portability` (an object
-    with prompt and answer, or a list of them) may be absent. A .csv has a header row of the columns prompt, target,
-    rephrase, unrelated_prompt and unrelated_answer, of which the first two are needed. Records with `src` instead of
-    `prompt` are read as ZsRE. White space around texts is dropped. One prompt may have several targets, for continual
-    editing.
+    last message, the assistant's. `subject` (what the fact is about, as it stands in the prompt), `rephrase` (a text or a list
+    of them), `unrelated` and `portability` (an object with prompt and answer, or a list of them) may be absent. A .csv has a
+    header row of the columns prompt, target, rephrase, unrelated_prompt and unrelated_answer, of which the first two are needed.
+    Records with `src` instead of `prompt` are read as ZsRE. White space around texts is dropped. One prompt may have several
+    targets, for continual editing.
 
     Raises:
         ValueError: a record is unusable, or repeats an earlier one; the message begins with `path:line`, or for a
@@ -52,9 +53,13 @@ def read_unrelated(path: str | Path) -> list[Unrelated]:
 
 
 def zsre_case(record: Any) -> Case:
-    """Read a record of the ZsRE editing benchmark; fields that are not needed are passed over."""
+    """Read a record of the ZsRE editing benchmark; fields that are not needed are passed over.
+
+    The old answer is the first of `answers`, which are the true ones. `pred` is what the model said that the file was made
+    with, and no other model need say it.
+    """
     require_object(record, "a record")
-    edit = Edit(text(record, "src"), text(record, "alt"))
+    edit = with_subject(Edit(text(record, "src"), text(record, "alt")), record)
     probes = []
     if "rephrase" in record:
         probes.append(Probe("generality", text(record, "rephrase"), edit.target))
@@ -66,7 +71,28 @@ def zsre_case(record: Any) -> Case:
         probes.append(
             Probe("portability", text(question, "New Question"), text(question, "New Answer"))
         )
-    return Case(edit, tuple(probes))
+    return Case(edit, tuple(probes), old_answer(record.get("answers")))
+
+
+def old_answer(value: Any) -> str | None:
+    """Read the answer that an edit replaces from a record's field, which no record needs to have: its first alias, or None."""
+    while isinstance(value, list) and value:
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    return str(value).strip() or None
+
+
+def with_subject(edit: Edit, record: dict[str, Any]) -> Edit:
+    """Add the subject that a benchmark's record names, where it stands in the prompt as it is."""
+    subject = record.get("subject")
+    if (
+        isinstance(subject, str)
+        and subject.strip()
+        and subject.strip() in prompt_words(edit.prompt)
+    ):
+        return replace(edit, subject=subject.strip())
+    return edit
 
 
 def _case(record: Any) -> Case:
@@ -75,6 +101,8 @@ def _case(record: Any) -> Case:
         return zsre_case(record)
     require_known(record, FACT_FIELDS)
     edit = _conversation(record) if "messages" in record else _text_edit(record)
+    if record.get("subject") is not None:
+        edit = replace(edit, subject=text(record, "subject"))
     probes = [Probe("generality", rephrase, edit.target) for rephrase in texts(record, "rephrase")]
     for field, kind in (("unrelated", "locality"), ("portability", "portability")):
         probes += [_probe(kind, field, item) for item in listed(record.get(field))]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_baft.data.cases import Case, Edit, Probe
-from peft_baft.data.datasets import zsre_case
+from peft_baft.data.datasets import old_answer, with_subject, zsre_case
 from peft_baft.data.files import (
     field,
     listed,
@@ -75,7 +75,7 @@ def read_knowedit(path: Path, prompt: str = "prompt", target: str = "target_new"
     """Read a file in the shape that all of KnowEdit but ConvSent has.
 
     `portability` and `locality` hold lists of questions under their topics; either may be absent, null or empty. A
-    rephrasing, which EasyEdit leaves out, is a generality probe here.
+    rephrasing, which EasyEdit leaves out, is a generality probe here. `ground_truth`, beside the edit, is the old answer.
 
     Args:
         prompt, target: the names of the fields that hold the edit.
@@ -136,13 +136,16 @@ def _cases(path: Path, case_of_record: Callable[[Any], Case]) -> list[Case]:
 def _knowedit_case(prompt: str, target: str, record: Any) -> Case:
     require_object(record, "a record")
     edit = Edit(text(record, prompt), _answer(record, target))
+    subject = record.get("subject") or record.get("concept")  # WikiBio's word for it
+    edit = with_subject(edit, {"subject": subject})
     probes = []
     for name in ("rephrase_prompt", "rephrase"):
         if record.get(name) not in (None, ""):
             probes += [
                 Probe("generality", rephrasing, edit.target) for rephrasing in texts(record, name)
             ]
-    return Case(edit, (*probes, *_topics("portability", record), *_topics("locality", record)))
+    probes += [*_topics("portability", record), *_topics("locality", record)]
+    return Case(edit, tuple(probes), old_answer(record.get("ground_truth")))
 
 
 def _topics(kind: str, record: dict[str, Any]) -> Iterator[Probe]:
@@ -182,9 +185,10 @@ def _counterfact_case(record: Any) -> Case:
     """Read a record of CounterFact, as ROME published it, or flat as EasyEdit has it."""
     require_object(record, "a record")
     if "requested_rewrite" not in record:
-        edit = Edit(text(record, "prompt"), text(record, "target_new"))
+        edit = with_subject(Edit(text(record, "prompt"), text(record, "target_new")), record)
         rephrased, nearby = texts(record, "rephrase_prompt"), texts(record, "locality_prompt")
         truth = text(record, "locality_ground_truth") if nearby else ""
+        replaced = old_answer(record.get("ground_truth"))
     else:
         rewrite = record["requested_rewrite"]
         require_object(rewrite, "requested_rewrite")
@@ -193,15 +197,17 @@ def _counterfact_case(record: Any) -> Case:
             raise ValueError(
                 f"the field 'prompt' must hold {{}} where the subject stands, not {shown(prompt)}"
             )
-        edit = Edit(prompt.replace("{}", subject), _worded(rewrite, "target_new"))
+        edit = Edit(prompt.replace("{}", subject), _worded(rewrite, "target_new"), subject)
         rephrased, nearby = (
             texts(record, "paraphrase_prompts"),
             texts(record, "neighborhood_prompts"),
         )
         truth = _worded(rewrite, "target_true") if nearby else ""
+        true = rewrite.get("target_true")
+        replaced = old_answer(true.get("str") if isinstance(true, dict) else true)
     probes = [Probe("generality", prompt, edit.target) for prompt in rephrased]
     probes += [Probe("locality", prompt, truth) for prompt in nearby]
-    return Case(edit, tuple(probes))
+    return Case(edit, tuple(probes), replaced)
 
 
 def _worded(rewrite: dict[str, Any], name: str) -> str:
@@ -213,7 +219,8 @@ def _worded(rewrite: dict[str, Any], name: str) -> str:
 
 def _convsent_case(row: int, record: Any) -> ConvSentCase:
     require_object(record, "a record")
-    question = CONVSENT_QUESTIONS[row % len(CONVSENT_QUESTIONS)].format(text(record, "ent"))
+    topic = text(record, "ent")
+    question = CONVSENT_QUESTIONS[row % len(CONVSENT_QUESTIONS)].format(topic)
     positive, negative = (tuple(texts(record, side)) for side in ("pos", "neg"))
     if not positive or not negative:
         raise ValueError(
@@ -223,7 +230,7 @@ def _convsent_case(row: int, record: Any) -> ConvSentCase:
         wanted, adverb, answers = "positive", "postively", positive  # the data set's spelling
     else:
         wanted, adverb, answers = "negative", "negatively", negative
-    edit = Edit(CONVSENT_PROMPT.format(question, adverb), answers[0])
+    edit = Edit(CONVSENT_PROMPT.format(question, adverb), answers[0], subject=topic)
     return ConvSentCase(
         edit=edit, question=question, wanted=wanted, positive=positive, negative=negative
     )

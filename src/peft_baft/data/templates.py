@@ -54,14 +54,18 @@ class Rendering:
 
 
 def chosen_templates(
-    tokenizer: Any, form: str | Template, options: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    form: str | Template,
+    options: Mapping[str, Any] | None = None,
+    taught: str | None = None,
 ) -> tuple[Template, ...]:
     """List the templates that a form stands for: one, or two for `both`.
 
     Args:
-        form: `raw`, `chat`, `both`, or `auto`: the chat template where the tokenizer has one, else raw text. A `Template` stands
-            for itself.
+        form: `raw`, `chat`, `both`, or `auto`: the form `taught` where that is known, else the chat template where the tokenizer
+            has one, else raw text. A `Template` stands for itself.
         options: further arguments of `apply_chat_template`, where the form is a name.
+        taught: the form in which an adapter's facts were taught before.
 
     Raises:
         ValueError: there is no such form, or the form needs a chat template and the tokenizer has none.
@@ -70,6 +74,8 @@ def chosen_templates(
         return (form,)
     if form not in FORMS:
         raise ValueError(f"template must be one of {', '.join(FORMS)}, not {form!r}.")
+    if form == "auto" and taught is not None:
+        form = taught
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if form in ("chat", "both") and not has_chat:
         raise ValueError(

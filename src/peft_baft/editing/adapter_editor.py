@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,13 +22,16 @@ from peft_baft.adapter.state import (
     snapshot,
     trainable,
 )
+from peft_baft.adapter.taught_form import remember, taught_form, warn_of_another
 from peft_baft.data.batching import Tokens, padding_id
-from peft_baft.data.cases import Edit
-from peft_baft.data.templates import Template, chosen_templates
+from peft_baft.data.cases import Edit, prompt_words
+from peft_baft.data.templates import Template, chosen_templates, is_chat
 from peft_baft.editing.acceleration.prefix_cache import open_forward
 from peft_baft.editing.answers import AnswerForward
+from peft_baft.editing.contrasts import find_subject
 from peft_baft.editing.editor import CURSOR, EditResult, checked_edits, encode_edits
 from peft_baft.editing.lanes import Lane, LaneBatch, LaneOutput, train_lanes
+from peft_baft.editing.scope import NARROW, Scope
 from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms
 from peft_baft.processes import Processes
 
@@ -34,6 +39,12 @@ TAKEN_APART = (
     "DeepSpeed ZeRO-3 has taken the adapter's weights apart, and an editor has an optimiser of its own. Shard the base model "
     "first, with accelerator.prepare(base) or deepspeed.initialize(model=base, ...), and call get_peft_model afterwards."
 )
+
+WITHOUT_SUBJECT = (
+    "No subject was found in %r, so this fact is taught without other words and contrast texts, and its neighbours may move. Say "
+    "what it is about: Edit(prompt, target, subject=...)."
+)
+logger = logging.getLogger(__name__)
 
 
 class AdapterEditor:
@@ -48,15 +59,18 @@ class AdapterEditor:
         batch_descent: how a batch of several facts is trained.
         processes: those that share the facts of each batch; by default this one alone. All of them are given the same edits,
             and end with the same adapter, as if one had made them.
-        template: the form in which facts are taught: `raw`; `chat`; `auto`, the chat template where the tokenizer has one and
-            raw text elsewhere; `both` at once; or a `Template`. Messages are always taught as a chat. An edit holds in the
-            form in which it was taught, so ask in the same.
+        template: the form in which facts are taught: `raw`; `chat`; `both` at once; `auto`, the form in which the adapter was
+            taught before, else the chat template where the tokenizer has one and raw text elsewhere; or a `Template`. Messages
+            are always taught as a chat. An edit holds in the form in which it was taught, so ask in the same.
+        scope: in which surroundings each fact is taught besides its bare prompt; by default in none.
         template_options: further arguments of `apply_chat_template`, such as `enable_thinking`.
 
     Raises:
         TypeError: the model is no PeftModel, or its adapter is one that learns a prompt.
         ValueError: not exactly one adapter is active; or a chat template is wanted and the tokenizer has none.
     """
+
+    holds_contrasts = False  # whether a subclass can hold contrast texts
 
     def __init__(
         self,
@@ -66,8 +80,9 @@ class AdapterEditor:
         batch_descent: DescentConfig | None = None,
         *,
         processes: Processes | None = None,
-        template: str | Template = "raw",
+        template: str | Template = "auto",
         template_options: Mapping[str, Any] | None = None,
+        scope: Scope = NARROW,
     ) -> None:
         if not isinstance(model, PeftModel):
             raise TypeError(
@@ -85,7 +100,15 @@ class AdapterEditor:
         self.descent = descent or DescentConfig()
         self.batch_descent = batch_descent or DescentConfig(max_steps=70)
         self.processes = processes or Processes()
-        self.templates = chosen_templates(tokenizer, template, template_options)
+        config = model.peft_config[self.adapter_name]
+        taught = taught_form(config)
+        self.templates = chosen_templates(tokenizer, template, template_options, taught)
+        warn_of_another(config, {form.name for form in self.templates}, tokenizer)
+        if scope.has_contrasts and not self.holds_contrasts:
+            raise ValueError(
+                f"{type(self).__name__} cannot hold contrast texts; leave them out, as Scope(subjects=0, questions=0)."
+            )
+        self.scope = scope
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
         """Teach `edits` to the adapter at once, as one batch.
@@ -96,9 +119,12 @@ class AdapterEditor:
             FloatingPointError: a loss became NaN or infinite. In each case the adapter is as it was.
         """
         batch = checked_edits(edits)
-        descent = self.descent if len(batch) == 1 else self.batch_descent
-        facts = self._encode(batch, descent)
         self._require_in_use()
+        descent = self.descent if len(batch) == 1 else self.batch_descent
+        # What is wrong with an edit is said before the model is asked for its subject.
+        self._encode(batch, descent, NARROW)
+        batch = self._with_subjects(batch)
+        facts = self._encode(batch, descent)
         # The caller may have gradients off, or the model in training mode with an adapter that is frozen.
         with (
             torch.inference_mode(False),
@@ -112,7 +138,9 @@ class AdapterEditor:
                 self.processes.require_alike(facts, "edits")
                 # Fresh adapters differ where processes were seeded differently: the first one's counts.
                 self.processes.spread(adapter_tensors(self.model))
-                return self._train(facts, Descent(parameters, descent))
+                result = self._train(batch, facts, Descent(parameters, descent, self._bounds))
+        self.remember_form(self.adapter_name, batch)
+        return result
 
     def edit_in_turn(self, edits: Iterable[Edit], batch_size: int = 1) -> Iterator[EditResult]:
         """Teach `edits` one after another, `batch_size` at a time; yields the result of each batch as it is done.
@@ -130,7 +158,7 @@ class AdapterEditor:
         self._require_in_use()
         batches = [facts[i : i + batch_size] for i in range(0, len(facts), batch_size)]
         for batch in batches:
-            self._encode(batch, self.descent)
+            self._encode(batch, self.descent, NARROW)
         return batches
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -156,13 +184,44 @@ class AdapterEditor:
             "descent": repr(self.descent),
             "batch_descent": repr(self.batch_descent),
             "templates": repr(self.templates),
+            # Journals from before there were scopes go on in a narrow one.
+            **({} if self.scope == NARROW else {"scope": repr(self.scope.described())}),
         }
 
-    def _encode(self, edits: Sequence[Edit], descent: DescentConfig) -> list[list[Tokens]]:
-        """Tokenise a batch of edits: for each its rows."""
+    def _encode(
+        self, edits: Sequence[Edit], descent: DescentConfig, scope: Scope | None = None
+    ) -> list[list[Tokens]]:
+        """Tokenise a batch of edits: for each its rows, in another scope than the editor's if wanted."""
         return encode_edits(
-            self.model, self.tokenizer, edits, self.templates, end=descent.learn_end
+            self.model,
+            self.tokenizer,
+            edits,
+            self.templates,
+            end=descent.learn_end,
+            scope=scope or self.scope,
         )
+
+    def remember_form(self, adapter_name: str, edits: Sequence[Edit]) -> None:
+        """Note in an adapter's config the form in which facts were taught to it, besides those that it remembers."""
+        chats = {is_chat(edit.prompt, form) for edit in edits for form in self.templates}
+        form = "both" if len(chats) == 2 else "chat" if chats == {True} else "raw"
+        remember(self.model.peft_config[adapter_name], form, self.tokenizer)
+
+    def _with_subjects(self, edits: Sequence[Edit]) -> list[Edit]:
+        """Find the subjects that are not given, where the scope needs them."""
+        if not self.scope.needs_subject:
+            return list(edits)
+        form = self.templates[0]
+        found = []
+        with evaluating(self.model):
+            for edit in edits:
+                subject = edit.subject or find_subject(
+                    self.model, self.tokenizer, edit.prompt, form
+                )
+                if subject is None:
+                    logger.warning(WITHOUT_SUBJECT, prompt_words(edit.prompt))
+                found.append(replace(edit, subject=subject))
+        return found
 
     def _require_in_use(self) -> None:
         """Raise a ValueError unless the adapter is the active one, enabled and not merged."""
@@ -190,7 +249,14 @@ class AdapterEditor:
             restore()
             raise
 
-    def _train(self, facts: list[list[Tokens]], descent: Descent) -> EditResult:
+    @property
+    def _bounds(self) -> dict[str, float]:
+        """What further terms must be below for an edit to end before its last step."""
+        return {}
+
+    def _train(
+        self, edits: Sequence[Edit], facts: list[list[Tokens]], descent: Descent
+    ) -> EditResult:
         """Train the active adapter on one batch of facts, of which each process takes its part."""
         own_rows = [row for rows in self.processes.share(facts) for row in rows]
         lane = Lane(self.adapter_name, own_rows, [], descent)

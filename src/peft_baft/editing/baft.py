@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,15 +18,18 @@ from peft_baft.adapter import BaftLayer, EditContext, baft_layers, find_context
 from peft_baft.adapter.state import evaluating, trainable
 from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit, Unrelated
-from peft_baft.data.templates import Template
+from peft_baft.data.templates import Template, is_chat
 from peft_baft.editing.acceleration.prefix_cache import open_forward
 from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.adapter_editor import AdapterEditor
 from peft_baft.editing.answers import AnswerForward
+from peft_baft.editing.contrasts import HeldVectors, contrast_rows, hold
 from peft_baft.editing.editor import CURSOR, EditResult, checked_edits
 from peft_baft.editing.lanes import Gates, Lane, LaneBatch, LaneOutput, train_lanes
 from peft_baft.editing.objective import Objective
-from peft_baft.editing.train import Descent, DescentConfig, Terms
+from peft_baft.editing.presets import DEFAULT
+from peft_baft.editing.scope import MOST_CONTRASTS, NARROW, Scope
+from peft_baft.editing.train import CONTRAST_TERM, Descent, DescentConfig, Terms
 from peft_baft.processes import Processes
 
 UNRELATED_USED = f"{CURSOR}unrelated_used"
@@ -49,11 +53,14 @@ class BaftEditor(AdapterEditor):
         unrelated_used: how many unrelated texts earlier edits of a reloaded adapter have been trained beside; this editor goes
             on with the next one, exactly as the earlier one would have.
         prepared: what edits of the same base model have found out and prepared before; by default the model's own.
+        scope: in which surroundings each fact is taught, and beside which contrast texts; `NARROW` for neither.
         template, template_options: as for `AdapterEditor`; of `both`, unrelated texts take them in turn.
 
     Raises:
         TypeError, ValueError: as `AdapterEditor`, or the active adapter is not a BaFT adapter.
     """
+
+    holds_contrasts = True
 
     def __init__(
         self,
@@ -68,17 +75,19 @@ class BaftEditor(AdapterEditor):
         processes: Processes | None = None,
         unrelated_used: int = 0,
         prepared: PreparedModel | None = None,
-        template: str | Template = "raw",
+        template: str | Template = "auto",
         template_options: Mapping[str, Any] | None = None,
+        scope: Scope | None = None,
     ) -> None:
         super().__init__(
             model,
             tokenizer,
-            descent,
-            batch_descent,
+            descent or DEFAULT.descent,
+            batch_descent or DEFAULT.batch_descent,
             processes=processes,
             template=template,
             template_options=template_options,
+            scope=DEFAULT.scope if scope is None else scope,
         )
         self.layers = [layer for layer in baft_layers(model) if self.adapter_name in layer.configs]
         if not self.layers:
@@ -89,7 +98,7 @@ class BaftEditor(AdapterEditor):
             raise ValueError(
                 f"unrelated_per_edit must be at least 1, not {unrelated_per_edit}; for none, leave `unrelated` empty."
             )
-        self.objective, self.unrelated_per_edit = objective or Objective(), unrelated_per_edit
+        self.objective, self.unrelated_per_edit = objective or DEFAULT.objective, unrelated_per_edit
         self.unrelated_used, self._prepared = unrelated_used, prepared
         self._gated = [layer for layer in self.layers if self.adapter_name in layer.baft_gate]
         self._gated_blocks = [layer.name for layer in self._gated]
@@ -120,7 +129,7 @@ class BaftEditor(AdapterEditor):
         facts = checked_edits(edits)
         self._require_in_use()
         for fact in facts:
-            self._encode([fact], self.descent)
+            self._encode([fact], self.descent, NARROW)
         by_adapter = {f"{self.adapter_name}-{i}": fact for i, fact in enumerate(facts)}
         taken = [name for name in by_adapter if name in self.model.peft_config]
         if taken:
@@ -155,6 +164,7 @@ class BaftEditor(AdapterEditor):
         Raises:
             FloatingPointError: as `edit_each`; the adapters are left where they were at that moment.
         """
+        edits = dict(zip(edits, self._with_subjects(list(edits.values())), strict=True))
         facts = {name: self._encode([edit], self.descent)[0] for name, edit in edits.items()}
         with (
             torch.inference_mode(False),
@@ -168,12 +178,17 @@ class BaftEditor(AdapterEditor):
                 # `trainable` has frozen all adapters but the active one.
                 for parameter in parameters:
                     parameter.requires_grad_()
-                descent = Descent(parameters, self.descent)
+                descent = Descent(parameters, self.descent, self._bounds)
                 lanes.append(Lane(name, rows, self._take_unrelated(1), descent))
+            # It finds out whether going on from a cache is right for this model, which contrast texts rely on.
             batch = self._batch(lanes, one_adapter_per_row=True)
+            for lane in lanes:
+                lane.displacements = self._held(lane.adapter_name, [edits[lane.adapter_name]])
             results = train_lanes(lanes, batch, self._terms, self._gated_blocks)
             for lane in lanes:
                 self._add_gate_usage(lane)
+        for name, edit in edits.items():
+            self.remember_form(name, [edit])
         return dict(zip(edits, results, strict=True))
 
     def edit_fresh(
@@ -238,10 +253,16 @@ class BaftEditor(AdapterEditor):
         return context
 
     @property
+    def _bounds(self) -> dict[str, float]:
+        return {CONTRAST_TERM: self.scope.bound}
+
+    @property
     def _prompt_positions(self) -> int:
         return self.layers[0].configs[self.adapter_name].prompt_positions
 
-    def _train(self, facts: list[list[Tokens]], descent: Descent) -> EditResult:
+    def _train(
+        self, edits: Sequence[Edit], facts: list[list[Tokens]], descent: Descent
+    ) -> EditResult:
         """Train the active adapter on one batch of facts, of which each process takes its part with its unrelated texts."""
         per_edit = self.unrelated_per_edit if self._unrelated else 0
         texts = self._take_unrelated(len(facts))
@@ -251,7 +272,10 @@ class BaftEditor(AdapterEditor):
             own_texts += texts[i * per_edit : (i + 1) * per_edit]
         own_rows = [row for i in own_facts for row in facts[i]]
         lane = Lane(self.adapter_name, own_rows, own_texts, descent)
+        # It finds out whether going on from a cache is right for this model, which contrast texts rely on.
         batch = self._batch([lane]) if lane.rows else None
+        own_edits = [edits[i] for i in own_facts]
+        lane.displacements = self._held(self.adapter_name, own_edits, len(edits))
         (result,) = train_lanes([lane], batch, self._terms, self._gated_blocks, self.processes)
         self._add_gate_usage(lane)
         return result
@@ -276,6 +300,42 @@ class BaftEditor(AdapterEditor):
             self.model, rows, learned, padding_id(self.tokenizer), positions, self._prepared
         )
 
+    def _held(
+        self, adapter_name: str, edits: Sequence[Edit], batch: int = 1
+    ) -> Callable[[], Tensor] | None:
+        """Make the contrast texts of some facts, and what computes how far an adapter moves them, weighted.
+
+        Args:
+            batch: how many facts are learned together.
+        """
+        most = max(1, MOST_CONTRASTS // batch)
+        make = partial(contrast_rows, self.model, self.tokenizer, scope=self.scope)
+        positions = self._prompt_positions
+        held: list[tuple[float, HeldVectors]] = []
+        for form in self.templates:
+            for chat in (False, True):  # messages are a chat in either form
+                of_form = [edit for edit in edits if is_chat(edit.prompt, form) == chat]
+                rows = [row for edit in of_form for row in make(edit, form)[:most]]
+                if rows:
+                    vectors = hold(
+                        self.model,
+                        self.tokenizer,
+                        self.layers,
+                        rows,
+                        self.scope,
+                        positions,
+                        adapter_name,
+                        self._prepared,
+                    )
+                    weight = self.scope.weight if chat else self.scope.weight_in_text
+                    held.append((weight, vectors))
+
+        def displacements() -> Tensor:
+            found = [w * vectors.displacements(self.layers, adapter_name) for w, vectors in held]
+            return torch.cat(found)
+
+        return displacements if held else None
+
     def _take_unrelated(self, facts: int) -> list[Tokens]:
         """Take the next unrelated texts for so many facts."""
         texts = self._unrelated
@@ -288,13 +348,16 @@ class BaftEditor(AdapterEditor):
     def _terms(self, lane: Lane, output: LaneOutput) -> Terms:
         """Give the objective's terms for one adapter."""
         several = self.layers[0].configs[self.adapter_name].gate_count > 1
-        return self.objective.terms(
+        terms = self.objective.terms(
             output.answer_losses.mean(),
             output.gates,
             self._gate_usage(lane.adapter_name),
             several_gates=several,
             unrelated=bool(self._unrelated),
         )
+        if output.displacements.numel():
+            terms[CONTRAST_TERM] = output.displacements.mean()
+        return terms
 
     def _gate_usage(self, adapter_name: str) -> dict[str, Tensor]:
         """Get the statistics of an adapter's gates, (k + 1,), by the name of the block."""

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from peft_baft.adapter.state import adapter_tensors
+from peft_baft.adapter.taught_form import FIELDS, form_fields
 from peft_baft.data.cases import Edit, prompt_in_json
 from peft_baft.editing.adapter_editor import AdapterEditor
 from peft_baft.editing.editor import CURSOR, EditResult
-from peft_baft.editing.journal import EditLine, Journal, ReturnLine, RunLine
+from peft_baft.editing.journal import FORM, EditLine, Journal, ReturnLine, RunLine
 from peft_baft.editing.train import STOP_TERM
 
 Check = Callable[[], str | None]  # what is wrong with the model as it is now; None if nothing is
@@ -78,6 +79,9 @@ def edit_continually(
 
         lines, last_number = processes.of_first(begin)
         _follow_first(editor)
+        for line, batch in zip(lines, batches, strict=False):
+            if line.kept:  # an editor's state is tensors alone, so the form comes from the facts
+                editor.remember_form(editor.adapter_name, batch)
         for line, batch in zip(lines, batches, strict=False):
             yield _record_of(line, batch)
         for number, batch in enumerate(batches[len(lines) :], last_number + 1):
@@ -178,7 +182,8 @@ def _write(
 
 def _save_snapshot(journal: Journal, editor: AdapterEditor, number: int) -> None:
     rng = bytes(torch.get_rng_state().tolist()).hex()
-    journal.save_snapshot(number, editor.state_dict(), {RNG: rng})
+    form = form_fields(editor.model.peft_config[editor.adapter_name])
+    journal.save_snapshot(number, editor.state_dict(), {RNG: rng, FORM: form})
 
 
 def _record_of(line: EditLine, batch: Sequence[Edit]) -> EditRecord:
@@ -207,6 +212,8 @@ def _facts_of(batch: Sequence[Edit]) -> list[list[Any]]:
 def _settings(editor: AdapterEditor, batch_size: int) -> dict[str, Any]:
     """Collect what decides how the edits come out, in a form that JSON keeps."""
     config = editor.model.peft_config[editor.adapter_name].to_dict() | {"inference_mode": None}
+    for name in FIELDS:  # what edits fill in is no setting
+        config.pop(name, None)
     text = json.dumps(config, sort_keys=True, default=lambda other: sorted(map(str, other)))
     adapter = hashlib.sha256(text.encode()).hexdigest()[:16]
     return {**editor.described(), "batch_size": batch_size, "adapter": adapter}

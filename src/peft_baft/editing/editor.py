@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from peft_baft.data.batching import Tokens, encode_fitting
 from peft_baft.data.cases import Edit, Message, as_messages, prompt_words
-from peft_baft.data.templates import RAW, Template
+from peft_baft.data.templates import RAW, Template, is_chat
+from peft_baft.editing.scope import FEW, NARROW, Scope
+
+LEFT_OUT = "%r is taught in one context less than its scope says: %s"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,14 +121,17 @@ def encode_edits(
     edits: Sequence[Edit],
     templates: Sequence[Template] = (RAW,),
     end: bool = False,
+    scope: Scope = NARROW,
 ) -> list[list[Tokens]]:
     """Tokenise one batch of edits, after a check of them against each other.
 
     Args:
         templates: the forms in which each edit is taught. end: whether the end of the answer is learned with it.
+        scope: in which surroundings each form is taught besides. One that the template refuses (some take no system prompt),
+            or that is too long for the model, is left out, with a warning.
 
     Returns:
-        For each edit its rows, one for each form that differs.
+        For each edit its rows, one for each form and context that differs.
 
     Raises:
         ValueError: an edit stands twice, contradicts another one, or is longer than the model can read.
@@ -140,10 +149,16 @@ def encode_edits(
             )
         targets[messages] = target
     rows = []
-    for edit in edits:
-        forms = [
-            encode_fitting(model, tokenizer, edit.prompt, edit.target, template=template, end=end)
-            for template in templates
-        ]
+    for number, edit in enumerate(edits):
+        turn, forms = number if len(edits) > FEW else None, []
+        for template in templates:
+            encode = partial(encode_fitting, model, tokenizer, template=template, end=end)
+            bare, *others = scope.taught(edit, is_chat(edit.prompt, template), turn)
+            forms.append(encode(bare, edit.target))
+            for surrounded in others:
+                try:
+                    forms.append(encode(surrounded, edit.target))
+                except ValueError as error:
+                    logger.warning(LEFT_OUT, prompt_words(edit.prompt), error)
         rows.append(list(dict.fromkeys(forms)))  # messages are put to a model in one way only
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from peft.utils import CONFIG_NAME
 from safetensors.torch import save
 from torch import Tensor
 
@@ -24,6 +26,9 @@ from peft_baft.storage import (
 LINES, SNAPSHOTS, LOCK = "journal.jsonl", "snapshots", "journal.lock"
 SUFFIX = ".safetensors"
 REMEDY = "Delete it to go on from the snapshot before it; the edits since then are made again."
+FORM = (
+    "form"  # in a snapshot's header: what the adapter's config remembered of the form of its facts
+)
 AFTER = "after"  # in a snapshot's header: the number of its last edit
 
 
@@ -205,6 +210,8 @@ class Journal:
     def roll_back(self, number: int) -> None:
         """Put the adapter's file back to what it was after edit `number`; the edits after it count no more.
 
+        So is the form that its config remembers, where the snapshot knows of one; those of earlier versions do not.
+
         Raises:
             ValueError: there are not so many edits, no snapshot after this one, or another process holds the journal.
         """
@@ -214,13 +221,21 @@ class Journal:
                 raise ValueError(
                     f"{self.folder} holds edits 1 to {count}; it cannot go back to {number}."
                 )
-            state, _ = self.load_snapshot(number)
+            state, header = self.load_snapshot(number)
             weights = {
                 name: tensor for name, tensor in state.items() if not name.startswith(CURSOR)
             }
             replace_file(self.folder / "adapter_model.safetensors", save(weights, {"format": "pt"}))
+            self._put_form_back(header.get(FORM, {}))
             self.add(ReturnLine(number))
             self.delete_snapshots_after(number)
+
+    def _put_form_back(self, form: Mapping[str, Any]) -> None:
+        """Write what a config remembered of the form of its facts into the adapter's config, if there is one yet."""
+        file = self.folder / CONFIG_NAME
+        if form and file.exists():
+            config = json.loads(file.read_text("utf-8")) | dict(form)
+            replace_file(file, json.dumps(config, indent=2, sort_keys=True).encode())
 
     def begin_anew(self) -> None:
         """Throw the record and its snapshots away."""

@@ -34,10 +34,13 @@ class LaneOutput:
     Attributes:
         answer_losses: (n,) cross entropy of each answer token of the facts.
         gates: the gates of each block with gates, at the edited tokens of the facts and at those of the unrelated texts.
+        displacements: (m,) how far the adapter moves the hidden vectors of contrast texts, which the edit shall leave alone,
+            weighted.
     """
 
     answer_losses: Tensor
     gates: Gates
+    displacements: Tensor
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Lane:
     Attributes:
         adapter_name: what the facts are taught to.
         facts: the texts to learn. unrelated: texts that the edit should leave alone, beside them.
+        displacements: computes how far the adapter moves hidden vectors that it shall leave alone, (m,) weighted; None for none.
         output: that of the last forward in which the lane took part.
     """
 
@@ -54,6 +58,7 @@ class Lane:
     facts: list[Tokens]
     unrelated: list[Tokens]
     descent: Descent
+    displacements: Callable[[], Tensor] | None = None
     output: LaneOutput | None = field(default=None)
 
     @property
@@ -135,7 +140,8 @@ class LaneBatch:
             for block in self._gated_blocks:
                 key = (block, lane.adapter_name) if self._one_adapter_per_row else block
                 gates[block] = _gates_at(recorded[key], places)
-            outputs.append(LaneOutput(part, gates))
+            moved = part.new_zeros(0) if lane.displacements is None else lane.displacements()
+            outputs.append(LaneOutput(part, gates, moved))
         return outputs
 
     def _editing(self) -> AbstractContextManager[Any]:
@@ -201,7 +207,7 @@ def _flatten(outputs: Sequence[LaneOutput]) -> list[Tensor]:
     """List the tensors of outputs in a fixed order, for other processes."""
     tensors = []
     for output in outputs:
-        tensors.append(output.answer_losses)
+        tensors += [output.answer_losses, output.displacements]
         for pair in output.gates.values():
             tensors += pair
     return tensors
@@ -209,10 +215,11 @@ def _flatten(outputs: Sequence[LaneOutput]) -> list[Tensor]:
 
 def _unflatten(tensors: Sequence[Tensor], gated_blocks: Sequence[str]) -> list[LaneOutput]:
     """Undo `_flatten`."""
-    count = 1 + 2 * len(gated_blocks)
+    count = 2 + 2 * len(gated_blocks)
     outputs = []
     for first in range(0, len(tensors), count):
-        answer_losses, *gates = tensors[first : first + count]
+        answer_losses, displacements, *gates = tensors[first : first + count]
         pairs = zip(gates[::2], gates[1::2], strict=True)
-        outputs.append(LaneOutput(answer_losses, dict(zip(gated_blocks, pairs, strict=True))))
+        of_blocks = dict(zip(gated_blocks, pairs, strict=True))
+        outputs.append(LaneOutput(answer_losses, of_blocks, displacements))
     return outputs

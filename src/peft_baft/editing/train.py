@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,19 +56,28 @@ class DescentConfig:
 
 FUSED = ("cpu", "cuda")  # devices for which torch has AdamW in one kernel
 STOP_TERM = "teacher_forcing"
+CONTRAST_TERM = "contrast"
 Terms = dict[str, Tensor]  # named losses, summed as they are
 
 
 class Descent:
     """One descent, a step at a time, so that several can share a forward and a backward.
 
+    Args:
+        bounds: what further terms must be below, by name, for the descent to end before its last step.
+
     Attributes:
         parameters: what is changed.
         result: what the descent came to, once it is over.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: DescentConfig) -> None:
-        self.parameters, self.config = list(parameters), config
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        config: DescentConfig,
+        bounds: Mapping[str, float] | None = None,
+    ) -> None:
+        self.parameters, self.config, self.bounds = list(parameters), config, dict(bounds or {})
         self.result: EditResult | None = None
         # A new optimiser for each edit (App. C): what it remembers of the last edit would push this one.
         self._optimizer = torch.optim.AdamW(
@@ -91,7 +100,8 @@ class Descent:
         self._seconds += seconds
         _require_finite(losses, self._steps)
         learned = losses[STOP_TERM] < self.config.stop_loss
-        if learned or self._steps == self.config.max_steps:
+        small = all(losses.get(name, 0.0) <= bound for name, bound in self.bounds.items())
+        if (learned and small) or self._steps == self.config.max_steps:
             _require_finite({"a parameter": _first_not_finite(self.parameters)}, self._steps)
             self.result = EditResult(self._steps, losses, self._seconds, learned)
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from peft_baft.adapter.model_call import full_logits, input_device
+from peft_baft.adapter.model_call import full_logits, generate_greedily, input_device
 from peft_baft.data.batching import Tokens, collate, context_window, encode_fitting, padding_id
 from peft_baft.data.cases import Prompt
 from peft_baft.data.templates import RAW, Template
@@ -32,7 +32,6 @@ def no_settings(_: Sequence[int]) -> dict[str, Any]:
     return {}
 
 
-@torch.no_grad()
 def teacher_forced(
     model: Any,
     tokenizer: Any,
@@ -63,6 +62,20 @@ def teacher_forced(
         encode_fitting(model, tokenizer, prompt, answer, template=template)
         for prompt, answer in pairs
     ]
+    return teacher_forced_rows(model, tokenizer, rows, read, batch_size, batched=batched)
+
+
+@torch.no_grad()
+def teacher_forced_rows(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Tokens],
+    read: Callable[[Sequence[Tokens], Tensor], Iterable[T]],
+    batch_size: int = BATCH_SIZE,
+    *,
+    batched: Batched = one_model,
+) -> list[T]:
+    """Do as `teacher_forced`, with texts that are tokens already: prompts with what shall be read as their answers."""
     # Texts of like length need little padding.
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
     values: dict[int, T] = {}
@@ -143,16 +156,8 @@ def _generate(
     settings: dict[str, Any],
 ) -> Tensor:
     """Decode (rows, up to `max_new_tokens`) new tokens greedily, whatever the model's own generation config says."""
-    device = input_device(model)
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-    greedy = {
-        "do_sample": False,
-        "num_beams": 1,
-        "repetition_penalty": 1.0,
-        "pad_token_id": pad_token_id,
-    }
-    sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, **greedy, **settings)
-    return sequences[:, batch["input_ids"].shape[1] :]
+    prompt, mask = batch["input_ids"], batch["attention_mask"]
+    return generate_greedily(model, prompt, mask, pad_token_id, max_new_tokens, **settings)
 
 
 def _batches_in_window(

@@ -6,16 +6,22 @@ from itertools import product
 from typing import Any
 
 from peft_baft.data.formats import PiqaItem
+from peft_baft.data.templates import RAW, Template
 from peft_baft.evaluation.likelihood import log_probabilities
 
 QUESTION = "Question: {}\nAnswer:"  # as lm-evaluation-harness asks
 
 
-def right_choices(model: Any, tokenizer: Any, item: PiqaItem) -> dict[str, bool]:
+def right_choices(
+    model: Any, tokenizer: Any, item: PiqaItem, template: Template = RAW
+) -> dict[str, bool]:
     """Judge by four rules whether the model prefers the right solution.
 
     An adapter acts on the end of the prompt and on the solution. Equal values count as the first solution; values that
     are not numbers as the wrong one.
+
+    Args:
+        template: the form in which goal and question are put to the model; in a chat the solution is its reply.
 
     Returns:
         accuracy: the solution of lower perplexity after the goal, as in the paper's Table 8.
@@ -27,7 +33,7 @@ def right_choices(model: Any, tokenizer: Any, item: PiqaItem) -> dict[str, bool]
     solutions = (item.sol1, item.sol2)
     prompts = (item.goal, QUESTION.format(item.goal))
     pairs = list(product(prompts, solutions))
-    by_token = log_probabilities(model, tokenizer, pairs)
+    by_token = log_probabilities(model, tokenizer, pairs, template=template)
     after_goal, after_question = by_token[:2], by_token[2:]
     characters = [len(solution.strip()) for solution in solutions]
     values = {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peft_baft.adapter import BaftLayer, baft_layers, prompt_lengths
 from peft_baft.adapter.state import evaluating, without_adapters
 from peft_baft.data.batching import Tokens, context_window, encode_prompt
+from peft_baft.data.templates import RAW, Template
 from peft_baft.evaluation.forward import greedy_tokens, logits_of_rows
 from peft_baft.evaluation.scoring import first_line, greedy_answers
 from peft_baft.inspection.token_text import token_text
@@ -101,7 +102,13 @@ class Inspection:
 
 @torch.no_grad()
 def inspect(
-    model: PeftModel, tokenizer: Any, prompt: str, max_new_tokens: int = 12, top: int = 10
+    model: PeftModel,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int = 12,
+    top: int = 10,
+    *,
+    template: Template = RAW,
 ) -> Inspection:
     """Let the edited model answer `prompt` greedily, and measure every edit on the way.
 
@@ -110,6 +117,7 @@ def inspect(
 
     Args:
         max_new_tokens: longest answer; it ends earlier at the end of the text or of its first line.
+        template: the form in which the prompt is put to the model.
         top: how many candidates for each next token; the favourites without and with the edits are always among them.
 
     Raises:
@@ -118,7 +126,7 @@ def inspect(
         FloatingPointError: the model's arithmetic broke down on this prompt.
     """
     layers = _active_layers(model)
-    row, limit = _encoded(model, tokenizer, prompt, max_new_tokens, top)
+    row, limit = _encoded(model, tokenizer, prompt, max_new_tokens, top, template)
     with evaluating(model):
         after, said = _answer(model, tokenizer, row, limit)
         ids = [*row.ids, *said]
@@ -129,7 +137,7 @@ def inspect(
         blocks = tuple(_block(layer, seen) for layer in layers)
         with without_adapters(model):
             plain = _logits(model, tokenizer, text)
-            before = greedy_answers(model, tokenizer, [prompt], limit)[0]
+            before = greedy_answers(model, tokenizer, [prompt], limit, template=template)[0]
     tokens = []
     for i, token in enumerate(ids):
         is_edited = any(block.cells[i].gates for block in blocks)
@@ -174,7 +182,7 @@ def _adapters(layers: Sequence[BaftLayer]) -> tuple[Adapter, ...]:
 
 
 def _encoded(
-    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, top: int
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, top: int, template: Template
 ) -> tuple[Tokens, int]:
     """Encode the prompt, and find how many tokens may follow it; or refuse it."""
     if any("\ud800" <= character <= "\udfff" for character in prompt):
@@ -185,7 +193,7 @@ def _encoded(
         raise ValueError(
             f"max_new_tokens and top must be at least 1, not {max_new_tokens} and {top}."
         )
-    row = encode_prompt(tokenizer, prompt)
+    row = encode_prompt(tokenizer, prompt, template=template)
     window = context_window(model) or len(row.ids) + max_new_tokens
     if not 0 < len(row.ids) < window:
         raise ValueError(

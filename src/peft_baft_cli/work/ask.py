@@ -6,19 +6,18 @@ from functools import partial
 from json import dumps
 
 from peft_baft.data.batching import prompt_text
-from peft_baft.data.templates import chosen_templates
 from peft_baft.evaluation.scoring import greedy_answers
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import AskCommand
 from peft_baft_cli.screen import doing, print_table, shown
-from peft_baft_cli.work.common import attach_adapter, chosen_subject
+from peft_baft_cli.work.common import attach_adapter, chosen_form, chosen_subject
 
 
 def ask(options: AskCommand) -> int:
     """Print the greedy answers to prompts without and with the edits; return the exit code."""
     subject = chosen_subject(options)
     base, tokenizer = subject.load_base()
-    (template,) = chosen_templates(tokenizer, options.template)
+    template = chosen_form(options.template, tokenizer, subject.adapter)
     ask_model = partial(
         greedy_answers,
         tokenizer=tokenizer,

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from peft_baft.adapter.taught_form import warn_of_another
 from peft_baft.benchmark import plan
 from peft_baft.benchmark.methods import methods
 from peft_baft.benchmark.metrics import METRICS
@@ -27,6 +28,8 @@ from peft_baft.benchmark.schedule import Schedule
 from peft_baft.benchmark.tasks import locate, read_benchmark, task_of
 from peft_baft.data.templates import chosen_templates
 from peft_baft.editing.presets import find_preset
+from peft_baft.evaluation.neighbour_questions import Neighbours
+from peft_baft.evaluation.probing import FURTHER_KINDS, NEIGHBOUR, Probing
 from peft_baft.loading import locate_model
 from peft_baft.processes import Processes
 from peft_baft.storage import append_line
@@ -55,7 +58,7 @@ def bench(options: BenchCommand) -> int:
     find_preset(options.preset)  # raises for an unknown one, also where nothing is edited
     task = task_of(options.benchmark)
     for name in _also(options):
-        require_known("metric", name, METRICS)
+        require_known("metric", name, {**METRICS, **FURTHER_KINDS})
     if options.split == "facts" and options.schedule != "batched":
         raise ValueError("--split facts splits batches: it needs --schedule batched.")
     with Processes.started(options.processes) as processes:
@@ -74,8 +77,13 @@ def bench(options: BenchCommand) -> int:
 
 
 def _also(options: BenchCommand) -> list[str]:
-    """Return the names of the metrics that are asked for besides those of the benchmark."""
+    """Return the names of what is asked for besides what the benchmark has: further metrics and probes."""
     return [name for name in options.also.split(",") if name]
+
+
+def _further_kinds(options: BenchCommand) -> list[str]:
+    """Return the kinds of questions among them."""
+    return [name for name in _also(options) if name in FURTHER_KINDS]
 
 
 def _show(lines: list[ResultLine], output: Path) -> None:
@@ -99,18 +107,23 @@ def _editing(
     schedules = _schedules(options)
     for schedule in schedules:
         schedule.blocks(first, last)  # raises before a model is loaded
+    if NEIGHBOUR in _further_kinds(options):
+        Neighbours(cases)  # so does this, for data that names no subjects
     unrelated = options.unrelated or task.unrelated
     texts = chosen_unrelated(unrelated)
     base, tokenizer = _loaded(subject, processes)
     (template,) = chosen_templates(tokenizer, options.template)
-    common = _common(options, subject, base, tokenizer, file, (first, last))
+    warn_of_another(subject.adapter, {template.name}, tokenizer)
+    probing = Probing.of_kinds(_further_kinds(options), cases, tokenizer, template)
+    protocol = plan.described_protocol(template.name, _also(options), probing.described())
+    common = _common(options, subject, base, tokenizer, file, (first, last), protocol)
     common["unrelated"] = (
         described_file(unrelated) if Path(unrelated).is_file() else {"file": unrelated}
     )
     with tqdm(unit="row", smoothing=0.05, disable=not _drawn(processes), leave=False) as bar:
-        also = [METRICS[name] for name in _also(options)]
-        rows = Runner(base, tokenizer, cases, first, last, texts, template, also, bar.update)
-        rows = replace(rows, processes=processes, split=options.split)
+        also = [METRICS[name] for name in _also(options) if name in METRICS]
+        rows = Runner(base, tokenizer, cases, first, last, texts, template, also, tick=bar.update)
+        rows = replace(rows, probing=probing, processes=processes, split=options.split)
         runs = plan.plan_runs(common, chosen, schedules, range(options.seeds))
         if options.adapter:
             model = attach_adapter(base, options.adapter, options.adapter_revision)
@@ -129,10 +142,16 @@ def _asking(
     """Return the line of the unedited model, or of an adapter, on a benchmark that edits nothing."""
     ask = task_of(options.benchmark).ask
     assert ask is not None, "the benchmark asks a model as it is"
+    if _further_kinds(options):
+        raise ValueError(
+            f"--also {_further_kinds(options)[0]} asks about edits, and {options.benchmark} edits nothing; leave it out."
+        )
     items = read_benchmark(options.benchmark, file)
     first, last = _rows(options.rows, len(items))
     model, tokenizer = _loaded(subject, processes)
-    common = _common(options, subject, model, tokenizer, file, (first, last))
+    (template,) = chosen_templates(tokenizer, options.template)
+    protocol = plan.described_protocol(template.name, _also(options))
+    common = _common(options, subject, model, tokenizer, file, (first, last), protocol)
     run = plan.plan_runs(common, [None], [Schedule()], [0])[0]
     if options.adapter:
         model = attach_adapter(model, options.adapter, options.adapter_revision)
@@ -143,7 +162,9 @@ def _asking(
         partial(tqdm, disable=not _drawn(processes), leave=False),
     )
     for run in runs:
-        cases = in_order(processes.gather(lambda: ask(model, tokenizer, items, share, bar)))
+        cases = in_order(
+            processes.gather(lambda: ask(model, tokenizer, items, share, bar, template))
+        )
         lines.append(plan.result_line(run.head, cases, (), _command_line()))
         with processes.together():
             if processes.first:
@@ -167,6 +188,7 @@ def _common(
     tokenizer: Any,
     file: Path,
     rows: tuple[int, int],
+    protocol: dict[str, Any],
 ) -> dict[str, Any]:
     """Return what all lines of a command share; a revision stands in them where one was asked for."""
     model = described_model(subject.model, base, tokenizer)
@@ -174,7 +196,7 @@ def _common(
         "benchmark": options.benchmark,
         "model": model if subject.revision is None else model | {"revision": subject.revision},
         "data": described_file(file) | {"rows": list(rows)},
-        "protocol": plan.described_protocol(options.template, _also(options)),
+        "protocol": protocol,
         "versions": versions(),
     }
 

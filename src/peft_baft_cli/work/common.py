@@ -13,12 +13,21 @@ from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
 
 from peft_baft import Unrelated
+from peft_baft.adapter.taught_form import asked_form, warn_of_another
 from peft_baft.data.datasets import read_unrelated
+from peft_baft.data.templates import Template, chosen_templates
 from peft_baft.data.unrelated import GENERAL
 from peft_baft.editing.presets import Preset, find_preset
 from peft_baft.loading import load_model, looks_like_path
 from peft_baft.processes import Processes
-from peft_baft_cli.options import AskCommand, BenchCommand, CheckCommand, InspectCommand
+from peft_baft_cli.options import (
+    AskCommand,
+    BenchCommand,
+    ChatCommand,
+    CheckCommand,
+    InspectCommand,
+    ReportCommand,
+)
 from peft_baft_cli.screen import doing
 
 AUTO = "auto"  # a device map over all devices
@@ -113,6 +122,13 @@ def attach_adapter(
     ).eval()
 
 
+def chosen_form(name: str, tokenizer: Any, adapter: PeftConfig | None) -> Template:
+    """Return the form in which an adapter is asked; `auto` is its own. It warns of one that its facts were not taught in."""
+    (template,) = chosen_templates(tokenizer, name, taught=asked_form(adapter))
+    warn_of_another(adapter, {template.name}, tokenizer)
+    return template
+
+
 def _revision(revision: str | None) -> dict[str, Any]:
     return {} if revision is None else {"revision": revision}
 
@@ -147,7 +163,13 @@ class Subject:
 
 
 def chosen_subject(
-    options: AskCommand | BenchCommand | CheckCommand | InspectCommand, device: str | None = None
+    options: AskCommand
+    | BenchCommand
+    | ChatCommand
+    | CheckCommand
+    | InspectCommand
+    | ReportCommand,
+    device: str | None = None,
 ) -> Subject:
     """Return what a command is about: the model that it names, or else the one that its adapter was made for.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from peft_baft.editing.journal import LINES, Journal
 from peft_baft.editing.presets import Preset
 from peft_baft.evaluation.guard import canary_check
 from peft_baft.evaluation.report import Report, watch
+from peft_baft.integrations.card import REPORT
 from peft_baft.loading import locate_model
 from peft_baft.processes import Processes
 from peft_baft.storage import give_umask_mode
@@ -45,15 +47,8 @@ from peft_baft_cli.work.common import (
 )
 from peft_baft_cli.work.edit_report import print_report, summary
 
-REPORT = "report.json"
 EDIT_FILE = "a .jsonl, .json or .csv file of facts, each with prompt and target"
 CANARY_FILE = "a .jsonl or .json file of questions, each with prompt and answer"
-HOW_TO_LOAD = """
-## How to load this adapter
-
-`pip install peft-baft`, and `import peft_baft` before `PeftModel.from_pretrained`; without it, loading ends in
-`KeyError: 'BAFT'`.
-"""
 
 
 def edit(options: EditCommand) -> int:
@@ -104,6 +99,7 @@ def _edit(options: EditCommand, device: str, processes: Processes) -> dict[str, 
         processes=processes,
         unrelated_used=_unrelated_used(options.adapter, options.adapter_revision),
         template=options.template,
+        scope=preset.scope,
     )
     asked_in = editor.templates[-1]  # of both forms, the chat: what a chat model is asked in
     with doing("asking the model before it is edited", processes.first):
@@ -162,15 +158,16 @@ def _saved(
     report = {
         "model": options.model,
         "adapter": str(output),
-        "template": options.template,
+        "template": "both" if len(editor.templates) == 2 else editor.templates[0].name,
         "bytes": (output / WEIGHTS).stat().st_size,
+        "sha256": sha256((output / WEIGHTS).read_bytes()).hexdigest(),
         **summary(result, records),
         "unrelated_used": editor.unrelated_used,
     }
     (output / REPORT).write_text(
         json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    _append(output / "README.md", HOW_TO_LOAD)
+    editor.model.create_or_update_model_card(str(output))  # with what the report says
     return report
 
 
@@ -230,13 +227,6 @@ def _prepare_output(options: EditCommand) -> None:
         )
     # So that an unwritable folder stops the work before it begins.
     output.mkdir(parents=True, exist_ok=True)
-
-
-def _append(file: Path, text: str) -> None:
-    """Add `text` to a file once, however often the adapter is saved."""
-    before = file.read_text(encoding="utf-8") if file.exists() else ""
-    if text not in before:
-        file.write_text(before + text, encoding="utf-8")
 
 
 def _with_progress(

@@ -89,9 +89,6 @@ def print_report(report: Mapping[str, Any]) -> None:
     print("The model's own weights are as they were. Compare for yourself:\n")
     question = report["answers"][0]["prompt"]
     words = ["baft", "ask", "--model", report["model"], "--adapter", report["adapter"]]
-    if report["template"] != "raw":  # an edit holds in the form in which it was taught
-        asked_in = "chat" if report["template"] == "both" else report["template"]
-        words += ["--template", asked_in]
     words.append(question)
     print(f"    {shown(shlex.join(words))}\n")
 

@@ -11,7 +11,7 @@ from peft_baft.inspection.inspect import inspect as inspect_prompt
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import InspectCommand
 from peft_baft_cli.screen import doing
-from peft_baft_cli.work.common import attach_adapter, chosen_subject
+from peft_baft_cli.work.common import attach_adapter, chosen_form, chosen_subject
 
 
 def inspect(options: InspectCommand) -> int:
@@ -23,9 +23,12 @@ def inspect(options: InspectCommand) -> int:
             f"baft inspect shows the gates of a BaFT adapter, but {options.adapter} is of type {kind}."
         )
     base, tokenizer = subject.load_base()
+    template = chosen_form(options.template, tokenizer, subject.adapter)
     edited = attach_adapter(base, options.adapter, options.adapter_revision)
     with doing("looking"):
-        inspection = inspect_prompt(edited, tokenizer, options.prompt, options.max_new_tokens)
+        inspection = inspect_prompt(
+            edited, tokenizer, options.prompt, options.max_new_tokens, template=template
+        )
     output = options.output or _default_page(options.prompt)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page.page(inspection), encoding="utf-8")

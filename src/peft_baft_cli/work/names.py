@@ -10,6 +10,7 @@ from peft_baft.benchmark.methods import GROUPS, METHODS, UNEDITED
 from peft_baft.benchmark.metrics import METRICS
 from peft_baft.benchmark.tasks import TASKS
 from peft_baft.editing.presets import PRESETS, find_preset
+from peft_baft.evaluation.probing import FURTHER_KINDS
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.screen import print_table
 
@@ -33,7 +34,7 @@ def _benchmarks() -> Iterator[tuple[str, str]]:
 def _methods() -> Iterator[tuple[str, str]]:
     yield UNEDITED, "the unedited model"
     for name, settings_with in METHODS.items():
-        yield name, _summary(settings_with(find_preset("default")))
+        yield name, _summary(settings_with(find_preset("plain")))
     for name, members in GROUPS.items():
         yield name, f"each of {', '.join(members)}"
 
@@ -55,6 +56,7 @@ def _summary(settings: Any) -> str:
 def _metrics() -> Iterator[tuple[str, str]]:
     for name, metric in METRICS.items():
         yield name, (metric.__doc__ or "").split("\n")[0]
+    yield from FURTHER_KINDS.items()
 
 
 def _presets() -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 import facts
 from conftest import ARCHITECTURES, make_model, randomise
 from facts import DESCENT, OBJECTIVE, FactModel, adapted, edits, meals
-from peft_baft import BaftConfig, BaftEditor
+from peft_baft import NARROW, BaftConfig, BaftEditor
 from peft_baft.adapter import find_context
 from peft_baft.adapter.model_call import fork
 from peft_baft.data.batching import Tokens
@@ -211,7 +211,7 @@ def test_what_a_few_steps_learn_is_the_same_on_every_architecture(model: PeftMod
 def learned(fact_model: FactModel) -> tuple[list[int], torch.Tensor]:
     """Steps and parameters after three edits in turn."""
     model = adapted(fact_model.base)
-    editor = BaftEditor(model, fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT)
+    editor = BaftEditor(model, fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT, scope=NARROW)
     steps = [done.steps for done in editor.edit_in_turn(edits(0, 3, 7))]
     return steps, torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 

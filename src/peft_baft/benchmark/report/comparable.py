@@ -13,6 +13,8 @@ from peft_baft.benchmark.results import ResultLine
 
 Line = ResultLine
 Value = Callable[[Line], float | None]
+# Parts of a protocol that say what is asked beside the data's own questions.
+FURTHER = ("also", "free_rule", "probes")
 NAMES = {"none": "unedited"}  # a line's method to a row's label, where they differ
 
 
@@ -118,7 +120,11 @@ def comparable(lines: Iterable[Line]) -> list[Group]:
     """
     lines = list(lines)
     rows_of = _ladders(lines)
-    keys = [(_key(question_of(line), rows_of(line)), _editing(line)) for line in lines]
+    asked_further = _asked_further(lines)
+    keys = [
+        (_key(question_of(line), asked_further(line), rows_of(line)), _editing(line))
+        for line in lines
+    ]
     members: dict[tuple[str, str], list[Line]] = {key: [] for key in keys}
     for line, (question, editing) in zip(lines, keys, strict=True):
         for (question_of_group, editing_of_group), group in members.items():
@@ -166,9 +172,34 @@ def _ladders(lines: Sequence[Line]) -> Callable[[Line], list[int]]:
 
 
 def asking_of(line: Line) -> str:
-    """Identify the way in which questions are asked, without the further metrics, which change none of the others."""
-    protocol = {key: value for key, value in line.protocol.items() if key != "also"}
+    """Identify the way in which questions are asked, without what is asked further, which changes none of the others."""
+    protocol = {key: value for key, value in line.protocol.items() if key not in FURTHER}
     return _key(protocol, line.model["tokenizer"])
+
+
+def _asked_further(lines: Sequence[Line]) -> Callable[[Line], dict[str, Any]]:
+    """Make a function that gives those parts of what a line asks further that keep it apart from others.
+
+    Lines that ask nothing further may stand beside those that do. But where two lines of one question ask the same kind in
+    different ways, in other frames say, nothing may be averaged over them, and every way has a group of its own.
+    """
+    ways: dict[str, dict[str, set[str]]] = {}
+    for line in lines:
+        ways_of_question = ways.setdefault(question_of(line), {})
+        for part, way in _parts_asked_further(line).items():
+            ways_of_question.setdefault(part, set()).add(_key(way))
+
+    def asked_further(line: Line) -> dict[str, Any]:
+        several = {part for part, found in ways[question_of(line)].items() if len(found) > 1}
+        parts = _parts_asked_further(line)
+        return {part: parts.get(part) for part in sorted(several)}
+
+    return asked_further
+
+
+def _parts_asked_further(line: Line) -> dict[str, Any]:
+    rule = line.protocol.get("free_rule")
+    return line.protocol.get("probes", {}) | ({} if rule is None else {"free_rule": rule})
 
 
 def _editing(line: Line) -> str:

@@ -23,11 +23,21 @@ BY_TOPIC = {f"{kind}_by_topic": f"{short} by topic" for kind, short in FORCED.it
 FREE = {
     f"{kind}_{how}": f"{FORCED[kind]} {how}"
     for kind in list(FORCED)[:3]
-    for how in ("exact", "prefix")
+    for how in ("exact", "prefix", "contains")
 }
 FREE |= {"locality_text": "Loc text"}
+IN_CONTEXT = {
+    "in_context": "Ctx",
+    "in_context_contains": "Ctx contains",
+    "in_context_lowest": "Ctx lowest",
+}
+NEIGHBOURS = {
+    f"neighbour_{what}{how}": f"{short}{how.replace('_', ' ')}"
+    for what, short in (("subject", "Nb"), ("relation", "NbRel"))
+    for how in ("", "_unchanged", "_spared")
+}
 COST = {"steps": "Steps", "edit_seconds": "Seconds", "learned": "Learned"}
-SHORT = FORCED | BY_TOPIC | FREE | COST
+SHORT = FORCED | BY_TOPIC | FREE | IN_CONTEXT | NEIGHBOURS | COST
 ASKED = {"after_all": "asked after all edits", "immediate": "asked right after each edit"}
 
 
@@ -164,6 +174,16 @@ def _meanings(benchmark: str, measures: set[str]) -> list[str]:
         sentences.append(
             "exact, prefix: share of freely generated answers that are, or begin with, the right one; "
             "text: as before the edit."
+        )
+    if measures & set(IN_CONTEXT):
+        sentences.append(
+            "contains: a freely made statement says the new answer and not the old one; Ctx: in contexts that the edit was "
+            "not taught in, lowest: in the worst of them."
+        )
+    if measures & set(NEIGHBOURS):
+        sentences.append(
+            "Nb: the edit's question of other subjects, NbRel: other questions of its subject, by tokens as before the edit; "
+            "unchanged: to the letter; spared: without the new answer."
         )
     return sentences
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter import EditContext, find_context
-from peft_baft.adapter.blocks import text_config
+from peft_baft.adapter.blocks import attention_window
 from peft_baft.adapter.model_call import (
     call_with_cache,
     fork,
@@ -243,7 +243,7 @@ def open_forward(
 
 def verified_length(model: Any, length: int) -> int:
     """Up to how many tokens a model may be taken to do what it did with `length`: the next power of two, or its window."""
-    window = getattr(text_config(model.get_base_model()), "sliding_window", None)
+    window = attention_window(model.get_base_model())
     verified = 1 << (length - 1).bit_length()
     return min(verified, window) if window and window >= length else verified
 

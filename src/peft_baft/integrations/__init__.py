@@ -1,0 +1,1 @@
+"""Other software, and what it needs to use an adapter rightly."""

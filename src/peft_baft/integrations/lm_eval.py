@@ -1,0 +1,129 @@
+"""A model of EleutherAI's lm-evaluation-harness whose edits stand where generation puts them.
+
+The harness scores a context and its continuation as one text, and reads logits in its middle; its own class does not say where
+the context ends, so that a BaFT adapter would edit the end of the continuation. Here every request states it.
+
+Importing this file registers the model under the name `baft-hf`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from tqdm import tqdm
+
+import peft_baft  # noqa: F401  (PEFT must know the type before the adapter is loaded)
+from peft_baft.adapter import find_context, prompt_lengths
+from peft_baft.loading import locate_model
+
+NAME = "baft-hf"
+CAUSAL = "causal"
+# What stands in the cache of the harness, the context's tokens, the continuation's.
+Request = tuple[Any, list[int], list[int]]
+# Tokens that a forward gets, how many of them are prompt, and how many of the last ones predict the continuation.
+Text = tuple[tuple[int, ...], int, int]
+
+
+@register_model(NAME)
+class BaftLM(HFLM):
+    """`HFLM` for causal language models with an adapter; it takes the same arguments.
+
+    Args:
+        pretrained: as for `HFLM`; also `smollm2`, a GGUF file, or a folder with one.
+        peft: the adapter, a folder or an id of the Hub. Where `pretrained` is a model, it has its adapter already.
+
+    Raises:
+        ValueError: the model is no causal language model.
+    """
+
+    def __init__(self, pretrained: Any, **kwargs: Any) -> None:
+        if isinstance(pretrained, str):
+            pretrained, gguf = locate_model(pretrained)
+            if gguf is not None:
+                kwargs.setdefault("gguf_file", gguf)
+                kwargs.setdefault("dtype", "float32")
+        super().__init__(pretrained, **kwargs)
+        if self.backend != CAUSAL:
+            raise ValueError(
+                f"{NAME} scores causal language models, not a {type(self.model).__name__}."
+            )
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[Request],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """Score continuations: for each request its log-likelihood, and whether greedy decoding gives it."""
+        texts = [self._text(request) for request in requests]
+        # Choices of one token share their context, which is computed once; long texts come first, as in `HFLM`.
+        different = sorted(set(texts), key=lambda text: (-len(text[0]), text))
+        size = override_bs or self.batch_size
+        if size == "auto":
+            size = self._detect_batch_size(requests)
+        bar = tqdm(
+            total=len(requests),
+            disable=disable_tqdm or self.rank != 0,
+            desc="Running loglikelihood requests",
+        )
+        places: dict[Text, list[int]] = {}
+        for number, text in enumerate(texts):
+            places.setdefault(text, []).append(number)
+        answers: dict[int, tuple[float, bool]] = {}
+        for start in range(0, len(different), int(size)):
+            batch = different[start : start + int(size)]
+            for text, logits in zip(batch, self._continuation_logits(batch), strict=True):
+                for number in places[text]:
+                    answers[number] = self._answer(requests[number], logits)
+                    bar.update()
+        bar.close()
+        return [answers[number] for number in range(len(requests))]
+
+    def _text(self, request: Request) -> Text:
+        """Join a request's tokens, cut on the left where they are too long; the last one predicts nothing."""
+        key, context, continuation = request
+        ids = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
+        prompt = max(0, len(ids) + 1 - len(continuation))
+        # In a text that is scored whole, window by window, only the harness's own first token is prompt.
+        if key is None and context != [self.prefix_token_id]:
+            prompt = 0
+        return ids, prompt, min(len(continuation), len(ids))
+
+    def _continuation_logits(self, texts: Sequence[Text]) -> Iterator[Tensor]:
+        """Run a batch; give of each text the logits (tokens of the continuation, vocabulary)."""
+        width = max(len(ids) for ids, _, _ in texts)
+        ids = torch.zeros(len(texts), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, (tokens, _, _) in enumerate(texts):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        lengths = [prompt for _, prompt, _ in texts]
+        has_edits = find_context(self.model) is not None
+        kind, precision = self.device.type, self.mixed_precision_dtype
+        with (
+            torch.no_grad(),
+            torch.autocast(kind, dtype=precision, enabled=precision is not None),
+            prompt_lengths(self.model, lengths) if has_edits else nullcontext(),
+        ):
+            logits = self.model(
+                input_ids=ids.to(self.device), attention_mask=mask.to(self.device)
+            ).logits
+        for row, (tokens, _, count) in enumerate(texts):
+            yield logits[row, len(tokens) - count : len(tokens)]
+
+    def _answer(self, request: Request, logits: Tensor) -> tuple[float, bool]:
+        """Judge one continuation, and put it into the harness's cache."""
+        key, _, continuation = request
+        wanted = torch.tensor(continuation[-len(logits) :], device=logits.device)
+        likely = torch.log_softmax(logits, -1, dtype=self.softmax_dtype)
+        total = float(likely.gather(1, wanted[:, None]).sum())
+        answer = (total, bool((logits.argmax(-1) == wanted).all()))
+        if key is not None:  # windows of a whole text have none
+            self.cache_hook.add_partial("loglikelihood", key, answer)
+        return answer

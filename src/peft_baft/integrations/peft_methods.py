@@ -1,0 +1,126 @@
+"""What `PeftModel` does with its card: for models with a BaFT adapter, this package's card in the place of PEFT's.
+
+PEFT's own `push_to_hub` is the one that transformers has for models: it writes a card for a transformers model over PEFT's, which
+names neither the base model nor what must be imported. This file gives two public methods of `PeftModel` a wrapper each, which
+leaves models without a BaFT adapter alone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from peft_baft.adapter.registration import BAFT
+from peft_baft.adapter.state import adapter_state_dict
+from peft_baft.adapter.weights import FILE as WEIGHTS
+from peft_baft.integrations.base_model import require_on_hub
+from peft_baft.integrations.card import CardSource, card_in, write_card
+from peft_baft.integrations.hub import publish
+
+MARK = "_peft_baft_wrapped"
+
+
+def install() -> None:
+    """Wrap the methods, once."""
+    for name, wrapper in (
+        ("create_or_update_model_card", _with_our_card),
+        ("push_to_hub", _with_our_push),
+    ):
+        original = getattr(PeftModel, name)
+        if not hasattr(original, MARK):
+            wrapped = wraps(original)(wrapper(original))
+            setattr(wrapped, MARK, True)
+            setattr(PeftModel, name, wrapped)
+
+
+def _with_our_card(original: Any) -> Any:
+    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
+        name = _own_adapter(self)
+        if name is None:
+            original(self, output_dir)
+            return
+        folder = Path(output_dir)
+        config: Any = self.peft_config[name]
+        saved = _is_saved_in(folder, self, name)
+        source = CardSource(config, subfolder=_subfolder(name), weights_are_saved=saved)
+        write_card(folder, source, folder, card_in(folder))
+
+    return create_or_update_model_card
+
+
+def _with_our_push(original: Any) -> Any:
+    def push_to_hub(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        # Other methods' models are handed on as they came, whatever their arguments are called.
+        name = _own_adapter(self)
+        return (
+            original(self, *args, **kwargs) if name is None else _push(self, name, *args, **kwargs)
+        )
+
+    return push_to_hub
+
+
+def _push(
+    model: PeftModel,
+    name: str,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    tags: Sequence[str] | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    create_pr: bool = False,
+    **kwargs: Any,
+) -> str:
+    """Save a model's adapters and publish them with the card of one; the arguments are those of `push_to_hub`.
+
+    Raises:
+        ValueError: it is not known which model of the Hub they belong to. Otherwise as `hub.push`.
+    """
+    config: Any = model.peft_config[name]
+    base = require_on_hub(config.base_model_name_or_path)
+    source = CardSource(
+        config, base, repo_id=repo_id, subfolder=_subfolder(name), tags=tuple(tags or ())
+    )
+    commit = {
+        "commit_message": commit_message or "Upload adapter",
+        "commit_description": commit_description,
+        "create_pr": create_pr,
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        model.save_pretrained(temporary, **kwargs)
+        folder = Path(temporary)
+        return publish(folder, source, folder, private, revision, token, commit)
+
+
+def _own_adapter(model: PeftModel) -> str | None:
+    """Find the BaFT adapter that a model's card is about: the active one, else its first; None if it has none."""
+    names = [name for name, config in model.peft_config.items() if config.peft_type == BAFT]
+    active = [name for name in names if name in model.active_adapters]
+    return next(iter([*active, *names]), None)
+
+
+def _subfolder(name: str) -> str | None:
+    """Say where PEFT saves an adapter in the folder of its model; None for the folder itself."""
+    return None if name == "default" else name
+
+
+def _is_saved_in(folder: Path, model: PeftModel, name: str) -> bool:
+    """Tell whether a folder holds an adapter as it is now: PEFT writes the card before the weights."""
+    try:
+        saved = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError):
+        return False
+    state = adapter_state_dict(model, name)
+    return saved.keys() == state.keys() and all(
+        torch.equal(tensor, state[key].cpu()) for key, tensor in saved.items()
+    )

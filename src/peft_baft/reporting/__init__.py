@@ -1,0 +1,1 @@
+"""What an engineer attaches to a change request: an adapter, its facts before and after, and what moved beside them."""

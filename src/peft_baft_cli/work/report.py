@@ -1,0 +1,142 @@
+"""`baft report`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from peft_baft.data.cases import Case
+from peft_baft.data.datasets import read_cases
+from peft_baft.data.templates import Template, chosen_templates
+from peft_baft.editing.journal import LINES, Journal
+from peft_baft.reporting.folder import AdapterFolder, read_folder
+from peft_baft.reporting.gather import gather
+from peft_baft.reporting.page import page, summary
+from peft_baft.reporting.taught import (
+    TaughtFact,
+    facts_of_cases,
+    facts_of_journal,
+    unknown_cases,
+    with_cases,
+)
+from peft_baft_cli.errors import DONE
+from peft_baft_cli.options import ReportCommand
+from peft_baft_cli.screen import doing, progress_shown, shown
+from peft_baft_cli.work.common import attach_adapter, chosen_subject, require_file
+
+PAGE = "report.html"
+EDIT_FILE = "the .jsonl, .json or .csv file that `baft edit` was given"
+
+
+def report(options: ReportCommand) -> int:
+    """Write the page of an adapter with its journal; return the exit code."""
+    directory = Path(options.adapter)
+    if not directory.is_dir():
+        raise ValueError(
+            f"There is no folder {directory}. baft report takes the folder that `baft edit --output` has made."
+        )
+    output = options.output or directory / PAGE
+    if output.is_dir():
+        raise ValueError(
+            f"--output {output} is a folder; it takes a file, such as {output / PAGE}."
+        )
+    subject = chosen_subject(options)
+    cases = (
+        []
+        if options.edits is None
+        else read_cases(require_file(options.edits, "--edits", EDIT_FILE))
+    )
+    folder = read_folder(directory)
+    facts = _facts(directory, cases)
+    base, tokenizer = subject.load_base()
+    forms = _forms(tokenizer, options.template)
+    with ExitStack() as stack:
+        result = gather(
+            attach_adapter(base, options.adapter),
+            tokenizer,
+            facts,
+            forms,
+            folder,
+            _handed_on(subject.model),
+            limit=options.limit,
+            neighbours=options.neighbours,
+            notes=_notes(folder, facts, cases, forms, options),
+            begin=lambda total: _bar(stack, total),
+        )
+    root = os.path.relpath(directory.resolve(), output.resolve().parent)
+    with doing("writing"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page(result, "" if root == "." else Path(root).as_posix()), "utf-8")
+    if options.json:
+        print(dumps({"page": str(output), **result.to_dict()}, indent=2))
+    else:
+        print(summary(result))
+        print(f"{shown(str(output))}: open it in a browser")
+    return DONE
+
+
+def _handed_on(model: str) -> str:
+    """Name a base model for a reader elsewhere: a folder or file of this machine by its last part."""
+    return Path(model).name if Path(model).exists() else model
+
+
+def _facts(directory: Path, cases: Sequence[Case]) -> list[TaughtFact]:
+    """Return the facts of the journal; of the edit file where there is none."""
+    if (directory / LINES).exists():
+        return with_cases(facts_of_journal(Journal(directory)), cases)
+    if not cases:
+        raise ValueError(
+            f"{directory} holds no journal ({LINES}), so its facts are not known here. Give them with --edits FILE."
+        )
+    return facts_of_cases(cases)
+
+
+def _forms(tokenizer: Any, chosen: str | None) -> tuple[Template, ...]:
+    """Return the forms in which to ask: the chosen ones, or all that the tokenizer has."""
+    has_chat = bool(getattr(tokenizer, "chat_template", None))
+    return chosen_templates(tokenizer, chosen or ("both" if has_chat else "raw"))
+
+
+def _notes(
+    folder: AdapterFolder,
+    facts: Sequence[TaughtFact],
+    cases: Sequence[Case],
+    forms: Sequence[Template],
+    options: ReportCommand,
+) -> list[str]:
+    """Return what a reader of the page must know about where its facts come from."""
+    notes = []
+    if not (Path(options.adapter) / LINES).exists():
+        notes.append(
+            f"The folder holds no journal. The facts are those of {options.edits}; when and how they were taught is not known."
+        )
+    elif unknown := unknown_cases(facts, cases):
+        notes.append(
+            f"{unknown} of the {len(cases)} records of {options.edits} are not in the journal, and were not asked."
+        )
+    if folder.as_journal is False:
+        notes.append(
+            "The adapter's file is not what the last edit of its journal left: the run was interrupted (`baft edit --resume` "
+            "goes on with it), or something else has written the file."
+        )
+    asked = {form.name for form in forms}
+    elsewhere = sum(bool(fact.forms) and not asked & set(fact.forms) for fact in facts)
+    if elsewhere:
+        notes.append(
+            f"{elsewhere} of the facts were taught in a form that was not asked here; an edit holds in its own form."
+        )
+    return notes
+
+
+def _bar(stack: ExitStack, total: int) -> Callable[[int], object]:
+    """Show a progress bar until the stack ends; return what moves it on."""
+    bar = stack.enter_context(
+        tqdm(total=total, desc="asking", unit="answer", disable=not progress_shown(), leave=False)
+    )
+    return bar.update
