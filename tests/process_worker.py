@@ -21,7 +21,18 @@ from torch.distributed.tensor import DTensor
 
 import peft_baft_cli as cli
 from facts import ADAPTER, CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, adapted, edits, meals
-from peft_baft import NARROW, AdapterEditor, BaftEditor, Case, Edit, Journal, Probe, load_model
+from peft_baft import (
+    NARROW,
+    AdapterEditor,
+    BaftEditor,
+    Case,
+    DescentConfig,
+    Edit,
+    Journal,
+    Probe,
+    Scope,
+    load_model,
+)
 from peft_baft.adapter.state import adapter_tensors
 from peft_baft.baselines.adapters import AdapterMethod
 from peft_baft.benchmark import plan
@@ -49,7 +60,13 @@ def edited(editor: AdapterEditor, *batches: list[Edit]) -> Found:
     return {"steps": steps, "losses": losses, "tensors": tensors(editor.model)}
 
 
-def baft(toy: FactModel, processes: Processes, **config: Any) -> BaftEditor:
+def baft(
+    toy: FactModel,
+    processes: Processes,
+    descent: DescentConfig = DESCENT,
+    scope: Scope = NARROW,
+    **config: Any,
+) -> BaftEditor:
     """A BaFT editor whose adapter begins differently in each process."""
     model = adapted(toy.base, processes.rank, **config)
     editor = BaftEditor(
@@ -57,10 +74,10 @@ def baft(toy: FactModel, processes: Processes, **config: Any) -> BaftEditor:
         toy.tokenizer,
         meals(0, 12),
         OBJECTIVE,
-        DESCENT,
-        DESCENT,
+        descent,
+        descent,
         unrelated_per_edit=2,
-        scope=NARROW,
+        scope=scope,
     )
     editor.processes = processes
     return editor
@@ -73,6 +90,12 @@ def batches(toy: FactModel, processes: Processes, _: Path) -> Found:
 
 def without_gates(toy: FactModel, processes: Processes, _: Path) -> Found:
     return edited(baft(toy, processes, weighting="none"), edits(0, 3, 7))
+
+
+def in_contexts(toy: FactModel, processes: Processes, _: Path) -> Found:
+    """A few steps with contexts and contrast texts: many would make rounding errors large."""
+    editor = baft(toy, processes, replace(DESCENT, max_steps=5), Scope())
+    return edited(editor, edits(0, 3, 7), edits(9))
 
 
 def lora(toy: FactModel, processes: Processes, _: Path) -> Found:
@@ -283,6 +306,8 @@ def editing(toy: FactModel, processes: Processes, folder: Path) -> Found:
     begin = [
         "edit",
         *data,
+        "--preset",
+        "plain",
         "--lr",
         "0.02",
         "--batch-size",

@@ -27,6 +27,7 @@ LIMIT = 150  # seconds for all cases of one launch
 OF_TWO = (  # cases that one launch goes through: starting processes takes longer than most of them
     "batches",
     "without_gates",
+    "in_contexts",
     "lora",
     "ordered",
     "failing",
@@ -99,7 +100,7 @@ def require_same_edit(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     torch.testing.assert_close(found["tensors"], wanted["tensors"], **FLOAT_NOISE)
 
 
-@pytest.mark.parametrize("name", ["batches", "without_gates", "lora"])
+@pytest.mark.parametrize("name", ["batches", "without_gates", "in_contexts", "lora"])
 def test_facts_of_a_batch_shared_by_two_processes_are_learned_as_by_one(
     toy, of_two, name: str
 ) -> None:
@@ -243,7 +244,7 @@ def test_an_offloaded_model_learns_what_a_whole_one_does(
     one = worker.sharded(toy, Processes(), Path())
     offloaded(toy.base, where, tmp_path)
     assert any(parameter.is_meta for parameter in toy.base.parameters())
-    config = {"layers_to_transform": [0, 3]} if where == "disk" else {}
+    config: dict[str, Any] = {"layers_to_transform": [0, 3]} if where == "disk" else {}
     if where == "disk":
         whole = FactModel(facts.trained().base, toy.tokenizer)
         one = worker.edited(worker.baft(whole, Processes(), **config), edits(0, 3), edits(7))

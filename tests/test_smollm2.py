@@ -63,7 +63,9 @@ def test_an_edit_is_learned_kept_reloaded_elsewhere_bit_for_bit_and_taken_off_ag
     ]
     before = predicted_tokens(model, tokenizer, nearby)
 
-    outcome = peft_baft.BaftEditor(model, tokenizer, peft_baft.GENERAL).edit([Edit(PROMPT, "Lyon")])
+    outcome = peft_baft.BaftEditor(model, tokenizer, peft_baft.GENERAL, template="raw").edit(
+        [Edit(PROMPT, "Lyon")]
+    )
 
     assert outcome.learned and outcome.steps <= 40
     assert greedy_answers(model, tokenizer, [PROMPT])[0].startswith("Lyon")

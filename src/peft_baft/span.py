@@ -17,9 +17,15 @@ OUTSIDE = -(2**62)  # the relative position of padding: below every -P
 IGNORED_LABEL = -100
 
 
-def edited(relative_positions: Tensor, prompt_positions: int) -> Tensor:
-    """Return the mask (batch, tokens) of what an adapter edits: the last `prompt_positions` prompt tokens and the answer."""
-    return relative_positions >= -prompt_positions
+def edited(
+    relative_positions: Tensor, prompt_positions: int, answer_positions: int | None = None
+) -> Tensor:
+    """Return the mask (batch, tokens) of what an adapter edits.
+
+    These are the last `prompt_positions` prompt tokens and the first `answer_positions` answer tokens, or all of them.
+    """
+    mask = relative_positions >= -prompt_positions
+    return mask if answer_positions is None else mask & (relative_positions < answer_positions)
 
 
 def integer_lengths(lengths: Sequence[int] | Tensor) -> Tensor:

@@ -191,7 +191,8 @@ class ChatCommand(ModelOptions):
 class LogCommand:
     """List the edits of an adapter."""
 
-    adapter: Annotated[Path, Argument(metavar="ADAPTER", help="folder of the adapter")]
+    adapter: Annotated[str, Argument(metavar="ADAPTER", help="the adapter: folder or Hub id")]
+    adapter_revision: AdapterRevision = None
     json: Json = False
 
     def run(self) -> int:
@@ -323,7 +324,10 @@ class InspectCommand(ModelOptions):
 class ReportCommand(ModelOptions):
     """Make a page of an adapter's facts, before and after, and of what moved beside them."""
 
-    adapter: Annotated[str, Argument(metavar="DIR", help="folder of the adapter and its journal")]
+    adapter: Annotated[
+        str, Argument(metavar="ADAPTER", help="the adapter with its journal: folder or Hub id")
+    ]
+    adapter_revision: AdapterRevision = None
     edits: Annotated[
         Path | None,
         text("FILE", "edit file of the facts: their subjects, rephrasings and unrelated questions"),
@@ -343,14 +347,13 @@ class ReportCommand(ModelOptions):
         int, whole_number("other subjects in each fact's place; 0 asks none", least=0)
     ] = 4
     output: Annotated[
-        Path | None, text("FILE", "the HTML page; by default report.html in the adapter's folder")
+        Path | None,
+        text(
+            "FILE",
+            "the HTML page; by default report.html in the adapter's folder, or here for one of the Hub",
+        ),
     ] = None
     json: Json = False
-
-    @property
-    def adapter_revision(self) -> None:
-        """None: the adapter is a folder here."""
-        return None
 
     def run(self) -> int:
         from peft_baft_cli.work.report import report

@@ -143,6 +143,38 @@ def test_an_edit_beside_a_lora_is_learned_saved_and_taken_off_and_the_lora_stays
     )
 
 
+def test_an_edit_over_a_merged_lora_is_the_edit_beside_the_unmerged_one(
+    fact_model: FactModel, tmp_path: Path
+) -> None:
+    def with_lora() -> Any:
+        around = in_a_peft_model(deepcopy(fact_model.base), "default").eval()
+        strengthen(around)
+        return around
+
+    ids = fact_model.tokenizer([edits(0)[0].prompt], return_tensors="pt")["input_ids"]
+    torch.manual_seed(0)
+    beside = get_peft_model(
+        with_lora(), BaftConfig(task_type="CAUSAL_LM", **ADAPTER), adapter_name="facts"
+    ).eval()
+    editor = BaftEditor(beside, fact_model.tokenizer, descent=DESCENT, scope=NARROW)
+    assert editor.edit(edits(0)).learned
+    beside.save_pretrained(str(tmp_path))
+    merged = with_lora().merge_and_unload()
+    over = PeftModel.from_pretrained(merged, str(tmp_path / "facts")).eval()
+    torch.testing.assert_close(logits(over, ids), logits(beside, ids), atol=1e-4, rtol=1e-4)
+    # The control: on the model without the LoRA the same adapter does something else.
+    bare = PeftModel.from_pretrained(deepcopy(fact_model.base), str(tmp_path / "facts")).eval()
+    assert (logits(bare, ids) - logits(beside, ids)).abs().max() > 1e-2
+    # One that is made over the merged model is learned there as well.
+    torch.manual_seed(0)
+    again = get_peft_model(over.unload(), BaftConfig(task_type="CAUSAL_LM", **ADAPTER)).eval()
+    assert (
+        BaftEditor(again, fact_model.tokenizer, descent=DESCENT, scope=NARROW)
+        .edit(edits(0))
+        .learned
+    )
+
+
 def test_an_adapters_file_does_not_depend_on_the_peft_model_around_its_base(
     tokens, tmp_path: Path
 ) -> None:

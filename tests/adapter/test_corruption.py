@@ -432,6 +432,7 @@ VALUES = (
 FIELDS = [
     "r",
     "prompt_positions",
+    "answer_positions",
     "weighting",
     "gate_norm",
     "gate_bias",
@@ -482,6 +483,9 @@ REFUSED = [
     ("r", 10**9),
     ("r", 10**30),
     ("prompt_positions", 10**30),
+    ("answer_positions", -1),
+    ("answer_positions", 10**30),
+    ("answer_positions", True),
     ("gate_norm", "batch"),
 ]
 REFUSED += [("gate_offset", value) for value in ("0.5", None, math.nan, math.inf, 10**400, [0])]

@@ -351,7 +351,10 @@ def test_what_is_not_a_sequence_of_tokens_is_edited_everywhere() -> None:
     net(torch.zeros(2, 4))
     assert (
         context.relative_positions is None
-        and context.mask(context.relative_positions, torch.zeros(2, 4), P) is None
+        and context.mask(
+            context.relative_positions, torch.zeros(2, 4), BaftConfig(prompt_positions=P)
+        )
+        is None
     )
 
 

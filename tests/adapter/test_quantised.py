@@ -88,6 +88,9 @@ def stored(thing: Any, name: str = "") -> Iterator[tuple[str, torch.dtype, bytes
             yield from stored(inner, f"{name}.{part}")
 
 
+EARLY: dict[str, Any] = {"layers_to_transform": [0, 1], "gate_offset": 0.0}
+
+
 @pytest.fixture(scope="module")
 def folder(fact_model: FactModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fact model as it was saved, in float32."""
@@ -162,13 +165,30 @@ def test_an_edit_takes_beside_weights_that_stay_as_they_are_stored(
     assert "without a cache" not in caplog.text
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_packs_are_combined_over_weights_that_stay_as_they_are_stored(
+    fact_model: FactModel, folder: Path, kind: str
+) -> None:
+    model: Any = early(load(folder, kind))
+    before = list(stored(model.get_base_model()))
+    model.add_adapter("other", BaftConfig(task_type="CAUSAL_LM", **ADAPTER | EARLY))
+    randomise(model, 0.3, seed=2)
+    ids = fact_model.tokenizer([fact.prompt for fact in CAPITALS[:2]], return_tensors="pt")
+    model.base_model.set_adapter(["default", "other"])
+    with torch.no_grad():
+        together = model.eval()(ids["input_ids"]).logits
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both")
+        model.set_adapter("both")
+        torch.testing.assert_close(model(ids["input_ids"]).logits, together, atol=1e-3, rtol=1e-3)
+        model.set_adapter("other")  # the control
+        assert (model(ids["input_ids"]).logits - together).abs().max() > 0.1
+    assert list(stored(model.get_base_model())) == before
+
+
 def early(base: Any) -> PeftModel:
     """`base` with an adapter in the first two of its four blocks."""
     torch.manual_seed(0)
-    config = BaftConfig(
-        task_type="CAUSAL_LM", **ADAPTER | {"layers_to_transform": [0, 1], "gate_offset": 0.0}
-    )
-    model = get_peft_model(base, config)
+    model = get_peft_model(base, BaftConfig(task_type="CAUSAL_LM", **ADAPTER | EARLY))
     randomise(model, 0.3)
     return model
 

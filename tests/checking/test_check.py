@@ -20,6 +20,7 @@ import peft_baft_cli as cli
 from adapters import config, edited_model
 from conftest import make_model
 from peft_baft import BaftConfig
+from peft_baft.adapter import config as config_module
 from peft_baft.adapter import context as context_module
 from peft_baft.adapter.layer import BaftLayer
 from peft_baft.checking import edit_trials
@@ -88,9 +89,9 @@ def test_the_models_own_tokenizer_is_used_where_there_is_one() -> None:
 
 
 def too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = context_module.edited
+    real = config_module.edited
     monkeypatch.setattr(
-        context_module, "edited", lambda relative, positions: real(relative, positions + 1)
+        config_module, "edited", lambda relative, last, first: real(relative, last + 1, first)
     )
 
 

@@ -114,7 +114,7 @@ def test_without_a_journal_the_facts_are_those_of_the_edit_file(folder, tmp_path
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["nowhere"], "There is no folder nowhere"),
+        (["nowhere"], "nowhere"),
         (["."], "holds no adapter"),
         ([".", "--output", "."], "--output . is a folder"),
         ([".", "--neighbours", "-1"], "of at least 0"),

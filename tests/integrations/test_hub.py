@@ -113,8 +113,23 @@ def test_what_was_pushed_is_loaded_elsewhere_by_its_name_and_revision(
             ["load", base, "user/other", ""],
             ["trainer push", base, edits, str(tmp_path / "trained"), "user/trained", BASE],
             ["load", base, "user/trained", ""],
+            ["baft", "log", "user/toy"],
+            ["baft", "log", "user/toy", "--adapter-revision", "second"],
+            [
+                "baft",
+                "report",
+                "user/toy",
+                "--model",
+                base,
+                "--output",
+                str(tmp_path / "page.html"),
+            ],
         )
         assert [results[i] for i in (0, 2, 4, 5)] == [0, 0, 0, 0]
+        # The branch without facts has no journal.
+        assert results[10:] == [0, 2, 0]
+        page = (tmp_path / "page.html").read_text()
+        assert CAPITALS[0].prompt in page and CAPITALS[8].answer in page
         for i in (1, 3, 6, 7, 8, 9):
             assert results[i] == pytest.approx(edited, abs=1e-5)
         assert edited != pytest.approx(unedited, abs=1e-3)  # the control: an edit can be seen here

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -90,3 +91,22 @@ def test_a_pipeline_answers_as_generate_does(model: Any, fact_model: FactModel) 
     )
     found = [text[0]["generated_text"] for text in texts]
     assert found == [alone(model, fact_model, prompt, "default") for prompt in PROMPTS]
+
+
+def test_a_model_folder_with_an_adapter_in_it_is_loaded_edited(
+    model: Any, fact_model: FactModel, tmp_path: Path
+) -> None:
+    """`transformers serve` calls the architecture's own `from_pretrained`, of a folder that has the model's config."""
+    folder = facts.saved(fact_model, tmp_path) / "model"
+    model.save_pretrained(str(tmp_path / "adapter"), selected_adapters=["default"])
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "adapter" / name, folder / name)
+    served = tr.LlamaForCausalLM.from_pretrained(folder)
+    served.generation_config.eos_token_id = None
+
+    def answer(prompt: str) -> str:
+        ids = torch.tensor([fact_model.tokenizer(prompt)["input_ids"]])
+        out = served.generate(ids, max_new_tokens=4, do_sample=False)
+        return str(fact_model.tokenizer.decode(out[0, ids.shape[1] :]))
+
+    assert [answer(p) for p in PROMPTS] == [alone(model, fact_model, p, "default") for p in PROMPTS]

@@ -29,7 +29,14 @@ def combined_config(configs: Sequence[BaftConfig]) -> BaftConfig:
         ValueError: the adapters differ in what one adapter has once, or have gates that cannot stand below each other.
     """
     first = configs[0]
-    for name in ("prompt_positions", "weighting", "gate_norm", "gate_bias", "gate_offset"):
+    for name in (
+        "prompt_positions",
+        "answer_positions",
+        "weighting",
+        "gate_norm",
+        "gate_bias",
+        "gate_offset",
+    ):
         values = {getattr(config, name) for config in configs}
         if len(values) > 1:
             raise ValueError(

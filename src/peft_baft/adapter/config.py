@@ -13,11 +13,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
+from torch import Tensor
 
 from peft_baft.adapter.parameters import GATE_NORMS, WEIGHTINGS
 from peft_baft.adapter.registration import BAFT
-from peft_baft.adapter.weights import COMBINED_FORMAT, FORMAT, NEWER, UNNUMBERED, check_folder
+from peft_baft.adapter.weights import EXTENDED_FORMAT, FORMAT, NEWER, UNNUMBERED, check_folder
 from peft_baft.adapter.weights import FILE as WEIGHTS
+from peft_baft.span import edited
 
 LARGEST_INTEGER, LARGEST_OFFSET = 2**31 - 1, 1000.0
 
@@ -29,6 +31,8 @@ class BaftConfig(PeftConfig):
     Args:
         r: Rank of the edited subspace: rows of R, at most the hidden size. The paper uses 12.
         prompt_positions: P, how many of the last prompt tokens are edited, besides every answer token. The paper uses 3.
+        answer_positions: How many of the first answer tokens are edited. None edits all of them, as the paper does; 0 edits
+            prompts alone, as pyreft's LoReFT does.
         weighting: What weighs the update. `basis`: one gate per basis vector, BaFT. `subspace`: one gate for all, the
             paper's "ss-w". `product`: a gate per basis vector times one for all. `none`: no gate, which is ReFT.
         gate_norm: What a gate sees of the hidden vector h. `none`: h itself. `rms`: h at unit root mean square.
@@ -70,6 +74,10 @@ class BaftConfig(PeftConfig):
     r: int = field(default=12, metadata={"help": "Rank of the edited subspace."})
     prompt_positions: int = field(
         default=3, metadata={"help": "How many of the last prompt tokens are edited."}
+    )
+    answer_positions: int | None = field(
+        default=None,
+        metadata={"help": "How many of the first answer tokens are edited; default: all."},
     )
     weighting: str = field(default="basis", metadata={"help": f"One of {', '.join(WEIGHTINGS)}."})
     gate_norm: str = field(default="rms", metadata={"help": f"One of {', '.join(GATE_NORMS)}."})
@@ -130,7 +138,7 @@ class BaftConfig(PeftConfig):
         self.baft_format = _readable_format(
             self.baft_format,
             comes_from_a_file,
-            of_new=COMBINED_FORMAT if self.pack_ranks else FORMAT,
+            of_new=EXTENDED_FORMAT if self._is_extended else FORMAT,
         )
         super().__post_init__()
         self.peft_type = BAFT
@@ -148,6 +156,10 @@ class BaftConfig(PeftConfig):
                 raise TypeError(f"{name} must hold {_in_words(type_)}, not {value!r:.60}.")
         self._require_values_in_range()
         self._require_pack_ranks()
+        if self._is_extended and self.baft_format == FORMAT:
+            raise ValueError(
+                f"An adapter with pack_ranks or answer_positions has baft_format {EXTENDED_FORMAT}, not {FORMAT}."
+            )
         for name in ("target_modules", "exclude_modules"):
             _require_expression(name, getattr(self, name))
         for module in self.modules_to_save or ():
@@ -158,6 +170,10 @@ class BaftConfig(PeftConfig):
         if not -LARGEST_OFFSET <= self.gate_offset <= LARGEST_OFFSET:
             raise ValueError(
                 f"gate_offset must be between ±{LARGEST_OFFSET:g}, not {self.gate_offset}."
+            )
+        if self.answer_positions is not None and not 0 <= self.answer_positions <= LARGEST_INTEGER:
+            raise ValueError(
+                f"answer_positions must be None or from 0 to {LARGEST_INTEGER}, not {self.answer_positions}."
             )
         if not 0 <= self.balance_weight < float("inf"):
             raise ValueError(
@@ -177,10 +193,9 @@ class BaftConfig(PeftConfig):
             _positive_integer("pack_ranks", rank)
         if sum(ranks) != self.r:
             raise ValueError(f"pack_ranks must sum up to r={self.r}, not {ranks!r:.60}.")
-        if self.weighting not in ("basis", "none") or self.baft_format == FORMAT:
+        if self.weighting not in ("basis", "none"):
             raise ValueError(
-                f"An adapter with pack_ranks has weighting 'basis' or 'none' and baft_format {COMBINED_FORMAT}, not "
-                f"{self.weighting!r} and {self.baft_format}."
+                f"An adapter with pack_ranks has weighting 'basis' or 'none', not {self.weighting!r}."
             )
 
     @classmethod
@@ -218,6 +233,15 @@ class BaftConfig(PeftConfig):
                 f"{WEIGHTS} of {name}, the one format that is read, cannot be had: {error}"
             ) from error
 
+    def edits(self, relative_positions: Tensor) -> Tensor:
+        """Return which tokens the adapter edits, from their relative positions (rows, tokens): bool of that shape."""
+        return edited(relative_positions, self.prompt_positions, self.answer_positions)
+
+    @property
+    def _is_extended(self) -> bool:
+        """Tell whether a setting is used that the first saved format does not have."""
+        return bool(self.pack_ranks) or self.answer_positions is not None
+
     @property
     def gate_count(self) -> int:
         """The number of gates that weigh the update: the width of w(h)."""
@@ -229,6 +253,7 @@ class BaftConfig(PeftConfig):
         return (
             self.r,
             self.prompt_positions,
+            self.answer_positions,
             self.weighting,
             self.gate_norm,
             self.gate_bias,
@@ -248,7 +273,7 @@ def _readable_format(number: object, comes_from_a_file: bool, of_new: int) -> in
             raise ValueError(f"This adapter was {UNNUMBERED}.")
         return of_new
     number = _positive_integer("baft_format", number)
-    if number > COMBINED_FORMAT:
+    if number > EXTENDED_FORMAT:
         raise ValueError(f"This adapter was {NEWER.format(number)}")
     return number
 

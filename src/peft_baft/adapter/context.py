@@ -12,14 +12,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter import model_call
 from peft_baft.adapter.model_call import StackCall, StackSignature, UnknownPositionError
-from peft_baft.span import GenerationSpan, edited, integer_lengths, relative_positions_of_input
+from peft_baft.span import GenerationSpan, integer_lengths, relative_positions_of_input
+
+if TYPE_CHECKING:
+    from peft_baft.adapter.config import BaftConfig
 
 logger = logging.getLogger(__name__)
 WITHOUT_PROMPT_LENGTHS = (
@@ -192,7 +195,7 @@ class EditContext:
         return self._last_training_forward
 
     def mask(
-        self, relative_positions: Tensor | None, hidden: Tensor, prompt_positions: int
+        self, relative_positions: Tensor | None, hidden: Tensor, config: BaftConfig
     ) -> Tensor | None:
         """Return which vectors of `hidden` (batch, tokens, d) an adapter edits: (batch, tokens) bool, or None for all.
 
@@ -208,7 +211,7 @@ class EditContext:
                 "block of it, with one row per sequence. If it was called so, its blocks give something else: name modules "
                 "that give (rows, tokens, d) with target_modules."
             )
-        return edited(relative_positions, prompt_positions).to(hidden.device)
+        return config.edits(relative_positions).to(hidden.device)
 
     @contextmanager
     def recording(self) -> Iterator[dict[Any, RecordedGates]]:

@@ -125,8 +125,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.configs]
         total = None
         for adapter_name in active:
-            prompt_positions = self.configs[adapter_name].prompt_positions
-            mask = self.context.mask(call.relative_positions, hidden, prompt_positions)
+            mask = self.context.mask(call.relative_positions, hidden, self.configs[adapter_name])
             key = self.name if len(active) == 1 else (self.name, adapter_name)
             change = self._update(adapter_name, key, hidden, mask, call.recorded)
             total = change if total is None else total + change
@@ -156,8 +155,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
                 for name in group
             }
             rows = torch.tensor(list(chain.from_iterable(rows_of.values())), device=hidden.device)
-            prompt_positions = self.configs[group[0]].prompt_positions
-            mask = self.context.mask(call.relative_positions, hidden, prompt_positions)
+            mask = self.context.mask(call.relative_positions, hidden, self.configs[group[0]])
             mask = None if mask is None else mask[rows]
             hidden_of_group = hidden[rows]
             if len(group) == 1:

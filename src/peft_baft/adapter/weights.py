@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from peft_baft.adapter.config import BaftConfig
 
 FILE = "adapter_model.safetensors"
-# Numbers of saved formats: one more whenever a tensor or a setting changes its name, its shape or its meaning. Combined adapters
-# have the second, so that versions which do not know `pack_ranks` refuse them; all others still have the first.
-FORMAT, COMBINED_FORMAT = 1, 2
+# Numbers of saved formats: one more whenever a tensor or a setting changes its name, its shape or its meaning. Adapters with
+# `pack_ranks` or `answer_positions` have the second, so that versions which do not know these refuse them; all others still
+# have the first.
+FORMAT, EXTENDED_FORMAT = 1, 2
 FORMER_USAGE = "baft_load"  # what `baft_gate_usage` was called in folders without a number
-NEWER = f"saved by a newer peft_baft (format {{}}); this version reads up to {COMBINED_FORMAT}: pip install -U peft-baft"
+NEWER = f"saved by a newer peft_baft (format {{}}); this version reads up to {EXTENDED_FORMAT}: pip install -U peft-baft"
 UNNUMBERED = (
     "saved by a peft_baft from before saved formats had a number. Edit again; or bring it to format 1: in "
     f"{FILE}, rename the tensors that end in {FORMER_USAGE}, if there are any, so that they end in baft_gate_usage, and "

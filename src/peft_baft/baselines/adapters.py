@@ -22,6 +22,7 @@ from peft_baft.editing.train import DescentConfig
 BAFT_SETTINGS = (
     "r",
     "prompt_positions",
+    "answer_positions",
     "weighting",
     "gate_norm",
     "gate_bias",

@@ -18,7 +18,6 @@ from peft_baft.data.templates import RAW, Template
 from peft_baft.evaluation.forward import greedy_tokens, logits_of_rows
 from peft_baft.evaluation.scoring import first_line, greedy_answers
 from peft_baft.inspection.token_text import token_text
-from peft_baft.span import edited
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,7 @@ class Adapter:
     r: int
     weighting: str
     prompt_positions: int
+    answer_positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,10 @@ def _active(layer: BaftLayer) -> list[str]:
 
 def _adapters(layers: Sequence[BaftLayer]) -> tuple[Adapter, ...]:
     configs = {name: layer.configs[name] for layer in layers for name in _active(layer)}
-    return tuple(Adapter(name, c.r, c.weighting, c.prompt_positions) for name, c in configs.items())
+    return tuple(
+        Adapter(name, c.r, c.weighting, c.prompt_positions, c.answer_positions)
+        for name, c in configs.items()
+    )
 
 
 def _encoded(
@@ -249,7 +252,7 @@ def _block(layer: BaftLayer, seen: dict[nn.Module, tuple[Tensor, Tensor]]) -> Bl
         config = layer.configs[name]
         has_gate = name in layer.baft_gate
         w = seen[layer.baft_gate[name]][1] if has_gate else torch.ones(len(h), config.r)
-        for i in edited(relative_positions[0], config.prompt_positions).nonzero()[:, 0].tolist():
+        for i in config.edits(relative_positions[0]).nonzero()[:, 0].tolist():
             gates[i][name] = tuple(w[i].tolist())
     cells = [
         Cell(size, gates_of_token)

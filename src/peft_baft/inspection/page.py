@@ -100,11 +100,25 @@ def _what_gates_are(inspection: Inspection) -> str:
 
 
 def _position_rule(inspection: Inspection) -> str:
-    spans = sorted({adapter.prompt_positions for adapter in inspection.adapters})
-    last = " or ".join(
-        f"the last {n} prompt tokens" if n > 1 else "the last prompt token" for n in spans
+    spans = {(a.prompt_positions, a.answer_positions) for a in inspection.adapters}
+    rules = sorted(f"{_last_tokens(prompt)}{_answer_tokens(answer)}" for prompt, answer in spans)
+    return f"Pale: not edited. An adapter acts on {', or on '.join(rules)}."
+
+
+def _last_tokens(count: int) -> str:
+    return f"the last {count} prompt tokens" if count > 1 else "the last prompt token"
+
+
+def _answer_tokens(count: int | None) -> str:
+    if count is None:
+        return " and on every token of the answer"
+    if count == 0:
+        return ""
+    return (
+        f" and on the first {count} tokens of the answer"
+        if count > 1
+        else " and on the first token of the answer"
     )
-    return f"Pale: not edited. An adapter acts on {last} and on every token of the answer."
 
 
 def _quoted(text: str) -> str:

@@ -15,7 +15,6 @@ from peft_baft.data.cases import Case, Prompt
 from peft_baft.data.templates import RAW, Template
 from peft_baft.evaluation.forward import teacher_forced
 from peft_baft.evaluation.scoring import token_match
-from peft_baft.span import edited
 
 Subspace = tuple[BaftLayer, str]  # an edited block and the name of the adapter that acts there
 
@@ -144,7 +143,7 @@ def _of_rows(
     """Give shift and gates of one block at the edited tokens of each row of the last forward; 1 where it has no gates."""
     relative_positions = layer.context.relative_positions
     assert relative_positions is not None, "the model was given tokens"
-    masks = edited(relative_positions, layer.configs[name].prompt_positions).cpu()
+    masks = layer.configs[name].edits(relative_positions).cpu()
     shifts = seen[layer.baft_source[name]]
     gates = (
         seen[layer.baft_gate[name]] if name in layer.baft_gate else torch.ones(*shifts.shape[:2], 1)

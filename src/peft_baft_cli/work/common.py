@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
 
@@ -111,6 +112,21 @@ def adapter_config(adapter: str, revision: str | None = None) -> PeftConfig:
             f"There is no folder {adapter}, and no adapter of that name could be had from the Hugging Face Hub ({reason}). "
             "Check the name, and the network if it is on the Hub."
         ) from None
+
+
+def adapter_folder(adapter: str, revision: str | None = None) -> Path:
+    """Return the folder of an adapter with its journal and reports; of a Hub id, the folder that it is downloaded to.
+
+    Args:
+        adapter: A folder or a Hub id. revision: A branch, tag or commit, for a Hub id alone.
+
+    Raises:
+        ValueError: There is no such adapter.
+    """
+    adapter_config(adapter, revision)
+    if Path(adapter).is_dir():
+        return Path(adapter)
+    return Path(snapshot_download(adapter, **_revision(revision)))
 
 
 def attach_adapter(

@@ -10,15 +10,16 @@ from peft_baft.editing.journal import LINES, EditLine, Journal
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import LogCommand, RollbackCommand
 from peft_baft_cli.screen import print_table
+from peft_baft_cli.work.common import adapter_folder
 
 
 def log(options: LogCommand) -> int:
     """Print the edits of the adapter in a folder, as a table or as JSON; return the exit code."""
-    journal = _journal(options.adapter)
+    journal = _journal(adapter_folder(options.adapter, options.adapter_revision))
     snapshots = set(journal.snapshots())
     edits = [_described(line, snapshots) for line in journal.edits()]
     if options.json:
-        print(dumps({"adapter": str(options.adapter), "edits": edits}, indent=2))
+        print(dumps({"adapter": options.adapter, "edits": edits}, indent=2))
     else:
         print_table(
             ("edit", "facts", "steps", "learned when made", "state", "snapshot"),

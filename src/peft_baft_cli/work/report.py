@@ -28,7 +28,7 @@ from peft_baft.reporting.taught import (
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import ReportCommand
 from peft_baft_cli.screen import doing, progress_shown, shown
-from peft_baft_cli.work.common import attach_adapter, chosen_subject, require_file
+from peft_baft_cli.work.common import adapter_folder, attach_adapter, chosen_subject, require_file
 
 PAGE = "report.html"
 EDIT_FILE = "the .jsonl, .json or .csv file that `baft edit` was given"
@@ -36,16 +36,13 @@ EDIT_FILE = "the .jsonl, .json or .csv file that `baft edit` was given"
 
 def report(options: ReportCommand) -> int:
     """Write the page of an adapter with its journal; return the exit code."""
-    directory = Path(options.adapter)
-    if not directory.is_dir():
-        raise ValueError(
-            f"There is no folder {directory}. baft report takes the folder that `baft edit --output` has made."
-        )
-    output = options.output or directory / PAGE
+    is_here = Path(options.adapter).is_dir()
+    output = options.output or (Path(options.adapter) / PAGE if is_here else Path(PAGE))
     if output.is_dir():
         raise ValueError(
             f"--output {output} is a folder; it takes a file, such as {output / PAGE}."
         )
+    directory = adapter_folder(options.adapter, options.adapter_revision)
     subject = chosen_subject(options)
     cases = (
         []
@@ -58,7 +55,7 @@ def report(options: ReportCommand) -> int:
     forms = _forms(tokenizer, options.template)
     with ExitStack() as stack:
         result = gather(
-            attach_adapter(base, options.adapter),
+            attach_adapter(base, str(directory)),
             tokenizer,
             facts,
             forms,
@@ -66,7 +63,7 @@ def report(options: ReportCommand) -> int:
             _handed_on(subject.model),
             limit=options.limit,
             neighbours=options.neighbours,
-            notes=_notes(folder, facts, cases, forms, options),
+            notes=_notes(directory, folder, facts, cases, forms, options.edits),
             begin=lambda total: _bar(stack, total),
         )
     root = os.path.relpath(directory.resolve(), output.resolve().parent)
@@ -104,21 +101,22 @@ def _forms(tokenizer: Any, chosen: str | None) -> tuple[Template, ...]:
 
 
 def _notes(
+    directory: Path,
     folder: AdapterFolder,
     facts: Sequence[TaughtFact],
     cases: Sequence[Case],
     forms: Sequence[Template],
-    options: ReportCommand,
+    edits: Path | None,
 ) -> list[str]:
     """Return what a reader of the page must know about where its facts come from."""
     notes = []
-    if not (Path(options.adapter) / LINES).exists():
+    if not (directory / LINES).exists():
         notes.append(
-            f"The folder holds no journal. The facts are those of {options.edits}; when and how they were taught is not known."
+            f"The folder holds no journal. The facts are those of {edits}; when and how they were taught is not known."
         )
     elif unknown := unknown_cases(facts, cases):
         notes.append(
-            f"{unknown} of the {len(cases)} records of {options.edits} are not in the journal, and were not asked."
+            f"{unknown} of the {len(cases)} records of {edits} are not in the journal, and were not asked."
         )
     if folder.as_journal is False:
         notes.append(
