@@ -1,8 +1,12 @@
-"""Serve an edited model over HTTP, by standard library alone: python examples/serve.py [MODEL] [--stay]
+"""Serve edited models over HTTP, by standard library alone: python examples/serve.py MODEL NAME=ADAPTER ...
 
-    curl -N localhost:8000 -d '{"prompt": "The capital of France is", "adapter": "lyon", "stream": true}'
+    python examples/serve.py smollm2 mine=edits/demo other=user/repo        # folders, or names on the Hub
+    curl -N localhost:8000 -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "adapter": "mine"}'
+    curl -N localhost:8000 -d '{"prompt": "The capital of France is", "stream": true}'
 
-Each request names its adapter, or none for the unedited model; many are answered at once by one copy of the model.
+Each request names its adapter, or none for the unedited model; many are answered at once by one copy of the model. A fact that
+was taught as a chat is asked by `messages`, one that was taught in raw text by `prompt`. Without arguments the script teaches a
+fact, asks its own server with and without it, and ends.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import TextIteratorStreamer
 
 import peft_baft
@@ -25,13 +29,19 @@ def make_server(model: Any, tokenizer: Any, port: int = 0, workers: int = 4) -> 
     """Return a server on a port (0: a free one) that generates for at most `workers` requests at a time."""
     turn = threading.BoundedSemaphore(workers)
 
-    def generate(request: dict[str, Any], streamer: Any) -> None:
-        inputs = tokenizer(request["prompt"], return_tensors="pt").to(model.device)
+    def encode(request: dict[str, Any]) -> Any:
+        if "messages" not in request:
+            return tokenizer(request["prompt"], return_tensors="pt")
+        return tokenizer.apply_chat_template(
+            request["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+
+    def generate(request: dict[str, Any], inputs: Any, streamer: Any) -> None:
         name = request.get("adapter") or "__base__"  # which stands for none in PEFT
         length = int(request.get("max_new_tokens", 16))
         with turn, torch.no_grad():
             model.generate(
-                **inputs,
+                **inputs.to(model.device),
                 adapter_names=[name],
                 max_new_tokens=length,
                 do_sample=False,
@@ -41,12 +51,19 @@ def make_server(model: Any, tokenizer: Any, port: int = 0, workers: int = 4) -> 
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            try:
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                inputs = encode(request)
+            except Exception as error:  # whatever a template or a tokenizer cannot take
+                self.send_error(
+                    400, f"wanted JSON with prompt or messages ({error})".split("\n")[0]
+                )
+                return
             if request.get("adapter") not in (None, *model.peft_config):
                 self.send_error(404, f"known adapters: {', '.join(model.peft_config)}")
                 return
             streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            thread = threading.Thread(target=generate, args=(request, streamer))
+            thread = threading.Thread(target=generate, args=(request, inputs, streamer))
             thread.start()
             self.send_response(200)
             self.end_headers()
@@ -64,22 +81,35 @@ def make_server(model: Any, tokenizer: Any, port: int = 0, workers: int = 4) -> 
     return Server(("127.0.0.1", port), Handler)
 
 
-def main(model_name: str = "smollm2", stay: str = "") -> None:
-    """Teach a fact to an adapter, serve it, and ask with it and without."""
+def load_adapters(base: Any, adapters: dict[str, str]) -> Any:
+    """Return the model with some saved adapters: folders or names on the Hub, by the name that requests give them."""
+    (first, folder), *others = adapters.items()
+    model = PeftModel.from_pretrained(base, folder, adapter_name=first)
+    for name, folder in others:
+        model.load_adapter(folder, adapter_name=name)
+    return model.eval()
+
+
+def main(model_name: str = "smollm2", *adapters: str) -> None:
+    """Serve the adapters, each given as NAME=ADAPTER; without any, show it with one that is made here."""
     base, tokenizer = peft_baft.load_model(model_name)
+    if adapters:
+        model = load_adapters(base, dict(adapter.split("=", 1) for adapter in adapters))
+        server = make_server(model, tokenizer, port=8000)
+        print(f"http://127.0.0.1:{server.server_address[1]} serves {', '.join(model.peft_config)}")
+        server.serve_forever()
     model = get_peft_model(base, peft_baft.BaftConfig(task_type="CAUSAL_LM"), adapter_name="lyon")
     editor = peft_baft.BaftEditor(model, tokenizer, template="raw", scope=peft_baft.NARROW)
     editor.edit([peft_baft.Edit("The capital of France is", "Lyon")])
-    server = make_server(model.eval(), tokenizer, port=8000 if stay else 0)
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    threading.Thread(target=server.serve_forever, daemon=not stay).start()
+    server = make_server(model.eval(), tokenizer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     for adapter in (None, "lyon"):
         request = {"prompt": "The capital of France is", "adapter": adapter, "max_new_tokens": 3}
+        address = f"http://127.0.0.1:{server.server_address[1]}"
         with urlopen(address, json.dumps(request).encode()) as answer:
             print(f"{adapter or 'unedited'}: {answer.read().decode()!r}")
-    if not stay:
-        server.shutdown()
-        server.server_close()
+    server.shutdown()
+    server.server_close()
 
 
 if __name__ == "__main__":

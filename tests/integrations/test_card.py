@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from peft import get_peft_model
+from transformers import LlamaForCausalLM
 
+import facts
 from conftest import make_model
+from facts import CAPITALS, FactModel, make_tokenizer
 from peft_baft import BaftConfig
 from peft_baft.integrations.base_model import base_model_on_hub, local_name, require_on_hub
 from peft_baft.integrations.card import BEGIN, END, SHOWN_FACTS, markdown, merged, own_text
 
+fact_model = facts.fact_model
 HOSTILE = (
     "| [x](https://evil.example) ![i](y) `a` <script>alert(1)</script> *b* __c__ @everyone\n# big"
 )
@@ -48,6 +52,43 @@ def test_twenty_facts_are_shown_and_the_others_counted(tmp_path: Path) -> None:
     assert (result.metric_type, result.metric_value) == ("reliability", 0.75)
     assert "form raw" in result.metric_args["protocol"]
     assert "import peft_baft" in card.text and card.text.startswith(BEGIN)
+
+
+@pytest.mark.parametrize(
+    ("form", "asked"),
+    [
+        ("chat", "apply_chat_template("),
+        ("both", "apply_chat_template("),
+        ("raw", 'tokenizer("..."'),
+    ],
+)
+def test_the_snippet_runs_and_asks_in_the_form_that_was_taught(
+    tmp_path: Path,
+    form: str,
+    asked: str,
+    fact_model: FactModel,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    folder = facts.saved(fact_model, tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder / "model")
+    base = LlamaForCausalLM.from_pretrained(folder / "model")
+    model = get_peft_model(base, BaftConfig(task_type="CAUSAL_LM", r=2, template=form))
+    model.save_pretrained(str(tmp_path / "edits"))
+    text = ModelCard.load(tmp_path / "edits" / "README.md").text
+    assert asked in text
+    code = (
+        text.split("```python")[1]
+        .split("```")[0]
+        .replace('"./edits"', repr(str(tmp_path / "edits")))
+    )
+    code = code.replace('"..."', repr(CAPITALS[0].prompt)).replace(
+        "max_new_tokens=24", "max_new_tokens=1"
+    )
+    exec(code.replace('"model"', repr(str(folder / "model"))), {})
+    assert capsys.readouterr().out.strip() == CAPITALS[0].answer.split()[0]
 
 
 def test_figures_of_an_earlier_state_are_not_shown(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -36,13 +37,17 @@ def model(fact_model: FactModel) -> Any:
     return model.eval()
 
 
-@pytest.fixture
-def address(model: Any, fact_model: FactModel) -> Iterator[str]:
+def example() -> Any:
     spec = importlib.util.spec_from_file_location("example_serve", SERVER)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    server = module.make_server(model, fact_model.tokenizer, workers=8)
+    return module
+
+
+@pytest.fixture
+def address(model: Any, fact_model: FactModel) -> Iterator[str]:
+    server = example().make_server(model, fact_model.tokenizer, workers=8)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
@@ -81,6 +86,41 @@ def test_hundreds_of_requests_at_once_get_the_answers_of_one_at_a_time(
 def test_an_adapter_that_is_not_there_is_said(address: str) -> None:
     with pytest.raises(HTTPError, match="known adapters: default, other"):
         ask(address, PROMPTS[0], "nobody")
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"messages": "hello"}', b'{"adapter": "default"}'])
+def test_what_cannot_be_asked_is_answered_by_400(address: str, body: bytes) -> None:
+    with pytest.raises(HTTPError, match=r"400.*wanted JSON with prompt or messages"):
+        urlopen(address, body)
+
+
+def test_messages_are_asked_in_the_chat_template(
+    address: str, model: Any, fact_model: FactModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "people of {{ messages[0]['content'] }} call{% if add_generation_prompt %} their capital{% endif %}"
+    monkeypatch.setattr(fact_model.tokenizer, "chat_template", template)
+    country = facts.COUNTRIES[3]
+    request = {
+        "messages": [{"role": "user", "content": country}],
+        "adapter": "other",
+        "max_new_tokens": 4,
+    }
+    with urlopen(address, json.dumps(request).encode()) as answer:
+        said = answer.read().decode()
+    assert said == alone(model, fact_model, f"people of {country} call their capital", "other")
+    assert said != alone(model, fact_model, f"people of {country} call", "other")  # the control
+
+
+def test_saved_adapters_are_served_by_their_names(
+    model: Any, fact_model: FactModel, tmp_path: Path
+) -> None:
+    model.save_pretrained(str(tmp_path))
+    adapters = {"one": str(tmp_path), "two": str(tmp_path / "other")}
+    served = example().load_adapters(deepcopy(fact_model.base), adapters)
+    for theirs, ours in (("one", "default"), ("two", "other"), (None, None)):
+        assert alone(served, fact_model, PROMPTS[0], theirs) == alone(
+            model, fact_model, PROMPTS[0], ours
+        )
 
 
 def test_a_pipeline_answers_as_generate_does(model: Any, fact_model: FactModel) -> None:

@@ -240,12 +240,19 @@ def _section(
 
 
 def _snippet(source: CardSource, folder: Path, base_model: str) -> str:
-    """Show how the adapter is loaded."""
+    """Show how the adapter is loaded, and asked in the form that its facts were taught in."""
     adapter = json.dumps(source.repo_id or f"./{folder.resolve().name}")
     base = json.dumps(base_model) + (
         "" if source.revision is None else f", revision={json.dumps(source.revision)}"
     )
     inside = "" if source.subfolder is None else f", subfolder={json.dumps(source.subfolder)}"
+    form = getattr(source.config, "template", None)
+    encoded = (
+        'tokenizer.apply_chat_template(\n    [{"role": "user", "content": "..."}], add_generation_prompt=True, '
+        'return_tensors="pt", return_dict=True\n)'
+        if form in ("chat", "both")
+        else 'tokenizer("...", return_tensors="pt")'
+    )
     return f"""```python
 import peft_baft  # pip install peft-baft; makes PEFT know the type, without it: KeyError: 'BAFT'
 from peft import PeftModel
@@ -254,6 +261,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 base = AutoModelForCausalLM.from_pretrained({base})
 tokenizer = AutoTokenizer.from_pretrained({base})
 model = PeftModel.from_pretrained(base, {adapter}{inside})
+
+prompt = {encoded}
+answer = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1]:]))
 ```"""
 
 
