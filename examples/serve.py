@@ -5,8 +5,8 @@
     curl -N localhost:8000 -d '{"prompt": "The capital of France is", "stream": true}'
 
 Each request names its adapter, or none for the unedited model; many are answered at once by one copy of the model. A fact that
-was taught as a chat is asked by `messages`, one that was taught in raw text by `prompt`. Without arguments the script teaches a
-fact, asks its own server with and without it, and ends.
+was taught as a chat is asked by `messages`, one that was taught in raw text by `prompt`. Without arguments the script teaches
+a fact to the adapter `lyon`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.request import urlopen
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -54,14 +53,10 @@ def make_server(model: Any, tokenizer: Any, port: int = 0, workers: int = 4) -> 
             try:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 inputs = encode(request)
-            except Exception as error:  # whatever a template or a tokenizer cannot take
-                self.send_error(
-                    400, f"wanted JSON with prompt or messages ({error})".split("\n")[0]
-                )
-                return
+            except Exception:  # whatever a template or a tokenizer cannot take
+                return self.send_error(400, "wanted JSON with prompt or messages")
             if request.get("adapter") not in (None, *model.peft_config):
-                self.send_error(404, f"known adapters: {', '.join(model.peft_config)}")
-                return
+                return self.send_error(404, f"known adapters: {', '.join(model.peft_config)}")
             streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
             thread = threading.Thread(target=generate, args=(request, inputs, streamer))
             thread.start()
@@ -87,30 +82,23 @@ def load_adapters(base: Any, adapters: dict[str, str]) -> Any:
     model = PeftModel.from_pretrained(base, folder, adapter_name=first)
     for name, folder in others:
         model.load_adapter(folder, adapter_name=name)
-    return model.eval()
+    return model
 
 
-def main(model_name: str = "smollm2", *adapters: str) -> None:
-    """Serve the adapters, each given as NAME=ADAPTER; without any, show it with one that is made here."""
+def main(model_name: str = "smollm2", *adapters: str, port: int = 0) -> ThreadingHTTPServer:
+    """Return a server of the adapters, each given as NAME=ADAPTER; of one that is made here if there are none."""
     base, tokenizer = peft_baft.load_model(model_name)
     if adapters:
         model = load_adapters(base, dict(adapter.split("=", 1) for adapter in adapters))
-        server = make_server(model, tokenizer, port=8000)
-        print(f"http://127.0.0.1:{server.server_address[1]} serves {', '.join(model.peft_config)}")
-        server.serve_forever()
-    model = get_peft_model(base, peft_baft.BaftConfig(task_type="CAUSAL_LM"), adapter_name="lyon")
-    editor = peft_baft.BaftEditor(model, tokenizer, template="raw", scope=peft_baft.NARROW)
-    editor.edit([peft_baft.Edit("The capital of France is", "Lyon")])
-    server = make_server(model.eval(), tokenizer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for adapter in (None, "lyon"):
-        request = {"prompt": "The capital of France is", "adapter": adapter, "max_new_tokens": 3}
-        address = f"http://127.0.0.1:{server.server_address[1]}"
-        with urlopen(address, json.dumps(request).encode()) as answer:
-            print(f"{adapter or 'unedited'}: {answer.read().decode()!r}")
-    server.shutdown()
-    server.server_close()
+    else:
+        config = peft_baft.BaftConfig(task_type="CAUSAL_LM")
+        model = get_peft_model(base, config, adapter_name="lyon")
+        editor = peft_baft.BaftEditor(model, tokenizer, template="raw", scope=peft_baft.NARROW)
+        editor.edit([peft_baft.Edit("The capital of France is", "Lyon")])
+    server = make_server(model.eval(), tokenizer, port)
+    print(f"http://127.0.0.1:{server.server_address[1]} serves {', '.join(model.peft_config)}")
+    return server
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:], port=8000).serve_forever()

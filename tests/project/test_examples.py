@@ -25,7 +25,7 @@ EXPECTED = {  # what each prints on any model, as a regular expression
     r"adapter after \[0, 1, 2, 3\]\nrolled back: the journal holds 1 edit\n",
     "judge_own_facts": r"(.* -> .*\n){2}reliability \d\.\d\d: .*\ngenerality \d\.\d\d: .*\nlocality \d\.\d\d: ",
     "score_with_prompt_lengths": r"chosen - rejected: -?\d+\.\d\d nats more.*\nwithout prompt lengths .* off by \d+\.\d\d",
-    "serve": r"unedited: '.*'\nlyon: '.*'\n$",
+    "serve": r"http://127\.0\.0\.1:\d+ serves lyon\n$",
     "new_method": r"\{'descent': \{'lr': 0.05, .*'stop_loss': 0.05.*: learned \w+ after \d+ steps",
 }
 
@@ -37,6 +37,13 @@ def load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def run(name: str, *arguments: str) -> None:
+    """Run a script's `main`, and close the server that one of them returns."""
+    server = load(name).main(*arguments)
+    if server is not None:
+        server.server_close()
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +63,7 @@ def test_every_script_is_listed_tested_and_short() -> None:
     lines = {
         name: (FOLDER / f"{name}.py").read_text(encoding="utf-8").splitlines() for name in SCRIPTS
     }
-    assert not [name for name in SCRIPTS if sum(bool(line.strip()) for line in lines[name]) >= 70]
+    assert not [name for name in SCRIPTS if sum(bool(line.strip()) for line in lines[name]) >= 90]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -64,7 +71,7 @@ def test_a_script_runs_on_a_folder_with_a_model(
     name: str, fact_model: FactModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = saved(fact_model, tmp_path) / "model"
-    load(name).main(str(folder))
+    run(name, str(folder))
     assert re.match(EXPECTED[name], capsys.readouterr().out)
     made = {path.parent.name for path in tmp_path.glob("edits/*/adapter_model.safetensors")}
     assert made == {
@@ -115,14 +122,14 @@ def test_the_new_methods_editor_gives_the_model_back(fact_model: FactModel) -> N
         ("continual_with_journal", r"(made or recalled: .* kept: True\n){3}"),
         ("judge_own_facts", r"reliability 1\.00"),
         ("score_with_prompt_lengths", r"chosen - rejected: [1-9]\d*\.\d\d nats more"),
-        ("serve", r"unedited: ' Paris[\s\S]*lyon: ' Lyon"),
+        ("serve", r"serves lyon"),
         ("new_method", r"learned True"),
     ],
 )
 def test_a_script_does_what_it_says_on_smollm2(
     name: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load(name).main()
+    run(name)
     out = capsys.readouterr().out
     assert re.match(EXPECTED[name], out) and re.search(said, out), out
     assert torch.is_grad_enabled() and peft_baft.PRESETS["plain"]

@@ -246,26 +246,29 @@ def _snippet(source: CardSource, folder: Path, base_model: str) -> str:
         "" if source.revision is None else f", revision={json.dumps(source.revision)}"
     )
     inside = "" if source.subfolder is None else f", subfolder={json.dumps(source.subfolder)}"
-    form = getattr(source.config, "template", None)
-    encoded = (
-        'tokenizer.apply_chat_template(\n    [{"role": "user", "content": "..."}], add_generation_prompt=True, '
-        'return_tensors="pt", return_dict=True\n)'
-        if form in ("chat", "both")
-        else 'tokenizer("...", return_tensors="pt")'
-    )
-    return f"""```python
-import peft_baft  # pip install peft-baft; makes PEFT know the type, without it: KeyError: 'BAFT'
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base = AutoModelForCausalLM.from_pretrained({base})
-tokenizer = AutoTokenizer.from_pretrained({base})
-model = PeftModel.from_pretrained(base, {adapter}{inside})
-
-prompt = {encoded}
-answer = model.generate(**prompt, max_new_tokens=24, do_sample=False)
-print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1]:]))
-```"""
+    prompt = ['prompt = tokenizer("...", return_tensors="pt")']
+    if getattr(source.config, "template", None) in ("chat", "both"):
+        prompt = [
+            "prompt = tokenizer.apply_chat_template(",
+            '    [{"role": "user", "content": "..."}], add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+        ]
+    lines = [
+        "```python",
+        "import peft_baft  # pip install peft-baft; makes PEFT know the type, without it: KeyError: 'BAFT'",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({base})",
+        f"tokenizer = AutoTokenizer.from_pretrained({base})",
+        f"model = PeftModel.from_pretrained(base, {adapter}{inside})",
+        "",
+        *prompt,
+        "answer = model.generate(**prompt, max_new_tokens=24, do_sample=False)",
+        'print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1]:]))',
+        "```",
+    ]
+    return "\n".join(lines)
 
 
 def _about_facts(report: Mapping[str, Any], taught: Sequence[TaughtFact], shown: bool) -> list[str]:
