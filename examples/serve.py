@@ -49,7 +49,7 @@ def make_server(model: Any, tokenizer: Any, port: int = 0, workers: int = 4) -> 
             )
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
+        def do_POST(self) -> None:  # noqa: RET503
             try:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 inputs = encode(request)

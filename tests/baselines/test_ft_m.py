@@ -45,6 +45,30 @@ def test_fine_tuning_minimises_the_mean_loss_of_the_answer_tokens(toy: FactModel
     )
 
 
+def test_ft_l_predicts_every_answer_token_from_the_last_prompt_token(toy: FactModel) -> None:
+    settings = FineTuning(objective="last_prompt_token", descent=DescentConfig(stop_loss=1e9))
+    rows = [facts.encode(toy.tokenizer, e.prompt, e.target) for e in edits(0, 3)]
+    expected = []
+    for row in rows:
+        with torch.no_grad():
+            logits = toy.base(torch.tensor([row.ids[: row.prompt_length]])).logits[0, -1]
+        expected += [
+            -logits.log_softmax(-1)[token].item() for token in row.ids[row.prompt_length :]
+        ]
+    assert len(expected) == 3  # an answer of one token, and one of two
+    result = settings.start(toy.base, toy.tokenizer).edit(edits(0, 3))
+    assert result.losses["teacher_forcing"] == pytest.approx(sum(expected) / 3, rel=1e-4)
+
+
+def test_ft_l_cannot_learn_an_answer_of_two_tokens_and_ft_m_can(toy: FactModel) -> None:
+    for objective, learned in (("last_prompt_token", False), ("answer", True)):
+        editor = FineTuning(objective=objective, descent=DESCENT).start(toy.base, toy.tokenizer)
+        assert editor.edit(edits(3)).learned is learned
+        editor.remove()
+    with pytest.raises(ValueError, match="objective must be one of answer, last_prompt_token"):
+        FineTuning(objective="all")
+
+
 def test_fine_tuning_that_diverges_leaves_the_weight_as_it_was(toy: FactModel) -> None:
     editor = FineTuning(descent=DescentConfig(lr=1e30, stop_loss=0.0)).start(
         toy.base, toy.tokenizer

@@ -106,6 +106,8 @@ def test_ctrl_c_ends_a_command_in_one_line_with_130(folder: Path, tmp_path: Path
     words += [
         "--output",
         str(tmp_path / "out"),
+        "--preset",
+        "plain",
         "--unrelated",
         "none",
         "--lr",

@@ -1,7 +1,8 @@
-"""FT-M: fine-tune one MLP down projection on the answer tokens (EasyEdit's `objective_optimization: target_new`).
+"""FT-M and FT-L: fine-tune one MLP down projection.
 
-It is the strongest of the cheap baselines that the BaFT paper leaves out. FT-L, which the paper compares with, predicts all
-answer tokens from the last prompt token, and so cannot learn an answer of several tokens.
+FT-M learns the answer tokens by teacher forcing (EasyEdit's `objective_optimization: target_new`); it is the strongest of the
+cheap baselines that the BaFT paper leaves out. FT-L, which the paper compares with (`prompt_last`), predicts all answer tokens
+from the last prompt token, and so cannot learn an answer of several tokens.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_baft.adapter.blocks import find_stack
 from peft_baft.adapter.model_call import full_logits, input_device
 from peft_baft.adapter.state import evaluating
+from peft_baft.baselines.projections import down_projection, require_layer
 from peft_baft.data.batching import collate, padding_id
 from peft_baft.data.cases import Edit
 from peft_baft.data.templates import RAW, Template
@@ -24,24 +25,28 @@ from peft_baft.editing.method import EditorSetup, MethodSettings
 from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms, descend
 from peft_baft.losses import answer_losses
 
-EASYEDIT_BLOCK, EASYEDIT_DEPTH = 21, 32  # EasyEdit's block of a model of 32, counted from 0
-DOWN_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2")
+EASYEDIT_BLOCK = 21  # of a model of 32, counted from 0
+# What is learned, with the name that errors give the method.
+OBJECTIVES = {"answer": "ft-m", "last_prompt_token": "ft-l"}
 
 
 @dataclass(frozen=True)
 class FineTuning(MethodSettings):
-    """Fine-tune one MLP down projection on the answer tokens (FT-M), by default with EasyEdit's settings.
+    """Fine-tune one MLP down projection, by default with EasyEdit's settings.
 
     These are AdamW without weight decay, at most 25 steps, and the answer alone without its end.
 
     Args:
+        objective: `answer` predicts each answer token from the tokens before it (FT-M); `last_prompt_token` predicts all of
+            them from the last prompt token (FT-L).
         layer: block whose down projection is trained, counted from 0; by default EasyEdit's 21 of 32 scaled to the model.
         descent: how an edit, or a batch of edits, is trained.
 
     Raises:
-        TypeError: layer is no integer.
+        TypeError: layer is no integer. ValueError: there is no such objective.
     """
 
+    objective: str = "answer"
     layer: int | None = None
     descent: DescentConfig = field(
         default_factory=lambda: DescentConfig(
@@ -50,13 +55,21 @@ class FineTuning(MethodSettings):
     )
 
     def __post_init__(self) -> None:
-        if self.layer is not None and type(self.layer) is not int:
-            raise TypeError(f"ft-m: layer must be an integer, not {self.layer!r}.")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}."
+            )
+        require_layer(self.layer, self.name)
+
+    @property
+    def name(self) -> str:
+        """The method's name in errors."""
+        return OBJECTIVES[self.objective]
 
     def start(
         self, base: Any, tokenizer: Any, setup: EditorSetup | None = None
     ) -> FineTuningEditor:
-        """Make an editor of `base`. FT-M takes no unrelated text, and draws no random numbers.
+        """Make an editor of `base`. Fine-tuning takes no unrelated text, and draws no random numbers.
 
         Where several processes share the facts of a batch, each one trains on all of them, and they come out alike.
         """
@@ -78,11 +91,12 @@ class FineTuningEditor:
     ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self._template = template
-        self.weight_name = _down_projection(model, settings.layer)
+        projection = down_projection(model, settings.layer, EASYEDIT_BLOCK, settings.name)
+        self.weight_name = f"{projection}.weight"
         self._weight: nn.Parameter = model.get_parameter(self.weight_name)
         if not self._weight.is_floating_point():
             raise ValueError(
-                f"ft-m trains a weight of floating-point numbers, but {self.weight_name} is "
+                f"{settings.name} trains a weight of floating-point numbers, but {self.weight_name} is "
                 f"{self._weight.dtype}: load the model without quantisation."
             )
         self._original = self._weight.detach().clone()
@@ -101,14 +115,17 @@ class FineTuningEditor:
         }
         labels = batch.pop("labels")[:, 1:]
         is_answer = labels >= 0
+        wanted = labels[is_answer]
+        # The logits before a token predict it; in FT-L those of the last prompt token predict every answer token.
+        rows_of_answers, predicting = is_answer.nonzero(as_tuple=True)
+        if self.settings.objective == "last_prompt_token":
+            predicting = is_answer.int().argmax(1)[rows_of_answers]
         before = self._weight.detach().clone()
 
         def losses(_: Sequence[Descent]) -> list[Terms]:
-            # The logits before a token predict it.
-            logits = full_logits(self.model, **batch)[:, :-1]
-            of_answers = answer_losses(
-                logits[is_answer.to(logits.device)], labels[is_answer].to(logits.device)
-            )
+            logits = full_logits(self.model, **batch)
+            place = rows_of_answers.to(logits.device), predicting.to(logits.device)
+            of_answers = answer_losses(logits[place], wanted.to(logits.device))
             return [{STOP_TERM: of_answers.mean()}]
 
         flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
@@ -141,30 +158,3 @@ class FineTuningEditor:
     @torch.no_grad()
     def _write(self, value: Tensor) -> None:
         self._weight.copy_(value)
-
-
-def _down_projection(model: Any, layer: int | None) -> str:
-    """Find the name of the weight of a block's down projection, the last product of its MLP."""
-    stack = find_stack(model)
-    depth = len(model.get_submodule(stack))
-    if layer is None:
-        layer = round(EASYEDIT_BLOCK * depth / EASYEDIT_DEPTH)
-    if not 0 <= layer < depth:
-        raise ValueError(
-            f"ft-m: layer must be a block of the model, 0 to {depth - 1}, not {layer}."
-        )
-    block = model.get_submodule(f"{stack}.{layer}")
-    found = [name for name, _ in block.named_modules() if _is_down_projection(name)]
-    if len(found) != 1:
-        what = f"several ({', '.join(found)})" if found else "none"
-        raise ValueError(
-            f"ft-m: block {layer} of {type(model).__name__} must have one down projection, called one of "
-            f"{', '.join(DOWN_PROJECTIONS)}, but has {what}."
-        )
-    return f"{stack}.{layer}.{found[0]}.weight"
-
-
-def _is_down_projection(name: str) -> bool:
-    """Tell whether a module of a block, by its name, is the last product of an MLP; some attentions end in one alike."""
-    parent, _, last = name.rpartition(".")
-    return last in DOWN_PROJECTIONS and "attn" not in parent and "attention" not in parent

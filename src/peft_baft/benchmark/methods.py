@@ -15,6 +15,7 @@ from peft import AdaLoraConfig, LoraConfig
 
 from peft_baft.baselines.adapters import baft, other_adapter
 from peft_baft.baselines.ft_m import FineTuning
+from peft_baft.baselines.grace import Grace
 from peft_baft.editing.method import MethodSettings
 from peft_baft.editing.presets import Preset
 
@@ -38,6 +39,8 @@ METHODS: dict[str, Callable[[Preset], MethodSettings]] = {
         other_adapter, config_class=AdaLoraConfig, r=8, init_r=12, lora_alpha=32, total_step=1000
     ),
     "ft-m": lambda preset: FineTuning(),
+    "ft-l": lambda preset: FineTuning(objective="last_prompt_token"),
+    "grace": lambda preset: Grace(),
 }
 GROUPS = {"table4": ("reft", "ss-w", "ba-w", "ss-w-lr", "baft")}  # the paper's ablation
 UNEDITED = "none"

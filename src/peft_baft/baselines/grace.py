@@ -1,0 +1,222 @@
+"""GRACE: a codebook at one MLP down projection (arXiv 2211.11031), as EasyEdit runs it on language models.
+
+The key of an edit is what enters the projection at the last prompt token, its value replaces what leaves it there. A prompt
+whose own key lies within an entry's radius gets that entry's value; every other prompt is computed as without edits. Radii
+are moved when keys come near each other, so that different answers keep apart and equal ones share an entry.
+
+Differences from EasyEdit on purpose: it compares the mean of the answers' token ids, and finds it under the wrong entry from
+the second key on, where this compares the answers; it serves one row at a time, where this serves any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_baft.adapter.blocks import stack_owner
+from peft_baft.adapter.context import EditContext
+from peft_baft.adapter.model_call import full_logits, input_device
+from peft_baft.adapter.state import evaluating
+from peft_baft.baselines.projections import down_projection, require_layer
+from peft_baft.data.batching import Tokens, collate, padding_id
+from peft_baft.data.cases import Edit
+from peft_baft.data.templates import RAW, Template
+from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
+from peft_baft.editing.method import EditorSetup, MethodSettings
+from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms, descend
+from peft_baft.evaluation.forward import answer_ids, answer_logits
+from peft_baft.losses import answer_losses
+
+EASYEDIT_BLOCK = 27  # of a model of 32, counted from 0
+LAST_PROMPT_TOKEN = -1  # its position relative to the end of the prompt
+GAP = 1e-5  # between the radii of two entries with different answers
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class Grace(MethodSettings):
+    """Keep edits in a codebook (GRACE), by default with EasyEdit's settings and the BaFT paper's 100 steps.
+
+    Args:
+        radius: of a new entry that lies far from all others (Euclidean distance of keys).
+        layer: block whose down projection has the codebook, counted from 0; by default EasyEdit's 27 of 32 scaled.
+        descent: how the value of an entry is learned.
+
+    Raises:
+        TypeError: layer is no integer. ValueError: the radius is not above 0.
+    """
+
+    radius: float = 1.0
+    layer: int | None = None
+    descent: DescentConfig = field(
+        default_factory=lambda: DescentConfig(lr=1.0, max_steps=100, weight_decay=0.0)
+    )
+
+    def __post_init__(self) -> None:
+        require_layer(self.layer, "grace")
+        if not 0 < self.radius < float("inf"):
+            raise ValueError(f"grace: radius must be above 0 and finite, not {self.radius!r}.")
+
+    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> GraceEditor:
+        """Make an editor of `base`. GRACE takes no unrelated text; values begin at random numbers of the setup's seed.
+
+        Where several processes share the facts of a batch, each one learns all of them, and they come out alike.
+        """
+        setup = setup or EditorSetup()
+        return GraceEditor(base, tokenizer, self, setup.template, setup.seed)
+
+
+class GraceEditor:
+    """Edits a model by a codebook; an `Editor`. The edits of a batch are made one after another.
+
+    template: the form in which facts are taught. seed: of the values' first numbers.
+
+    Raises:
+        ValueError: the block does not exist, or has not one down projection under a known name.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        settings: Grace,
+        template: Template = RAW,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self._template, self._seed = template, seed
+        name = down_projection(model, settings.layer, EASYEDIT_BLOCK, "grace")
+        projection = model.get_submodule(name)
+        device = next(projection.parameters()).device
+        self._context = EditContext(model, stack_owner(model, name))
+        self._handle = projection.register_forward_hook(self._replace)
+        # Keys (n, f), values (n, d), radii (n,), and answers (n, longest) filled up with NO_TOKEN; widths are those of the
+        # first edit.
+        self._keys = self._values = torch.zeros(0, 0, device=device)
+        self._radii = torch.zeros(0, device=device)
+        self._answers = torch.zeros(0, 0, dtype=torch.long, device=device)
+        self._key: Tensor | None = None  # of the last forward's last row
+        self._width = 0  # of what leaves the projection
+
+    def edit(self, edits: Iterable[Edit]) -> EditResult:
+        """Give each edit an entry, or the one that it shares, and learn the entry's value; as `Editor.edit`."""
+        end = self.settings.descent.learn_end
+        facts = encode_edits(
+            self.model, self.tokenizer, checked_edits(edits), (self._template,), end=end
+        )
+        before = self.state_dict()
+        results = []
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        try:
+            self.model.requires_grad_(False)
+            with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model):
+                for row in (row for forms in facts for row in forms):
+                    results.append(self._learn(row))
+        except BaseException:
+            self.load_state_dict(before)
+            raise
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+        return EditResult(
+            sum(result.steps for result in results),
+            results[-1].losses,
+            sum(result.seconds for result in results),
+            all(result.learned for result in results),
+        )
+
+    def _learn(self, row: Tokens) -> EditResult:
+        """Learn one fact."""
+        with torch.no_grad():
+            self._forward(row)
+        assert self._key is not None, "the model was given a prompt"
+        entry = self._entry_for(self._key, answer_ids(row).to(self._keys.device))
+        value = nn.Parameter(self._values[entry].clone())
+        others = self._values
+        mine = torch.arange(len(others), device=others.device)[:, None] == entry
+
+        def losses(_: Sequence[Descent]) -> list[Terms]:
+            self._values = torch.where(mine, value, others)
+            logits = answer_logits(row, self._forward(row))
+            return [{STOP_TERM: answer_losses(logits, answer_ids(row).to(logits.device)).mean()}]
+
+        (result,) = descend([Descent([value], self.settings.descent)], losses)
+        self._values = torch.where(mine, value.detach(), others)
+        return result
+
+    def _forward(self, row: Tokens) -> Tensor:
+        """Return the logits (tokens, vocabulary) of one text, whose labels tell where its prompt ends."""
+        device = input_device(self.model)
+        batch = collate([row], padding_id(self.tokenizer))
+        return full_logits(self.model, **{name: part.to(device) for name, part in batch.items()})[0]
+
+    def _entry_for(self, key: Tensor, answer: Tensor) -> int:
+        """Find the entry of an edit, a new one or a shared one, and move radii for it (Algorithm 1 of the paper)."""
+        if not len(self._keys):
+            return self._add(key, answer, self.settings.radius)
+        distance, nearest = torch.cdist(key[None], self._keys)[0].min(0)
+        if distance > self.settings.radius + self._radii[nearest]:
+            return self._add(key, answer, self.settings.radius)
+        its_answer = self._answers[nearest]
+        if torch.equal(its_answer[its_answer != NO_TOKEN], answer):
+            self._radii = self._radii.index_fill(
+                0, nearest, max(distance.item(), self._radii[nearest].item())
+            )
+            return int(nearest)
+        self._radii = self._radii.index_fill(0, nearest, max(0.0, distance.item() / 2 - GAP))
+        return self._add(key, answer, distance.item() / 2)
+
+    def _add(self, key: Tensor, answer: Tensor, radius: float) -> int:
+        """Add an entry with a random value, which depends on the seed and the entry's number alone."""
+        number, device = len(self._keys), self._keys.device
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+        value = torch.rand(self._width, generator=generator).to(device)
+        self._keys = torch.cat([self._keys.reshape(number, len(key)), key[None]])
+        self._values = torch.cat([self._values.reshape(number, self._width), value[None]])
+        self._radii = torch.cat([self._radii, torch.tensor([radius], device=device)])
+        longest = max(self._answers.shape[1], len(answer))
+        answers = torch.full((number + 1, longest), NO_TOKEN, device=device)
+        answers[:number, : self._answers.shape[1]] = self._answers
+        answers[number, : len(answer)] = answer
+        self._answers = answers
+        return number
+
+    def _replace(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """After the projection: put the values of matching entries where the prompts' last tokens are."""
+        positions = self._context.current_forward().relative_positions
+        assert positions is not None, "the model was given tokens"
+        last = (positions == LAST_PROMPT_TOKEN).to(output.device)
+        if not last.any():
+            return None
+        keys = args[0][last].float()
+        self._key, self._width = keys[-1].detach(), output.shape[-1]
+        if not len(self._keys):
+            return None
+        distances, nearest = torch.cdist(keys, self._keys).min(1)
+        matches = (distances <= self._radii[nearest])[:, None]
+        replaced = torch.where(matches, self._values[nearest].to(output.dtype), output[last])
+        return output.masked_scatter(last[..., None].expand_as(output), replaced)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give the codebook: keys, values, radii and answers, one row an entry."""
+        return {
+            "keys": self._keys,
+            "values": self._values,
+            "radii": self._radii,
+            "answers": self._answers,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        device = self._radii.device
+        self._keys, self._values = state["keys"].to(device), state["values"].to(device)
+        self._radii, self._answers = state["radii"].to(device), state["answers"].to(device)
+
+    def remove(self) -> None:
+        """Take the codebook off the model."""
+        self._handle.remove()
+        self._context.detach()
