@@ -467,14 +467,32 @@ def generate_greedily(
     Args:
         input_ids, attention_mask: (rows, tokens), padded on the left. settings: further arguments of `generate`.
     """
+    greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, **settings}
+    return _generate(model, input_ids, attention_mask, pad_token_id, max_new_tokens, greedy)
+
+
+def generate_sampled(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, pad_token_id: int, max_new_tokens: int
+) -> Tensor:
+    """Draw (rows, up to `max_new_tokens`) new tokens from the model's own distribution; arguments as above."""
+    sampled = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    sampled["repetition_penalty"] = 1.0
+    return _generate(model, input_ids, attention_mask, pad_token_id, max_new_tokens, sampled)
+
+
+def _generate(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    pad_token_id: int,
+    max_new_tokens: int,
+    settings: Mapping[str, Any],
+) -> Tensor:
     device = input_device(model)
     sequences = model.generate(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
         pad_token_id=pad_token_id,
         **settings,
     )

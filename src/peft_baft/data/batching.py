@@ -79,6 +79,22 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, *, template: Template = RAW) -
     return Tokens(ids, len(ids))
 
 
+def last_token_of(tokenizer: Any, prompt: Prompt, words: str, *, template: Template = RAW) -> int:
+    """Find the token of a prompt in which some of its words end; where they stand several times, the last time.
+
+    Raises:
+        ValueError: the words do not stand in the text that the model gets.
+    """
+    text = prompt_text(tokenizer, prompt, template=template)
+    start = text.rfind(words)
+    if start < 0:
+        raise ValueError(
+            f"{words!r:.60} does not stand in the prompt {prompt_words(prompt)!r:.60}."
+        )
+    _, ends = _tokens_and_ends(tokenizer, text, template=is_chat(prompt, template))
+    return _first_after(ends, start + len(words) - 1)
+
+
 def prompt_text(tokenizer: Any, prompt: Prompt, *, template: Template = RAW) -> str:
     """Give the text that a model gets for a prompt, its chat template included."""
     if is_chat(prompt, template):

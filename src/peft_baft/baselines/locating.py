@@ -1,0 +1,250 @@
+"""What methods share that locate a fact at its subject's last token: texts around it, keys, and the vector that says the answer.
+
+ROME (arXiv 2202.05262, Sec. 3.1) and what follows it take what enters a down projection at the subject's last token for the
+key of a fact, and find by gradient descent what should leave the projection there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_baft.adapter.model_call import full_logits, generate_sampled, input_device
+from peft_baft.data.batching import Tokens, collate, encode_fitting, last_token_of, padding_id
+from peft_baft.data.cases import Edit, prompt_words
+from peft_baft.data.contexts import Context
+from peft_baft.data.templates import RAW, Template
+from peft_baft.losses import answer_losses
+
+BEGINNINGS = ("The", "Therefore", "Because", "I", "You")
+ESSENCE = "{} is a"  # whose next token tells what the model takes the subject for
+
+
+@dataclass(frozen=True)
+class Located:
+    """Texts of one fact. rows: the bare prompt first, each with the answer; places: of each, the subject's last token.
+
+    essence, essence_place: the text that begins to say what the subject is, and the subject's last token there.
+    """
+
+    rows: tuple[Tokens, ...]
+    places: tuple[int, ...]
+    essence: Tokens
+    essence_place: int
+
+
+def prefixes(
+    model: Any, tokenizer: Any, lengths: Sequence[tuple[int, int]], seed: int = 0
+) -> list[str]:
+    """Let the unedited model write what may stand before a prompt.
+
+    Args:
+        lengths: (tokens, count) pairs. seed: of the random numbers, which leave those of the caller as they were.
+    """
+    device = input_device(model)
+    found: list[str] = []
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), torch.no_grad():
+        torch.manual_seed(seed)
+        for tokens, count in lengths:
+            for number in range(count):
+                row = tokenizer(BEGINNINGS[number % len(BEGINNINGS)], return_tensors="pt")
+                ids, mask = row["input_ids"], row["attention_mask"]
+                new = generate_sampled(model, ids, mask, padding_id(tokenizer), tokens)
+                text = tokenizer.decode([*ids[0], *new[0]], skip_special_tokens=True)
+                found.append(" ".join(text.split()))
+    return found
+
+
+def locate(
+    model: Any,
+    tokenizer: Any,
+    edit: Edit,
+    before: Sequence[str],
+    method: str,
+    template: Template = RAW,
+) -> Located:
+    """Tokenise a fact in each of some contexts, and find its subject's last token in them.
+
+    Raises:
+        ValueError: the edit has no subject, or a text is longer than the model can read.
+    """
+    if edit.subject is None:
+        raise ValueError(
+            f"{method} changes what a model knows of a subject, and {prompt_words(edit.prompt)!r:.60} names none: give "
+            "Edit(prompt, target, subject=...), the words of the prompt that say what the fact is about."
+        )
+    prompts = [edit.prompt, *(Context(before=f"{text}.").around(edit.prompt) for text in before)]
+    rows = [
+        encode_fitting(model, tokenizer, prompt, edit.target, template=template)
+        for prompt in prompts
+    ]
+    places = [
+        last_token_of(tokenizer, prompt, edit.subject, template=template) for prompt in prompts
+    ]
+    essence = ESSENCE.format(edit.subject)
+    row = encode_fitting(model, tokenizer, essence, edit.target)
+    bare = Tokens(row.ids[: row.prompt_length], row.prompt_length)
+    return Located(
+        tuple(rows), tuple(places), bare, last_token_of(tokenizer, essence, edit.subject)
+    )
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the vector that says an answer is searched for: Adam from zero, with EasyEdit's settings for ROME.
+
+    Args:
+        lr: of Adam. max_steps: at most so many. stop_loss: stop once the whole loss is below this.
+        weight_decay: of the vector's length, relative to the square of what was there. clamp: the vector is at most so many
+            times as long as what was there. kl: weight of the divergence of what the subject is taken for.
+    """
+
+    lr: float = 0.5
+    max_steps: int = 25
+    stop_loss: float = 0.05
+    weight_decay: float = 1e-3
+    clamp: float = 4.0
+    kl: float = 0.0625
+
+    def __post_init__(self) -> None:
+        if type(self.max_steps) is not int or self.max_steps < 1:
+            raise ValueError(f"max_steps must be an integer of at least 1, not {self.max_steps!r}.")
+        for name in ("lr", "clamp"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)!r}.")
+        for name in ("stop_loss", "weight_decay", "kl"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"{name} must be 0 or above and finite, not {getattr(self, name)!r}."
+                )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to. target: (d,) what should leave the module; steps, losses, seconds as of an `EditResult`."""
+
+    target: Tensor
+    steps: int
+    losses: dict[str, float]
+    seconds: float
+
+
+def search_target(
+    model: Any, tokenizer: Any, module: nn.Module, located: Located, search: Search
+) -> Found:
+    """Find what should leave `module` at the subject's last token, so that the model says the answer in every context.
+
+    Raises:
+        FloatingPointError: a loss became NaN or infinite.
+    """
+    begin = time.perf_counter()
+    rows = [*located.rows, located.essence]
+    places = torch.tensor([*located.places, located.essence_place])
+    device = input_device(model)
+    batch = {k: v.to(device) for k, v in collate(rows, padding_id(tokenizer)).items()}
+    labels = batch.pop("labels")[:-1, 1:]
+    is_answer = labels >= 0
+    per_row = is_answer.sum(1)
+    last_of_essence = len(located.essence.ids) - 1
+    # In no case is the length of what was there exceeded by far: it is read in the first forward.
+    with torch.no_grad(), captured(module) as seen:
+        before = full_logits(model, **batch)[-1, last_of_essence].float().log_softmax(-1)
+    original = seen[0].output[0, located.places[0]].detach().float()
+    longest = search.clamp * original.norm()
+    delta = torch.zeros_like(original, requires_grad=True)
+    optimizer = torch.optim.Adam([delta], lr=search.lr)
+    losses: dict[str, float] = {}
+    for step in range(search.max_steps + 1):
+        with added(module, places, delta):
+            logits = full_logits(model, **batch)
+        of_answers = answer_losses(logits[:-1, :-1][is_answer], labels[is_answer])
+        # The mean over each text's answer tokens, and over texts.
+        teacher_forcing = torch.stack(
+            [part.mean() for part in of_answers.split(per_row.tolist())]
+        ).mean()
+        now = logits[-1, last_of_essence].float().log_softmax(-1)
+        terms = {
+            "teacher_forcing": teacher_forcing,
+            "essence": search.kl * (now.exp() * (now - before)).sum(),
+            "length": search.weight_decay * delta.norm() / original.square().sum(),
+        }
+        total = torch.stack(list(terms.values())).sum()
+        losses = {name: term.item() for name, term in terms.items()}
+        if not total.isfinite():
+            raise FloatingPointError(f"the loss became {total.item()} at step {step}.")
+        if total < search.stop_loss or step == search.max_steps:
+            break
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        with torch.no_grad():
+            delta.mul_((longest / delta.norm()).clamp(max=1.0))
+    return Found(original + delta.detach(), step, losses, time.perf_counter() - begin)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What entered a module, (rows, tokens, f), and what left it, (rows, tokens, d)."""
+
+    input: Tensor
+    output: Tensor
+
+
+@contextmanager
+def captured(module: nn.Module) -> Iterator[list[Pass]]:
+    """Keep what enters and leaves a module in the forwards inside."""
+    seen: list[Pass] = []
+    handle = module.register_forward_hook(
+        lambda _, args, output: seen.append(Pass(args[0], output))
+    )
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def added(module: nn.Module, places: Tensor, delta: Tensor) -> Iterator[None]:
+    """Add a vector (d,) to what leaves a module at one token of each row; places: (rows,)."""
+
+    def add(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+        tokens = torch.arange(output.shape[1], device=output.device)
+        mask = tokens == places.to(output.device)[:, None]
+        return output + mask[..., None] * delta.to(output.dtype)
+
+    handle = module.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def keys_and_outputs(
+    model: Any, tokenizer: Any, module: nn.Module, located: Located
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what enters a module at the subject's last token and what leaves it there.
+
+    Returns:
+        The mean over the fact's texts of what enters, (f,); what enters with the bare prompt, (f,); what leaves then, (d,).
+    """
+    device = input_device(model)
+    batch = {k: v.to(device) for k, v in collate(located.rows, padding_id(tokenizer)).items()}
+    batch.pop("labels")
+    with captured(module) as seen:
+        full_logits(model, **batch)
+    rows = torch.arange(len(located.places))
+    keys = seen[0].input[rows, list(located.places)].float()
+    return keys.mean(0), keys[0], seen[0].output[0, located.places[0]].float()
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Tell whether a module keeps its matrix as (in, out), as GPT-2's Conv1D."""
+    return type(module).__name__ == "Conv1D"

@@ -1,0 +1,215 @@
+"""ROME: one rank-1 change of one MLP down projection an edit (arXiv 2202.05262), as EasyEdit runs it on Llama models.
+
+    W ← W + (v - W k) uᵀ / (uᵀ k)        so that afterwards W k = v
+
+k is the key of the bare prompt, u the direction of its mean over contexts, and v what should leave the projection so that
+the answer is said. No second moments are used (`mom2_adjustment: false`, the setting for Llama).
+
+Differences from EasyEdit on purpose: `mean_key` takes the mean over contexts for k as well (R-ROME, arXiv 2403.07175), which
+mends that repeated edits break the model; the contexts are written once an editor, with a fixed seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from peft_baft.adapter.state import evaluating
+from peft_baft.adapter.weights import BASE
+from peft_baft.adapter.weights import FILE as WEIGHTS
+from peft_baft.baselines.locating import (
+    Search,
+    is_transposed,
+    keys_and_outputs,
+    locate,
+    prefixes,
+    search_target,
+)
+from peft_baft.baselines.projections import down_projection, require_layer
+from peft_baft.data.cases import Edit
+from peft_baft.data.templates import RAW, Template
+from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
+from peft_baft.editing.method import EditorSetup, MethodSettings
+
+EASYEDIT_BLOCK = 5  # of a model of 32, counted from 0
+PREFIX_TOKENS = (5, 10)
+
+
+@dataclass(frozen=True)
+class Rome(MethodSettings):
+    """Write each edit into one down projection as a change of rank 1 (ROME), by default with EasyEdit's settings.
+
+    Args:
+        layer: block whose down projection is changed, counted from 0; by default EasyEdit's 5 of 32 scaled to the model.
+        mean_key: whether the key that is divided by is the mean over contexts too, which is R-ROME.
+        contexts: how many texts of 5 and of 10 tokens, which the model writes, stand before the prompt in turn; 0 for none.
+        search: how the vector that says the answer is found.
+
+    Raises:
+        TypeError: layer is no integer. ValueError: contexts is no integer of at least 0.
+    """
+
+    layer: int | None = None
+    mean_key: bool = False
+    contexts: int = 10
+    search: Search = field(default_factory=Search)
+
+    def __post_init__(self) -> None:
+        require_layer(self.layer, "rome")
+        if type(self.contexts) is not int or self.contexts < 0:
+            raise ValueError(
+                f"rome: contexts must be an integer of at least 0, not {self.contexts!r}."
+            )
+
+    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> RomeEditor:
+        """Make an editor of `base`. ROME takes no unrelated text; the edits of a batch are made one after another.
+
+        Where several processes share the facts of a batch, each one makes all of them, and they come out alike.
+        """
+        return RomeEditor(base, tokenizer, self, RAW if setup is None else setup.template)
+
+
+class RomeEditor:
+    """Changes one weight of a model by a matrix of rank 1 an edit; an `Editor`. Its edits need a subject.
+
+    template: the form in which facts are taught.
+
+    Raises:
+        ValueError: the block does not exist, has not one down projection under a known name, or a quantised one.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, settings: Rome, template: Template = RAW
+    ) -> None:
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self._template = template
+        self.module_name = down_projection(model, settings.layer, EASYEDIT_BLOCK, "rome")
+        self._module: nn.Module = model.get_submodule(self.module_name)
+        self._weight: nn.Parameter = model.get_parameter(f"{self.module_name}.weight")
+        if not self._weight.is_floating_point():
+            raise ValueError(
+                f"rome changes a weight of floating-point numbers, but {self.module_name}.weight is "
+                f"{self._weight.dtype}: load the model without quantisation."
+            )
+        self._original = self._weight.detach().clone()
+        rows, columns = self._original.shape
+        out, into = (columns, rows) if is_transposed(self._module) else (rows, columns)
+        # W is the original plus leftᵀ right: (edits, d) and (edits, f).
+        self._left = torch.zeros(0, out, device=self._weight.device)
+        self._right = torch.zeros(0, into, device=self._weight.device)
+        self._prefixes: list[str] | None = None
+
+    def edit(self, edits: Iterable[Edit]) -> EditResult:
+        """Write the edits into the weight, one after another; as `Editor.edit`."""
+        facts = checked_edits(edits)
+        encode_edits(self.model, self.tokenizer, facts, (self._template,))  # their check
+        before, results = self.state_dict(), []
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        try:
+            self.model.requires_grad_(False)
+            with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model):
+                if self._prefixes is None:
+                    self._prefixes = self._unedited_prefixes()
+                for fact in facts:
+                    results.append(self._write(fact, self._prefixes))
+        except BaseException:
+            self.load_state_dict(before)
+            raise
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+        return EditResult(
+            sum(result.steps for result in results),
+            results[-1].losses,
+            sum(result.seconds for result in results),
+            all(result.learned for result in results),
+        )
+
+    def _unedited_prefixes(self) -> list[str]:
+        """Let the model write contexts as it was before the first edit, so that they are the same after every edit."""
+        now = self._weight.detach().clone()
+        try:
+            self._set(self._original)
+            lengths = [(tokens, self.settings.contexts) for tokens in PREFIX_TOKENS]
+            return prefixes(self.model, self.tokenizer, lengths)
+        finally:
+            self._set(now)
+
+    def _write(self, fact: Edit, before: list[str]) -> EditResult:
+        """Write one fact into the weight."""
+        parts = self.model, self.tokenizer
+        located = locate(*parts, fact, before, "rome", self._template)
+        found = search_target(*parts, self._module, located, self.settings.search)
+        mean_key, own_key, output = keys_and_outputs(*parts, self._module, located)
+        direction = mean_key / mean_key.norm()
+        key = mean_key if self.settings.mean_key else own_key
+        left = (found.target - output) / (direction @ key)
+        if not left.isfinite().all():
+            raise FloatingPointError("rome: the change of the weight is not finite.")
+        self._left = torch.cat([self._left, left[None]])
+        self._right = torch.cat([self._right, direction[None]])
+        self._set(self._changed())
+        learned = found.losses["teacher_forcing"] < self.settings.search.stop_loss
+        return EditResult(found.steps, found.losses, found.seconds, learned)
+
+    def _changed(self) -> Tensor:
+        """Compute the weight with all edits so far."""
+        change = self._left.mT @ self._right
+        change = change.mT if is_transposed(self._module) else change
+        return (self._original.float() + change).to(self._original.dtype)
+
+    def save_lora(self, folder: str | Path) -> None:
+        """Save the edits as a LoRA of rank 1 an edit, which PEFT loads onto the unedited model without this package.
+
+        Raises:
+            ValueError: there is no edit, or the folder holds files already.
+        """
+        path, rank = Path(folder), len(self._left)
+        if not rank:
+            raise ValueError("There is no edit to save.")
+        if path.exists() and any(path.iterdir()):
+            raise ValueError(f"{path} is not empty: name a new folder.")
+        name = getattr(self.model, "name_or_path", None) or None
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=name,
+            r=rank,
+            lora_alpha=rank,
+            lora_dropout=0.0,
+            target_modules=[self.module_name],
+            fan_in_fan_out=is_transposed(self._module),
+            inference_mode=True,
+        )
+        path.mkdir(parents=True, exist_ok=True)
+        prefix = f"{BASE}{self.module_name}"
+        tensors = {
+            f"{prefix}.lora_A.weight": self._right.cpu().contiguous(),
+            f"{prefix}.lora_B.weight": self._left.mT.cpu().contiguous(),
+        }
+        save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(str(path))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give the two factors of the change: `left` (edits, d) and `right` (edits, f)."""
+        return {"left": self._left, "right": self._right}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._left = state["left"].to(self._left.device)
+        self._right = state["right"].to(self._right.device)
+        self._set(self._changed() if len(self._left) else self._original)
+
+    def remove(self) -> None:
+        """Write the original weight back."""
+        self._set(self._original)
+
+    @torch.no_grad()
+    def _set(self, value: Tensor) -> None:
+        self._weight.copy_(value)
