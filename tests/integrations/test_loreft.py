@@ -11,8 +11,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
+import facts
 from conftest import WIDTH, make_model, randomise
-from peft_baft import BaftConfig
+from peft_baft import BaftConfig, BaftEditor, check
 from peft_baft.adapter.model import baft_layers
 from peft_baft.integrations.loreft import load_loreft, save_loreft
 
@@ -244,6 +245,14 @@ def test_a_folder_that_cannot_be_taken_is_refused_and_the_model_stays_as_it_was(
         load_loreft(model, folder, prompt_positions=2)
     assert not list(baft_layers(model)) and not hasattr(model, "peft_config")
     assert "ran" not in capfd.readouterr().out
+
+
+def test_what_relies_on_edited_answers_refuses_an_adapter_that_leaves_them(tmp_path: Path) -> None:
+    model = load_loreft(make_model(), folder_of(tmp_path / "reft"), prompt_positions=2)
+    with pytest.raises(ValueError, match="answer_positions=None"):
+        BaftEditor(model, facts.make_tokenizer(), template="raw")
+    with pytest.raises(ValueError, match=r"answer_positions=0\. Check the base model"):
+        check(model)
 
 
 def test_a_model_of_another_width_is_refused(tmp_path: Path) -> None:

@@ -488,6 +488,7 @@ def _generate(
     max_new_tokens: int,
     settings: Mapping[str, Any],
 ) -> Tensor:
+    """Call `generate`, and return the new tokens alone."""
     device = input_device(model)
     sequences = model.generate(
         input_ids=input_ids.to(device),

@@ -158,7 +158,7 @@ class GraceEditor:
         """Find the entry of an edit, a new one or a shared one, and move radii for it (Algorithm 1 of the paper)."""
         if not len(self._keys):
             return self._add(key, answer, self.settings.radius)
-        distance, nearest = torch.cdist(key[None], self._keys)[0].min(0)
+        distance, nearest = _distances(key[None], self._keys)[0].min(0)
         if distance > self.settings.radius + self._radii[nearest]:
             return self._add(key, answer, self.settings.radius)
         its_answer = self._answers[nearest]
@@ -196,7 +196,7 @@ class GraceEditor:
         self._key, self._width = keys[-1].detach(), output.shape[-1]
         if not len(self._keys):
             return None
-        distances, nearest = torch.cdist(keys, self._keys).min(1)
+        distances, nearest = _distances(keys, self._keys).min(1)
         matches = (distances <= self._radii[nearest])[:, None]
         replaced = torch.where(matches, self._values[nearest].to(output.dtype), output[last])
         return output.masked_scatter(last[..., None].expand_as(output), replaced)
@@ -220,3 +220,8 @@ class GraceEditor:
         """Take the codebook off the model."""
         self._handle.remove()
         self._context.detach()
+
+
+def _distances(keys: Tensor, others: Tensor) -> Tensor:
+    """Compute Euclidean distances (n, m) entry by entry: by a matrix product an entry is not at 0 from itself."""
+    return torch.cdist(keys, others, compute_mode="donot_use_mm_for_euclid_dist")

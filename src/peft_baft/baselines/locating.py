@@ -153,7 +153,6 @@ def search_target(
     is_answer = labels >= 0
     per_row = is_answer.sum(1)
     last_of_essence = len(located.essence.ids) - 1
-    # In no case is the length of what was there exceeded by far: it is read in the first forward.
     with torch.no_grad(), captured(module) as seen:
         before = full_logits(model, **batch)[-1, last_of_essence].float().log_softmax(-1)
     original = seen[0].output[0, located.places[0]].detach().float()

@@ -30,15 +30,21 @@ class TriedModel:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         base = model.get_base_model()
+        self.layers: list[BaftLayer] = baft_layers(model)
+        self.adapter_name = model.active_adapters[0]
+        config = self.layers[0].configs[self.adapter_name]
+        if config.answer_positions is not None:
+            raise ValueError(
+                "A check tries an adapter that edits every answer token, and this one has answer_positions="
+                f"{config.answer_positions}. Check the base model without it."
+            )
+        self.positions = config.prompt_positions
         prompts, fact = (PROMPTS, FACT) if tokenizer is not None else drawn_texts(base)
         self.model, self.tokenizer = model, tokenizer or NumberTokenizer()
         self.prompts = [list(encode_prompt(self.tokenizer, prompt).ids) for prompt in prompts]
         self.device, self.pad = input_device(model), padding_id(self.tokenizer)
         self.answer = self.prompts[0][:NEW_TOKENS]
         self.fact = Edit(*fact)
-        self.layers: list[BaftLayer] = baft_layers(model)
-        self.adapter_name = model.active_adapters[0]
-        self.positions = self.layers[0].configs[self.adapter_name].prompt_positions
         self.tolerance = max(1e-3, ROUNDINGS * torch.finfo(_computing_dtype(base)).eps)
 
     def padded(self, rows: Sequence[Sequence[int]], side: str) -> dict[str, Tensor]:

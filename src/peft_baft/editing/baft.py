@@ -94,6 +94,11 @@ class BaftEditor(AdapterEditor):
             raise ValueError(
                 f"The active adapter {self.adapter_name!r} is not a BaFT adapter; use AdapterEditor for it."
             )
+        if self.layers[0].configs[self.adapter_name].answer_positions is not None:
+            raise ValueError(
+                "BaftEditor trains adapters that edit every answer token. Make one with answer_positions=None, or train this one "
+                "with Trainer or a loop of your own."
+            )
         if unrelated_per_edit < 1:
             raise ValueError(
                 f"unrelated_per_edit must be at least 1, not {unrelated_per_edit}; for none, leave `unrelated` empty."
