@@ -21,6 +21,7 @@ from peft_baft.evaluation.scoring import token_match
 
 fact_model = facts.fact_model
 # The toy model's vectors are short, and it never saw a text before its prompts.
+LEFT, RIGHT = (f"model.layers.0.mlp.down_proj.{side}" for side in ("left", "right"))
 SEARCH = Search(max_steps=60, stop_loss=0.05, clamp=50.0, kl=0.0, weight_decay=0.0)
 
 
@@ -62,11 +63,11 @@ def test_the_changed_weight_makes_the_searched_vector_of_the_key(toy: FactModel)
     old = before[changed[0]] @ key
     # (W + Δ) k = v: the change is v - W k along the key, divided by what the direction makes of it.
     torch.testing.assert_close(
-        output, old + state["left"][0] * (state["right"][0] @ key), atol=1e-4, rtol=1e-4
+        output, old + state[LEFT][0] * (state[RIGHT][0] @ key), atol=1e-4, rtol=1e-4
     )
     # What is at a right angle to the direction is left alone.
     other = torch.randn(len(key))
-    other -= (other @ state["right"][0]) * state["right"][0]
+    other -= (other @ state[RIGHT][0]) * state[RIGHT][0]
     torch.testing.assert_close(difference @ other, torch.zeros(len(old)), atol=1e-4, rtol=0)
 
 
@@ -77,7 +78,7 @@ def test_an_edit_spares_other_facts_that_a_large_change_would_not(toy: FactModel
     editor.edit(edits(0))
     assert sum(token_match(toy.base, toy.tokenizer, asked)) >= 10
     state = editor.state_dict()
-    editor.load_state_dict({"left": 50 * state["left"], "right": state["right"]})
+    editor.load_state_dict({LEFT: 50 * state[LEFT], RIGHT: state[RIGHT]})
     assert sum(token_match(toy.base, toy.tokenizer, asked)) < 10  # the control
 
 
@@ -89,7 +90,7 @@ def test_edits_in_sequence_are_each_of_rank_one_and_plain_peft_loads_them(
     unedited = deepcopy(toy.base)
     for edit in edits(0, 5):
         editor.edit([edit])
-    assert len(editor.state_dict()["left"]) == 2
+    assert len(editor.state_dict()[LEFT]) == 2
     editor.save_lora(tmp_path / "lora")
     ids = torch.tensor([toy.tokenizer(CAPITALS[0].prompt)["input_ids"]])
     loaded = PeftModel.from_pretrained(unedited, str(tmp_path / "lora")).eval()

@@ -201,7 +201,7 @@ def captured(module: nn.Module) -> Iterator[list[Pass]]:
     """Keep what enters and leaves a module in the forwards inside."""
     seen: list[Pass] = []
     handle = module.register_forward_hook(
-        lambda _, args, output: seen.append(Pass(args[0], output))
+        lambda _, args, output: seen.append(Pass(args[0], _hidden(output)))
     )
     try:
         yield seen
@@ -213,10 +213,12 @@ def captured(module: nn.Module) -> Iterator[list[Pass]]:
 def added(module: nn.Module, places: Tensor, delta: Tensor) -> Iterator[None]:
     """Add a vector (d,) to what leaves a module at one token of each row; places: (rows,)."""
 
-    def add(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
-        tokens = torch.arange(output.shape[1], device=output.device)
-        mask = tokens == places.to(output.device)[:, None]
-        return output + mask[..., None] * delta.to(output.dtype)
+    def add(_module: nn.Module, _args: tuple, output: Any) -> Any:
+        hidden = _hidden(output)
+        tokens = torch.arange(hidden.shape[1], device=hidden.device)
+        mask = tokens == places.to(hidden.device)[:, None]
+        hidden = hidden + mask[..., None] * delta.to(hidden.dtype)
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
     handle = module.register_forward_hook(add)
     try:
@@ -244,6 +246,7 @@ def keys_and_outputs(
     return keys.mean(0), keys[0], seen[0].output[0, located.places[0]].float()
 
 
-def is_transposed(module: nn.Module) -> bool:
-    """Tell whether a module keeps its matrix as (in, out), as GPT-2's Conv1D."""
-    return type(module).__name__ == "Conv1D"
+def _hidden(output: Any) -> Tensor:
+    """Take the hidden vectors (rows, tokens, d) of what a module gives; some blocks give them first among others."""
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    return hidden

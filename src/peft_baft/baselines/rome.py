@@ -17,21 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_baft.adapter.state import evaluating
-from peft_baft.adapter.weights import BASE
-from peft_baft.adapter.weights import FILE as WEIGHTS
 from peft_baft.baselines.locating import (
     Search,
-    is_transposed,
     keys_and_outputs,
     locate,
     prefixes,
     search_target,
 )
+from peft_baft.baselines.low_rank import LowRankChanges
 from peft_baft.baselines.projections import down_projection, require_layer
 from peft_baft.data.cases import Edit
 from peft_baft.data.templates import RAW, Template
@@ -92,18 +88,7 @@ class RomeEditor:
         self._template = template
         self.module_name = down_projection(model, settings.layer, EASYEDIT_BLOCK, "rome")
         self._module: nn.Module = model.get_submodule(self.module_name)
-        self._weight: nn.Parameter = model.get_parameter(f"{self.module_name}.weight")
-        if not self._weight.is_floating_point():
-            raise ValueError(
-                f"rome changes a weight of floating-point numbers, but {self.module_name}.weight is "
-                f"{self._weight.dtype}: load the model without quantisation."
-            )
-        self._original = self._weight.detach().clone()
-        rows, columns = self._original.shape
-        out, into = (columns, rows) if is_transposed(self._module) else (rows, columns)
-        # W is the original plus leftᵀ right: (edits, d) and (edits, f).
-        self._left = torch.zeros(0, out, device=self._weight.device)
-        self._right = torch.zeros(0, into, device=self._weight.device)
+        self.changes = LowRankChanges(model, [self.module_name], "rome")
         self._prefixes: list[str] | None = None
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
@@ -134,13 +119,12 @@ class RomeEditor:
 
     def _unedited_prefixes(self) -> list[str]:
         """Let the model write contexts as it was before the first edit, so that they are the same after every edit."""
-        now = self._weight.detach().clone()
         try:
-            self._set(self._original)
+            self.changes.take_off()
             lengths = [(tokens, self.settings.contexts) for tokens in PREFIX_TOKENS]
             return prefixes(self.model, self.tokenizer, lengths)
         finally:
-            self._set(now)
+            self.changes.put_on()
 
     def _write(self, fact: Edit, before: list[str]) -> EditResult:
         """Write one fact into the weight."""
@@ -151,65 +135,22 @@ class RomeEditor:
         direction = mean_key / mean_key.norm()
         key = mean_key if self.settings.mean_key else own_key
         left = (found.target - output) / (direction @ key)
-        if not left.isfinite().all():
-            raise FloatingPointError("rome: the change of the weight is not finite.")
-        self._left = torch.cat([self._left, left[None]])
-        self._right = torch.cat([self._right, direction[None]])
-        self._set(self._changed())
+        self.changes.add(self.module_name, left[None], direction[None])
         learned = found.losses["teacher_forcing"] < self.settings.search.stop_loss
         return EditResult(found.steps, found.losses, found.seconds, learned)
 
-    def _changed(self) -> Tensor:
-        """Compute the weight with all edits so far."""
-        change = self._left.mT @ self._right
-        change = change.mT if is_transposed(self._module) else change
-        return (self._original.float() + change).to(self._original.dtype)
-
     def save_lora(self, folder: str | Path) -> None:
-        """Save the edits as a LoRA of rank 1 an edit, which PEFT loads onto the unedited model without this package.
-
-        Raises:
-            ValueError: there is no edit, or the folder holds files already.
-        """
-        path, rank = Path(folder), len(self._left)
-        if not rank:
-            raise ValueError("There is no edit to save.")
-        if path.exists() and any(path.iterdir()):
-            raise ValueError(f"{path} is not empty: name a new folder.")
-        name = getattr(self.model, "name_or_path", None) or None
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=name,
-            r=rank,
-            lora_alpha=rank,
-            lora_dropout=0.0,
-            target_modules=[self.module_name],
-            fan_in_fan_out=is_transposed(self._module),
-            inference_mode=True,
-        )
-        path.mkdir(parents=True, exist_ok=True)
-        prefix = f"{BASE}{self.module_name}"
-        tensors = {
-            f"{prefix}.lora_A.weight": self._right.cpu().contiguous(),
-            f"{prefix}.lora_B.weight": self._left.mT.cpu().contiguous(),
-        }
-        save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-        config.save_pretrained(str(path))
+        """Save the edits as a LoRA of rank 1 an edit; as `LowRankChanges.save_lora`."""
+        self.changes.save_lora(folder)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give the two factors of the change: `left` (edits, d) and `right` (edits, f)."""
-        return {"left": self._left, "right": self._right}
+        """Give the two factors of the weight's change; as `LowRankChanges.state_dict`."""
+        return self.changes.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave."""
-        self._left = state["left"].to(self._left.device)
-        self._right = state["right"].to(self._right.device)
-        self._set(self._changed() if len(self._left) else self._original)
+        self.changes.load_state_dict(state)
 
     def remove(self) -> None:
         """Write the original weight back."""
-        self._set(self._original)
-
-    @torch.no_grad()
-    def _set(self, value: Tensor) -> None:
-        self._weight.copy_(value)
+        self.changes.take_off()
