@@ -54,6 +54,12 @@ ADAPTER: dict[str, Any] = {
     "gate_offset": -5.0,
     "layers_to_transform": [0, 1, 2, 3],
 }
+# For methods that search for one vector. The toy model's are short, and it never saw a text before its prompts.
+_AT_THE_SUBJECT = ";lr=0.5;stop_loss=0.1;clamp=50.0;kl=0;weight_decay=0;contexts=0"
+_BY_MOMENTS = ";layers=[0];moment_tokens=300;moment_weight=1e-4;threshold=0.5;ridge=1e-6"
+OTHERWISE = {"grace": ";lr=0.5"}
+OTHERWISE |= dict.fromkeys(["rome", "r-rome"], f"{_AT_THE_SUBJECT};layer=0")
+OTHERWISE |= dict.fromkeys(["memit", "alphaedit"], f"{_AT_THE_SUBJECT}{_BY_MOMENTS}")
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WINDOW = 32
 
@@ -168,6 +174,17 @@ def adapted(base: tr.PreTrainedModel, seed: int = 0, **config: Any) -> PeftModel
 def edits(*numbers: int) -> list[Edit]:
     """Countries, by number, that move their capital to another country's."""
     return [Edit(CAPITALS[n].prompt, CAPITALS[(n + 8) % 24].answer) for n in numbers]
+
+
+def edits_with_subjects(*numbers: int) -> list[Edit]:
+    """The same with their subjects, which some methods need."""
+    pairs = zip(edits(*numbers), numbers, strict=True)
+    return [Edit(edit.prompt, edit.target, COUNTRIES[number]) for edit, number in pairs]
+
+
+def quick(name: str) -> str:
+    """A method as `baft bench --method` takes it, with settings by which it soon learns a fact of the toy model."""
+    return f"{name}:lr=0.02;stop_loss=0.02;max_steps=60{OTHERWISE.get(name, '')}"
 
 
 def meals(first: int, last: int) -> list[Unrelated]:

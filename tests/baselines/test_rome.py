@@ -13,7 +13,7 @@ from peft import PeftModel
 
 import facts
 from facts import CAPITALS, COUNTRIES, MEALS, FactModel
-from peft_baft import Edit
+from facts import edits_with_subjects as edits
 from peft_baft.baselines import locating
 from peft_baft.baselines.locating import Search, keys_and_outputs, locate, prefixes
 from peft_baft.baselines.rome import Rome, RomeEditor
@@ -23,11 +23,6 @@ fact_model = facts.fact_model
 # The toy model's vectors are short, and it never saw a text before its prompts.
 LEFT, RIGHT = (f"model.layers.0.mlp.down_proj.{side}" for side in ("left", "right"))
 SEARCH = Search(max_steps=60, stop_loss=0.05, clamp=50.0, kl=0.0, weight_decay=0.0)
-
-
-def edits(*numbers: int) -> list[Edit]:
-    pairs = zip(facts.edits(*numbers), numbers, strict=True)
-    return [Edit(edit.prompt, edit.target, COUNTRIES[n]) for edit, n in pairs]
 
 
 @pytest.fixture

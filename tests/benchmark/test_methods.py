@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import facts
-from facts import COUNTRIES, FactModel
+from facts import FactModel
+from facts import edits_with_subjects as edits
 from peft_baft import Edit
 from peft_baft.baselines.ft_m import FineTuning
 from peft_baft.benchmark.methods import METHODS, method
@@ -19,21 +20,10 @@ from peft_baft.evaluation.scoring import token_match
 
 fact_model = facts.fact_model
 PEFT_METHODS = ("reft", "ss-w", "ba-w", "ss-w-lr", "baft", "lora", "adalora")
-QUICK = "lr=0.02;stop_loss=0.02;max_steps=60"
-# Those that learn one vector.
-FASTER = {"grace": ";lr=0.5"} | dict.fromkeys(
-    ["rome", "r-rome"], ";lr=0.5;stop_loss=0.1;clamp=50.0;kl=0;weight_decay=0;contexts=0;layer=0"
-)
-
-
-def edits(*numbers: int) -> list[Edit]:
-    """Facts with their subjects, which some methods need."""
-    pairs = zip(facts.edits(*numbers), numbers, strict=True)
-    return [Edit(edit.prompt, edit.target, COUNTRIES[number]) for edit, number in pairs]
 
 
 def start(name: str, toy: FactModel) -> Editor:
-    settings = method(f"{name}:{QUICK}{FASTER.get(name, '')}", PRESETS["plain"]).settings
+    settings = method(facts.quick(name), PRESETS["plain"]).settings
     return settings.start(toy.base, toy.tokenizer, EditorSetup(facts.meals(0, 12), seed=3))
 
 

@@ -120,7 +120,7 @@ def test_an_adapter_is_judged_on_the_model_that_it_names(
         (["--edits", "5", "--schedule", "continual"], "need 5 rows"),
         (["--edits", "x", "--schedule", "continual"], "--edits wants numbers"),
         (["--batch-size", "3"], "belongs to --schedule batched"),
-        (["--method", "rome"], "Unknown method 'rome'"),
+        (["--method", "rule"], "Unknown method 'rule'"),
         (["--seeds", "0"], "--seeds"),
         (["--preset", "gpt"], "Unknown preset 'gpt'; known are default, plain, llama-2-7b"),
         (["--also", "fluency,speed"], "Unknown metric 'speed'; known are fluency"),

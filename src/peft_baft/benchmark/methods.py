@@ -16,6 +16,7 @@ from peft import AdaLoraConfig, LoraConfig
 from peft_baft.baselines.adapters import baft, other_adapter
 from peft_baft.baselines.ft_m import FineTuning
 from peft_baft.baselines.grace import Grace
+from peft_baft.baselines.memit import ALPHA_EDIT, Memit
 from peft_baft.baselines.rome import Rome
 from peft_baft.editing.method import MethodSettings
 from peft_baft.editing.presets import Preset
@@ -43,6 +44,8 @@ METHODS: dict[str, Callable[[Preset], MethodSettings]] = {
     "ft-l": lambda preset: FineTuning(objective="last_prompt_token"),
     "grace": lambda preset: Grace(),
     "rome": lambda preset: Rome(),
+    "memit": lambda preset: Memit(),
+    "alphaedit": lambda preset: ALPHA_EDIT,
     "r-rome": lambda preset: Rome(mean_key=True),
 }
 GROUPS = {"table4": ("reft", "ss-w", "ba-w", "ss-w-lr", "baft")}  # the paper's ablation

@@ -1,0 +1,133 @@
+"""Second moments E[k kᵀ] of what enters some modules, from text that the unedited model writes: no download.
+
+MEMIT and AlphaEdit weigh an edit's change by them, so that what is seldom an input of a matrix may be moved more. EasyEdit takes
+100,000 texts of Wikipedia; a small part of these suffices (arXiv 2506.04226).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from peft_baft.adapter.model_call import full_logits, generate_sampled, input_device
+from peft_baft.baselines.locating import BEGINNINGS, captured
+from peft_baft.data.batching import Tokens, collate, context_window, padding_id
+from peft_baft.data.unrelated import GENERAL
+
+ROWS, LENGTH = 32, 128  # of the texts that are written at once
+SAMPLED_VALUES = 64  # of each tensor, by which a model is known again
+
+
+def second_moments(
+    model: Any,
+    tokenizer: Any,
+    names: Sequence[str],
+    tokens: int,
+    *,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Compute the uncentred second moments of what enters some modules, over text that the model writes.
+
+    The first token of each text is left out, since its inputs are of another size than all others.
+
+    Args:
+        model: unedited. names: of the modules. tokens: over how many tokens at least. seed: of what is written.
+        folder: where they are kept; moments that lie there for the same model, tokens and seed are taken instead.
+        progress: whether a bar is shown.
+
+    Returns:
+        By module (f, f) float32.
+
+    Raises:
+        ValueError: tokens is below 1.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, not {tokens}.")
+    known = {"model": fingerprint(model), "tokens": str(tokens), "seed": str(seed)}
+    file = None if folder is None else Path(folder) / f"moments-{known['model'][:12]}.safetensors"
+    if file is not None and file.exists():
+        with safe_open(file, "pt") as kept:
+            if kept.metadata() == known and set(names) <= set(kept.keys()):
+                return {name: kept.get_tensor(name) for name in names}
+    sums: dict[str, Tensor] = {}
+    counted = 0
+    modules: dict[str, nn.Module] = {name: model.get_submodule(name) for name in names}
+    device = input_device(model)
+    bar = tqdm(
+        total=tokens, desc="second moments", unit="token", disable=None if progress else True
+    )
+    cuda = [device] if device.type == "cuda" else []
+    with bar, torch.random.fork_rng(devices=cuda), torch.no_grad():
+        torch.manual_seed(seed)
+        rows = [Tokens(tuple(ids), len(ids)) for ids in _brought(tokenizer)]
+        while counted < tokens:
+            new = 0
+            batch = collate(rows, padding_id(tokenizer))
+            counts = batch["attention_mask"].bool()
+            counts[:, 0] = False
+            inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
+            with ExitStack() as stack:
+                seen = {n: stack.enter_context(captured(m)) for n, m in modules.items()}
+                full_logits(model, **inputs)
+            for name, passes in seen.items():
+                keys = passes[0].input[counts.to(passes[0].input.device)].float()
+                sums[name] = sums.get(name, 0) + keys.mT @ keys
+                new = len(keys)
+            counted += new
+            bar.update(min(new, tokens - bar.n))
+            rows = _written(model, tokenizer) if counted < tokens else rows
+    moments = {name: (total / counted).cpu() for name, total in sums.items()}
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(moments, file, metadata=known)
+    return moments
+
+
+def _brought(tokenizer: Any) -> list[list[int]]:
+    """Tokenise the package's neutral texts."""
+    found = [tokenizer(f"{text.prompt} {text.answer}")["input_ids"] for text in GENERAL]
+    return [ids for ids in found if len(ids) > 1]
+
+
+def _written(model: Any, tokenizer: Any) -> list[Tokens]:
+    """Let the model write texts."""
+    window = context_window(model) or LENGTH
+    begun = [tokenizer(BEGINNINGS[i % len(BEGINNINGS)])["input_ids"] for i in range(ROWS)]
+    batch = collate([Tokens(tuple(ids), len(ids)) for ids in begun], padding_id(tokenizer), "left")
+    longest = batch["input_ids"].shape[1]
+    new = generate_sampled(
+        model,
+        batch["input_ids"],
+        batch["attention_mask"],
+        padding_id(tokenizer),
+        min(LENGTH, window - longest),
+    )
+    rows = []
+    for ids, written in zip(begun, new.tolist(), strict=True):
+        # What stands behind an end of the text is padding.
+        ends = [i for i, token in enumerate(written) if token == padding_id(tokenizer)]
+        row = (*ids, *written[: ends[0] if ends else None])
+        rows.append(Tokens(row, len(row)))
+    return rows
+
+
+def fingerprint(model: Any) -> str:
+    """Identify a model by the names, shapes and some values of its weights."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        step = max(1, len(flat) // SAMPLED_VALUES)
+        values = flat[::step][:SAMPLED_VALUES].float().cpu().numpy().tobytes()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + values)
+    return digest.hexdigest()
