@@ -23,6 +23,8 @@ from peft_baft.baselines.memit import (
     null_space,
 )
 from peft_baft.baselines.second_moments import fingerprint, second_moments
+from peft_baft.editing.acceleration.prepared import PreparedModel
+from peft_baft.editing.method import EditorSetup
 
 fact_model = facts.fact_model
 # The toy model's vectors are short, and it never saw a text before its prompts.
@@ -160,6 +162,30 @@ def test_second_moments_are_those_of_the_keys_and_change_little_with_more_text(
     assert len(list(tmp_path.iterdir())) == 2
     with pytest.raises(ValueError, match="tokens must be at least 1"):
         second_moments(*given, 0)
+
+
+def test_editors_of_one_model_write_texts_and_take_moments_once(
+    toy: FactModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Any] = []
+
+    def counted(*given: Any, **more: Any) -> dict[str, torch.Tensor]:
+        taken.append(given)
+        return second_moments(*given, **more)
+
+    monkeypatch.setattr(memit, "second_moments", counted)
+    setup = EditorSetup(prepared=PreparedModel())
+    state = []
+    for _ in range(2):
+        editor = Memit(**TOY).start(toy.base, toy.tokenizer, setup)
+        editor.edit(edits(0))
+        state.append({name: rows.clone() for name, rows in editor.state_dict().items()})
+        editor.remove()
+    assert len(taken) == 1 and all(
+        torch.equal(rows, state[1][name]) for name, rows in state[0].items()
+    )
+    Memit(**(TOY | {"moment_tokens": 200})).start(toy.base, toy.tokenizer, setup).edit(edits(0))
+    assert len(taken) == 2  # the control
 
 
 def test_an_edit_that_breaks_off_leaves_the_weights_as_they_were(

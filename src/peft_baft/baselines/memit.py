@@ -38,6 +38,7 @@ from peft_baft.baselines.projections import EASYEDIT_DEPTH, down_projection
 from peft_baft.baselines.second_moments import second_moments
 from peft_baft.data.cases import Edit
 from peft_baft.data.templates import RAW, Template
+from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
 from peft_baft.editing.method import EditorSetup, MethodSettings
 
@@ -102,7 +103,8 @@ class Memit(MethodSettings):
 
         Where several processes share the facts of a batch, each one makes all of them, and they come out alike.
         """
-        return MemitEditor(base, tokenizer, self, RAW if setup is None else setup.template)
+        setup = setup or EditorSetup()
+        return MemitEditor(base, tokenizer, self, setup.template, setup.prepared)
 
 
 ALPHA_EDIT = Memit(null_space=True, search=replace(Search(), lr=0.1, weight_decay=0.5, clamp=0.75))
@@ -111,14 +113,19 @@ ALPHA_EDIT = Memit(null_space=True, search=replace(Search(), lr=0.1, weight_deca
 class MemitEditor:
     """Changes the down projections of some blocks; an `Editor`. Its edits need a subject.
 
-    template: the form in which facts are taught.
+    template: the form in which facts are taught. prepared: what editors of one base model share.
 
     Raises:
         ValueError: a block does not exist, has not one down projection under a known name, or a quantised one.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, settings: Memit, template: Template = RAW
+        self,
+        model: Any,
+        tokenizer: Any,
+        settings: Memit,
+        template: Template = RAW,
+        prepared: PreparedModel | None = None,
     ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self._template, stack = template, find_stack(model)
@@ -135,7 +142,7 @@ class MemitEditor:
         self._past_keys: dict[str, Tensor] = {
             name: rows.clone() for name, rows in self.changes.right.items()
         }  # (edits, f)
-        self._prepared: tuple[list[str], dict[str, Tensor]] | None = None
+        self._computed = (prepared or PreparedModel()).computed
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
         """Write the facts into the blocks, all at once; as `Editor.edit`."""
@@ -146,9 +153,7 @@ class MemitEditor:
         try:
             self.model.requires_grad_(False)
             with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model):
-                if self._prepared is None:
-                    self._prepared = self._prepare()
-                return self._write(facts, *self._prepared)
+                return self._write(facts, *self._prepare())
         except BaseException:
             self.load_state_dict(before)
             raise
@@ -158,21 +163,32 @@ class MemitEditor:
 
     def _prepare(self) -> tuple[list[str], dict[str, Tensor]]:
         """Let the unedited model write contexts; compute for each block λ C, or P, (f, f) in float64."""
-        parts = self.model, self.tokenizer
-        try:
-            self.changes.take_off()
-            before = prefixes(*parts, [(PREFIX_TOKENS, self.settings.contexts)])
-            moments = second_moments(
-                *parts,
-                self.module_names,
-                self.settings.moment_tokens,
-                folder=self.settings.moment_folder,
-            )
-        finally:
-            self.changes.put_on()
-        of_block = null_space if self.settings.null_space else torch.mul
-        by = self.settings.threshold if self.settings.null_space else self.settings.moment_weight
-        return before, {name: of_block(moment.double(), by) for name, moment in moments.items()}
+        settings = self.settings
+        by = settings.threshold if settings.null_space else settings.moment_weight
+        key = (
+            *self.module_names,
+            settings.contexts,
+            settings.moment_tokens,
+            settings.null_space,
+            by,
+        )
+        if key not in self._computed:
+            parts = self.model, self.tokenizer
+            try:
+                self.changes.take_off()
+                before = prefixes(*parts, [(PREFIX_TOKENS, settings.contexts)])
+                moments = second_moments(
+                    *parts,
+                    self.module_names,
+                    settings.moment_tokens,
+                    folder=settings.moment_folder,
+                )
+            finally:
+                self.changes.put_on()
+            of_block = null_space if settings.null_space else torch.mul
+            matrices = {name: of_block(moment.double(), by) for name, moment in moments.items()}
+            self._computed[key] = before, matrices
+        return self._computed[key]
 
     def _write(
         self, facts: Sequence[Edit], before: list[str], matrices: Mapping[str, Tensor]

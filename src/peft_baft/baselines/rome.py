@@ -31,6 +31,7 @@ from peft_baft.baselines.low_rank import LowRankChanges
 from peft_baft.baselines.projections import down_projection, require_layer
 from peft_baft.data.cases import Edit
 from peft_baft.data.templates import RAW, Template
+from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
 from peft_baft.editing.method import EditorSetup, MethodSettings
 
@@ -69,27 +70,33 @@ class Rome(MethodSettings):
 
         Where several processes share the facts of a batch, each one makes all of them, and they come out alike.
         """
-        return RomeEditor(base, tokenizer, self, RAW if setup is None else setup.template)
+        setup = setup or EditorSetup()
+        return RomeEditor(base, tokenizer, self, setup.template, setup.prepared)
 
 
 class RomeEditor:
     """Changes one weight of a model by a matrix of rank 1 an edit; an `Editor`. Its edits need a subject.
 
-    template: the form in which facts are taught.
+    template: the form in which facts are taught. prepared: what editors of one base model share.
 
     Raises:
         ValueError: the block does not exist, has not one down projection under a known name, or a quantised one.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, settings: Rome, template: Template = RAW
+        self,
+        model: Any,
+        tokenizer: Any,
+        settings: Rome,
+        template: Template = RAW,
+        prepared: PreparedModel | None = None,
     ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self._template = template
         self.module_name = down_projection(model, settings.layer, EASYEDIT_BLOCK, "rome")
         self._module: nn.Module = model.get_submodule(self.module_name)
         self.changes = LowRankChanges(model, [self.module_name], "rome")
-        self._prefixes: list[str] | None = None
+        self._computed = (prepared or PreparedModel()).computed
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
         """Write the edits into the weight, one after another; as `Editor.edit`."""
@@ -100,10 +107,9 @@ class RomeEditor:
         try:
             self.model.requires_grad_(False)
             with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model):
-                if self._prefixes is None:
-                    self._prefixes = self._unedited_prefixes()
+                before_prompts = self._unedited_prefixes()
                 for fact in facts:
-                    results.append(self._write(fact, self._prefixes))
+                    results.append(self._write(fact, before_prompts))
         except BaseException:
             self.load_state_dict(before)
             raise
@@ -119,12 +125,14 @@ class RomeEditor:
 
     def _unedited_prefixes(self) -> list[str]:
         """Let the model write contexts as it was before the first edit, so that they are the same after every edit."""
-        try:
-            self.changes.take_off()
-            lengths = [(tokens, self.settings.contexts) for tokens in PREFIX_TOKENS]
-            return prefixes(self.model, self.tokenizer, lengths)
-        finally:
-            self.changes.put_on()
+        lengths = tuple((tokens, self.settings.contexts) for tokens in PREFIX_TOKENS)
+        if lengths not in self._computed:
+            try:
+                self.changes.take_off()
+                self._computed[lengths] = prefixes(self.model, self.tokenizer, lengths)
+            finally:
+                self.changes.put_on()
+        return self._computed[lengths]
 
     def _write(self, fact: Edit, before: list[str]) -> EditResult:
         """Write one fact into the weight."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +23,13 @@ class PreparedModel:
         verified_length: up to how many tokens going on from a cache gave what a full forward gives; 0 if it was never tried.
         failed_length: from how many tokens on it did not; None if it always did.
         packed: packed copies of frozen weights, by layer.
+        computed: what else methods computed with the unedited model, such as texts that it wrote, by all that it depends on.
     """
 
     verified_length: int = 0
     failed_length: int | None = None
     packed: dict[nn.Module, PackedWeight] = field(default_factory=dict)
+    computed: dict[Hashable, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: Any) -> PreparedModel:
