@@ -44,9 +44,9 @@ METHODS: dict[str, Callable[[Preset], MethodSettings]] = {
     "ft-l": lambda preset: FineTuning(objective="last_prompt_token"),
     "grace": lambda preset: Grace(),
     "rome": lambda preset: Rome(),
+    "r-rome": lambda preset: Rome(mean_key=True),
     "memit": lambda preset: Memit(),
     "alphaedit": lambda preset: ALPHA_EDIT,
-    "r-rome": lambda preset: Rome(mean_key=True),
 }
 GROUPS = {"table4": ("reft", "ss-w", "ba-w", "ss-w-lr", "baft")}  # the paper's ablation
 UNEDITED = "none"
