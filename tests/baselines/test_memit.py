@@ -164,6 +164,18 @@ def test_second_moments_are_those_of_the_keys_and_change_little_with_more_text(
         second_moments(*given, 0)
 
 
+def test_a_model_that_writes_nothing_is_said(
+    toy: FactModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would be asked for ever."""
+    monkeypatch.setattr(
+        "peft_baft.baselines.second_moments.generate_sampled",
+        lambda _model, ids, *_: torch.zeros(len(ids), 1, dtype=torch.long),
+    )
+    with pytest.raises(ValueError, match="writes no text"):
+        second_moments(toy.base, toy.tokenizer, [DOWN.format(1)], 5000, progress=False)
+
+
 def test_editors_of_one_model_write_texts_and_take_moments_once(
     toy: FactModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peft_baft.adapter.blocks import stack_owner
 from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.model_call import full_logits, input_device
-from peft_baft.adapter.state import evaluating
+from peft_baft.baselines.in_place import frozen, in_turn
 from peft_baft.baselines.projections import down_projection, require_layer
 from peft_baft.data.batching import Tokens, collate, padding_id
 from peft_baft.data.cases import Edit
@@ -110,24 +110,14 @@ class GraceEditor:
         )
         before = self.state_dict()
         results = []
-        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
-            self.model.requires_grad_(False)
-            with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model):
+            with frozen(self.model):
                 for row in (row for forms in facts for row in forms):
                     results.append(self._learn(row))
         except BaseException:
             self.load_state_dict(before)
             raise
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-        return EditResult(
-            sum(result.steps for result in results),
-            results[-1].losses,
-            sum(result.seconds for result in results),
-            all(result.learned for result in results),
-        )
+        return in_turn(results)
 
     def _learn(self, row: Tokens) -> EditResult:
         """Learn one fact."""

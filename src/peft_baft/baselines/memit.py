@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from peft_baft.adapter.blocks import find_stack
-from peft_baft.adapter.state import evaluating
+from peft_baft.baselines.in_place import frozen
 from peft_baft.baselines.locating import (
     Located,
     Search,
@@ -149,17 +149,12 @@ class MemitEditor:
         facts = checked_edits(edits)
         encode_edits(self.model, self.tokenizer, facts, (self._template,))  # their check
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
-            self.model.requires_grad_(False)
-            with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model):
+            with frozen(self.model):
                 return self._write(facts, *self._prepare())
         except BaseException:
             self.load_state_dict(before)
             raise
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
 
     def _prepare(self) -> tuple[list[str], dict[str, Tensor]]:
         """Let the unedited model write contexts; compute for each block λ C, or P, (f, f) in float64."""

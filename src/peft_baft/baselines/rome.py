@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from peft_baft.adapter.state import evaluating
+from peft_baft.baselines.in_place import frozen, in_turn
 from peft_baft.baselines.locating import (
     Search,
     keys_and_outputs,
@@ -103,25 +102,15 @@ class RomeEditor:
         facts = checked_edits(edits)
         encode_edits(self.model, self.tokenizer, facts, (self._template,))  # their check
         before, results = self.state_dict(), []
-        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
-            self.model.requires_grad_(False)
-            with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model):
+            with frozen(self.model):
                 before_prompts = self._unedited_prefixes()
                 for fact in facts:
                     results.append(self._write(fact, before_prompts))
         except BaseException:
             self.load_state_dict(before)
             raise
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-        return EditResult(
-            sum(result.steps for result in results),
-            results[-1].losses,
-            sum(result.seconds for result in results),
-            all(result.learned for result in results),
-        )
+        return in_turn(results)
 
     def _unedited_prefixes(self) -> list[str]:
         """Let the model write contexts as it was before the first edit, so that they are the same after every edit."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from peft_baft.adapter.model_call import full_logits, generate_sampled, input_device
@@ -50,7 +50,7 @@ def second_moments(
         By module (f, f) float32.
 
     Raises:
-        ValueError: tokens is below 1.
+        ValueError: tokens is below 1, or the model writes no text.
     """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, not {tokens}.")
@@ -60,10 +60,20 @@ def second_moments(
         with safe_open(file, "pt") as kept:
             if kept.metadata() == known and set(names) <= set(kept.keys()):
                 return {name: kept.get_tensor(name) for name in names}
+    moments = _computed(model, tokenizer, names, tokens, seed, progress)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(moments, file, metadata=known)
+    return moments
+
+
+def _computed(
+    model: Any, tokenizer: Any, names: Sequence[str], tokens: int, seed: int, progress: bool
+) -> dict[str, Tensor]:
+    """Compute the moments over the package's texts, and over what the model writes until there are tokens enough."""
+    device = input_device(model)
     sums: dict[str, Tensor] = {}
     counted = 0
-    modules: dict[str, nn.Module] = {name: model.get_submodule(name) for name in names}
-    device = input_device(model)
     bar = tqdm(
         total=tokens, desc="second moments", unit="token", disable=None if progress else True
     )
@@ -73,25 +83,35 @@ def second_moments(
         rows = [Tokens(tuple(ids), len(ids)) for ids in _brought(tokenizer)]
         while counted < tokens:
             new = 0
-            batch = collate(rows, padding_id(tokenizer))
-            counts = batch["attention_mask"].bool()
-            counts[:, 0] = False
-            inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask")}
-            with ExitStack() as stack:
-                seen = {n: stack.enter_context(captured(m)) for n, m in modules.items()}
-                full_logits(model, **inputs)
-            for name, passes in seen.items():
-                keys = passes[0].input[counts.to(passes[0].input.device)].float()
+            for name, keys in _keys(model, tokenizer, names, rows).items():
                 sums[name] = sums.get(name, 0) + keys.mT @ keys
                 new = len(keys)
+            if not new:
+                raise ValueError(
+                    f"{type(model).__name__} writes no text to take second moments over: it ends each one at once."
+                )
             counted += new
             bar.update(min(new, tokens - bar.n))
-            rows = _written(model, tokenizer) if counted < tokens else rows
-    moments = {name: (total / counted).cpu() for name, total in sums.items()}
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(moments, file, metadata=known)
-    return moments
+            if counted < tokens:
+                rows = _written(model, tokenizer)
+    return {name: (total / counted).cpu() for name, total in sums.items()}
+
+
+def _keys(
+    model: Any, tokenizer: Any, names: Sequence[str], rows: Sequence[Tokens]
+) -> dict[str, Tensor]:
+    """Collect what enters each module at every token of some texts but the first: (tokens, f) float32."""
+    device = input_device(model)
+    batch = collate(rows, padding_id(tokenizer))
+    taken = batch["attention_mask"].bool()
+    taken[:, 0] = False
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    with ExitStack() as stack:
+        seen = {n: stack.enter_context(captured(model.get_submodule(n))) for n in names}
+        full_logits(model, **inputs)
+    return {
+        n: passes[0].input[taken.to(passes[0].input.device)].float() for n, passes in seen.items()
+    }
 
 
 def _brought(tokenizer: Any) -> list[list[int]]:
