@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter.model_call import full_logits, input_device
-from peft_baft.adapter.state import evaluating
+from peft_baft.baselines.in_place import frozen
 from peft_baft.baselines.projections import down_projection, require_layer
 from peft_baft.data.batching import collate, padding_id
 from peft_baft.data.cases import Edit
@@ -128,19 +128,15 @@ class FineTuningEditor:
             of_answers = answer_losses(logits[place], wanted.to(logits.device))
             return [{STOP_TERM: of_answers.mean()}]
 
-        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
-            self.model.requires_grad_(False)
-            self._weight.requires_grad_()
-            with torch.inference_mode(False), torch.enable_grad(), evaluating(self.model):
+            with frozen(self.model):
+                self._weight.requires_grad_()
                 (result,) = descend([Descent([self._weight], self.settings.descent)], losses)
         except BaseException:
             self._write(before)
             raise
         finally:
             self._weight.grad = None
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
         return result
 
     def state_dict(self) -> dict[str, Tensor]:
