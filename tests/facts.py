@@ -60,6 +60,11 @@ _BY_MOMENTS = ";layers=[0];moment_tokens=300;moment_weight=1e-4;threshold=0.5;ri
 OTHERWISE = {"grace": ";lr=0.5"}
 OTHERWISE |= dict.fromkeys(["rome", "r-rome"], f"{_AT_THE_SUBJECT};layer=0")
 OTHERWISE |= dict.fromkeys(["memit", "alphaedit"], f"{_AT_THE_SUBJECT}{_BY_MOMENTS}")
+OTHERWISE["melo"] = ";radius=0.5;layer=0;scaling=20"
+OTHERWISE["memoir"] = ";lr=1;contexts=0;overlap=0.9"
+OTHERWISE["horen"] = ";lr=0.1;threshold=0.98"
+OTHERWISE["wise"] = ";lr=1;contexts=0;near=0.1;far=1;gap=0.5"
+OTHERWISE["wise-light"] = ";lr=3;contexts=0;near=0.1;far=0.5;gap=0.3;mask_share=0.8"
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WINDOW = 32
 

@@ -222,7 +222,7 @@ def line(rows: Runner, schedule: Schedule | None, output: Path) -> Found:
     found = plan.perform(rows, run, ("reliability",), output, "")
     parts = {"cases": found.cases, "blocks": found.blocks or [], "scores": [found.scores]}
     return {
-        name: [one | {"seconds": 0, "edit_seconds": 0} for one in part]
+        name: [one | {"seconds": 0, "edit_seconds": 0, "peak_bytes": 0} for one in part]
         for name, part in parts.items()
     }
 

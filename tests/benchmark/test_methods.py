@@ -19,6 +19,8 @@ from peft_baft.editing.presets import PRESETS
 from peft_baft.evaluation.scoring import token_match
 
 fact_model = facts.fact_model
+# AdaLoRA has a test of its own; the toy model cannot read a fact off its context.
+LEARNING = [name for name in METHODS if name not in ("adalora", "in-context")]
 PEFT_METHODS = ("reft", "ss-w", "ba-w", "ss-w-lr", "baft", "lora", "adalora")
 
 
@@ -36,7 +38,7 @@ def toy(fact_model: FactModel) -> FactModel:
     return FactModel(deepcopy(fact_model.base), fact_model.tokenizer)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "adalora"])
+@pytest.mark.parametrize("name", LEARNING)
 def test_a_removed_editor_gives_the_base_model_back_bit_for_bit(toy: FactModel, name: str) -> None:
     before, flags = weights(toy.base), [p.requires_grad for p in toy.base.parameters()]
     editor = start(name, toy)
@@ -53,7 +55,7 @@ def test_a_removed_editor_gives_the_base_model_back_bit_for_bit(toy: FactModel, 
         assert [p.requires_grad for p in toy.base.parameters()] == flags
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "adalora"])
+@pytest.mark.parametrize("name", LEARNING)
 def test_a_fresh_editor_goes_on_from_the_state_of_another(toy: FactModel, name: str) -> None:
     editor = start(name, toy)
     editor.edit(edits(0))

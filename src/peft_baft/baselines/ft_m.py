@@ -16,10 +16,15 @@ from torch import Tensor, nn
 
 from peft_baft.adapter.model_call import full_logits, input_device
 from peft_baft.baselines.in_place import frozen
-from peft_baft.baselines.projections import down_projection, require_layer
+from peft_baft.baselines.projections import blocks_before, down_projection, require_layer
 from peft_baft.data.batching import collate, padding_id
 from peft_baft.data.cases import Edit
 from peft_baft.data.templates import RAW, Template
+from peft_baft.editing.acceleration.module_patches import (
+    FixedBlocks,
+    at_least_four,
+    logits_only_at,
+)
 from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
 from peft_baft.editing.method import EditorSetup, MethodSettings
 from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms, descend
@@ -53,6 +58,8 @@ class FineTuning(MethodSettings):
             lr=5e-4, max_steps=25, weight_decay=0.0, learn_end=False
         )
     )
+
+    seeded = False
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -121,12 +128,13 @@ class FineTuningEditor:
         if self.settings.objective == "last_prompt_token":
             predicting = is_answer.int().argmax(1)[rows_of_answers]
         before = self._weight.detach().clone()
+        places, head = (rows_of_answers, predicting), self.model.get_output_embeddings()
+        fixed = FixedBlocks(blocks_before(self.model, self.weight_name))
 
         def losses(_: Sequence[Descent]) -> list[Terms]:
-            logits = full_logits(self.model, **batch)
-            place = rows_of_answers.to(logits.device), predicting.to(logits.device)
-            of_answers = answer_losses(logits[place], wanted.to(logits.device))
-            return [{STOP_TERM: of_answers.mean()}]
+            with fixed.run_once(), logits_only_at(head, at_least_four(places)):
+                logits = full_logits(self.model, **batch)[: len(wanted)]
+            return [{STOP_TERM: answer_losses(logits, wanted.to(logits.device)).mean()}]
 
         try:
             with frozen(self.model):

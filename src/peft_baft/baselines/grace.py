@@ -10,29 +10,26 @@ the second key on, where this compares the answers; it serves one row at a time,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_baft.adapter.blocks import stack_owner
-from peft_baft.adapter.context import EditContext
-from peft_baft.adapter.model_call import full_logits, input_device
-from peft_baft.baselines.in_place import frozen, in_turn
-from peft_baft.baselines.projections import down_projection, require_layer
-from peft_baft.data.batching import Tokens, collate, padding_id
+from peft_baft.baselines.in_place import InTurnEditor
+from peft_baft.baselines.projections import blocks_before, down_projection, require_layer
+from peft_baft.baselines.prompts import PromptWatch, Taught
+from peft_baft.data.batching import encode_fitting
 from peft_baft.data.cases import Edit
 from peft_baft.data.templates import RAW, Template
-from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
+from peft_baft.editing.acceleration.module_patches import FixedBlocks
+from peft_baft.editing.editor import EditResult
 from peft_baft.editing.method import EditorSetup, MethodSettings
 from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms, descend
-from peft_baft.evaluation.forward import answer_ids, answer_logits
-from peft_baft.losses import answer_losses
+from peft_baft.evaluation.forward import answer_ids
 
 EASYEDIT_BLOCK = 27  # of a model of 32, counted from 0
-LAST_PROMPT_TOKEN = -1  # its position relative to the end of the prompt
 GAP = 1e-5  # between the radii of two entries with different answers
 NO_TOKEN = -1
 
@@ -70,7 +67,7 @@ class Grace(MethodSettings):
         return GraceEditor(base, tokenizer, self, setup.template, setup.seed)
 
 
-class GraceEditor:
+class GraceEditor(InTurnEditor):
     """Edits a model by a codebook; an `Editor`. The edits of a batch are made one after another.
 
     template: the form in which facts are taught. seed: of the values' first numbers.
@@ -87,12 +84,12 @@ class GraceEditor:
         template: Template = RAW,
         seed: int = 0,
     ) -> None:
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self._template, self._seed = template, seed
-        name = down_projection(model, settings.layer, EASYEDIT_BLOCK, "grace")
-        projection = model.get_submodule(name)
+        super().__init__(model, tokenizer, template)
+        self.settings, self._seed = settings, seed
+        self._name = down_projection(model, settings.layer, EASYEDIT_BLOCK, "grace")
+        projection = model.get_submodule(self._name)
         device = next(projection.parameters()).device
-        self._context = EditContext(model, stack_owner(model, name))
+        self._watch = PromptWatch(model, self._name)
         self._handle = projection.register_forward_hook(self._replace)
         # Keys (n, f), values (n, d), radii (n,), and answers (n, longest) filled up with NO_TOKEN; widths are those of the
         # first edit.
@@ -102,27 +99,20 @@ class GraceEditor:
         self._key: Tensor | None = None  # of the last forward's last row
         self._width = 0  # of what leaves the projection
 
-    def edit(self, edits: Iterable[Edit]) -> EditResult:
-        """Give each edit an entry, or the one that it shares, and learn the entry's value; as `Editor.edit`."""
-        end = self.settings.descent.learn_end
-        facts = encode_edits(
-            self.model, self.tokenizer, checked_edits(edits), (self._template,), end=end
+    def _learn(self, fact: Edit) -> EditResult:
+        """Give one fact an entry, or the one that it shares, and learn the entry's value."""
+        row = encode_fitting(
+            self.model,
+            self.tokenizer,
+            fact.prompt,
+            fact.target,
+            template=self._template,
+            end=self.settings.descent.learn_end,
         )
-        before = self.state_dict()
-        results = []
-        try:
-            with frozen(self.model):
-                for row in (row for forms in facts for row in forms):
-                    results.append(self._learn(row))
-        except BaseException:
-            self.load_state_dict(before)
-            raise
-        return in_turn(results)
-
-    def _learn(self, row: Tokens) -> EditResult:
-        """Learn one fact."""
+        fixed = FixedBlocks(blocks_before(self.model, self._name))
+        taught = Taught(self.model, self.tokenizer, [row], fixed)
         with torch.no_grad():
-            self._forward(row)
+            taught.losses()
         assert self._key is not None, "the model was given a prompt"
         entry = self._entry_for(self._key, answer_ids(row).to(self._keys.device))
         value = nn.Parameter(self._values[entry].clone())
@@ -131,24 +121,17 @@ class GraceEditor:
 
         def losses(_: Sequence[Descent]) -> list[Terms]:
             self._values = torch.where(mine, value, others)
-            logits = answer_logits(row, self._forward(row))
-            return [{STOP_TERM: answer_losses(logits, answer_ids(row).to(logits.device)).mean()}]
+            return [{STOP_TERM: taught.loss()}]
 
         (result,) = descend([Descent([value], self.settings.descent)], losses)
         self._values = torch.where(mine, value.detach(), others)
         return result
 
-    def _forward(self, row: Tokens) -> Tensor:
-        """Return the logits (tokens, vocabulary) of one text, whose labels tell where its prompt ends."""
-        device = input_device(self.model)
-        batch = collate([row], padding_id(self.tokenizer))
-        return full_logits(self.model, **{name: part.to(device) for name, part in batch.items()})[0]
-
     def _entry_for(self, key: Tensor, answer: Tensor) -> int:
         """Find the entry of an edit, a new one or a shared one, and move radii for it (Algorithm 1 of the paper)."""
         if not len(self._keys):
             return self._add(key, answer, self.settings.radius)
-        distance, nearest = _distances(key[None], self._keys)[0].min(0)
+        distance, nearest = distances(key[None], self._keys)[0].min(0)
         if distance > self.settings.radius + self._radii[nearest]:
             return self._add(key, answer, self.settings.radius)
         its_answer = self._answers[nearest]
@@ -168,26 +151,20 @@ class GraceEditor:
         self._keys = torch.cat([self._keys.reshape(number, len(key)), key[None]])
         self._values = torch.cat([self._values.reshape(number, self._width), value[None]])
         self._radii = torch.cat([self._radii, torch.tensor([radius], device=device)])
-        longest = max(self._answers.shape[1], len(answer))
-        answers = torch.full((number + 1, longest), NO_TOKEN, device=device)
-        answers[:number, : self._answers.shape[1]] = self._answers
-        answers[number, : len(answer)] = answer
-        self._answers = answers
+        self._answers = with_answer(self._answers, answer)
         return number
 
     def _replace(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """After the projection: put the values of matching entries where the prompts' last tokens are."""
-        positions = self._context.current_forward().relative_positions
-        assert positions is not None, "the model was given tokens"
-        last = (positions == LAST_PROMPT_TOKEN).to(output.device)
+        last = self._watch.ends(output.device)
         if not last.any():
             return None
         keys = args[0][last].float()
         self._key, self._width = keys[-1].detach(), output.shape[-1]
         if not len(self._keys):
             return None
-        distances, nearest = _distances(keys, self._keys).min(1)
-        matches = (distances <= self._radii[nearest])[:, None]
+        distance, nearest = distances(keys, self._keys).min(1)
+        matches = (distance <= self._radii[nearest])[:, None]
         replaced = torch.where(matches, self._values[nearest].to(output.dtype), output[last])
         return output.masked_scatter(last[..., None].expand_as(output), replaced)
 
@@ -209,9 +186,19 @@ class GraceEditor:
     def remove(self) -> None:
         """Take the codebook off the model."""
         self._handle.remove()
-        self._context.detach()
+        self._watch.remove()
 
 
-def _distances(keys: Tensor, others: Tensor) -> Tensor:
+def with_answer(answers: Tensor, answer: Tensor) -> Tensor:
+    """Put one more answer (m,) under others (n, longest), all filled up with `NO_TOKEN`."""
+    number, width = answers.shape
+    longest = max(width, len(answer))
+    more = torch.full((number + 1, longest), NO_TOKEN, device=answers.device)
+    more[:number, :width] = answers
+    more[number, : len(answer)] = answer
+    return more
+
+
+def distances(keys: Tensor, others: Tensor) -> Tensor:
     """Compute Euclidean distances (n, m) entry by entry: by a matrix product an entry is not at 0 from itself."""
     return torch.cdist(keys, others, compute_mode="donot_use_mm_for_euclid_dist")

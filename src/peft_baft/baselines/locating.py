@@ -6,22 +6,38 @@ key of a fact, and find by gradient descent what should leave the projection the
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_baft.adapter.model_call import full_logits, generate_sampled, input_device
+from peft_baft.adapter.model_call import (
+    call_with_cache,
+    fork,
+    full_logits,
+    generate_sampled,
+    input_device,
+)
+from peft_baft.baselines.in_place import below, minimise
+from peft_baft.baselines.projections import blocks_before
 from peft_baft.data.batching import Tokens, collate, encode_fitting, last_token_of, padding_id
 from peft_baft.data.cases import Edit, prompt_words
 from peft_baft.data.contexts import Context
 from peft_baft.data.templates import RAW, Template
+from peft_baft.editing.acceleration.module_patches import (
+    FixedBlocks,
+    at_least_four,
+    logits_only_at,
+)
+from peft_baft.editing.acceleration.prefix_cache import split_batch
+from peft_baft.editing.editor import EditResult
+from peft_baft.editing.train import STOP_TERM, Terms
 from peft_baft.losses import answer_losses
 
+TOLERANCE = 1e-3  # of logits, relative to the largest: cached and plain ones differ by rounding
 BEGINNINGS = ("The", "Therefore", "Because", "I", "You")
 ESSENCE = "{} is a"  # whose next token tells what the model takes the subject for
 
@@ -128,64 +144,150 @@ class Search:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to. target: (d,) what should leave the module; steps, losses, seconds as of an `EditResult`."""
+    """What a search came to. target: (d,) what should leave the module; result: as of an edit."""
 
     target: Tensor
-    steps: int
-    losses: dict[str, float]
-    seconds: float
+    result: EditResult
 
 
 def search_target(
-    model: Any, tokenizer: Any, module: nn.Module, located: Located, search: Search
+    model: Any, tokenizer: Any, module_name: str, located: Located, search: Search
 ) -> Found:
-    """Find what should leave `module` at the subject's last token, so that the model says the answer in every context.
+    """Find what should leave a module at the subject's last token, so that the model says the answer in every context.
 
     Raises:
         FloatingPointError: a loss became NaN or infinite.
     """
-    begin = time.perf_counter()
-    rows = [*located.rows, located.essence]
-    places = torch.tensor([*located.places, located.essence_place])
-    device = input_device(model)
-    batch = {k: v.to(device) for k, v in collate(rows, padding_id(tokenizer)).items()}
-    labels = batch.pop("labels")[:-1, 1:]
-    is_answer = labels >= 0
-    per_row = is_answer.sum(1)
-    last_of_essence = len(located.essence.ids) - 1
+    rows, places = [*located.rows, located.essence], [*located.places, located.essence_place]
+    labels = collate(rows, padding_id(tokenizer))["labels"][:, 1:]
+    row_of_answer, column = (labels >= 0).nonzero(as_tuple=True)
+    read = (
+        torch.cat([row_of_answer, torch.tensor([len(rows) - 1])]),
+        torch.cat([column, torch.tensor([len(located.essence.ids) - 1])]),
+    )
+    wanted = labels[labels >= 0].to(input_device(model))
+    per_row = [len(row.ids) - row.prompt_length for row in located.rows]
+    module = model.get_submodule(module_name)
+    whole = _Texts.of(model, tokenizer, module_name, rows, places, read)
     with torch.no_grad(), captured(module) as seen:
-        before = full_logits(model, **batch)[-1, last_of_essence].float().log_softmax(-1)
+        unedited = whole.logits(None)
+    before = unedited[-1].float().log_softmax(-1)
     original = seen[0].output[0, located.places[0]].detach().float()
+    texts = _Texts.from_cache(model, tokenizer, module_name, rows, places, read, unedited) or whole
     longest = search.clamp * original.norm()
-    delta = torch.zeros_like(original, requires_grad=True)
-    optimizer = torch.optim.Adam([delta], lr=search.lr)
-    losses: dict[str, float] = {}
-    for step in range(search.max_steps + 1):
-        with added(module, places, delta):
-            logits = full_logits(model, **batch)
-        of_answers = answer_losses(logits[:-1, :-1][is_answer], labels[is_answer])
+    delta = nn.Parameter(torch.zeros_like(original))
+
+    def terms() -> Terms:
+        logits = texts.logits(delta)
+        of_answers = answer_losses(logits[:-1], wanted)
+        now = logits[-1].float().log_softmax(-1)
         # The mean over each text's answer tokens, and over texts.
-        teacher_forcing = torch.stack(
-            [part.mean() for part in of_answers.split(per_row.tolist())]
-        ).mean()
-        now = logits[-1, last_of_essence].float().log_softmax(-1)
-        terms = {
-            "teacher_forcing": teacher_forcing,
+        return {
+            STOP_TERM: torch.stack([part.mean() for part in of_answers.split(per_row)]).mean(),
             "essence": search.kl * (now.exp() * (now - before)).sum(),
             "length": search.weight_decay * delta.norm() / original.square().sum(),
         }
-        total = torch.stack(list(terms.values())).sum()
-        losses = {name: term.item() for name, term in terms.items()}
-        if not total.isfinite():
-            raise FloatingPointError(f"the loss became {total.item()} at step {step}.")
-        if total < search.stop_loss or step == search.max_steps:
-            break
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-        with torch.no_grad():
-            delta.mul_((longest / delta.norm()).clamp(max=1.0))
-    return Found(original + delta.detach(), step, losses, time.perf_counter() - begin)
+
+    result = minimise(
+        torch.optim.Adam([delta], lr=search.lr),
+        terms,
+        search.max_steps,
+        below(search.stop_loss),
+        learned_below=search.stop_loss,
+        after_step=lambda: delta.mul_((longest / delta.norm()).clamp(max=1.0)),
+    )
+    return Found(original + delta.detach(), result)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Texts that are put to a model again and again, with one vector added to what leaves a module at a token of each.
+
+    Attributes:
+        places: (rows,) columns of these tokens. read: (n,) rows and (n,) columns of the logits that are read.
+        inputs: what the model is called with. cache: of the tokens before them; None where the texts are whole.
+        fixed: blocks before the module.
+    """
+
+    model: Any
+    module: nn.Module
+    places: Tensor
+    read: tuple[Tensor, Tensor]
+    inputs: dict[str, Tensor]
+    fixed: FixedBlocks
+    cache: Any = None
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        module_name: str,
+        rows: Sequence[Tokens],
+        places: Sequence[int],
+        read: tuple[Tensor, Tensor],
+    ) -> _Texts:
+        """Put whole texts to the model."""
+        device = input_device(model)
+        batch = {k: v.to(device) for k, v in collate(rows, padding_id(tokenizer)).items()}
+        batch.pop("labels")
+        fixed = FixedBlocks(blocks_before(model, module_name))
+        module = model.get_submodule(module_name)
+        return cls(model, module, torch.tensor(places), read, batch, fixed)
+
+    @classmethod
+    def from_cache(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        module_name: str,
+        rows: Sequence[Tokens],
+        places: Sequence[int],
+        read: tuple[Tensor, Tensor],
+        expected: Tensor,
+    ) -> _Texts | None:
+        """Put to the model only what follows the places: what stands before cannot change.
+
+        Args:
+            expected: the logits (n, vocabulary) of the whole texts.
+
+        Returns:
+            None where the model keeps no cache, or going on from it does not give what is expected.
+        """
+        first, inputs = split_batch(model, rows, places, padding_id(tokenizer), input_device(model))
+        if not first["input_ids"].shape[1] or not all(places):
+            return None
+        cut = read[0], read[1] - torch.tensor(places)[read[0]]
+        module = model.get_submodule(module_name)
+        try:
+            with (
+                torch.no_grad(),
+                logits_only_at(model.get_output_embeddings(), (cut[0][:0], cut[1][:0])),
+            ):
+                _, cache = call_with_cache(model, model, first)
+            fixed = FixedBlocks(blocks_before(model, module_name))
+            begun = torch.zeros(len(rows), dtype=torch.long)
+            texts = cls(model, module, begun, cut, inputs, fixed, cache)
+            with torch.no_grad():
+                difference = (texts.logits(None) - expected).abs().max()
+        except NotImplementedError:
+            return None
+        return texts if difference <= TOLERANCE * (1 + expected.abs().max()) else None
+
+    def logits(self, delta: Tensor | None) -> Tensor:
+        """Compute the logits that are read, (n, vocabulary), with a vector (d,) added; None adds none."""
+        adding = nullcontext() if delta is None else added(self.module, self.places, delta)
+        with (
+            adding,
+            self.fixed.run_once(),
+            logits_only_at(self.model.get_output_embeddings(), at_least_four(self.read)),
+        ):
+            if self.cache is None:
+                logits = full_logits(self.model, **self.inputs)
+            else:
+                cache = fork(self.cache)
+                logits, _ = call_with_cache(self.model, self.model, self.inputs, cache)
+        return logits[: len(self.read[0])]
 
 
 @dataclass(frozen=True)

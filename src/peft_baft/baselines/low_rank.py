@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peft_baft.adapter.weights import BASE
 from peft_baft.adapter.weights import FILE as WEIGHTS
+from peft_baft.baselines.projections import is_transposed
 
 
 class LowRankChanges:
@@ -51,7 +52,7 @@ class LowRankChanges:
             self.right[name] = torch.zeros(0, into, device=weight.device)
 
     def _is_transposed(self, name: str) -> bool:
-        return type(self._modules[name]).__name__ == "Conv1D"
+        return is_transposed(self._modules[name])
 
     def add(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add rows (n, d) and (n, f) to a weight's change.

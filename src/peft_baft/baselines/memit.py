@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from peft_baft.adapter.blocks import find_stack
-from peft_baft.baselines.in_place import frozen
+from peft_baft.baselines.in_place import frozen, in_turn
 from peft_baft.baselines.locating import (
     Located,
     Search,
@@ -72,6 +72,8 @@ class Memit(MethodSettings):
     moment_tokens: int = 20_000
     moment_folder: str | None = None
     search: Search = field(default_factory=Search)
+
+    seeded = False
 
     def __post_init__(self) -> None:
         if self.layers is not None:
@@ -137,7 +139,8 @@ class MemitEditor:
         self.module_names = [
             down_projection(model, block, block, settings.name) for block in blocks
         ]
-        self._last_block = model.get_submodule(f"{stack}.{blocks[-1]}")
+        self._last_name = f"{stack}.{blocks[-1]}"
+        self._last_block = model.get_submodule(self._last_name)
         self.changes = LowRankChanges(model, self.module_names, settings.name)
         self._past_keys: dict[str, Tensor] = {
             name: rows.clone() for name, rows in self.changes.right.items()
@@ -194,7 +197,7 @@ class MemitEditor:
             locate(*parts, fact, before, self.settings.name, self._template) for fact in facts
         ]
         found = [
-            search_target(*parts, self._last_block, one, self.settings.search) for one in located
+            search_target(*parts, self._last_name, one, self.settings.search) for one in located
         ]
         wanted = torch.stack([one.target for one in found])
         for number, name in enumerate(self.module_names):
@@ -208,16 +211,12 @@ class MemitEditor:
             else:
                 right = memit_keys(keys, matrix)
             self.changes.add(name, share, right)
-        stop = self.settings.search.stop_loss
+        results = [one.result for one in found]
         losses = {
-            name: sum(one.losses[name] for one in found) / len(found) for name in found[0].losses
+            name: sum(one.losses[name] for one in results) / len(results)
+            for name in results[0].losses
         }
-        return EditResult(
-            sum(one.steps for one in found),
-            losses,
-            sum(one.seconds for one in found),
-            all(one.losses["teacher_forcing"] < stop for one in found),
-        )
+        return replace(in_turn(results), losses=losses)
 
     def _keys_and_missing(
         self, name: str, located: Sequence[Located], wanted: Tensor

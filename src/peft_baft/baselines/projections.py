@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor, nn
+
 from peft_baft.adapter.blocks import find_stack
 
-DOWN_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2")
+DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2")
+UP = ("up_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc1", "fc_in", "w3")
 EASYEDIT_DEPTH = 32  # of the models that published numbers of blocks are for
 
 
@@ -20,23 +23,65 @@ def down_projection(model: Any, layer: int | None, published: int, method: str) 
     Raises:
         ValueError: the block does not exist, or has not one down projection under a known name.
     """
+    if layer is None:
+        layer = scaled(model, published)
+    return _projection(model, layer, method, "down", DOWN)
+
+
+def up_projection(model: Any, layer: int, method: str) -> str:
+    """Find the name of a block's up projection, the first product of its MLP; as `down_projection`."""
+    return _projection(model, layer, method, "up", UP)
+
+
+def scaled(model: Any, published: int, depth: int = EASYEDIT_DEPTH) -> int:
+    """Scale the number of a block of a model of some depth to this model's depth."""
+    own = len(model.get_submodule(find_stack(model)))
+    return min(round(published * own / depth), own - 1)
+
+
+def _projection(model: Any, layer: int, method: str, what: str, names: tuple[str, ...]) -> str:
     stack = find_stack(model)
     depth = len(model.get_submodule(stack))
-    if layer is None:
-        layer = round(published * depth / EASYEDIT_DEPTH)
     if not 0 <= layer < depth:
         raise ValueError(
             f"{method}: layer must be a block of the model, 0 to {depth - 1}, not {layer}."
         )
     block = model.get_submodule(f"{stack}.{layer}")
-    found = [name for name, _ in block.named_modules() if _is_down_projection(name)]
+    found = [name for name, _ in block.named_modules() if _is_called(name, names)]
     if len(found) != 1:
-        what = f"several ({', '.join(found)})" if found else "none"
+        has = f"several ({', '.join(found)})" if found else "none"
         raise ValueError(
-            f"{method}: block {layer} of {type(model).__name__} must have one down projection, called one of "
-            f"{', '.join(DOWN_PROJECTIONS)}, but has {what}."
+            f"{method}: block {layer} of {type(model).__name__} must have one {what} projection, called one of "
+            f"{', '.join(names)}, but has {has}."
         )
     return f"{stack}.{layer}.{found[0]}"
+
+
+def blocks_before(model: Any, name: str) -> list[nn.Module]:
+    """List the blocks that run before the one in which a module stands: their outputs do not depend on that module."""
+    stack = find_stack(model)
+    number = int(name.removeprefix(f"{stack}.").partition(".")[0])
+    return list(model.get_submodule(stack))[:number]
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Tell whether a linear module keeps its weight as (inputs, outputs), as GPT-2's do."""
+    return type(module).__name__ == "Conv1D"
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Give the weight of a linear module as (outputs, inputs), float32.
+
+    Raises:
+        ValueError: it does not hold floating-point numbers.
+    """
+    weight: Tensor = module.weight.detach()  # type: ignore[assignment]
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"The method needs a weight of floating-point numbers, but this one is {weight.dtype}: load the model without "
+            "quantisation."
+        )
+    return (weight.mT if is_transposed(module) else weight).float()
 
 
 def require_layer(layer: object, method: str) -> None:
@@ -45,7 +90,7 @@ def require_layer(layer: object, method: str) -> None:
         raise TypeError(f"{method}: layer must be an integer, not {layer!r}.")
 
 
-def _is_down_projection(name: str) -> bool:
-    """Tell whether a module of a block, by its name, is the last product of an MLP; some attentions end in one alike."""
+def _is_called(name: str, names: tuple[str, ...]) -> bool:
+    """Tell whether a module of a block is a product of its MLP; some attentions have one of the same name."""
     parent, _, last = name.rpartition(".")
-    return last in DOWN_PROJECTIONS and "attn" not in parent and "attention" not in parent
+    return last in names and "attn" not in parent and "attention" not in parent

@@ -57,6 +57,8 @@ class Rome(MethodSettings):
     contexts: int = 10
     search: Search = field(default_factory=Search)
 
+    seeded = False
+
     def __post_init__(self) -> None:
         require_layer(self.layer, "rome")
         if type(self.contexts) is not int or self.contexts < 0:
@@ -127,14 +129,13 @@ class RomeEditor:
         """Write one fact into the weight."""
         parts = self.model, self.tokenizer
         located = locate(*parts, fact, before, "rome", self._template)
-        found = search_target(*parts, self._module, located, self.settings.search)
+        found = search_target(*parts, self.module_name, located, self.settings.search)
         mean_key, own_key, output = keys_and_outputs(*parts, self._module, located)
         direction = mean_key / mean_key.norm()
         key = mean_key if self.settings.mean_key else own_key
         left = (found.target - output) / (direction @ key)
         self.changes.add(self.module_name, left[None], direction[None])
-        learned = found.losses["teacher_forcing"] < self.settings.search.stop_loss
-        return EditResult(found.steps, found.losses, found.seconds, learned)
+        return found.result
 
     def save_lora(self, folder: str | Path) -> None:
         """Save the edits as a LoRA of rank 1 an edit; as `LowRankChanges.save_lora`."""

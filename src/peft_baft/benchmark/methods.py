@@ -16,8 +16,13 @@ from peft import AdaLoraConfig, LoraConfig
 from peft_baft.baselines.adapters import baft, other_adapter
 from peft_baft.baselines.ft_m import FineTuning
 from peft_baft.baselines.grace import Grace
+from peft_baft.baselines.horen import Horen
+from peft_baft.baselines.in_context import InContext
+from peft_baft.baselines.melo import Melo
 from peft_baft.baselines.memit import ALPHA_EDIT, Memit
+from peft_baft.baselines.memoir import Memoir
 from peft_baft.baselines.rome import Rome
+from peft_baft.baselines.wise import Wise
 from peft_baft.editing.method import MethodSettings
 from peft_baft.editing.presets import Preset
 
@@ -47,8 +52,32 @@ METHODS: dict[str, Callable[[Preset], MethodSettings]] = {
     "r-rome": lambda preset: Rome(mean_key=True),
     "memit": lambda preset: Memit(),
     "alphaedit": lambda preset: ALPHA_EDIT,
+    "melo": lambda preset: Melo(),
+    "wise": lambda preset: Wise(),
+    "wise-light": lambda preset: Wise(subset=1 / 8),
+    "memoir": lambda preset: Memoir(),
+    "horen": lambda preset: Horen(),
+    "in-context": lambda preset: InContext(),
 }
-GROUPS = {"table4": ("reft", "ss-w", "ba-w", "ss-w-lr", "baft")}  # the paper's ablation
+GROUPS = {
+    "table4": ("reft", "ss-w", "ba-w", "ss-w-lr", "baft"),  # the paper's ablation
+    # What the paper compares with.
+    "paper": (
+        "adalora",
+        "ft-l",
+        "rome",
+        "memit",
+        "grace",
+        "melo",
+        "wise",
+        "wise-light",
+        "reft",
+        "baft",
+    ),
+    # What has led since, and what a sceptic asks for.
+    "leaders": ("memoir", "horen", "alphaedit", "ft-m", "lora", "in-context", "baft"),
+}
+GROUPS["all"] = tuple(dict.fromkeys((*GROUPS["paper"], *GROUPS["leaders"], "r-rome")))
 UNEDITED = "none"
 
 

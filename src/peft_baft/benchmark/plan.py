@@ -53,7 +53,7 @@ def plan_runs(
     schedules: Sequence[Schedule],
     seeds: Iterable[int],
 ) -> list[PlannedRun]:
-    """Plan every schedule with every seed and method; the unedited model once.
+    """Plan every schedule with every seed and method; once what depends on no seed, such as the unedited model.
 
     Args:
         common: what all lines share: benchmark, model, data, unrelated, protocol, versions.
@@ -77,6 +77,7 @@ def _planned_run(
             RunHead(**common, method=UNEDITED, settings={}, schedule=NO_SCHEDULE, seed=0)
         )
     settings, described = method.settings.described(), schedule.described()
+    seed = seed if method.settings.seeded else 0
     head = RunHead(**common, method=method.name, settings=settings, schedule=described, seed=seed)
     return PlannedRun(head, method, schedule)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from peft_baft.adapter.model_call import input_device
+from peft_baft.benchmark.memory import begin_peak, peak
 from peft_baft.benchmark.methods import Method
 from peft_baft.benchmark.metrics import Metric
 from peft_baft.benchmark.progress import Progress
@@ -15,7 +18,7 @@ from peft_baft.benchmark.schedule import Schedule
 from peft_baft.data.cases import Case, Unrelated
 from peft_baft.data.templates import RAW, Template
 from peft_baft.editing.acceleration.prepared import PreparedModel
-from peft_baft.editing.editor import Editor, EditResult, SideBySideEditor
+from peft_baft.editing.editor import CURSOR, Editor, EditResult, SideBySideEditor
 from peft_baft.editing.method import EditorSetup
 from peft_baft.evaluation.asking import Question, Unedited, ask, judged
 from peft_baft.evaluation.forward import one_model
@@ -43,6 +46,7 @@ class Runner:
         processes: those that share the work; each gets all results.
         split: what of a run that edits is split over them: its `blocks`, or the `facts` of each batch.
         probing: which questions are asked; None asks those of the data alone.
+        after_block: given the edited model and its tokenizer after the last edit of a block, further values by name.
     """
 
     base: Any
@@ -58,6 +62,7 @@ class Runner:
     processes: Processes = field(default_factory=Processes)
     split: str = SPLITS[0]
     probing: Probing | None = None
+    after_block: Callable[[Any, Any], dict[str, float]] | None = None
     unedited: Unedited = field(init=False)
     prepared: PreparedModel = field(init=False)
 
@@ -124,6 +129,10 @@ class Runner:
             try:
                 progress.restore(editor)
                 entries = self._run_block(editor, block, schedule, progress)
+                stored = {"stored_bytes": stored_bytes(editor)}
+                entries = [entry | stored for entry in entries]
+                if self.after_block is not None:
+                    entries[-1] |= self.after_block(editor.model, self.tokenizer)
             finally:
                 editor.remove()
             progress.finish_block(self._numbered(entries, schedule))
@@ -168,7 +177,8 @@ class Runner:
                 return None
             entries = self._ask(editor.model, rows, editor, names)
             self.tick(len(rows))
-            return [entry | _outcome(results[names[entry["row"]]]) for entry in entries]
+            stored = {"stored_bytes": stored_bytes(editor)}
+            return [entry | _outcome(results[names[entry["row"]]]) | stored for entry in entries]
         finally:
             editor.remove()
 
@@ -309,18 +319,33 @@ class Runner:
         return self._probing.questions(rows, self.cases, edited)
 
 
+def stored_bytes(editor: Editor) -> int:
+    """Count the bytes that an editor's edits so far take when they are kept: its state without cursors."""
+    state = editor.state_dict()
+    return sum(tensor.nbytes for name, tensor in state.items() if not name.startswith(CURSOR))
+
+
 def _edit(editor: Editor, cases: Sequence[Case]) -> dict[str, Any]:
-    """Make one edit; one that had to be given up is an edit that was not learned, and says why."""
+    """Make one edit; one that had to be given up is an edit that was not learned, and says why.
+
+    Its seconds are those of the whole call, shared among the facts of a batch: what a method computes once for all edits of a
+    model counts to the first.
+    """
+    device = input_device(editor.model)
+    begin_peak(device)
+    begin = time.perf_counter()
     try:
         result = editor.edit([case.edit for case in cases])
     except FloatingPointError as error:
         return {"steps": None, "seconds": None, "learned": False, "failed": str(error)}
-    return _outcome(result, len(cases))
+    seconds = (time.perf_counter() - begin) / len(cases)
+    held = peak(device)
+    return _outcome(replace(result, seconds=seconds)) | ({"peak_bytes": held} if held else {})
 
 
-def _outcome(result: EditResult, edits: int = 1) -> dict[str, Any]:
-    """Give a result as it stands in a result line; the seconds are those of one edit."""
-    return {"steps": result.steps, "seconds": result.seconds / edits, "learned": result.learned}
+def _outcome(result: EditResult) -> dict[str, Any]:
+    """Give a result as it stands in a result line."""
+    return {"steps": result.steps, "seconds": result.seconds, "learned": result.learned}
 
 
 def _require_apart(unrelated: Sequence[Unrelated], questions: Sequence[Question]) -> None:

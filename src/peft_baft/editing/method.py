@@ -40,9 +40,11 @@ class MethodSettings(ABC):
 
     Attributes:
         side_by_side: whether its editors are `SideBySideEditor`s.
+        seeded: whether edits depend on the seed of a run.
     """
 
     side_by_side: bool = False
+    seeded: bool = True
 
     @abstractmethod
     def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> Editor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from math import ceil
+from math import ceil, log10
 from pathlib import Path
 from statistics import mean
 from textwrap import fill
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCORES = ("reliability", "generality", "portability", "locality", "average", "accuracy")
+BYTES = {"1 kB": 1e3, "100 kB": 1e5, "10 MB": 1e7}
 PANELS = {"edit": "Edited prompts", "generality": "Rephrasings", "locality": "Unrelated prompts"}
 
 
@@ -131,7 +132,10 @@ def ladder(group: Group, styles: dict[str, Look]) -> Figure:
 
 
 def tradeoff(group: Group, styles: dict[str, Look]) -> Figure:
-    """Draw what an edit achieves against what it leaves alone, a curve through the T of each row; larger marks for larger T."""
+    """Draw what an edit achieves against what it leaves alone, a curve through the T of each row; larger marks for larger T.
+
+    At one T alone, a mark grows with the bytes that an edit of its row takes, where the lines tell.
+    """
     effects, several = _effects(group), len(group.edits) > 1
     if several:
         sizes = {edits: 3.4 + 1.2 * i for i, edits in enumerate(group.edits)}
@@ -151,12 +155,24 @@ def tradeoff(group: Group, styles: dict[str, Look]) -> Figure:
             x = group.summary(row, edits, score("locality"))
             y = group.summary(row, edits, _effect(effects))
             if x and y:
-                points.append((x, y, size))
+                stored = None if several else group.summary(row, edits, score("stored_bytes"))
+                points.append((x, y, size if stored is None else _size(stored.mean / edits)))
         _path(axes, points, style)
     dot = UNEDITED | {"marker": "o", "linestyle": ""}
     grey = {f"T={edits}": dot | {"markersize": size} for edits, size in sizes.items()}
-    add_legend(figure, styles | (grey if several else {}))
+    if not several and "stored_bytes" in group.score_names:
+        grey = {
+            f"{text} an edit": dot | {"markersize": _size(size)} for text, size in BYTES.items()
+        }
+    elif not several:
+        grey = {}
+    add_legend(figure, styles | grey)
     return figure
+
+
+def _size(stored: float) -> float:
+    """Choose the size of a mark for so many bytes: it grows by the same for every factor of ten."""
+    return 2.0 + 1.2 * max(0.0, log10(max(stored, 1.0)) - 2)
 
 
 def bars(group: Group, styles: dict[str, Look]) -> Figure:

@@ -36,7 +36,14 @@ NEIGHBOURS = {
     for what, short in (("subject", "Nb"), ("relation", "NbRel"))
     for how in ("", "_unchanged", "_spared")
 }
-COST = {"steps": "Steps", "edit_seconds": "Seconds", "learned": "Learned"}
+COST = {
+    "steps": "Steps",
+    "edit_seconds": "Seconds",
+    "learned": "Learned",
+    "stored_bytes": "kB stored",
+    "peak_bytes": "Peak MB",
+}
+UNITS = {"stored_bytes": 1e3, "peak_bytes": 1e6}
 SHORT = FORCED | BY_TOPIC | FREE | IN_CONTEXT | NEIGHBOURS | COST
 ASKED = {"after_all": "asked after all edits", "immediate": "asked right after each edit"}
 
@@ -130,8 +137,10 @@ def _cell(group: Group, label: str, edits: int, measure: str) -> str:
     summary: Summary | None = group.summary(label, edits, score(measure))
     if summary is None:
         return "–"
-    digits = 1 if measure in ("steps", "edit_seconds") else 3
-    return " ±".join(_number(value, digits) for value in summary[:2] if value is not None)
+    unit = UNITS.get(measure, 1)
+    digits = 0 if measure == "peak_bytes" else 1 if measure in COST and measure != "learned" else 3
+    shown = [value / unit for value in summary[:2] if value is not None]
+    return " ±".join(_number(value, digits) for value in shown)
 
 
 def _seeds(group: Group, label: str) -> str:
@@ -174,6 +183,10 @@ def _meanings(benchmark: str, measures: set[str]) -> list[str]:
         sentences.append(
             "exact, prefix: share of freely generated answers that are, or begin with, the right one; "
             "text: as before the edit."
+        )
+    if measures & set(UNITS):
+        sentences.append(
+            "kB stored: of all edits of a block together; Peak MB: held at most while editing, model included."
         )
     if measures & set(IN_CONTEXT):
         sentences.append(

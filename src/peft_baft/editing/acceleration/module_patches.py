@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -92,6 +93,27 @@ def with_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def constant_forward(output: Any) -> Callable[..., Any]:
     """Make a forward that gives a known output, whatever it is called with."""
     return lambda *_, **__: output
+
+
+@dataclass(frozen=True)
+class FixedBlocks:
+    """Blocks of which the outputs stay the same while the same inputs are put to a model again and again.
+
+    blocks: the first ones of the model. outputs: what they gave, from the first forward on.
+    """
+
+    blocks: Sequence[nn.Module]
+    outputs: dict[nn.Module, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def run_once(self) -> Iterator[None]:
+        """Run the blocks in the first forward inside such a context, and give their outputs in every later one."""
+        known = {block: constant_forward(output) for block, output in self.outputs.items()}
+        with (
+            remembering_outputs(() if known else self.blocks, self.outputs),
+            replaced_forwards(known),
+        ):
+            yield
 
 
 def forwards_without_padding(

@@ -98,13 +98,8 @@ class CachedPrefix:
         """
         base, context = model.get_base_model(), find_context(model)
         cuts = [max(0, row.prompt_length - prompt_positions) for row in rows]
-        prefix_inputs, inputs = _split_batch(rows, cuts, padding, device)
+        prefix_inputs, inputs = split_batch(base, rows, cuts, padding, device)
         prefix_width, width = (part["input_ids"].shape[1] for part in (prefix_inputs, inputs))
-        if takes_position_ids(base):
-            # The model would count the padding at the left of the prefixes as positions.
-            position = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-            prefix_inputs["position_ids"] = position[:, :prefix_width]
-            inputs["position_ids"] = position[:, prefix_width:]
         targets = AnswerTargets.of(rows, learned, cuts, width, device)
         packed = packed_forwards(base.modules(), (prepared or PreparedModel.of(model)).packed)
         real_prefix = inputs["attention_mask"][:, :prefix_width].bool()
@@ -170,13 +165,17 @@ class CachedPrefix:
         )
 
 
-def _split_batch(
-    rows: Sequence[Tokens], cuts: Sequence[int], padding: int, device: torch.device
+def split_batch(
+    model: nn.Module,
+    rows: Sequence[Tokens],
+    cuts: Sequence[int],
+    padding: int,
+    device: torch.device,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Collate the first `cuts[i]` tokens of each row, and its other tokens, as two calls of a model.
 
     Prefixes are padded on the left, so that what follows them in a cache follows their last token. The second call's
-    attention mask covers both.
+    attention mask covers both. The model is told positions if it takes any.
     """
     prefixes = [Tokens(row.ids[:cut], cut) for row, cut in zip(rows, cuts, strict=True)]
     ends = []
@@ -186,7 +185,13 @@ def _split_batch(
     prefix_mask = before["attention_mask"].to(device)
     mask = torch.cat([prefix_mask, after["attention_mask"].to(device)], 1)
     first = {"input_ids": before["input_ids"].to(device), "attention_mask": prefix_mask}
-    return first, {"input_ids": after["input_ids"].to(device), "attention_mask": mask}
+    second = {"input_ids": after["input_ids"].to(device), "attention_mask": mask}
+    if takes_position_ids(model):
+        # The model would count the padding at the left of the prefixes as positions.
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        width = prefix_mask.shape[1]
+        first["position_ids"], second["position_ids"] = position[:, :width], position[:, width:]
+    return first, second
 
 
 def open_forward(

@@ -1,0 +1,121 @@
+"""What methods share that decide, by a prompt, how it is answered: where prompts lie, and decisions that stay while decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_baft.adapter.blocks import stack_owner
+from peft_baft.adapter.context import EditContext
+from peft_baft.adapter.model_call import full_logits, input_device
+from peft_baft.data.batching import Tokens, collate, padding_id
+from peft_baft.editing.acceleration.module_patches import (
+    FixedBlocks,
+    at_least_four,
+    logits_only_at,
+)
+from peft_baft.evaluation.forward import answer_ids
+from peft_baft.losses import answer_losses
+from peft_baft.span import OUTSIDE
+
+LAST_PROMPT_TOKEN = -1  # its position relative to the end of the prompt
+
+
+class PromptWatch:
+    """Tells, inside a forward of a model, where the prompts of its rows lie, and keeps what was decided of each row.
+
+    A decision is made in the forward that holds a prompt's end, and stays for the forwards behind it, in which its answer is
+    decoded from a cache.
+    """
+
+    def __init__(self, model: Any, block_or_module: str) -> None:
+        self._context = EditContext(model, stack_owner(model, block_or_module))
+        self._decided: Tensor | None = None
+
+    def remove(self) -> None:
+        """Leave the model alone."""
+        self._context.detach()
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Give the position of each token relative to the end of its prompt, (rows, tokens)."""
+        positions = self._context.current_forward().relative_positions
+        assert positions is not None, "the model was given tokens"
+        return positions.to(device)
+
+    def ends(self, device: torch.device) -> Tensor:
+        """Mark the last token of each prompt, (rows, tokens) bool."""
+        return self.positions(device) == LAST_PROMPT_TOKEN
+
+    def prompts(self, device: torch.device) -> Tensor:
+        """Mark the tokens of prompts, (rows, tokens) bool."""
+        positions = self.positions(device)
+        return (positions < 0) & (positions != OUTSIDE)
+
+    def decided(self, decide: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+        """Decide of each row, or give what was decided when its prompt was read.
+
+        Args:
+            decide: given where the prompts' tokens are, (rows, tokens) bool, makes a tensor with an entry for each row.
+
+        Raises:
+            ValueError: a prompt was read in pieces, or another number of rows is decoded than was decided of.
+        """
+        ends, prompts = self.ends(device).any(1), self.prompts(device)
+        if ends.all():
+            self._decided = decide(prompts)
+        elif ends.any() or prompts.any():
+            raise ValueError(
+                "The method decides by whole prompts, but a forward held part of one: read each prompt in one forward, the "
+                "same for all rows of a batch."
+            )
+        elif self._decided is None or len(self._decided) != len(ends):
+            known = "none" if self._decided is None else len(self._decided)
+            raise ValueError(
+                f"{len(ends)} rows go on from a cache, but {known} were decided of: read their prompts first."
+            )
+        return self._decided
+
+
+class Taught:
+    """Rows of text that are put to a model, which a `PromptWatch` watches, again and again while their answers are learned.
+
+    fixed: blocks before what is learned, which run once.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, rows: Sequence[Tokens], fixed: FixedBlocks):
+        self._model, self._fixed = model, fixed
+        device = input_device(model)
+        batch = collate(rows, padding_id(tokenizer))
+        self._batch = {name: part.to(device) for name, part in batch.items()}
+        # Labels would tell as well where prompts end, but let the model compute a loss of its own.
+        del self._batch["labels"]
+        self._batch["prompt_lengths"] = torch.tensor([row.prompt_length for row in rows])
+        answers = [answer_ids(row) for row in rows]
+        self._wanted, self._counts = torch.cat(answers).to(device), [len(ids) for ids in answers]
+        # The logits before a token predict it.
+        columns = [
+            torch.arange(len(row.ids) - 1 - len(ids), len(row.ids) - 1)
+            for row, ids in zip(rows, answers, strict=True)
+        ]
+        numbers = torch.arange(len(rows)).repeat_interleave(torch.tensor(self._counts))
+        self._places = numbers, torch.cat(columns)
+
+    def losses(self) -> list[Tensor]:
+        """Compute for each row the cross entropies of its answer's tokens."""
+        head = self._model.get_output_embeddings()
+        with self._fixed.run_once(), logits_only_at(head, at_least_four(self._places)):
+            logits = full_logits(self._model, **self._batch)[: len(self._wanted)]
+        return list(answer_losses(logits, self._wanted.to(logits.device)).split(self._counts))
+
+    def loss(self) -> Tensor:
+        """Compute the mean over rows of the mean over each one's answer tokens."""
+        return torch.stack([losses.mean() for losses in self.losses()]).mean()
+
+
+def mean_over(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Average hidden vectors (rows, tokens, f) over the tokens that are marked (rows, tokens): (rows, f) float32."""
+    weights = mask.float()[..., None]
+    return (hidden.float() * weights).sum(1) / weights.sum(1)
