@@ -129,14 +129,19 @@ def baft(preset: Preset, *, unrelated: bool = True, **config: Any) -> AdapterMet
 
 
 def other_adapter(
-    preset: Preset, *, config_class: Callable[..., PeftConfig], **config: Any
+    preset: Preset,
+    *,
+    config_class: Callable[..., PeftConfig],
+    descent: DescentConfig | None = None,
+    batch_descent: DescentConfig | None = None,
+    **config: Any,
 ) -> AdapterMethod:
-    """Make an adapter of another PEFT method, trained by teacher forcing as the preset says."""
+    """Make an adapter of another PEFT method, trained by teacher forcing, as the preset says unless a descent is given."""
     return AdapterMethod(
         config_class=config_class,
         config=config,
-        descent=preset.descent,
-        batch_descent=preset.batch_descent,
+        descent=descent or preset.descent,
+        batch_descent=batch_descent or preset.batch_descent,
         objective=None,
         unrelated=False,
         scope=preset.scope,

@@ -177,7 +177,8 @@ class MeloEditor:
 
     def _new_lora(self, number: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Make the factors of a LoRA: random ones that depend on the seed and its number alone, and zeros."""
-        generator, pairs = torch.Generator().manual_seed(self._seed * 1_000_003 + number), {}
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+        pairs: dict[str, tuple[Tensor, Tensor]] = {}
         for name, a in self._a.items():
             _, rank, into = a.shape
             first = (2 * torch.rand(rank, into, generator=generator) - 1) / into**0.5

@@ -25,6 +25,7 @@ from peft_baft.baselines.rome import Rome
 from peft_baft.baselines.wise import Wise
 from peft_baft.editing.method import MethodSettings
 from peft_baft.editing.presets import Preset
+from peft_baft.editing.train import DescentConfig
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,18 @@ METHODS: dict[str, Callable[[Preset], MethodSettings]] = {
     "ss-w-lr": partial(baft, weighting="subspace"),
     "baft": partial(baft, weighting="basis"),
     "lora": partial(other_adapter, config_class=LoraConfig, r=8, lora_alpha=16),
+    # EasyEdit's settings, which the paper takes with a stop at a loss of 0.01 and 200 steps for a batch. Ranks are never
+    # pruned there: `total_step` is what PEFT wants to be told.
     "adalora": partial(
-        other_adapter, config_class=AdaLoraConfig, r=8, init_r=12, lora_alpha=32, total_step=1000
+        other_adapter,
+        config_class=AdaLoraConfig,
+        r=8,
+        init_r=12,
+        lora_alpha=32,
+        total_step=1000,
+        target_modules=["q_proj", "v_proj"],
+        descent=DescentConfig(lr=5e-3, max_steps=70, weight_decay=0.0),
+        batch_descent=DescentConfig(lr=5e-3, max_steps=200, weight_decay=0.0),
     ),
     "ft-m": lambda preset: FineTuning(),
     "ft-l": lambda preset: FineTuning(objective="last_prompt_token"),
