@@ -254,6 +254,10 @@ class BenchCommand(TrainingOptions, ModelOptions):
         str, choice(ONE_FORM, "form in which facts are taught and everything is asked")
     ] = "raw"
     also: Annotated[str, text("NAMES", "further metrics of `baft list`, with commas")] = ""
+    piqa: Annotated[
+        Path | None, text("FILE", "ask items of PIQA after the last edit of each block (Table 8)")
+    ] = None
+    piqa_items: Annotated[int, whole_number("the first so many items of --piqa")] = 150
     split: Annotated[
         str, choice(SPLITS, "what processes share: blocks, or the facts of each batch")
     ] = "blocks"

@@ -51,7 +51,7 @@ def test_the_changed_weight_makes_the_searched_vector_of_the_key(toy: FactModel)
     # The key stands before the changed weight, so that it is what it was.
     located = locate(toy.base, toy.tokenizer, edit, [], "rome")
     assert str(toy.tokenizer.decode(located.rows[0].ids[located.places[0]])).strip() == COUNTRIES[0]
-    _, key, output = keys_and_outputs(
+    (key,), output = keys_and_outputs(
         toy.base, toy.tokenizer, toy.base.model.layers[0].mlp.down_proj, located
     )
     state = editor.state_dict()

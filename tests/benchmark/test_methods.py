@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +13,15 @@ from facts import FactModel
 from facts import edits_with_subjects as edits
 from peft_baft import Edit
 from peft_baft.baselines.ft_m import FineTuning
-from peft_baft.benchmark.methods import METHODS, method
+from peft_baft.benchmark.methods import GROUPS, METHODS, method, methods
+from peft_baft.benchmark.plan import plan_runs
+from peft_baft.benchmark.schedule import Schedule
 from peft_baft.editing.editor import CURSOR, Editor
 from peft_baft.editing.method import EditorSetup
 from peft_baft.editing.presets import PRESETS
 from peft_baft.evaluation.scoring import token_match
 
 fact_model = facts.fact_model
-# AdaLoRA has a test of its own; the toy model cannot read a fact off its context.
-LEARNING = [name for name in METHODS if name not in ("adalora", "in-context")]
 PEFT_METHODS = ("reft", "ss-w", "ba-w", "ss-w-lr", "baft", "lora", "adalora")
 
 
@@ -38,7 +39,7 @@ def toy(fact_model: FactModel) -> FactModel:
     return FactModel(deepcopy(fact_model.base), fact_model.tokenizer)
 
 
-@pytest.mark.parametrize("name", LEARNING)
+@pytest.mark.parametrize("name", facts.LEARNING)
 def test_a_removed_editor_gives_the_base_model_back_bit_for_bit(toy: FactModel, name: str) -> None:
     before, flags = weights(toy.base), [p.requires_grad for p in toy.base.parameters()]
     editor = start(name, toy)
@@ -55,7 +56,7 @@ def test_a_removed_editor_gives_the_base_model_back_bit_for_bit(toy: FactModel, 
         assert [p.requires_grad for p in toy.base.parameters()] == flags
 
 
-@pytest.mark.parametrize("name", LEARNING)
+@pytest.mark.parametrize("name", facts.LEARNING)
 def test_a_fresh_editor_goes_on_from_the_state_of_another(toy: FactModel, name: str) -> None:
     editor = start(name, toy)
     editor.edit(edits(0))
@@ -119,3 +120,33 @@ def test_settings_of_any_method_are_set_by_name() -> None:
         match=r"ft-m:gamma=1: unknown setting 'gamma'; known are clip_norm, layer, learn_end, lr",
     ):
         method("ft-m:gamma=1", PRESETS["plain"])
+
+
+def test_adalora_has_the_papers_settings_learns_a_fact_and_stops_early(toy: FactModel) -> None:
+    published = method("adalora", PRESETS["plain"]).settings.described()
+    config, descent, batch = (published[part] for part in ("config", "descent", "batch_descent"))
+    assert (config["init_r"], config["r"], config["lora_alpha"]) == (12, 8, 32)
+    assert (descent["lr"], descent["max_steps"], descent["stop_loss"]) == (5e-3, 70, 0.01)
+    assert batch["max_steps"] == 200
+    editor, (fact,) = start("adalora", toy), edits(0)
+    assert token_match(editor.model, toy.tokenizer, [(fact.prompt, fact.target)]) == [0.0]
+    result = editor.edit([fact])
+    assert result.learned and 0 < result.steps < 60
+    assert token_match(editor.model, toy.tokenizer, [(fact.prompt, fact.target)]) == [1.0]
+    editor.remove()
+
+
+def test_groups_name_methods_and_all_holds_each_of_them() -> None:
+    for names in GROUPS.values():
+        assert set(names) <= set(METHODS) and len(set(names)) == len(names)
+    assert {*GROUPS["paper"], *GROUPS["leaders"]} <= set(GROUPS["all"])
+    chosen = methods("none,paper,leaders", PRESETS["plain"])
+    assert chosen[0] is None and len(chosen) == 1 + len({*GROUPS["paper"], *GROUPS["leaders"]})
+
+
+def test_what_depends_on_no_seed_is_planned_once() -> None:
+    chosen = methods("ft-m,grace", PRESETS["plain"])
+    common: dict[str, Any] = {name: {} for name in ("model", "data", "protocol", "versions")}
+    runs = plan_runs({"benchmark": "facts", **common}, chosen, [Schedule()], range(3))
+    planned = [(run.head.method, run.head.seed) for run in runs]
+    assert sorted(planned) == [("ft-m", 0), ("grace", 0), ("grace", 1), ("grace", 2)]

@@ -23,7 +23,7 @@ from facts import ADAPTER, CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, meals
 from peft_baft import Case, Edit, Probe
 from peft_baft.baselines.adapters import AdapterMethod
 from peft_baft.benchmark import plan
-from peft_baft.benchmark.methods import METHODS, Method, method, methods
+from peft_baft.benchmark.methods import Method, method, methods
 from peft_baft.benchmark.progress import Progress
 from peft_baft.benchmark.results import ResultLine, RunHead, described_model, read_results
 from peft_baft.benchmark.runner import Runner
@@ -151,7 +151,7 @@ def test_a_batch_is_one_edit(bench: Runner) -> None:
     assert line.scores["reliability"] == 1
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "adalora"])
+@pytest.mark.parametrize("name", facts.LEARNING)
 def test_every_method_edits(bench: Runner, name: str) -> None:
     made = method(facts.quick(name), PRESETS["plain"])
     # Two facts that also hold where the toy model's other tokens are moved with the subject's.
@@ -511,6 +511,25 @@ def test_further_questions_change_no_score_of_the_others(bench: Runner) -> None:
     assert {name: more[name] for name in set(fewer) - timed} == {
         name: fewer[name] for name in set(fewer) - timed
     }
+
+
+def test_a_block_tells_what_its_edits_take_and_what_is_asked_after_the_last(bench: Runner) -> None:
+    asked = replace(bench, after_block=lambda model, _: {"answered": float(model is not None)})
+    line = judged(asked, toy_method(), Schedule(edits=3))
+    # Four blocks of an adapter of one size; r 4, d 64, gates and offsets on 4 blocks: R, A and W of (4, 64), b, and gate biases.
+    assert {case["stored_bytes"] for case in line.cases} == {line.scores["stored_bytes"]}
+    assert 4 * 4 * (3 * 4 * 64) <= line.scores["stored_bytes"] <= 4 * 4 * (3 * 4 * 64 + 4 * 4)
+    assert line.scores["peak_bytes"] > line.scores["stored_bytes"]
+    assert [case.get("answered") for case in line.cases] == [None, None, 1.0] * 4
+    assert line.scores["answered"] == 1.0
+
+
+def test_more_edits_in_a_codebook_take_more_bytes(bench: Runner) -> None:
+    grace = method(facts.quick("grace"), PRESETS["plain"])
+    few, many = (
+        judged(bench, grace, Schedule(edits=edits)).scores["stored_bytes"] for edits in (2, 6)
+    )
+    assert 2.5 * few < many < 3.5 * few
 
 
 def test_side_by_side_and_alone_neighbours_are_judged_alike(bench: Runner) -> None:

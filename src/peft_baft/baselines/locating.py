@@ -39,7 +39,7 @@ from peft_baft.losses import answer_losses
 
 TOLERANCE = 1e-3  # of logits, relative to the largest: cached and plain ones differ by rounding
 BEGINNINGS = ("The", "Therefore", "Because", "I", "You")
-ESSENCE = "{} is a"  # whose next token tells what the model takes the subject for
+ESSENCE = "{} is a"  # in which what follows the subject tells what the model takes it for
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def search_target(
     row_of_answer, column = (labels >= 0).nonzero(as_tuple=True)
     read = (
         torch.cat([row_of_answer, torch.tensor([len(rows) - 1])]),
-        torch.cat([column, torch.tensor([len(located.essence.ids) - 1])]),
+        torch.cat([column, torch.tensor([located.essence_place])]),
     )
     wanted = labels[labels >= 0].to(input_device(model))
     per_row = [len(row.ids) - row.prompt_length for row in located.rows]
@@ -332,11 +332,11 @@ def added(module: nn.Module, places: Tensor, delta: Tensor) -> Iterator[None]:
 @torch.no_grad()
 def keys_and_outputs(
     model: Any, tokenizer: Any, module: nn.Module, located: Located
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Compute what enters a module at the subject's last token and what leaves it there.
 
     Returns:
-        The mean over the fact's texts of what enters, (f,); what enters with the bare prompt, (f,); what leaves then, (d,).
+        What enters in each of the fact's texts, (texts, f), the bare prompt first; what leaves with the bare prompt, (d,).
     """
     device = input_device(model)
     batch = {k: v.to(device) for k, v in collate(located.rows, padding_id(tokenizer)).items()}
@@ -345,7 +345,7 @@ def keys_and_outputs(
         full_logits(model, **batch)
     rows = torch.arange(len(located.places))
     keys = seen[0].input[rows, list(located.places)].float()
-    return keys.mean(0), keys[0], seen[0].output[0, located.places[0]].float()
+    return keys, seen[0].output[0, located.places[0]].float()
 
 
 def _hidden(output: Any) -> Tensor:

@@ -223,8 +223,8 @@ class MemitEditor:
     ) -> tuple[Tensor, Tensor]:
         """Compute the facts' present keys at a projection, (n, f) float64, and what the last block lacks, (n, d)."""
         parts, module = (self.model, self.tokenizer), self.model.get_submodule(name)
-        keys = torch.stack([keys_and_outputs(*parts, module, one)[0] for one in located])
-        present = [keys_and_outputs(*parts, self._last_block, one)[2] for one in located]
+        keys = torch.stack([_mean_key(keys_and_outputs(*parts, module, one)[0]) for one in located])
+        present = [keys_and_outputs(*parts, self._last_block, one)[1] for one in located]
         return keys.double(), wanted - torch.stack(present)
 
     def save_lora(self, folder: str | Path) -> None:
@@ -246,6 +246,11 @@ class MemitEditor:
     def remove(self) -> None:
         """Write the original weights back."""
         self.changes.take_off()
+
+
+def _mean_key(keys: Tensor) -> Tensor:
+    """Average a fact's keys (texts, f): the bare prompt's counts as much as those of all contexts together."""
+    return keys[0] if len(keys) == 1 else (keys[0] + keys[1:].mean(0)) / 2
 
 
 def memit_keys(keys: Tensor, weighted_moments: Tensor) -> Tensor:

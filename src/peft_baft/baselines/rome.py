@@ -130,9 +130,9 @@ class RomeEditor:
         parts = self.model, self.tokenizer
         located = locate(*parts, fact, before, "rome", self._template)
         found = search_target(*parts, self.module_name, located, self.settings.search)
-        mean_key, own_key, output = keys_and_outputs(*parts, self._module, located)
-        direction = mean_key / mean_key.norm()
-        key = mean_key if self.settings.mean_key else own_key
+        keys, output = keys_and_outputs(*parts, self._module, located)
+        direction = keys.mean(0) / keys.mean(0).norm()
+        key = keys.mean(0) if self.settings.mean_key else keys[0]
         left = (found.target - output) / (direction @ key)
         self.changes.add(self.module_name, left[None], direction[None])
         return found.result

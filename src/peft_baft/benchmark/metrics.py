@@ -70,3 +70,11 @@ def piqa_cases(
         {"row": row, "probes": [], **right_choices(model, tokenizer, items[row], template)}
         for row in progress(rows)
     ]
+
+
+def piqa_accuracy(
+    model: Any, tokenizer: Any, items: Sequence[PiqaItem], template: Template = RAW
+) -> dict[str, float]:
+    """Measure how many items of PIQA an edited model gets right by the paper's rule (Table 8)."""
+    right = [right_choices(model, tokenizer, item, template)["accuracy"] for item in items]
+    return {"piqa": sum(right) / len(right)}

@@ -121,7 +121,8 @@ class Runner:
             questions += self._questions(self._asked_here(block))
         # Locality compares with the unedited model, which is asked while there is no edit on it.
         self.unedited.ask(self.base, questions)
-        if schedule.block == 1 and self.parallel > 1 and method.settings.side_by_side:
+        side_by_side = method.settings.side_by_side and self.after_block is None
+        if schedule.block == 1 and self.parallel > 1 and side_by_side:
             self._edit_singles(method, [block.start for block in blocks], seed, progress)
         for block in self._unfinished(schedule, progress):
             self.processes.look_up()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from peft_baft.adapter.taught_form import warn_of_another
 from peft_baft.benchmark import plan
 from peft_baft.benchmark.methods import methods
-from peft_baft.benchmark.metrics import METRICS
+from peft_baft.benchmark.metrics import METRICS, piqa_accuracy
 from peft_baft.benchmark.report.tables import tables
 from peft_baft.benchmark.results import (
     ResultLine,
@@ -116,6 +116,11 @@ def _editing(
     warn_of_another(subject.adapter, {template.name}, tokenizer)
     probing = Probing.of_kinds(_further_kinds(options), cases, tokenizer, template)
     protocol = plan.described_protocol(template.name, _also(options), probing.described())
+    after_block = None
+    if options.piqa is not None:
+        items = read_benchmark("piqa", options.piqa)[: options.piqa_items]
+        after_block = partial(piqa_accuracy, items=items, template=template)
+        protocol["piqa"] = described_file(options.piqa) | {"items": len(items)}
     common = _common(options, subject, base, tokenizer, file, (first, last), protocol)
     common["unrelated"] = (
         described_file(unrelated) if Path(unrelated).is_file() else {"file": unrelated}
@@ -123,7 +128,13 @@ def _editing(
     with tqdm(unit="row", smoothing=0.05, disable=not _drawn(processes), leave=False) as bar:
         also = [METRICS[name] for name in _also(options) if name in METRICS]
         rows = Runner(base, tokenizer, cases, first, last, texts, template, also, tick=bar.update)
-        rows = replace(rows, probing=probing, processes=processes, split=options.split)
+        rows = replace(
+            rows,
+            probing=probing,
+            processes=processes,
+            split=options.split,
+            after_block=after_block,
+        )
         runs = plan.plan_runs(common, chosen, schedules, range(options.seeds))
         if options.adapter:
             model = attach_adapter(base, options.adapter, options.adapter_revision)

@@ -14,7 +14,7 @@ from peft_baft.benchmark.results import ResultLine
 Line = ResultLine
 Value = Callable[[Line], float | None]
 # Parts of a protocol that say what is asked beside the data's own questions.
-FURTHER = ("also", "free_rule", "probes")
+FURTHER = ("also", "free_rule", "piqa", "probes")
 NAMES = {"none": "unedited"}  # a line's method to a row's label, where they differ
 
 

@@ -36,6 +36,7 @@ NEIGHBOURS = {
     for what, short in (("subject", "Nb"), ("relation", "NbRel"))
     for how in ("", "_unchanged", "_spared")
 }
+AFTERWARDS = {"piqa": "PIQA"}
 COST = {
     "steps": "Steps",
     "edit_seconds": "Seconds",
@@ -44,7 +45,7 @@ COST = {
     "peak_bytes": "Peak MB",
 }
 UNITS = {"stored_bytes": 1e3, "peak_bytes": 1e6}
-SHORT = FORCED | BY_TOPIC | FREE | IN_CONTEXT | NEIGHBOURS | COST
+SHORT = FORCED | BY_TOPIC | FREE | IN_CONTEXT | NEIGHBOURS | AFTERWARDS | COST
 ASKED = {"after_all": "asked after all edits", "immediate": "asked right after each edit"}
 
 
