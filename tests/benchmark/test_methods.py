@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import facts
+import peft_baft
 from facts import FactModel
 from facts import edits_with_subjects as edits
 from peft_baft import Edit
 from peft_baft.baselines.ft_m import FineTuning
 from peft_baft.benchmark.methods import GROUPS, METHODS, method, methods
 from peft_baft.benchmark.plan import plan_runs
+from peft_baft.benchmark.saved import load_edits, save_edits
 from peft_baft.benchmark.schedule import Schedule
 from peft_baft.editing.editor import CURSOR, Editor
 from peft_baft.editing.method import EditorSetup
 from peft_baft.editing.presets import PRESETS
 from peft_baft.evaluation.scoring import token_match
+from peft_baft.storage import save_with_header
 
 fact_model = facts.fact_model
 PEFT_METHODS = ("reft", "ss-w", "ba-w", "ss-w-lr", "baft", "lora", "adalora")
@@ -150,3 +155,48 @@ def test_what_depends_on_no_seed_is_planned_once() -> None:
     runs = plan_runs({"benchmark": "facts", **common}, chosen, [Schedule()], range(3))
     planned = [(run.head.method, run.head.seed) for run in runs]
     assert sorted(planned) == [("ft-m", 0), ("grace", 0), ("grace", 1), ("grace", 2)]
+
+
+@pytest.mark.parametrize("name", facts.LEARNING)
+def test_saved_edits_answer_as_before_on_a_fresh_model(
+    toy: FactModel, fact_model: FactModel, tmp_path: Path, name: str
+) -> None:
+    editor, file = start(name, toy), tmp_path / "edits.safetensors"
+    editor.edit(edits(0))
+    ids = torch.tensor([toy.tokenizer(edits(0)[0].prompt)["input_ids"]])
+    with torch.no_grad():
+        expected = editor.model(input_ids=ids, logits_to_keep=1).logits
+        save_edits(file, editor, facts.quick(name), seed=3)
+        fresh = FactModel(deepcopy(fact_model.base), toy.tokenizer)
+        unedited = fresh.base(input_ids=ids, logits_to_keep=1).logits
+        loaded = load_edits(file, *fresh)
+        assert torch.equal(loaded.model(input_ids=ids, logits_to_keep=1).logits, expected)
+    assert not torch.allclose(unedited, expected, atol=1e-2)  # the control
+    loaded.remove()
+
+
+def test_a_file_of_edits_that_does_not_fit_is_refused(toy: FactModel, tmp_path: Path) -> None:
+    editor, file = start("grace", toy), tmp_path / "edits.safetensors"
+    editor.edit(edits(0))
+    save_with_header(file, editor.state_dict(), {"format": 9})
+    with pytest.raises(ValueError, match="no file of edits of format 1"):
+        load_edits(file, *toy)
+    save_with_header(file, {}, {"format": 1, "method": "grace", "preset": "plain", "seed": 0})
+    with pytest.raises(ValueError, match="edits of grace on another model"):
+        load_edits(file, *toy)
+    with pytest.raises(ValueError, match="Unknown method"):
+        save_edits(file, editor, "graze")
+    editor.remove()
+
+
+def test_a_methods_name_stands_in_the_table_of_methods_alone() -> None:
+    source = Path(peft_baft.__file__).parent
+    allowed = {source / "benchmark" / "methods.py", *(source / "baselines").glob("*.py")}
+    # What the package is about, what PEFT has, and words that name other things too.
+    names = set(METHODS) - {"baft", "reft", "lora", "adalora"}
+    for path in set(source.rglob("*.py")) - allowed:
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        constants = {node.value for node in nodes if isinstance(node, ast.Constant)}
+        assert not constants & names, path
+    table = ast.walk(ast.parse((source / "benchmark" / "methods.py").read_text(encoding="utf-8")))
+    assert names <= {node.value for node in table if isinstance(node, ast.Constant)}  # the control

@@ -209,13 +209,14 @@ class MemoirEditor(InTurnEditor):
         return torch.where(answered[:, None, None], output + added, output)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give the memory and the masks of the edits, one row an edit."""
-        return {"memory": self._memory, "masks": self._masks}
+        """Give the memory, the masks of the edits, one row an edit, and what prompts are compared with."""
+        return {"memory": self._memory, "masks": self._masks, "background": self._background}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave."""
         device = self._memory.device
         self._memory, self._masks = state["memory"].to(device), state["masks"].to(device)
+        self._background = state["background"].to(device)
 
     def remove(self) -> None:
         """Take the memory off the model."""
