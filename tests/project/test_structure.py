@@ -16,7 +16,7 @@ LEVELS = [
     {"intervention", "regularisers", "span", "storage", "processes"},
     {"losses", "adapter", "data", "loading"},
     {"editing"},
-    {"baselines", "evaluation"},
+    {"baselines", "evaluation", "memory"},
     {"benchmark", "checking", "inspection"},
     {"reporting"},
     {"integrations"},

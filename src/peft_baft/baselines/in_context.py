@@ -147,18 +147,21 @@ class Index:
     def threshold(self) -> float:
         """The largest cosine of a neutral text with an edit's prompt or with another neutral text."""
         neutral = [self._vector(text) for text in self._neutral]
-        others = [_cosine(a, b) for i, a in enumerate(neutral) for b in neutral[:i]]
-        edits = [_cosine(a, b) for a in neutral for b in self._vectors.values()]
+        others = [cosine(a, b) for i, a in enumerate(neutral) for b in neutral[:i]]
+        edits = [cosine(a, b) for a in neutral for b in self._vectors.values()]
         return max(*others, *edits, 0.0)
 
     def nearest(self, text: str) -> tuple[str, float] | None:
         """Find the prompt of the edit that a text is most like, with their cosine; None where there is no edit."""
         if not self._vectors:
             return None
+        best, prompt = max(zip(self.cosines(text), self._vectors, strict=True))
+        return prompt, best
+
+    def cosines(self, text: str) -> list[float]:
+        """Compute the cosine of a text with the prompt of each edit, in their order."""
         vector = self._vector(text)
-        cosines = {prompt: _cosine(vector, other) for prompt, other in self._vectors.items()}
-        best = max(cosines, key=lambda prompt: cosines[prompt])
-        return best, cosines[best]
+        return [cosine(vector, other) for other in self._vectors.values()]
 
     def match(self, text: str) -> str | None:
         """Find the prompt of the edit that answers a text; None where none does."""
@@ -265,6 +268,7 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
 
 
-def _cosine(a: Mapping[str, float], b: Mapping[str, float]) -> float:
+def cosine(a: Mapping[str, float], b: Mapping[str, float]) -> float:
+    """Multiply two vectors of length 1, given by the words that are not 0."""
     small, large = sorted((a, b), key=len)
     return sum(weight * large[word] for word, weight in small.items() if word in large)

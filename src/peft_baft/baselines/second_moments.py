@@ -120,6 +120,14 @@ def _brought(tokenizer: Any) -> list[list[int]]:
     return [ids for ids in found if len(ids) > 1]
 
 
+def written_texts(model: Any, tokenizer: Any, seed: int = 0) -> list[Tokens]:
+    """Let a model write some texts. seed: of the random numbers, which leave those of the caller as they were."""
+    device = input_device(model)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        return _written(model, tokenizer)
+
+
 def _written(model: Any, tokenizer: Any) -> list[Tokens]:
     """Let the model write texts."""
     window = context_window(model) or LENGTH

@@ -26,6 +26,7 @@ from peft_baft.baselines.wise import Wise
 from peft_baft.editing.method import MethodSettings
 from peft_baft.editing.presets import Preset
 from peft_baft.editing.train import DescentConfig
+from peft_baft.memory.editor import Memory
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ METHODS: dict[str, Callable[[Preset], MethodSettings]] = {
     "memoir": lambda preset: Memoir(),
     "horen": lambda preset: Horen(),
     "in-context": lambda preset: InContext(),
+    "memory": lambda preset: Memory(),
 }
 GROUPS = {
     "table4": ("reft", "ss-w", "ba-w", "ss-w-lr", "baft"),  # the paper's ablation
