@@ -13,6 +13,7 @@ from torch import Tensor
 import facts
 from facts import CAPITALS, MEALS, FactModel, edits
 from peft_baft import DescentConfig, Edit
+from peft_baft.editing.acceleration import cached_texts
 from peft_baft.editing.method import EditorSetup
 from peft_baft.evaluation.scoring import greedy_answers, token_match
 from peft_baft.memory import codes
@@ -85,7 +86,7 @@ def test_a_cache_of_the_tokens_before_gives_what_whole_texts_give(
     def none(*_: object) -> None:
         raise NotImplementedError("keeps no cache")
 
-    monkeypatch.setattr(codes, "call_with_cache", none)
+    monkeypatch.setattr(cached_texts, "call_with_cache", none)
     plain = editor_of(toy)
     assert plain.edit(edits(0, 3)).steps == steps
     torch.testing.assert_close(plain.state_dict()["codes"], found, atol=2e-2, rtol=2e-2)

@@ -7,37 +7,25 @@ key of a fact, and find by gradient descent what should leave the projection the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_baft.adapter.model_call import (
-    call_with_cache,
-    fork,
-    full_logits,
-    generate_sampled,
-    input_device,
-)
+from peft_baft.adapter.model_call import full_logits, generate_sampled, input_device
 from peft_baft.baselines.in_place import below, minimise
 from peft_baft.baselines.projections import blocks_before
 from peft_baft.data.batching import Tokens, collate, encode_fitting, last_token_of, padding_id
 from peft_baft.data.cases import Edit, prompt_words
 from peft_baft.data.contexts import Context
 from peft_baft.data.templates import RAW, Template
-from peft_baft.editing.acceleration.module_patches import (
-    FixedBlocks,
-    at_least_four,
-    logits_only_at,
-)
-from peft_baft.editing.acceleration.prefix_cache import split_batch
+from peft_baft.editing.acceleration.cached_texts import CachedTexts
 from peft_baft.editing.editor import EditResult
 from peft_baft.editing.train import STOP_TERM, Terms
 from peft_baft.losses import answer_losses
 
-TOLERANCE = 1e-3  # of logits, relative to the largest: cached and plain ones differ by rounding
 BEGINNINGS = ("The", "Therefore", "Because", "I", "You")
 ESSENCE = "{} is a"  # in which what follows the subject tells what the model takes it for
 
@@ -167,18 +155,21 @@ def search_target(
     )
     wanted = labels[labels >= 0].to(input_device(model))
     per_row = [len(row.ids) - row.prompt_length for row in located.rows]
-    module = model.get_submodule(module_name)
-    whole = _Texts.of(model, tokenizer, module_name, rows, places, read)
+    module, fixed = model.get_submodule(module_name), blocks_before(model, module_name)
+    whole = CachedTexts.whole(model, tokenizer, rows, read, fixed)
     with torch.no_grad(), captured(module) as seen:
-        unedited = whole.logits(None)
+        unedited = whole.logits()
     before = unedited[-1].float().log_softmax(-1)
     original = seen[0].output[0, located.places[0]].detach().float()
-    texts = _Texts.from_cache(model, tokenizer, module_name, rows, places, read, unedited) or whole
+    # What stands before the subject's last token cannot change.
+    texts = CachedTexts.of(model, tokenizer, rows, places, read, fixed)
+    at = torch.tensor(places) - torch.tensor(texts.cuts)
     longest = search.clamp * original.norm()
     delta = nn.Parameter(torch.zeros_like(original))
 
     def terms() -> Terms:
-        logits = texts.logits(delta)
+        with added(module, at, delta):
+            logits = texts.logits()
         of_answers = answer_losses(logits[:-1], wanted)
         now = logits[-1].float().log_softmax(-1)
         # The mean over each text's answer tokens, and over texts.
@@ -197,97 +188,6 @@ def search_target(
         after_step=lambda: delta.mul_((longest / delta.norm()).clamp(max=1.0)),
     )
     return Found(original + delta.detach(), result)
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """Texts that are put to a model again and again, with one vector added to what leaves a module at a token of each.
-
-    Attributes:
-        places: (rows,) columns of these tokens. read: (n,) rows and (n,) columns of the logits that are read.
-        inputs: what the model is called with. cache: of the tokens before them; None where the texts are whole.
-        fixed: blocks before the module.
-    """
-
-    model: Any
-    module: nn.Module
-    places: Tensor
-    read: tuple[Tensor, Tensor]
-    inputs: dict[str, Tensor]
-    fixed: FixedBlocks
-    cache: Any = None
-
-    @classmethod
-    def of(
-        cls,
-        model: Any,
-        tokenizer: Any,
-        module_name: str,
-        rows: Sequence[Tokens],
-        places: Sequence[int],
-        read: tuple[Tensor, Tensor],
-    ) -> _Texts:
-        """Put whole texts to the model."""
-        device = input_device(model)
-        batch = {k: v.to(device) for k, v in collate(rows, padding_id(tokenizer)).items()}
-        batch.pop("labels")
-        fixed = FixedBlocks(blocks_before(model, module_name))
-        module = model.get_submodule(module_name)
-        return cls(model, module, torch.tensor(places), read, batch, fixed)
-
-    @classmethod
-    def from_cache(
-        cls,
-        model: Any,
-        tokenizer: Any,
-        module_name: str,
-        rows: Sequence[Tokens],
-        places: Sequence[int],
-        read: tuple[Tensor, Tensor],
-        expected: Tensor,
-    ) -> _Texts | None:
-        """Put to the model only what follows the places: what stands before cannot change.
-
-        Args:
-            expected: the logits (n, vocabulary) of the whole texts.
-
-        Returns:
-            None where the model keeps no cache, or going on from it does not give what is expected.
-        """
-        first, inputs = split_batch(model, rows, places, padding_id(tokenizer), input_device(model))
-        if not first["input_ids"].shape[1] or not all(places):
-            return None
-        cut = read[0], read[1] - torch.tensor(places)[read[0]]
-        module = model.get_submodule(module_name)
-        try:
-            with (
-                torch.no_grad(),
-                logits_only_at(model.get_output_embeddings(), (cut[0][:0], cut[1][:0])),
-            ):
-                _, cache = call_with_cache(model, model, first)
-            fixed = FixedBlocks(blocks_before(model, module_name))
-            begun = torch.zeros(len(rows), dtype=torch.long)
-            texts = cls(model, module, begun, cut, inputs, fixed, cache)
-            with torch.no_grad():
-                difference = (texts.logits(None) - expected).abs().max()
-        except NotImplementedError:
-            return None
-        return texts if difference <= TOLERANCE * (1 + expected.abs().max()) else None
-
-    def logits(self, delta: Tensor | None) -> Tensor:
-        """Compute the logits that are read, (n, vocabulary), with a vector (d,) added; None adds none."""
-        adding = nullcontext() if delta is None else added(self.module, self.places, delta)
-        with (
-            adding,
-            self.fixed.run_once(),
-            logits_only_at(self.model.get_output_embeddings(), at_least_four(self.read)),
-        ):
-            if self.cache is None:
-                logits = full_logits(self.model, **self.inputs)
-            else:
-                cache = fork(self.cache)
-                logits, _ = call_with_cache(self.model, self.model, self.inputs, cache)
-        return logits[: len(self.read[0])]
 
 
 @dataclass(frozen=True)

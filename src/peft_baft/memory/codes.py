@@ -10,29 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_baft.adapter.model_call import (
-    call_with_cache,
-    fork,
-    full_logits,
-    input_device,
-    select_rows,
-)
+from peft_baft.adapter.model_call import input_device
 from peft_baft.baselines.projections import blocks_before
-from peft_baft.data.batching import Tokens, collate, padding_id
-from peft_baft.editing.acceleration.module_patches import (
-    FixedBlocks,
-    at_least_four,
-    logits_only_at,
-    with_hidden,
-)
-from peft_baft.editing.acceleration.prefix_cache import split_batch
+from peft_baft.data.batching import Tokens
+from peft_baft.editing.acceleration.cached_texts import CachedTexts
+from peft_baft.editing.acceleration.module_patches import with_hidden
 from peft_baft.editing.editor import EditResult
 from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms, descend
 from peft_baft.evaluation.forward import answer_ids
@@ -108,7 +96,9 @@ def learn_codes(
         for _ in rows
     ]
     descents = [Descent([code], config) for code in codes]
-    texts = _Texts.of(model, tokenizer, rows, basis, prompt_positions)
+    answers = [answer_ids(row).to(device) for row in rows]
+    texts = _texts(model, tokenizer, rows, basis, prompt_positions)
+    begins = [max(0, row.prompt_length - prompt_positions) for row in rows]
     numbers = {id(descent): number for number, descent in enumerate(descents)}
     at_hand = list(range(len(rows)))  # of which row of `rows` each row of `texts` is
 
@@ -117,112 +107,29 @@ def learn_codes(
         wanted = [numbers[id(descent)] for descent in running]
         if 2 * len(wanted) <= len(at_hand):  # what is learned needs no more forwards
             texts, at_hand = texts.select([at_hand.index(n) for n in wanted]), wanted
-        of_rows = texts.losses(torch.stack([codes[n] for n in at_hand]))
+        columns = torch.arange(texts.inputs["input_ids"].shape[1], device=device)
+        first = [begins[n] - cut for n, cut in zip(at_hand, texts.cuts, strict=True)]
+        edited = columns >= torch.tensor(first, device=device)[:, None]
+        with basis.added(torch.stack([codes[n] for n in at_hand]), edited):
+            logits = texts.logits()
+        every = answer_losses(logits, torch.cat([answers[n] for n in at_hand]).to(logits.device))
+        of_rows = every.split([len(answers[n]) for n in at_hand])
         return [{STOP_TERM: of_rows[at_hand.index(n)].mean()} for n in wanted]
 
     results = descend(descents, losses)
     return torch.stack([code.detach() for code in codes]), results
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """What follows the tokens that no code edits, with a cache of these: texts that are put to a model again and again.
-
-    Attributes:
-        inputs: of the model; edited: (rows, tokens) bool. places: rows and columns of the logits that are read; wanted: what they
-            should predict; counts: how many there are of each row.
-    """
-
-    model: Any
-    basis: Basis
-    inputs: dict[str, Tensor]
-    cache: Any
-    edited: Tensor
-    places: tuple[Tensor, Tensor]
-    wanted: Tensor
-    counts: list[int]
-    fixed: FixedBlocks
-
-    @classmethod
-    def of(
-        cls, model: Any, tokenizer: Any, rows: Sequence[Tokens], basis: Basis, positions: int
-    ) -> _Texts:
-        """Put what no code edits into a cache, where the model keeps one and every prompt is long enough."""
-        device = input_device(model)
-        begins = [max(0, row.prompt_length - positions) for row in rows]
-        cache, cuts = None, begins
-        if all(begins):
-            first, inputs = split_batch(model, rows, begins, padding_id(tokenizer), device)
-            nowhere = torch.zeros(0, dtype=torch.long)
-            head = model.get_output_embeddings()
-            try:
-                with torch.no_grad(), logits_only_at(head, (nowhere, nowhere)):
-                    _, cache = call_with_cache(model, model, first)
-            except NotImplementedError:
-                cache = None
-        if cache is None:
-            cuts = [0] * len(rows)
-            batch = collate(rows, padding_id(tokenizer))
-            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        answers = [answer_ids(row) for row in rows]
-        ends = [len(row.ids) - cut for row, cut in zip(rows, cuts, strict=True)]
-        columns = [
-            torch.arange(end - 1 - len(ids), end - 1)
-            for end, ids in zip(ends, answers, strict=True)
-        ]
-        counts = [len(ids) for ids in answers]
-        numbers = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
-        tokens = torch.arange(inputs["input_ids"].shape[1], device=device)
-        begin = torch.tensor([b - cut for b, cut in zip(begins, cuts, strict=True)], device=device)
-        return cls(
-            model,
-            basis,
-            inputs,
-            cache,
-            tokens >= begin[:, None],
-            (numbers, torch.cat(columns)),
-            torch.cat(answers).to(device),
-            counts,
-            FixedBlocks(blocks_before(model, basis.blocks[0])),
-        )
-
-    def losses(self, codes: Tensor) -> list[Tensor]:
-        """Compute for each row the cross entropies of its answer's tokens, with its code (rows, blocks, r)."""
-        head = self.model.get_output_embeddings()
-        with (
-            self.basis.added(codes, self.edited),
-            self.fixed.run_once(),
-            logits_only_at(head, at_least_four(self.places)),
-        ):
-            if self.cache is None:
-                logits = full_logits(self.model, **self.inputs)
-            else:
-                cache = fork(self.cache)
-                logits, _ = call_with_cache(self.model, self.model, self.inputs, cache)
-        logits = logits[: len(self.wanted)]
-        return list(answer_losses(logits, self.wanted.to(logits.device)).split(self.counts))
-
-    def select(self, chosen: Sequence[int]) -> _Texts:
-        """Make the same of some of the rows."""
-        index = torch.tensor(chosen)
-        parts = [part.tolist() for part in self.places[1].split(self.counts)]
-        wanted = self.wanted.split(self.counts)
-        counts = [self.counts[i] for i in chosen]
-        numbers = torch.arange(len(chosen)).repeat_interleave(torch.tensor(counts))
-        columns = torch.tensor([column for i in chosen for column in parts[i]])
-        device = self.edited.device
-        index = index.to(device)
-        outputs = {
-            block: with_hidden(output, lambda hidden: hidden[index.to(hidden.device)])
-            for block, output in self.fixed.outputs.items()
-        }
-        return replace(
-            self,
-            inputs={name: part[index] for name, part in self.inputs.items()},
-            cache=None if self.cache is None else select_rows(self.cache, index),
-            edited=self.edited[index],
-            places=(numbers, columns),
-            wanted=torch.cat([wanted[i] for i in chosen]),
-            counts=counts,
-            fixed=FixedBlocks(self.fixed.blocks, outputs),
-        )
+def _texts(
+    model: Any, tokenizer: Any, rows: Sequence[Tokens], basis: Basis, prompt_positions: int
+) -> CachedTexts:
+    """Put what no code edits into a cache, and read the logits that predict the answers' tokens."""
+    lengths = [len(row.ids) - row.prompt_length - row.lead for row in rows]
+    columns = [
+        torch.arange(len(row.ids) - 1 - length, len(row.ids) - 1)
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+    numbers = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths))
+    cuts = [max(0, row.prompt_length - prompt_positions) for row in rows]
+    fixed = blocks_before(model, basis.blocks[0])
+    return CachedTexts.of(model, tokenizer, rows, cuts, (numbers, torch.cat(columns)), fixed)
