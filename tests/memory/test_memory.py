@@ -26,7 +26,7 @@ fact_model = facts.fact_model
 SETTINGS = Memory(
     rank=48,
     key_dimensions=16,
-    least_identity=0.5,
+    least_subject=0.8,
     strictness=0.9,
     descent=DescentConfig(lr=0.2, max_steps=60, stop_loss=0.05, weight_decay=0.0),
 )
@@ -145,7 +145,7 @@ def test_an_edit_of_a_known_question_replaces_it(toy: FactModel) -> None:
 
 
 def test_a_rephrasing_finds_its_edit_and_another_country_does_not(toy: FactModel) -> None:
-    editor = editor_of(toy, strictness=0.2, least_identity=0.2)
+    editor = editor_of(toy, strictness=0.2, least_subject=0.2)
     editor.edit(edits(*range(12)))
     found = [editor.matches(fact.rephrase) for fact in CAPITALS[:12]]
     assert sum(match.best == number for number, match in enumerate(found)) >= 11
@@ -153,7 +153,7 @@ def test_a_rephrasing_finds_its_edit_and_another_country_does_not(toy: FactModel
     assert match.edit == match.best == 0 and match.runner_up != 0
     others = [editor.matches(fact.prompt) for fact in CAPITALS[12:]]
     edited = [editor.matches(fact.prompt) for fact in CAPITALS[:12]]
-    assert max(match.identity for match in others) < min(match.identity for match in edited)
+    assert max(match.subject for match in others) < min(match.subject for match in edited)
     editor.remove()
 
 
@@ -189,5 +189,5 @@ def test_keys_have_length_one_and_equal_spread(toy: FactModel) -> None:
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="rank must be an integer of at least 1, not 0"):
         Memory(rank=0)
-    with pytest.raises(ValueError, match="strictness must lie in"):
+    with pytest.raises(ValueError, match="strictness must be a similarity"):
         Memory(strictness=9.0)

@@ -36,8 +36,8 @@ class Memory(MethodSettings):
     Args:
         rank: r, numbers of an edit in each block. prompt_positions: P; the last P prompt tokens and all answer tokens are edited.
         key_dimensions: of a token's key.
-        least_identity: how like an edit's question a prompt must be at least; what edits score with each other counts besides.
-        strictness: from where on it is taken for the same question; larger lets fewer prompts in.
+        least_subject: above which a prompt is taken to be about the subject of an edit.
+        strictness: above which it is taken to ask the same of it; larger lets fewer prompts in.
         descent: how a code is learned.
 
     Raises:
@@ -47,8 +47,8 @@ class Memory(MethodSettings):
     rank: int = 64
     prompt_positions: int = 3
     key_dimensions: int = 64
-    least_identity: float = 0.7
-    strictness: float = 0.68
+    least_subject: float = 0.65
+    strictness: float = 0.53
     descent: DescentConfig = field(
         default_factory=lambda: DescentConfig(
             lr=4.0, max_steps=60, stop_loss=0.03, weight_decay=0.0
@@ -61,10 +61,10 @@ class Memory(MethodSettings):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"memory: {name} must be an integer of at least 1, not {value!r}.")
-        for name in ("least_identity", "strictness"):
-            if not -1 <= getattr(self, name) < 3:
+        for name in ("least_subject", "strictness"):
+            if not -1 <= getattr(self, name) < 1:
                 raise ValueError(
-                    f"memory: {name} must lie in -1 … 3, not be {getattr(self, name)!r}."
+                    f"memory: {name} must be a similarity of -1 to 1, not be {getattr(self, name)!r}."
                 )
 
     def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> MemoryEditor:
@@ -89,7 +89,7 @@ class MemoryEditor:
         known = (self._key_block, settings.key_dimensions)
         if known not in prepared.computed:
             prepared.computed[known] = key_statistics(model, tokenizer, *known)
-        self.router = Router(prepared.computed[known], settings.least_identity, settings.strictness)
+        self.router = Router(prepared.computed[known], settings.least_subject, settings.strictness)
         device = input_device(model)
         self._codes = torch.zeros(0, len(edited), settings.rank, device=device)
         self._questions: list[str] = []  # of each edit, by which an edit replaces an earlier one
