@@ -9,10 +9,11 @@ import facts
 from facts import CAPITALS, MEALS, FactModel, edits
 from peft_baft import Edit
 from peft_baft.adapter.model_call import generate_greedily
-from peft_baft.baselines.in_context import InContext, InContextEditor, Index
+from peft_baft.baselines.in_context import InContext, InContextEditor
 from peft_baft.data.batching import special_ids
 from peft_baft.data.templates import Template
 from peft_baft.data.unrelated import GENERAL
+from peft_baft.data.word_index import WordIndex
 from peft_baft.editing.method import EditorSetup
 
 fact_model = facts.fact_model
@@ -30,12 +31,12 @@ def test_the_likest_prompt_is_found_and_neutral_texts_match_nothing() -> None:
         "Which family does Ramalinaceae belong to?",
         "What role does Denny Herzig play in football?",
     ]
-    index = Index(dict.fromkeys(prompts, "x"))
-    assert index.match("Which university was attended by Watts Humphrey?") == prompts[0]
-    assert index.match("what position does Denny Herzig play?") == prompts[2]
-    assert all(index.match(text.prompt) is None for text in GENERAL)  # type: ignore[arg-type]
-    assert index.nearest(prompts[1]) == (prompts[1], pytest.approx(1.0))
-    assert Index({}).match(prompts[0]) is None
+    index = WordIndex(prompts)
+    assert index.match("Which university was attended by Watts Humphrey?") == 0
+    assert index.match("what position does Denny Herzig play?") == 2
+    assert all(index.match(str(text.prompt)) is None for text in GENERAL)
+    assert index.cosines(prompts[1])[1] == pytest.approx(1.0)
+    assert WordIndex([]).match(prompts[0]) is None
 
 
 def test_the_model_gets_the_fact_and_gives_back_its_own_tokens_alone(
@@ -85,9 +86,9 @@ def test_an_edit_replaces_an_earlier_one_and_state_goes_on(
     editor.edit([Edit(edit.prompt, "Kasgrad")])
     again = InContext(form=FORM).start(fact_model.base, fact_model.tokenizer)
     again.load_state_dict(editor.state_dict())
-    assert again.model.index.facts == {edit.prompt: "Kasgrad"}
+    assert again.model.facts == {edit.prompt: "Kasgrad"}
     editor.remove()
-    assert not editor.model.index.facts
+    assert not editor.model.facts
 
 
 def test_a_text_too_long_for_the_model_and_a_chat_are_refused(
@@ -96,7 +97,7 @@ def test_a_text_too_long_for_the_model_and_a_chat_are_refused(
     long = " ".join([CAPITALS[0].prompt] * 6)
     with pytest.raises(ValueError, match="reads at most"):
         editor.edit([Edit(long, "Kasgrad")])
-    assert not editor.model.index.facts
+    assert not editor.model.facts
     setup = EditorSetup(template=Template(True))
     with pytest.raises(ValueError, match="take --template raw"):
         InContext().start(fact_model.base, fact_model.tokenizer, setup)

@@ -7,12 +7,8 @@ edit's than any of the package's neutral texts is like an edit's, or like anothe
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +25,7 @@ from peft_baft.data.batching import (
     special_ids,
 )
 from peft_baft.data.cases import Edit, prompt_words
-from peft_baft.data.unrelated import GENERAL
+from peft_baft.data.word_index import WordIndex
 from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
 from peft_baft.editing.method import EditorSetup, MethodSettings
 from peft_baft.editing.train import STOP_TERM
@@ -85,14 +81,13 @@ class InContextEditor:
         """Keep the edits; one replaces an earlier one of the same prompt. Nothing is trained."""
         facts = checked_edits(edits)
         encode_edits(self.model, self.tokenizer, facts)  # their check
-        before = self.model.index
-        known = dict(before.facts)
-        known |= {prompt_words(fact.prompt): fact.target.strip() for fact in facts}
-        self.model.index = Index(known)
+        before = self.model.facts
+        new = {prompt_words(fact.prompt): fact.target.strip() for fact in facts}
+        self.model.keep(before | new)
         try:
             losses, right = self._look(facts)
         except BaseException:
-            self.model.index = before
+            self.model.keep(before)
             raise
         return EditResult(0, {STOP_TERM: losses}, 0.0, right)
 
@@ -111,62 +106,16 @@ class InContextEditor:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Give the edits as the bytes of a JSON text."""
-        text = json.dumps(self.model.index.facts).encode()
+        text = json.dumps(self.model.facts).encode()
         return {"facts": torch.tensor(list(text), dtype=torch.uint8)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave."""
-        self.model.index = Index(json.loads(bytes(state["facts"].tolist())))
+        self.model.keep(json.loads(bytes(state["facts"].tolist())))
 
     def remove(self) -> None:
         """Forget the edits; the base model was never changed."""
-        self.model.index = Index({})
-
-
-class Index:
-    """Finds the edit that a text is most like. facts: targets by prompt."""
-
-    def __init__(self, facts: Mapping[str, str]) -> None:
-        self.facts = dict(facts)
-        self._neutral = [prompt_words(text.prompt) for text in GENERAL]
-        texts = [*self.facts, *self._neutral]
-        self._documents = Counter(word for text in texts for word in set(_words(text)))
-        self._count = len(texts)
-        self._vectors = {prompt: self._vector(prompt) for prompt in self.facts}
-
-    def _vector(self, text: str) -> dict[str, float]:
-        """Weigh the words of a text, to a vector of length 1."""
-        weights = {
-            word: times * (1 + math.log((1 + self._count) / (1 + self._documents[word])))
-            for word, times in Counter(_words(text)).items()
-        }
-        length = math.sqrt(sum(weight**2 for weight in weights.values())) or 1.0
-        return {word: weight / length for word, weight in weights.items()}
-
-    @cached_property
-    def threshold(self) -> float:
-        """The largest cosine of a neutral text with an edit's prompt or with another neutral text."""
-        neutral = [self._vector(text) for text in self._neutral]
-        others = [cosine(a, b) for i, a in enumerate(neutral) for b in neutral[:i]]
-        edits = [cosine(a, b) for a in neutral for b in self._vectors.values()]
-        return max(*others, *edits, 0.0)
-
-    def nearest(self, text: str) -> tuple[str, float] | None:
-        """Find the prompt of the edit that a text is most like, with their cosine; None where there is no edit."""
-        if not self._vectors:
-            return None
-        best, prompt = max(zip(self.cosines(text), self._vectors, strict=True))
-        return prompt, best
-
-    def cosines(self, text: str) -> list[float]:
-        """Compute the cosine of a text with the prompt of each edit, in their order."""
-        vector = self._vector(text)
-        return [cosine(vector, other) for other in self._vectors.values()]
-
-    def match(self, text: str) -> str | None:
-        """Find the prompt of the edit that answers a text; None where none does."""
-        found = self.nearest(text)
-        return found[0] if found is not None and found[1] > self.threshold else None
+        self.model.keep({})
 
 
 class ModelWithFacts:
@@ -177,7 +126,11 @@ class ModelWithFacts:
 
     def __init__(self, model: Any, tokenizer: Any, form: str) -> None:
         self.base, self._tokenizer, self._form = model, tokenizer, form
-        self.index = Index({})
+        self.keep({})
+
+    def keep(self, facts: Mapping[str, str]) -> None:
+        """Take these facts, targets by prompt, in the place of the former ones."""
+        self.facts, self._index = dict(facts), WordIndex(facts)
 
     def __getattr__(self, name: str) -> Any:
         """Give what the model has."""
@@ -239,13 +192,14 @@ class ModelWithFacts:
             row = ids[of_row != OUTSIDE].tolist()
             start = next((i for i, token in enumerate(row) if token not in special), len(row))
             prompt = ids[(of_row < 0) & (of_row != OUTSIDE)]
-            match = self.index.match(self._tokenizer.decode(prompt, skip_special_tokens=True))
+            match = self._index.match(self._tokenizer.decode(prompt, skip_special_tokens=True))
             given.append((row, start))
             before.append(NO_TOKENS if match is None else self._sentence(match))
         return given, before
 
-    def _sentence(self, prompt: str) -> tuple[int, ...]:
-        text = self._form.format(prompt=prompt, target=self.index.facts[prompt])
+    def _sentence(self, number: int) -> tuple[int, ...]:
+        prompt, target = list(self.facts.items())[number]
+        text = self._form.format(prompt=prompt, target=target)
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _batch(self, rows: Sequence[list[int]], side: str) -> dict[str, Tensor]:
@@ -262,13 +216,3 @@ class ModelWithFacts:
 
 def _inserted(row: list[int], start: int, tokens: tuple[int, ...]) -> list[int]:
     return [*row[:start], *tokens, *row[start:]]
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
-
-
-def cosine(a: Mapping[str, float], b: Mapping[str, float]) -> float:
-    """Multiply two vectors of length 1, given by the words that are not 0."""
-    small, large = sorted((a, b), key=len)
-    return sum(weight * large[word] for word, weight in small.items() if word in large)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peft_baft.baselines.in_context import Index
+from peft_baft.data.word_index import WordIndex
 from peft_baft.memory.statistics import KeyStatistics
 
 INT8 = 127.0
@@ -84,9 +84,7 @@ class _SideBySide:
     """The keys of all edits in one tensor, and how rare their tokens are."""
 
     def __init__(self, keys: Sequence[Key], statistics: KeyStatistics) -> None:
-        self._index = Index({key.text: "" for key in keys})
-        places = {text: place for place, text in enumerate(self._index.facts)}
-        self._places = [places[key.text] for key in keys]
+        self._words = WordIndex(key.text for key in keys)
         width, device = max(len(key.ids) for key in keys), keys[0].states.device
         count, documents = statistics.count + len(keys), statistics.documents.clone()
         for key in keys:
@@ -108,7 +106,7 @@ class _SideBySide:
         )  # (edits, longest): of each stored token, its most similar one of the query
         real = self._rarities > 0
         asked = similar.masked_fill(~real[..., None], -1.0).amax(1)  # (edits, n): and the reverse
-        words = torch.tensor(self._index.cosines(query.text), device=states.device)[self._places]
+        words = torch.tensor(self._words.cosines(query.text), device=states.device)
         ranking = words + (_mean(stored, self._rarities) + _mean(asked, rarity)) / 2
         top = ranking.topk(min(2, len(ranking))).indices.tolist()
         best, runner_up = top[0], top[1] if len(top) > 1 else NONE
