@@ -22,19 +22,21 @@ import facts
 from facts import ADAPTER, CAPITALS, DESCENT, MEALS, OBJECTIVE, FactModel, meals
 from peft_baft import Case, Edit, Probe
 from peft_baft.baselines.adapters import AdapterMethod
-from peft_baft.benchmark import plan
+from peft_baft.benchmark import plan, runner
 from peft_baft.benchmark.methods import Method, method, methods
 from peft_baft.benchmark.progress import Progress
 from peft_baft.benchmark.results import ResultLine, RunHead, described_model, read_results
 from peft_baft.benchmark.runner import Runner
 from peft_baft.benchmark.schedule import Schedule
 from peft_baft.data.templates import CHAT, RAW
+from peft_baft.editing.editor import EditResult
 from peft_baft.editing.lanes import LaneBatch
 from peft_baft.editing.presets import PRESETS
 from peft_baft.evaluation import asking, probing
 from peft_baft.evaluation.asking import Unedited, ask, questions_of
 from peft_baft.evaluation.frames import RAW_FRAMES
 from peft_baft.evaluation.probing import Probing
+from peft_baft.memory.editor import MemoryEditor
 from peft_baft.storage import append_line
 
 fact_model = facts.fact_model
@@ -522,6 +524,42 @@ def test_a_block_tells_what_its_edits_take_and_what_is_asked_after_the_last(benc
     assert line.scores["peak_bytes"] > line.scores["stored_bytes"]
     assert [case.get("answered") for case in line.cases] == [None, None, 1.0] * 4
     assert line.scores["answered"] == 1.0
+
+
+def test_independent_edits_are_made_together_and_come_out_as_in_turn(
+    bench: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = method(facts.quick("memory"), PRESETS["plain"])
+    sizes: list[int] = []
+    edit_independently = MemoryEditor.edit_independently
+
+    def counted(editor: MemoryEditor, edits: list[Edit]) -> list[EditResult]:
+        sizes.append(len(edits))
+        return edit_independently(editor, edits)
+
+    monkeypatch.setattr(MemoryEditor, "edit_independently", counted)
+    together = judged(bench, memory, Schedule(edits=6))
+    assert sizes == [6, 6]
+    monkeypatch.setattr(runner, "TOGETHER", 1)
+    in_turn = judged(bench, memory, Schedule(edits=6))
+    assert sizes[2:] == [1] * 12
+    assert together.scores["reliability"] == in_turn.scores["reliability"] > 0.8
+    # Rounding of shared forwards may move a step.
+    assert abs(together.scores["steps"] - in_turn.scores["steps"]) < 1
+    assert len({case["steps"] for case in together.cases}) > 1  # each has its own
+    sizes.clear()
+
+    def broken(editor: MemoryEditor, edits: list[Edit]) -> list[EditResult]:
+        if len(edits) > 1:
+            raise FloatingPointError("became nan")
+        return counted(editor, edits)
+
+    # Where one diverges they are made one by one: it must not take the others with it.
+    monkeypatch.setattr(runner, "TOGETHER", 64)
+    monkeypatch.setattr(MemoryEditor, "edit_independently", broken)
+    again = judged(bench, memory, Schedule(edits=6))
+    assert again.scores["reliability"] == in_turn.scores["reliability"]
+    assert sizes == [1] * 12
 
 
 def test_more_edits_in_a_codebook_take_more_bytes(bench: Runner) -> None:

@@ -64,6 +64,12 @@ class Progress:
         self.state = editor.state_dict()
         self._write()
 
+    def add_edits(self, editor: Editor, outcomes: list[dict[str, Any]]) -> None:
+        """Keep some more edits, of which nothing was asked yet."""
+        self.outcomes += outcomes
+        self.state = editor.state_dict()
+        self._write()
+
     def finish_block(self, cases: list[dict[str, Any]]) -> None:
         """Keep a whole block; its editor's state is not needed any more."""
         self.cases += cases

@@ -18,7 +18,13 @@ from peft_baft.benchmark.schedule import Schedule
 from peft_baft.data.cases import Case, Unrelated
 from peft_baft.data.templates import RAW, Template
 from peft_baft.editing.acceleration.prepared import PreparedModel
-from peft_baft.editing.editor import CURSOR, Editor, EditResult, SideBySideEditor
+from peft_baft.editing.editor import (
+    CURSOR,
+    Editor,
+    EditResult,
+    IndependentEditor,
+    SideBySideEditor,
+)
 from peft_baft.editing.method import EditorSetup
 from peft_baft.evaluation.asking import Question, Unedited, ask, judged
 from peft_baft.evaluation.forward import one_model
@@ -28,6 +34,7 @@ from peft_baft.processes import Processes
 ASKED_TOGETHER = (
     8  # rows of a model that is not edited here, between two updates of the progress bar
 )
+TOGETHER = 64  # independent edits that are made at once, and kept at once
 SPLITS = ("blocks", "facts")
 SEED_STRIDE = 100_003  # the seed of a block is its first row, plus this times the run's seed
 
@@ -190,6 +197,9 @@ class Runner:
         batches = [
             block[i : i + schedule.batch_size] for i in range(0, len(block), schedule.batch_size)
         ]
+        in_turn = schedule.batch_size == 1 and schedule.when == "after_all"
+        if in_turn and isinstance(editor, IndependentEditor):
+            self._edit_together(editor, batches, progress)
         for batch in batches[len(progress.outcomes) :]:
             outcome = _edit(editor, [self.cases[row] for row in batch])
             replies = (
@@ -210,6 +220,19 @@ class Runner:
         for outcome in progress.outcomes:
             outcomes += [outcome] * schedule.batch_size
         return [entry | outcome for entry, outcome in zip(entries, outcomes, strict=True)]
+
+    def _edit_together(
+        self, editor: IndependentEditor, batches: Sequence[Sequence[int]], progress: Progress
+    ) -> None:
+        """Make a block's remaining edits, which do not depend on each other, some at a time; none where one diverges."""
+        while len(progress.outcomes) < len(batches):
+            done = len(progress.outcomes)
+            rows = [row for batch in batches[done : done + TOGETHER] for row in batch]
+            outcomes = _edit_independently(editor, [self.cases[row] for row in rows])
+            if outcomes is None:
+                return  # one by one, then: it must not take the others with it
+            progress.add_edits(editor, outcomes)
+            self.tick(len(rows))
 
     def _unfinished(self, schedule: Schedule, progress: Progress) -> list[range]:
         """List the blocks that this process has not finished."""
@@ -342,6 +365,23 @@ def _edit(editor: Editor, cases: Sequence[Case]) -> dict[str, Any]:
     seconds = (time.perf_counter() - begin) / len(cases)
     held = peak(device)
     return _outcome(replace(result, seconds=seconds)) | ({"peak_bytes": held} if held else {})
+
+
+def _edit_independently(
+    editor: IndependentEditor, cases: Sequence[Case]
+) -> list[dict[str, Any]] | None:
+    """Make independent edits at once; None if one diverged."""
+    device = input_device(editor.model)
+    begin_peak(device)
+    begin = time.perf_counter()
+    try:
+        results = editor.edit_independently([case.edit for case in cases])
+    except FloatingPointError:
+        return None
+    seconds = (time.perf_counter() - begin) / len(cases)
+    held = peak(device)
+    memory = {"peak_bytes": held} if held else {}
+    return [_outcome(replace(result, seconds=seconds)) | memory for result in results]
 
 
 def _outcome(result: EditResult) -> dict[str, Any]:

@@ -98,6 +98,19 @@ class SideBySideEditor(Editor, Protocol):
         ...
 
 
+@runtime_checkable
+class IndependentEditor(Editor, Protocol):
+    """An editor whose edits do not depend on each other, so that many at once come out as one after another."""
+
+    def edit_independently(self, edits: Sequence[Edit]) -> list[EditResult]:
+        """Make the edits as if in turn, in shared forwards; one of the same question replaces an earlier one.
+
+        Raises:
+            As `edit`. In each case nothing has changed.
+        """
+        ...
+
+
 CURSOR = "editor."  # how the names of an editor's state begin that are no weights of the model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,16 @@ from torch import Tensor, nn
 
 from peft_baft.adapter.blocks import configured_width, default_blocks, find_stack, stack_owner
 from peft_baft.adapter.model_call import full_logits, input_device
-from peft_baft.baselines.in_place import frozen
+from peft_baft.baselines.in_place import frozen, in_turn
 from peft_baft.baselines.locating import captured
 from peft_baft.baselines.prompts import PromptWatch
-from peft_baft.data.batching import Tokens, collate, encode_prompt, padding_id
+from peft_baft.data.batching import (
+    Tokens,
+    collate,
+    encode_fitting,
+    encode_prompt,
+    padding_id,
+)
 from peft_baft.data.cases import Edit, asked_words
 from peft_baft.editing.acceleration.module_patches import with_hidden
 from peft_baft.editing.acceleration.prepared import PreparedModel
@@ -110,16 +116,36 @@ class MemoryEditor:
     def edit(self, edits: Iterable[Edit]) -> EditResult:
         """Learn a code for each edit; an edit of a question that is in the memory replaces it. As `Editor.edit`."""
         facts = checked_edits(edits)
-        end = self.settings.descent.learn_end
+        encode_edits(
+            self.model, self.tokenizer, facts, (self._template,)
+        )  # what contradicts itself
+        results = self.edit_independently(facts)
+        losses = {
+            name: sum(one.losses[name] for one in results) / len(results)
+            for name in results[0].losses
+        }
+        return replace(in_turn(results), losses=losses)
+
+    def edit_independently(self, edits: Sequence[Edit]) -> list[EditResult]:
+        """Learn a code for each edit, side by side; as `IndependentEditor.edit_independently`."""
+        facts, descent = checked_edits(edits), self.settings.descent
         rows = [
-            forms[0]
-            for forms in encode_edits(self.model, self.tokenizer, facts, (self._template,), end=end)
+            encode_fitting(
+                self.model,
+                self.tokenizer,
+                fact.prompt,
+                fact.target,
+                template=self._template,
+                end=descent.learn_end,
+            )
+            for fact in facts
         ]
+        codes: list[Tensor] = []
+        results: list[EditResult] = []
         self._learning = True
         try:
             with frozen(self.model):
                 keys = self._keys(facts)
-                codes, results = [], []
                 for start in range(0, len(rows), LANES):
                     found, of_lanes = learn_codes(
                         self.model,
@@ -127,23 +153,14 @@ class MemoryEditor:
                         rows[start : start + LANES],
                         self._basis,
                         self.settings.prompt_positions,
-                        self.settings.descent,
+                        descent,
                     )
                     codes.append(found)
                     results += of_lanes
         finally:
             self._learning = False
         self._keep(facts, keys, torch.cat(codes))
-        losses = {
-            name: sum(one.losses[name] for one in results) / len(results)
-            for name in results[0].losses
-        }
-        return EditResult(
-            sum(one.steps for one in results),
-            losses,
-            sum(one.seconds for one in results),
-            all(one.learned for one in results),
-        )
+        return results
 
     @torch.no_grad()
     def _keys(self, facts: Sequence[Edit]) -> list[Key]:
@@ -167,12 +184,23 @@ class MemoryEditor:
         return self.router.key(text, ids, states)
 
     def _keep(self, facts: Sequence[Edit], keys: Sequence[Key], codes: Tensor) -> None:
-        """Put edits behind those that are not replaced by them."""
-        new = [asked_words(fact.prompt) for fact in facts]
-        kept = [i for i, question in enumerate(self._questions) if question not in new]
-        self._questions = [*(self._questions[i] for i in kept), *new]
-        self.router.replace([*(self.router.keys[i] for i in kept), *keys])
-        self._codes = torch.cat([self._codes[kept], codes])
+        """Put edits behind those that are there; of one question the last edit stays."""
+        questions = [*self._questions, *(asked_words(fact.prompt) for fact in facts)]
+        last = {question: number for number, question in enumerate(questions)}
+        self._take(
+            sorted(last.values()),
+            questions,
+            [*self.router.keys, *keys],
+            torch.cat([self._codes, codes]),
+        )
+
+    def _take(
+        self, numbers: Sequence[int], questions: list[str], keys: list[Key], codes: Tensor
+    ) -> None:
+        """Keep the edits of these numbers alone."""
+        self._questions = [questions[number] for number in numbers]
+        self.router.replace([keys[number] for number in numbers])
+        self._codes = codes[list(numbers)]
 
     def forget(self, number: int) -> None:
         """Take one edit out of the memory, by its number in the order of the edits that are there.
@@ -185,9 +213,7 @@ class MemoryEditor:
                 f"There are edits 0 to {len(self._questions) - 1}, and none with the number {number}."
             )
         kept = [i for i in range(len(self._questions)) if i != number]
-        self._questions = [self._questions[i] for i in kept]
-        self.router.replace([self.router.keys[i] for i in kept])
-        self._codes = self._codes[kept]
+        self._take(kept, self._questions, self.router.keys, self._codes)
 
     @torch.no_grad()
     def matches(self, prompt: str) -> Match:
