@@ -90,7 +90,7 @@ class GraceEditor(InTurnEditor):
         projection = model.get_submodule(self._name)
         device = next(projection.parameters()).device
         self._watch = PromptWatch(model, self._name)
-        self._handle = projection.register_forward_hook(self._replace)
+        self._handle = self._watch.after(projection, self._replace)
         # Keys (n, f), values (n, d), radii (n,), and answers (n, longest) filled up with NO_TOKEN; widths are those of the
         # first edit.
         self._keys = self._values = torch.zeros(0, 0, device=device)
@@ -154,12 +154,12 @@ class GraceEditor(InTurnEditor):
         self._answers = with_answer(self._answers, answer)
         return number
 
-    def _replace(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def _replace(self, hidden: Tensor, output: Tensor) -> Tensor | None:
         """After the projection: put the values of matching entries where the prompts' last tokens are."""
         last = self._watch.ends(output.device)
         if not last.any():
             return None
-        keys = args[0][last].float()
+        keys = hidden[last].float()
         self._key, self._width = keys[-1].detach(), output.shape[-1]
         if not len(self._keys):
             return None

@@ -93,7 +93,7 @@ class HorenEditor(InTurnEditor):
         self._queries = torch.zeros(0)  # of the last forward that read prompts
         self._value: Tensor | None = None  # that is learned
         self._watch = PromptWatch(model, self._name)
-        self._handle = projection.register_forward_hook(self._add)
+        self._handle = self._watch.after(projection, self._add)
 
     def _learn(self, fact: Edit) -> EditResult:
         """Give one fact an entry, or the one that it shares, and learn the entry's value."""
@@ -147,7 +147,7 @@ class HorenEditor(InTurnEditor):
         cosine, entry = (pulled @ self._keys.mT).max(1)
         return torch.where(cosine > self.settings.threshold, entry, NOTHING)
 
-    def _add(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def _add(self, hidden: Tensor, output: Tensor) -> Tensor | None:
         """After the projection: add the values of matching entries where the prompts' last tokens are."""
         ends = self._watch.ends(output.device)
         if not ends.any():
@@ -156,7 +156,7 @@ class HorenEditor(InTurnEditor):
             change = self._value.expand(len(output), -1)
         else:
             prompts = self._watch.prompts(output.device)
-            self._queries = F.normalize(mean_over(args[0], _last_half(prompts)), dim=1)
+            self._queries = F.normalize(mean_over(hidden, _last_half(prompts)), dim=1)
             entries = self.matches(self._queries)
             if not entries.any():
                 return None

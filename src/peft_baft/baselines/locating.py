@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peft_baft.adapter.model_call import full_logits, generate_sampled, input_device
 from peft_baft.baselines.in_place import below, minimise
-from peft_baft.baselines.projections import blocks_before
+from peft_baft.baselines.projections import blocks_before, by_rows
 from peft_baft.data.batching import Tokens, collate, encode_fitting, last_token_of, padding_id
 from peft_baft.data.cases import Edit, prompt_words
 from peft_baft.data.contexts import Context
@@ -157,7 +157,7 @@ def search_target(
     per_row = [len(row.ids) - row.prompt_length for row in located.rows]
     module, fixed = model.get_submodule(module_name), blocks_before(model, module_name)
     whole = CachedTexts.whole(model, tokenizer, rows, read, fixed)
-    with torch.no_grad(), captured(module) as seen:
+    with torch.no_grad(), captured(module, len(rows)) as seen:
         unedited = whole.logits()
     before = unedited[-1].float().log_softmax(-1)
     original = seen[0].output[0, located.places[0]].detach().float()
@@ -199,11 +199,13 @@ class Pass:
 
 
 @contextmanager
-def captured(module: nn.Module) -> Iterator[list[Pass]]:
-    """Keep what enters and leaves a module in the forwards inside."""
+def captured(module: nn.Module, rows: int) -> Iterator[list[Pass]]:
+    """Keep what enters and leaves a module in the forwards inside, which are over so many rows."""
     seen: list[Pass] = []
     handle = module.register_forward_hook(
-        lambda _, args, output: seen.append(Pass(args[0], _hidden(output)))
+        lambda _, args, output: seen.append(
+            Pass(by_rows(args[0], rows), by_rows(_hidden(output), rows))
+        )
     )
     try:
         yield seen
@@ -216,10 +218,11 @@ def added(module: nn.Module, places: Tensor, delta: Tensor) -> Iterator[None]:
     """Add a vector (d,) to what leaves a module at one token of each row; places: (rows,)."""
 
     def add(_module: nn.Module, _args: tuple, output: Any) -> Any:
-        hidden = _hidden(output)
+        given = _hidden(output)
+        hidden = by_rows(given, len(places))
         tokens = torch.arange(hidden.shape[1], device=hidden.device)
         mask = tokens == places.to(hidden.device)[:, None]
-        hidden = hidden + mask[..., None] * delta.to(hidden.dtype)
+        hidden = (hidden + mask[..., None] * delta.to(hidden.dtype)).reshape(given.shape)
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
     handle = module.register_forward_hook(add)
@@ -241,7 +244,7 @@ def keys_and_outputs(
     device = input_device(model)
     batch = {k: v.to(device) for k, v in collate(located.rows, padding_id(tokenizer)).items()}
     batch.pop("labels")
-    with captured(module) as seen:
+    with captured(module, len(located.rows)) as seen:
         full_logits(model, **batch)
     rows = torch.arange(len(located.places))
     keys = seen[0].input[rows, list(located.places)].float()

@@ -91,7 +91,7 @@ class MeloEditor:
         self._template, self._seed = setup.template, setup.seed
         layer = settings.layer
         if layer is None:
-            layer = scaled(model, PUBLISHED_BLOCK, PUBLISHED_DEPTH)
+            layer = scaled(model, PUBLISHED_BLOCK, PUBLISHED_DEPTH, behind=ADAPTED)
         self._name = up_projection(model, layer, "melo")
         adapted = [up_projection(model, layer + 1 + i, "melo") for i in range(ADAPTED)]
         looked_up = model.get_submodule(self._name)
@@ -115,10 +115,10 @@ class MeloEditor:
         self._learning: dict[str, tuple[Tensor, Tensor]] = {}
         self._chosen: Tensor | None = None
         self._watch = PromptWatch(model, self._name)
-        self._handles = [looked_up.register_forward_hook(self._look_up)]
+        self._handles = [self._watch.after(looked_up, self._look_up)]
         for name in adapted:
             module = model.get_submodule(name)
-            self._handles.append(module.register_forward_hook(self._adding(name)))
+            self._handles.append(self._watch.after(module, self._adding(name)))
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
         """Learn the edits, `edits_a_lora` at a time in a LoRA of their own; as `Editor.edit`."""
@@ -242,7 +242,7 @@ class MeloEditor:
         lora = self._loras[away.argmin(1)]
         return torch.where(distance <= self._radii[cluster], lora, NO_LORA)
 
-    def _look_up(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def _look_up(self, _hidden: Tensor, output: Tensor) -> None:
         """After the projection that is looked up: choose each row's LoRA, in the forward that holds the prompts' ends."""
         self._chosen = None
         ends = self._watch.ends(output.device)
@@ -255,8 +255,8 @@ class MeloEditor:
     def _adding(self, name: str) -> Any:
         """Make the hook that adds the LoRAs' products to what leaves a module."""
 
-        def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            hidden = args[0].float()
+        def add(entering: Tensor, output: Tensor) -> Tensor | None:
+            hidden = entering.float()
             if self._learning:
                 a, b = self._learning[name]
                 change = hidden @ a.mT @ b.mT

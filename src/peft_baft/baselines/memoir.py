@@ -113,7 +113,7 @@ class MemoirEditor(InTurnEditor):
         self._learning: Tensor | None = None  # the columns that are learned, and their places
         self._places: Tensor | None = None
         self._watch = PromptWatch(model, self._name)
-        self._handle = projection.register_forward_hook(self._add)
+        self._handle = self._watch.after(projection, self._add)
 
     @torch.no_grad()
     def _mean_of_prompts(self, unrelated: Sequence[Unrelated], template: Template) -> Tensor:
@@ -129,7 +129,7 @@ class MemoirEditor(InTurnEditor):
         prompts = [Tokens(row.ids[: row.prompt_length], row.prompt_length) for row in rows]
         batch = collate(prompts, padding_id(self.tokenizer))
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        with captured(self.model.get_submodule(self._name)) as seen:
+        with captured(self.model.get_submodule(self._name), len(rows)) as seen:
             full_logits(self.model, **inputs)
         return mean_over(seen[0].input, inputs["attention_mask"].bool().to(seen[0].input.device))
 
@@ -187,9 +187,8 @@ class MemoirEditor(InTurnEditor):
         share, edit = common.max(1)
         return edit, share
 
-    def _add(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def _add(self, hidden: Tensor, output: Tensor) -> Tensor | None:
         """After the projection: add what the memory makes of the masked inputs."""
-        hidden: Tensor = args[0]
         if self._learning is not None:
             added = hidden[..., self._places].float() @ self._learning.mT
             return output + added.to(output.dtype)

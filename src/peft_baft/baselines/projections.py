@@ -33,10 +33,10 @@ def up_projection(model: Any, layer: int, method: str) -> str:
     return _projection(model, layer, method, "up", UP)
 
 
-def scaled(model: Any, published: int, depth: int = EASYEDIT_DEPTH) -> int:
-    """Scale the number of a block of a model of some depth to this model's depth."""
+def scaled(model: Any, published: int, depth: int = EASYEDIT_DEPTH, behind: int = 0) -> int:
+    """Scale the number of a block of a model of some depth to this model's depth; so many blocks must follow it."""
     own = len(model.get_submodule(find_stack(model)))
-    return min(round(published * own / depth), own - 1)
+    return min(round(published * own / depth), own - 1 - behind)
 
 
 def _projection(model: Any, layer: int, method: str, what: str, names: tuple[str, ...]) -> str:
@@ -82,6 +82,11 @@ def weight_of(module: nn.Module) -> Tensor:
             "quantisation."
         )
     return (weight.mT if is_transposed(module) else weight).float()
+
+
+def by_rows(hidden: Tensor, rows: int) -> Tensor:
+    """Give hidden vectors as (rows, tokens, d), also where a model puts all tokens in one row, as OPT's MLP does."""
+    return hidden if hidden.dim() == 3 else hidden.reshape(rows, -1, hidden.shape[-1])
 
 
 def require_layer(layer: object, method: str) -> None:

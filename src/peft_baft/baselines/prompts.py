@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from peft_baft.adapter.blocks import stack_owner
 from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.model_call import full_logits, input_device
+from peft_baft.baselines.projections import by_rows
 from peft_baft.data.batching import Tokens, collate, padding_id
 from peft_baft.editing.acceleration.module_patches import (
     FixedBlocks,
@@ -34,6 +36,22 @@ class PromptWatch:
     def __init__(self, model: Any, block_or_module: str) -> None:
         self._context = EditContext(model, stack_owner(model, block_or_module))
         self._decided: Tensor | None = None
+
+    def after(
+        self, module: nn.Module, change: Callable[[Tensor, Tensor], Tensor | None]
+    ) -> RemovableHandle:
+        """Let a function change what leaves a module.
+
+        Args:
+            change: makes anew what leaves, (rows, tokens, d), given what enters, (rows, tokens, f), and it; None leaves it.
+        """
+
+        def hook(_module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            rows = len(self.positions(output.device))
+            changed = change(by_rows(args[0], rows), by_rows(output, rows))
+            return None if changed is None else changed.reshape(output.shape)
+
+        return module.register_forward_hook(hook)
 
     def remove(self) -> None:
         """Leave the model alone."""

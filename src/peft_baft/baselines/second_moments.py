@@ -107,7 +107,7 @@ def _keys(
     taken[:, 0] = False
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
     with ExitStack() as stack:
-        seen = {n: stack.enter_context(captured(model.get_submodule(n))) for n in names}
+        seen = {n: stack.enter_context(captured(model.get_submodule(n), len(rows))) for n in names}
         full_logits(model, **inputs)
     return {
         n: passes[0].input[taken.to(passes[0].input.device)].float() for n, passes in seen.items()

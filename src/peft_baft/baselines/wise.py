@@ -144,7 +144,7 @@ class WiseEditor(InTurnEditor):
         self._learning: Tensor | None = None  # the whole weight while it is learned
         self._distances = torch.zeros(0)  # (rows,) of the last forward while learning
         self._watch = PromptWatch(model, self._name)
-        self._handle = projection.register_forward_hook(self._choose)
+        self._handle = self._watch.after(projection, self._choose)
 
     def _contexts(self, prepared: PreparedModel) -> list[str]:
         """Let the unedited model write texts, once for all editors of a model."""
@@ -229,9 +229,8 @@ class WiseEditor(InTurnEditor):
         self._closed, self._copies = closed, None
         self._open = self._new_shard(self._edits // settings.edits_a_shard)
 
-    def _choose(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def _choose(self, hidden: Tensor, output: Tensor) -> Tensor | None:
         """After the projection: give each row the output of the shard that answers it."""
-        hidden = args[0]
         if self._learning is not None:
             changed = self._output(hidden, self._learning)
             prompts = self._watch.prompts(output.device)

@@ -172,7 +172,7 @@ class MemoryEditor:
             batch = collate(rows, padding_id(self.tokenizer))
             device = input_device(self.model)
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-            with captured(self.model.get_submodule(self._key_block)) as seen:
+            with captured(self.model.get_submodule(self._key_block), len(part)) as seen:
                 full_logits(self.model, **inputs)
             for number, row in enumerate(rows):
                 keys.append(self._key(row, seen[0].output[number, : len(row.ids)]))

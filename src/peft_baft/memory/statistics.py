@@ -54,7 +54,7 @@ def key_statistics(
         part = rows[start : start + 16]
         batch = collate(part, padding_id(tokenizer))
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        with captured(model.get_submodule(block_name)) as seen:
+        with captured(model.get_submodule(block_name), len(part)) as seen:
             full_logits(model, **inputs)
         real = inputs["attention_mask"].bool()
         real[:, 0] = False  # the first token's states are of another size than all others
