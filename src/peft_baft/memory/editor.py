@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,7 +29,7 @@ from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
 from peft_baft.editing.method import EditorSetup, MethodSettings
 from peft_baft.editing.train import DescentConfig
 from peft_baft.memory.codes import Basis, learn_codes
-from peft_baft.memory.router import NONE, Key, Match, Router
+from peft_baft.memory.router import INT8, NONE, Key, Match, Router
 from peft_baft.memory.statistics import key_statistics
 
 LANES = 64  # edits that learn in the same forwards
@@ -97,7 +98,9 @@ class MemoryEditor:
             prepared.computed[known] = key_statistics(model, tokenizer, *known)
         self.router = Router(prepared.computed[known], settings.least_subject, settings.strictness)
         device = input_device(model)
-        self._codes = torch.zeros(0, len(edited), settings.rank, device=device)
+        # Of each edit (blocks, r) in int8, and (blocks,) by what they are multiplied.
+        self._codes = torch.zeros(0, len(edited), settings.rank, dtype=torch.int8, device=device)
+        self._scales = torch.zeros(0, len(edited), device=device)
         self._questions: list[str] = []  # of each edit, by which an edit replaces an earlier one
         self._learning = False
         self._routes = torch.zeros(0, dtype=torch.long)
@@ -185,22 +188,19 @@ class MemoryEditor:
 
     def _keep(self, facts: Sequence[Edit], keys: Sequence[Key], codes: Tensor) -> None:
         """Put edits behind those that are there; of one question the last edit stays."""
-        questions = [*self._questions, *(asked_words(fact.prompt) for fact in facts)]
-        last = {question: number for number, question in enumerate(questions)}
-        self._take(
-            sorted(last.values()),
-            questions,
-            [*self.router.keys, *keys],
-            torch.cat([self._codes, codes]),
-        )
+        scales = codes.abs().amax(2).clamp(min=1e-12) / INT8
+        rounded = (codes / scales[..., None]).round().to(torch.int8)
+        self._codes = torch.cat([self._codes, rounded])
+        self._scales = torch.cat([self._scales, scales])
+        self._questions += [asked_words(fact.prompt) for fact in facts]
+        last = {question: number for number, question in enumerate(self._questions)}
+        self._keep_only(sorted(last.values()), [*self.router.keys, *keys])
 
-    def _take(
-        self, numbers: Sequence[int], questions: list[str], keys: list[Key], codes: Tensor
-    ) -> None:
-        """Keep the edits of these numbers alone."""
-        self._questions = [questions[number] for number in numbers]
+    def _keep_only(self, numbers: Sequence[int], keys: Sequence[Key]) -> None:
+        """Keep the edits of these numbers alone; keys: of all of them."""
+        self._questions = [self._questions[number] for number in numbers]
+        self._codes, self._scales = self._codes[list(numbers)], self._scales[list(numbers)]
         self.router.replace([keys[number] for number in numbers])
-        self._codes = codes[list(numbers)]
 
     def forget(self, number: int) -> None:
         """Take one edit out of the memory, by its number in the order of the edits that are there.
@@ -213,7 +213,7 @@ class MemoryEditor:
                 f"There are edits 0 to {len(self._questions) - 1}, and none with the number {number}."
             )
         kept = [i for i in range(len(self._questions)) if i != number]
-        self._take(kept, self._questions, self.router.keys, self._codes)
+        self._keep_only(kept, self.router.keys)
 
     @torch.no_grad()
     def matches(self, prompt: str) -> Match:
@@ -254,8 +254,9 @@ class MemoryEditor:
 
             def edited(hidden: Tensor) -> Tensor:
                 routes = self._routes.to(hidden.device)
-                codes = self._codes[routes.clamp(min=0), number].to(hidden.device)
-                change = (codes @ self._basis.rows[number].to(hidden.device))[:, None]
+                place = routes.clamp(min=0).to(self._codes.device), number
+                codes = self._codes[place].float() * self._scales[place][:, None]
+                change = (codes @ self._basis.rows[number]).to(hidden.device)[:, None]
                 positions = self._watch.positions(hidden.device)
                 mask = (positions >= -self.settings.prompt_positions) & (routes != NONE)[:, None]
                 return torch.where(mask[..., None], hidden + change.to(hidden.dtype), hidden)
@@ -267,16 +268,17 @@ class MemoryEditor:
     def state_dict(self) -> dict[str, Tensor]:
         """Give codes, keys and questions, one after the other.
 
-        Codes are (edits, blocks, r); keys int8 with the tokens' ids of all prompts in a row and how many each has; the questions
-        as bytes, parted by a zero.
+        Codes are (edits, blocks, r) in int8, with scales (edits, blocks); keys are int8, with the tokens' ids, of all prompts in a
+        row, and how many each has; texts and questions are a JSON text as bytes.
         """
         keys = self.router.keys
         dimensions = self.settings.key_dimensions
         device = self._codes.device
         empty = torch.zeros(0, dimensions, dtype=torch.int8, device=device)
-        texts = "\0".join(key.text for key in keys) + "\1" + "\0".join(self._questions)
+        texts = json.dumps([[key.text for key in keys], self._questions], ensure_ascii=False)
         return {
             "codes": self._codes,
+            "scales": self._scales,
             "states": torch.cat([empty, *(key.states for key in keys)]),
             "ids": torch.cat([empty[:, 0].int(), *(key.ids.int() for key in keys)]),
             "lengths": torch.tensor([len(key.ids) for key in keys], dtype=torch.int32),
@@ -286,12 +288,11 @@ class MemoryEditor:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave."""
         device, lengths = self._codes.device, state["lengths"].tolist()
-        self._codes = state["codes"].to(device)
-        texts, _, questions = bytes(state["texts"].tolist()).decode().partition("\1")
-        self._questions = questions.split("\0") if lengths else []
+        self._codes, self._scales = state["codes"].to(device), state["scales"].to(device)
+        texts, self._questions = json.loads(bytes(state["texts"].tolist()))
         states = state["states"].to(device).split(lengths) if lengths else ()
         ids = state["ids"].long().to(device).split(lengths) if lengths else ()
-        parts = zip(texts.split("\0") if lengths else (), ids, states, strict=True)
+        parts = zip(texts, ids, states, strict=True)
         self.router.replace([Key(*part) for part in parts])
 
     def remove(self) -> None:
