@@ -268,8 +268,8 @@ class MemoryEditor:
     def state_dict(self) -> dict[str, Tensor]:
         """Give codes, keys and questions, one after the other.
 
-        Codes are (edits, blocks, r) in int8, with scales (edits, blocks); keys are int8, with the tokens' ids, of all prompts in a
-        row, and how many each has; texts and questions are a JSON text as bytes.
+        Codes are (edits, blocks, r) in int8, with scales (edits, blocks); keys are int8, with the tokens' ids, of all prompts in
+        a row, and how many each has; texts and questions are a JSON text as bytes.
         """
         keys = self.router.keys
         dimensions = self.settings.key_dimensions
