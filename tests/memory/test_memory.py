@@ -13,6 +13,8 @@ from torch import Tensor
 import facts
 from facts import CAPITALS, MEALS, FactModel, edits
 from peft_baft import DescentConfig, Edit
+from peft_baft.data.cases import Message
+from peft_baft.data.templates import CHAT
 from peft_baft.editing.acceleration import cached_texts
 from peft_baft.editing.method import EditorSetup
 from peft_baft.evaluation.scoring import greedy_answers, token_match
@@ -209,3 +211,12 @@ def test_bad_settings_are_refused() -> None:
         Memory(rank=0)
     with pytest.raises(ValueError, match="strictness must be a similarity"):
         Memory(strictness=9.0)
+
+
+def test_chats_are_refused(toy: FactModel) -> None:
+    with pytest.raises(ValueError, match="memory compares prompts as raw text"):
+        SETTINGS.start(toy.base, toy.tokenizer, EditorSetup(template=CHAT))
+    editor = editor_of(toy)
+    with pytest.raises(ValueError, match="give prompts as texts"):
+        editor.edit_independently([Edit((Message("user", "hello"),), "Kasburg")])
+    editor.remove()

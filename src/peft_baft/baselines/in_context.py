@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from peft_baft.adapter.model_call import full_logits, input_device
+from peft_baft.baselines.in_place import require_raw
 from peft_baft.data.batching import (
     Tokens,
     collate,
@@ -25,6 +26,7 @@ from peft_baft.data.batching import (
     special_ids,
 )
 from peft_baft.data.cases import Edit, prompt_words
+from peft_baft.data.templates import RAW
 from peft_baft.data.word_index import WordIndex
 from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
 from peft_baft.editing.method import EditorSetup, MethodSettings
@@ -60,13 +62,9 @@ class InContext(MethodSettings):
         """Make an editor of `base`.
 
         Raises:
-            ValueError: facts are to be taught in a chat template, in which no text can be put before a prompt's tokens.
+            ValueError: facts are to be taught in a chat template.
         """
-        setup = setup or EditorSetup()
-        if setup.template.name != "raw":
-            raise ValueError(
-                "in-context puts text before a prompt, which a chat template does not admit; take --template raw."
-            )
+        require_raw("in-context", (setup or EditorSetup()).template)
         return InContextEditor(base, tokenizer, self)
 
 
@@ -80,6 +78,7 @@ class InContextEditor:
     def edit(self, edits: Iterable[Edit]) -> EditResult:
         """Keep the edits; one replaces an earlier one of the same prompt. Nothing is trained."""
         facts = checked_edits(edits)
+        require_raw("in-context", RAW, facts)
         encode_edits(self.model, self.tokenizer, facts)  # their check
         before = self.model.facts
         new = {prompt_words(fact.prompt): fact.target.strip() for fact in facts}

@@ -44,6 +44,15 @@ def in_turn(results: Sequence[EditResult]) -> EditResult:
     )
 
 
+def require_raw(method: str, template: Template, facts: Iterable[Edit] = ()) -> None:
+    """Raise a ValueError unless facts are taught, and prompts given, as raw text: the method compares prompts as a whole."""
+    if template.name != "raw" or not all(isinstance(fact.prompt, str) for fact in facts):
+        raise ValueError(
+            f"{method} compares prompts as raw text, and a chat template would be part of them: give prompts as texts, and take "
+            "--template raw."
+        )
+
+
 class InTurnEditor(ABC):
     """Makes the edits of a batch one after another; an `Editor` of which a method gives the learning of one edit.
 

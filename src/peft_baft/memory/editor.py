@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_baft.adapter.blocks import configured_width, default_blocks, find_stack, stack_owner
 from peft_baft.adapter.model_call import full_logits, input_device
-from peft_baft.baselines.in_place import frozen, in_turn
+from peft_baft.baselines.in_place import frozen, in_turn, require_raw
 from peft_baft.baselines.locating import captured
 from peft_baft.baselines.prompts import PromptWatch
 from peft_baft.data.batching import (
@@ -75,7 +75,12 @@ class Memory(MethodSettings):
                 )
 
     def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> MemoryEditor:
-        """Make an editor of `base`, which takes no unrelated text and draws no random numbers."""
+        """Make an editor of `base`, which takes no unrelated text and draws no random numbers.
+
+        Raises:
+            ValueError: facts are to be taught in a chat template.
+        """
+        require_raw("memory", (setup or EditorSetup()).template)
         return MemoryEditor(base, tokenizer, self, setup or EditorSetup())
 
 
@@ -119,9 +124,7 @@ class MemoryEditor:
     def edit(self, edits: Iterable[Edit]) -> EditResult:
         """Learn a code for each edit; an edit of a question that is in the memory replaces it. As `Editor.edit`."""
         facts = checked_edits(edits)
-        encode_edits(
-            self.model, self.tokenizer, facts, (self._template,)
-        )  # what contradicts itself
+        encode_edits(self.model, self.tokenizer, facts, (self._template,))  # their check
         results = self.edit_independently(facts)
         losses = {
             name: sum(one.losses[name] for one in results) / len(results)
@@ -132,6 +135,7 @@ class MemoryEditor:
     def edit_independently(self, edits: Sequence[Edit]) -> list[EditResult]:
         """Learn a code for each edit, side by side; as `IndependentEditor.edit_independently`."""
         facts, descent = checked_edits(edits), self.settings.descent
+        require_raw("memory", self._template, facts)
         rows = [
             encode_fitting(
                 self.model,
