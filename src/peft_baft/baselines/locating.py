@@ -22,6 +22,7 @@ from peft_baft.data.cases import Edit, prompt_words
 from peft_baft.data.contexts import Context
 from peft_baft.data.templates import RAW, Template
 from peft_baft.editing.acceleration.cached_texts import CachedTexts
+from peft_baft.editing.acceleration.module_patches import no_logits
 from peft_baft.editing.editor import EditResult
 from peft_baft.editing.train import STOP_TERM, Terms
 from peft_baft.losses import answer_losses
@@ -244,7 +245,7 @@ def keys_and_outputs(
     device = input_device(model)
     batch = {k: v.to(device) for k, v in collate(located.rows, padding_id(tokenizer)).items()}
     batch.pop("labels")
-    with captured(module, len(located.rows)) as seen:
+    with captured(module, len(located.rows)) as seen, no_logits(model):
         full_logits(model, **batch)
     rows = torch.arange(len(located.places))
     keys = seen[0].input[rows, list(located.places)].float()

@@ -35,7 +35,7 @@ from peft_baft.data.cases import Edit, Unrelated
 from peft_baft.data.contexts import Context
 from peft_baft.data.templates import Template
 from peft_baft.data.unrelated import GENERAL
-from peft_baft.editing.acceleration.module_patches import FixedBlocks
+from peft_baft.editing.acceleration.module_patches import FixedBlocks, no_logits
 from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.editor import EditResult
 from peft_baft.editing.method import EditorSetup, MethodSettings
@@ -129,7 +129,8 @@ class MemoirEditor(InTurnEditor):
         prompts = [Tokens(row.ids[: row.prompt_length], row.prompt_length) for row in rows]
         batch = collate(prompts, padding_id(self.tokenizer))
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        with captured(self.model.get_submodule(self._name), len(rows)) as seen:
+        module = self.model.get_submodule(self._name)
+        with captured(module, len(rows)) as seen, no_logits(self.model):
             full_logits(self.model, **inputs)
         return mean_over(seen[0].input, inputs["attention_mask"].bool().to(seen[0].input.device))
 

@@ -23,7 +23,7 @@ from peft_baft.data.batching import (
     padding_id,
 )
 from peft_baft.data.cases import Edit, asked_words
-from peft_baft.editing.acceleration.module_patches import with_hidden
+from peft_baft.editing.acceleration.module_patches import no_logits, with_hidden
 from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
 from peft_baft.editing.method import EditorSetup, MethodSettings
@@ -179,7 +179,8 @@ class MemoryEditor:
             batch = collate(rows, padding_id(self.tokenizer))
             device = input_device(self.model)
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-            with captured(self.model.get_submodule(self._key_block), len(part)) as seen:
+            block = self.model.get_submodule(self._key_block)
+            with captured(block, len(part)) as seen, no_logits(self.model):
                 full_logits(self.model, **inputs)
             for number, row in enumerate(rows):
                 keys.append(self._key(row, seen[0].output[number, : len(row.ids)]))

@@ -14,6 +14,7 @@ from peft_baft.baselines.second_moments import written_texts
 from peft_baft.data.batching import Tokens, collate, padding_id
 from peft_baft.data.contexts import CHAT_CONTEXTS, RAW_CONTEXTS
 from peft_baft.data.unrelated import GENERAL
+from peft_baft.editing.acceleration.module_patches import no_logits
 
 SHRINKAGE = 0.1  # of the spread in each direction, towards the mean spread
 
@@ -54,7 +55,8 @@ def key_statistics(
         part = rows[start : start + 16]
         batch = collate(part, padding_id(tokenizer))
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        with captured(model.get_submodule(block_name), len(part)) as seen:
+        block = model.get_submodule(block_name)
+        with captured(block, len(part)) as seen, no_logits(model):
             full_logits(model, **inputs)
         real = inputs["attention_mask"].bool()
         real[:, 0] = False  # the first token's states are of another size than all others

@@ -25,6 +25,7 @@ from peft_baft.editing.acceleration.module_patches import (
     FixedBlocks,
     at_least_four,
     logits_only_at,
+    no_logits,
     with_hidden,
 )
 from peft_baft.editing.acceleration.prefix_cache import split_batch
@@ -85,12 +86,8 @@ class CachedTexts:
         if not all(cuts):
             return whole
         before, inputs = split_batch(model, rows, cuts, padding_id(tokenizer), input_device(model))
-        nowhere = torch.zeros(0, dtype=torch.long)
         try:
-            with (
-                torch.no_grad(),
-                logits_only_at(model.get_output_embeddings(), (nowhere, nowhere)),
-            ):
+            with torch.no_grad(), no_logits(model):
                 _, cache = call_with_cache(model, model, before)
         except NotImplementedError:  # a model that keeps no cache
             return whole

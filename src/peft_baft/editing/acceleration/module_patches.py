@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -45,6 +45,12 @@ def logits_only_at(head: nn.Module, places: tuple[Tensor, ...]) -> Iterator[None
 
     with head.register_forward_pre_hook(select):
         yield
+
+
+def no_logits(model: Any) -> AbstractContextManager[None]:
+    """Let a model compute no logits, in forwards of which the hidden vectors alone are looked at."""
+    nowhere = torch.zeros(0, dtype=torch.long)
+    return logits_only_at(model.get_output_embeddings(), (nowhere, nowhere))
 
 
 def at_least_four(places: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
