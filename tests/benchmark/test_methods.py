@@ -24,7 +24,7 @@ from peft_baft.editing.editor import CURSOR, Editor
 from peft_baft.editing.method import EditorSetup
 from peft_baft.editing.presets import PRESETS
 from peft_baft.evaluation.scoring import token_match
-from peft_baft.storage import save_with_header
+from peft_baft.storage import load_with_header, save_with_header
 
 fact_model = facts.fact_model
 PEFT_METHODS = ("reft", "ss-w", "ba-w", "ss-w-lr", "baft", "lora", "adalora")
@@ -178,15 +178,21 @@ def test_saved_edits_answer_as_before_on_a_fresh_model(
 def test_a_file_of_edits_that_does_not_fit_is_refused(toy: FactModel, tmp_path: Path) -> None:
     editor, file = start("grace", toy), tmp_path / "edits.safetensors"
     editor.edit(edits(0))
-    save_with_header(file, editor.state_dict(), {"format": 9})
-    with pytest.raises(ValueError, match="no file of edits of format 1"):
-        load_edits(file, *toy)
-    save_with_header(file, {}, {"format": 1, "method": "grace", "preset": "plain", "seed": 0})
-    with pytest.raises(ValueError, match="edits of grace on another model"):
-        load_edits(file, *toy)
     with pytest.raises(ValueError, match="Unknown method"):
         save_edits(file, editor, "graze")
+    save_edits(file, editor, facts.quick("grace"))
     editor.remove()
+    _, header = load_with_header(file)
+    another = deepcopy(toy.base)
+    another.get_input_embeddings().weight.data.mul_(1.01)
+    with pytest.raises(ValueError, match=r"on another model: its embeddings are"):
+        load_edits(file, another, toy.tokenizer)
+    save_with_header(file, {}, header)
+    with pytest.raises(ValueError, match="holds no edits of grace"):
+        load_edits(file, *toy)
+    save_with_header(file, {}, header | {"format": 9})
+    with pytest.raises(ValueError, match="no file of edits of format 1"):
+        load_edits(file, *toy)
 
 
 def test_a_methods_name_stands_in_the_table_of_methods_alone() -> None:

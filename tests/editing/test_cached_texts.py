@@ -54,12 +54,18 @@ def test_cached_and_whole_texts_give_the_same_logits(fact_model: FactModel) -> N
         )
 
 
-def test_a_cache_that_gives_something_else_is_not_used(
-    fact_model: FactModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["differs", "fails"])
+def test_a_cache_that_gives_something_else_is_not_used_and_that_is_told(
+    fact_model: FactModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    how: str,
 ) -> None:
     call = cached_texts.call_with_cache
 
     def broken(*given: Any) -> tuple[Tensor, Any]:
+        if how == "fails":
+            raise TypeError("unexpected keyword")
         logits, cache = call(*given)
         return logits + 0.5, cache
 
@@ -70,3 +76,5 @@ def test_a_cache_that_gives_something_else_is_not_used(
         torch.testing.assert_close(
             texts.logits(), plain(fact_model, rows, texts), atol=1e-4, rtol=1e-4
         )
+    assert "LlamaForCausalLM is edited without a cache, which is slower but right" in caplog.text
+    assert ("unexpected keyword" if how == "fails" else "its logits are off by") in caplog.text

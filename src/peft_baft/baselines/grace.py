@@ -17,13 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_baft.baselines.in_place import InTurnEditor
-from peft_baft.baselines.projections import blocks_before, down_projection, require_layer
-from peft_baft.baselines.prompts import PromptWatch, Taught
-from peft_baft.data.batching import encode_fitting
+from peft_baft.baselines.projections import down_projection, require_layer
+from peft_baft.baselines.prompts import ProjectionEditor
 from peft_baft.data.cases import Edit
 from peft_baft.data.templates import RAW, Template
-from peft_baft.editing.acceleration.module_patches import FixedBlocks
 from peft_baft.editing.editor import EditResult
 from peft_baft.editing.method import EditorSetup, MethodSettings
 from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms, descend
@@ -67,7 +64,7 @@ class Grace(MethodSettings):
         return GraceEditor(base, tokenizer, self, setup.template, setup.seed)
 
 
-class GraceEditor(InTurnEditor):
+class GraceEditor(ProjectionEditor):
     """Edits a model by a codebook; an `Editor`. The edits of a batch are made one after another.
 
     template: the form in which facts are taught. seed: of the values' first numbers.
@@ -84,13 +81,9 @@ class GraceEditor(InTurnEditor):
         template: Template = RAW,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, tokenizer, template)
-        self.settings, self._seed = settings, seed
-        self._name = down_projection(model, settings.layer, EASYEDIT_BLOCK, "grace")
-        projection = model.get_submodule(self._name)
-        device = next(projection.parameters()).device
-        self._watch = PromptWatch(model, self._name)
-        self._handle = self._watch.after(projection, self._replace)
+        name = down_projection(model, settings.layer, EASYEDIT_BLOCK, "grace")
+        super().__init__(model, tokenizer, template, name)
+        self.settings, self._seed, device = settings, seed, self._device
         # Keys (n, f), values (n, d), radii (n,), and answers (n, longest) filled up with NO_TOKEN; widths are those of the
         # first edit.
         self._keys = self._values = torch.zeros(0, 0, device=device)
@@ -98,19 +91,12 @@ class GraceEditor(InTurnEditor):
         self._answers = torch.zeros(0, 0, dtype=torch.long, device=device)
         self._key: Tensor | None = None  # of the last forward's last row
         self._width = 0  # of what leaves the projection
+        self._attach()
 
     def _learn(self, fact: Edit) -> EditResult:
         """Give one fact an entry, or the one that it shares, and learn the entry's value."""
-        row = encode_fitting(
-            self.model,
-            self.tokenizer,
-            fact.prompt,
-            fact.target,
-            template=self._template,
-            end=self.settings.descent.learn_end,
-        )
-        fixed = FixedBlocks(blocks_before(self.model, self._name))
-        taught = Taught(self.model, self.tokenizer, [row], fixed)
+        row = self._encode(fact.prompt, fact.target, end=self.settings.descent.learn_end)
+        taught = self._taught([row])
         with torch.no_grad():
             taught.losses()
         assert self._key is not None, "the model was given a prompt"
@@ -154,7 +140,7 @@ class GraceEditor(InTurnEditor):
         self._answers = with_answer(self._answers, answer)
         return number
 
-    def _replace(self, hidden: Tensor, output: Tensor) -> Tensor | None:
+    def _change(self, hidden: Tensor, output: Tensor) -> Tensor | None:
         """After the projection: put the values of matching entries where the prompts' last tokens are."""
         last = self._watch.ends(output.device)
         if not last.any():
@@ -182,11 +168,6 @@ class GraceEditor(InTurnEditor):
         device = self._radii.device
         self._keys, self._values = state["keys"].to(device), state["values"].to(device)
         self._radii, self._answers = state["radii"].to(device), state["answers"].to(device)
-
-    def remove(self) -> None:
-        """Take the codebook off the model."""
-        self._handle.remove()
-        self._watch.remove()
 
 
 def with_answer(answers: Tensor, answer: Tensor) -> Tensor:

@@ -21,17 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_baft.baselines.grace import NO_TOKEN, with_answer
-from peft_baft.baselines.in_place import InTurnEditor, below, minimise
-from peft_baft.baselines.projections import (
-    blocks_before,
-    down_projection,
-    require_layer,
-    weight_of,
-)
-from peft_baft.baselines.prompts import PromptWatch, Taught, mean_over
-from peft_baft.data.batching import encode_fitting
+from peft_baft.baselines.in_place import below, minimise
+from peft_baft.baselines.projections import down_projection, require_layer, weight_of
+from peft_baft.baselines.prompts import ProjectionEditor, mean_over
 from peft_baft.data.cases import Edit
-from peft_baft.editing.acceleration.module_patches import FixedBlocks
 from peft_baft.editing.editor import EditResult
 from peft_baft.editing.method import EditorSetup, MethodSettings
 from peft_baft.editing.train import STOP_TERM, DescentConfig, Terms
@@ -71,7 +64,7 @@ class Horen(MethodSettings):
         return HorenEditor(base, tokenizer, self, setup or EditorSetup())
 
 
-class HorenEditor(InTurnEditor):
+class HorenEditor(ProjectionEditor):
     """Edits a model by a codebook of unit keys; an `Editor`.
 
     Raises:
@@ -79,12 +72,10 @@ class HorenEditor(InTurnEditor):
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: Horen, setup: EditorSetup) -> None:
-        super().__init__(model, tokenizer, setup.template)
-        self.settings = settings
-        self._name = down_projection(model, settings.layer, PUBLISHED_BLOCK, "horen")
-        projection = model.get_submodule(self._name)
-        out, into = weight_of(projection).shape
-        device = next(projection.parameters()).device
+        name = down_projection(model, settings.layer, PUBLISHED_BLOCK, "horen")
+        super().__init__(model, tokenizer, setup.template, name)
+        self.settings, device = settings, self._device
+        out, into = weight_of(self._projection).shape
         generator = torch.Generator().manual_seed(setup.seed)
         # Entry 0 stands for no edit: a random key and no change.
         self._keys = F.normalize(torch.randn(1, into, generator=generator), dim=1).to(device)
@@ -92,21 +83,12 @@ class HorenEditor(InTurnEditor):
         self._answers = torch.zeros(1, 0, dtype=torch.long, device=device)
         self._queries = torch.zeros(0)  # of the last forward that read prompts
         self._value: Tensor | None = None  # that is learned
-        self._watch = PromptWatch(model, self._name)
-        self._handle = self._watch.after(projection, self._add)
+        self._attach()
 
     def _learn(self, fact: Edit) -> EditResult:
         """Give one fact an entry, or the one that it shares, and learn the entry's value."""
-        row = encode_fitting(
-            self.model,
-            self.tokenizer,
-            fact.prompt,
-            fact.target,
-            template=self._template,
-            end=self.settings.descent.learn_end,
-        )
-        fixed = FixedBlocks(blocks_before(self.model, self._name))
-        taught = Taught(self.model, self.tokenizer, [row], fixed)
+        row = self._encode(fact.prompt, fact.target, end=self.settings.descent.learn_end)
+        taught = self._taught([row])
         with torch.no_grad():
             taught.losses()
         answer = answer_ids(row).to(self._keys.device)
@@ -147,7 +129,7 @@ class HorenEditor(InTurnEditor):
         cosine, entry = (pulled @ self._keys.mT).max(1)
         return torch.where(cosine > self.settings.threshold, entry, NOTHING)
 
-    def _add(self, hidden: Tensor, output: Tensor) -> Tensor | None:
+    def _change(self, hidden: Tensor, output: Tensor) -> Tensor | None:
         """After the projection: add the values of matching entries where the prompts' last tokens are."""
         ends = self._watch.ends(output.device)
         if not ends.any():
@@ -172,11 +154,6 @@ class HorenEditor(InTurnEditor):
         device = self._keys.device
         self._keys, self._values = state["keys"].to(device), state["values"].to(device)
         self._answers = state["answers"].to(device)
-
-    def remove(self) -> None:
-        """Take the codebook off the model."""
-        self._handle.remove()
-        self._watch.remove()
 
 
 def _last_half(prompts: Tensor) -> Tensor:

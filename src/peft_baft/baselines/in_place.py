@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter.state import evaluating
-from peft_baft.data.cases import Edit
+from peft_baft.data.batching import Tokens, encode_fitting
+from peft_baft.data.cases import Edit, Prompt
 from peft_baft.data.templates import RAW, Template
 from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
 from peft_baft.editing.train import STOP_TERM, Terms
@@ -73,6 +74,12 @@ class InTurnEditor(ABC):
         except BaseException:
             self.load_state_dict(before)
             raise
+
+    def _encode(self, prompt: Prompt, answer: str, end: bool = False) -> Tokens:
+        """Tokenise a prompt with its answer, in the form in which facts are taught; as `encode_fitting`."""
+        return encode_fitting(
+            self.model, self.tokenizer, prompt, answer, template=self._template, end=end
+        )
 
     @abstractmethod
     def _learn(self, fact: Edit) -> EditResult:

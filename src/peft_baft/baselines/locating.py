@@ -18,11 +18,12 @@ from peft_baft.adapter.model_call import full_logits, generate_sampled, input_de
 from peft_baft.baselines.in_place import below, minimise
 from peft_baft.baselines.projections import blocks_before, by_rows
 from peft_baft.data.batching import Tokens, collate, encode_fitting, last_token_of, padding_id
-from peft_baft.data.cases import Edit, prompt_words
+from peft_baft.data.cases import Edit, Prompt, prompt_words
 from peft_baft.data.contexts import Context
 from peft_baft.data.templates import RAW, Template
 from peft_baft.editing.acceleration.cached_texts import CachedTexts
 from peft_baft.editing.acceleration.module_patches import no_logits
+from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.editor import EditResult
 from peft_baft.editing.train import STOP_TERM, Terms
 from peft_baft.losses import answer_losses
@@ -67,6 +68,22 @@ def prefixes(
     return found
 
 
+def written_once(
+    model: Any, tokenizer: Any, lengths: Sequence[tuple[int, int]], prepared: PreparedModel
+) -> list[str]:
+    """Let the unedited model write prefixes, once for all editors of a model; arguments as `prefixes`."""
+    key = ("prefixes", *lengths)
+    if key not in prepared.computed:
+        prepared.computed[key] = prefixes(model, tokenizer, lengths)
+    found: list[str] = prepared.computed[key]
+    return found
+
+
+def in_texts(prompt: Prompt, before: Sequence[str]) -> list[Prompt]:
+    """Give a prompt bare, and behind each of some texts."""
+    return [prompt, *(Context(before=f"{text}.").around(prompt) for text in before)]
+
+
 def locate(
     model: Any,
     tokenizer: Any,
@@ -85,7 +102,7 @@ def locate(
             f"{method} changes what a model knows of a subject, and {prompt_words(edit.prompt)!r:.60} names none: give "
             "Edit(prompt, target, subject=...), the words of the prompt that say what the fact is about."
         )
-    prompts = [edit.prompt, *(Context(before=f"{text}.").around(edit.prompt) for text in before)]
+    prompts = in_texts(edit.prompt, before)
     rows = [
         encode_fitting(model, tokenizer, prompt, edit.target, template=template)
         for prompt in prompts
@@ -235,9 +252,9 @@ def added(module: nn.Module, places: Tensor, delta: Tensor) -> Iterator[None]:
 
 @torch.no_grad()
 def keys_and_outputs(
-    model: Any, tokenizer: Any, module: nn.Module, located: Located
+    model: Any, tokenizer: Any, entered: nn.Module, left: nn.Module, located: Located
 ) -> tuple[Tensor, Tensor]:
-    """Compute what enters a module at the subject's last token and what leaves it there.
+    """Compute what enters a module at the subject's last token, and what leaves the same or another one there.
 
     Returns:
         What enters in each of the fact's texts, (texts, f), the bare prompt first; what leaves with the bare prompt, (d,).
@@ -245,11 +262,12 @@ def keys_and_outputs(
     device = input_device(model)
     batch = {k: v.to(device) for k, v in collate(located.rows, padding_id(tokenizer)).items()}
     batch.pop("labels")
-    with captured(module, len(located.rows)) as seen, no_logits(model):
+    count = len(located.rows)
+    with captured(entered, count) as before, captured(left, count) as behind, no_logits(model):
         full_logits(model, **batch)
     rows = torch.arange(len(located.places))
-    keys = seen[0].input[rows, list(located.places)].float()
-    return keys, seen[0].output[0, located.places[0]].float()
+    keys = before[0].input[rows, list(located.places)].float()
+    return keys, behind[0].output[0, located.places[0]].float()
 
 
 def _hidden(output: Any) -> Tensor:

@@ -223,9 +223,9 @@ class MemitEditor:
     ) -> tuple[Tensor, Tensor]:
         """Compute the facts' present keys at a projection, (n, f) float64, and what the last block lacks, (n, d)."""
         parts, module = (self.model, self.tokenizer), self.model.get_submodule(name)
-        keys = torch.stack([_mean_key(keys_and_outputs(*parts, module, one)[0]) for one in located])
-        present = [keys_and_outputs(*parts, self._last_block, one)[1] for one in located]
-        return keys.double(), wanted - torch.stack(present)
+        found = [keys_and_outputs(*parts, module, self._last_block, one) for one in located]
+        keys = torch.stack([_mean_key(of_fact) for of_fact, _ in found])
+        return keys.double(), wanted - torch.stack([present for _, present in found])
 
     def save_lora(self, folder: str | Path) -> None:
         """Save the edits as a LoRA of rank 1 an edit; as `LowRankChanges.save_lora`."""

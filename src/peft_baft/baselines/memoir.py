@@ -21,21 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter.model_call import full_logits, input_device
-from peft_baft.baselines.in_place import InTurnEditor, minimise, settled
-from peft_baft.baselines.locating import captured, prefixes
-from peft_baft.baselines.projections import (
-    blocks_before,
-    down_projection,
-    require_layer,
-    weight_of,
-)
-from peft_baft.baselines.prompts import PromptWatch, Taught, mean_over
-from peft_baft.data.batching import Tokens, collate, encode_fitting, encode_prompt, padding_id
+from peft_baft.baselines.in_place import minimise, settled
+from peft_baft.baselines.locating import captured, in_texts, written_once
+from peft_baft.baselines.projections import down_projection, require_layer, weight_of
+from peft_baft.baselines.prompts import ProjectionEditor, mean_over
+from peft_baft.data.batching import Tokens, collate, encode_prompt, padding_id
 from peft_baft.data.cases import Edit, Unrelated
-from peft_baft.data.contexts import Context
 from peft_baft.data.templates import Template
 from peft_baft.data.unrelated import GENERAL
-from peft_baft.editing.acceleration.module_patches import FixedBlocks, no_logits
+from peft_baft.editing.acceleration.module_patches import no_logits
 from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.editor import EditResult
 from peft_baft.editing.method import EditorSetup, MethodSettings
@@ -89,7 +83,7 @@ class Memoir(MethodSettings):
         return MemoirEditor(base, tokenizer, self, setup)
 
 
-class MemoirEditor(InTurnEditor):
+class MemoirEditor(ProjectionEditor):
     """Edits a model by a residual memory; an `Editor`.
 
     Raises:
@@ -97,23 +91,21 @@ class MemoirEditor(InTurnEditor):
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: Memoir, setup: EditorSetup) -> None:
-        super().__init__(model, tokenizer, setup.template)
-        self.settings = settings
-        self._name = down_projection(model, settings.layer, PUBLISHED_BLOCK, "memoir")
-        projection = model.get_submodule(self._name)
-        out, into = weight_of(projection).shape
-        device = next(projection.parameters()).device
+        name = down_projection(model, settings.layer, PUBLISHED_BLOCK, "memoir")
+        super().__init__(model, tokenizer, setup.template, name)
+        self.settings, device = settings, self._device
+        out, into = weight_of(self._projection).shape
         self._chosen = max(1, round(settings.share * into))
         generator = torch.Generator().manual_seed(setup.seed)
         self._permutation = torch.randperm(into, generator=generator).to(device)
         self._background = self._mean_of_prompts(setup.unrelated, setup.template)
-        self._before = self._contexts(setup.prepared or PreparedModel())
+        lengths = ((PREFIX_TOKENS, settings.contexts),)
+        self._before = written_once(model, tokenizer, lengths, setup.prepared or PreparedModel())
         self._memory = torch.zeros(out, into, device=device)
         self._masks = torch.zeros(0, into, dtype=torch.bool, device=device)  # (edits, f)
         self._learning: Tensor | None = None  # the columns that are learned, and their places
         self._places: Tensor | None = None
-        self._watch = PromptWatch(model, self._name)
-        self._handle = self._watch.after(projection, self._add)
+        self._attach()
 
     @torch.no_grad()
     def _mean_of_prompts(self, unrelated: Sequence[Unrelated], template: Template) -> Tensor:
@@ -129,32 +121,17 @@ class MemoirEditor(InTurnEditor):
         prompts = [Tokens(row.ids[: row.prompt_length], row.prompt_length) for row in rows]
         batch = collate(prompts, padding_id(self.tokenizer))
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        module = self.model.get_submodule(self._name)
-        with captured(module, len(rows)) as seen, no_logits(self.model):
+        with captured(self._projection, len(rows)) as seen, no_logits(self.model):
             full_logits(self.model, **inputs)
         return mean_over(seen[0].input, inputs["attention_mask"].bool().to(seen[0].input.device))
 
-    def _contexts(self, prepared: PreparedModel) -> list[str]:
-        """Let the unedited model write texts, once for all editors of a model."""
-        lengths = ((PREFIX_TOKENS, self.settings.contexts),)
-        if lengths not in prepared.computed:
-            prepared.computed[lengths] = prefixes(self.model, self.tokenizer, lengths)
-        found: list[str] = prepared.computed[lengths]
-        return found
-
     def _learn(self, fact: Edit) -> EditResult:
         """Learn one fact in the columns that its prompt chooses."""
-        texts = [fact.prompt, *(Context(before=f"{t}.").around(fact.prompt) for t in self._before)]
-        rows = [
-            encode_fitting(self.model, self.tokenizer, text, fact.target, template=self._template)
-            for text in texts
-        ]
+        rows = [self._encode(text, fact.target) for text in in_texts(fact.prompt, self._before)]
         mask = self.masks_of(self._prompt_means(rows[:1]))[0]
         places = mask.nonzero()[:, 0]
         columns = nn.Parameter(self._memory[:, places].clone())
-        fixed = FixedBlocks(blocks_before(self.model, self._name))
-        taught = Taught(self.model, self.tokenizer, rows, fixed)
-        descent = self.settings.descent
+        taught, descent = self._taught(rows), self.settings.descent
 
         def terms() -> Terms:
             return {STOP_TERM: taught.loss()}
@@ -188,7 +165,7 @@ class MemoirEditor(InTurnEditor):
         share, edit = common.max(1)
         return edit, share
 
-    def _add(self, hidden: Tensor, output: Tensor) -> Tensor | None:
+    def _change(self, hidden: Tensor, output: Tensor) -> Tensor | None:
         """After the projection: add what the memory makes of the masked inputs."""
         if self._learning is not None:
             added = hidden[..., self._places].float() @ self._learning.mT
@@ -217,8 +194,3 @@ class MemoirEditor(InTurnEditor):
         device = self._memory.device
         self._memory, self._masks = state["memory"].to(device), state["masks"].to(device)
         self._background = state["background"].to(device)
-
-    def remove(self) -> None:
-        """Take the memory off the model."""
-        self._handle.remove()
-        self._watch.remove()

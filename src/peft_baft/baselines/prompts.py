@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from peft_baft.adapter.blocks import stack_owner
 from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.model_call import full_logits, input_device
-from peft_baft.baselines.projections import by_rows
+from peft_baft.baselines.in_place import InTurnEditor
+from peft_baft.baselines.projections import blocks_before, by_rows
 from peft_baft.data.batching import Tokens, collate, padding_id
+from peft_baft.data.templates import Template
 from peft_baft.editing.acceleration.module_patches import (
     FixedBlocks,
     at_least_four,
@@ -60,7 +63,8 @@ class PromptWatch:
     def positions(self, device: torch.device) -> Tensor:
         """Give the position of each token relative to the end of its prompt, (rows, tokens)."""
         positions = self._context.current_forward().relative_positions
-        assert positions is not None, "the model was given tokens"
+        if positions is None:
+            raise ValueError("The method needs a model that is called with tokens, (rows, tokens).")
         return positions.to(device)
 
     def ends(self, device: torch.device) -> Tensor:
@@ -131,6 +135,37 @@ class Taught:
     def loss(self) -> Tensor:
         """Compute the mean over rows of the mean over each one's answer tokens."""
         return torch.stack([losses.mean() for losses in self.losses()]).mean()
+
+
+class ProjectionEditor(InTurnEditor):
+    """Makes edits in turn at one projection, by what it reads of prompts; an `Editor` of which a method gives what changes.
+
+    name: of the projection. A subclass calls `_attach` once it is ready to be asked.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, template: Template, name: str) -> None:
+        super().__init__(model, tokenizer, template)
+        self._name = name
+        self._projection: nn.Module = model.get_submodule(name)
+        self._device = next(self._projection.parameters()).device
+        self._watch = PromptWatch(model, name)
+
+    def _attach(self) -> None:
+        self._handle = self._watch.after(self._projection, self._change)
+
+    @abstractmethod
+    def _change(self, hidden: Tensor, output: Tensor) -> Tensor | None:
+        """Change what leaves the projection; as `change` of `PromptWatch.after`."""
+
+    def _taught(self, rows: Sequence[Tokens]) -> Taught:
+        """Put rows to the model while something at the projection is learned."""
+        fixed = FixedBlocks(blocks_before(self.model, self._name))
+        return Taught(self.model, self.tokenizer, rows, fixed)
+
+    def remove(self) -> None:
+        """Take what was learned off the model."""
+        self._handle.remove()
+        self._watch.remove()
 
 
 def mean_over(hidden: Tensor, mask: Tensor) -> Tensor:

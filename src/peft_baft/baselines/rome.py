@@ -11,27 +11,27 @@ mends that repeated edits break the model; the contexts are written once an edit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from peft_baft.baselines.in_place import frozen, in_turn
+from peft_baft.baselines.in_place import InTurnEditor
 from peft_baft.baselines.locating import (
     Search,
     keys_and_outputs,
     locate,
-    prefixes,
     search_target,
+    written_once,
 )
 from peft_baft.baselines.low_rank import LowRankChanges
 from peft_baft.baselines.projections import down_projection, require_layer
 from peft_baft.data.cases import Edit
 from peft_baft.data.templates import RAW, Template
 from peft_baft.editing.acceleration.prepared import PreparedModel
-from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
+from peft_baft.editing.editor import EditResult
 from peft_baft.editing.method import EditorSetup, MethodSettings
 
 EASYEDIT_BLOCK = 5  # of a model of 32, counted from 0
@@ -75,7 +75,7 @@ class Rome(MethodSettings):
         return RomeEditor(base, tokenizer, self, setup.template, setup.prepared)
 
 
-class RomeEditor:
+class RomeEditor(InTurnEditor):
     """Changes one weight of a model by a matrix of rank 1 an edit; an `Editor`. Its edits need a subject.
 
     template: the form in which facts are taught. prepared: what editors of one base model share.
@@ -92,45 +92,28 @@ class RomeEditor:
         template: Template = RAW,
         prepared: PreparedModel | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self._template = template
+        super().__init__(model, tokenizer, template)
+        self.settings = settings
         self.module_name = down_projection(model, settings.layer, EASYEDIT_BLOCK, "rome")
         self._module: nn.Module = model.get_submodule(self.module_name)
         self.changes = LowRankChanges(model, [self.module_name], "rome")
-        self._computed = (prepared or PreparedModel()).computed
-
-    def edit(self, edits: Iterable[Edit]) -> EditResult:
-        """Write the edits into the weight, one after another; as `Editor.edit`."""
-        facts = checked_edits(edits)
-        encode_edits(self.model, self.tokenizer, facts, (self._template,))  # their check
-        before, results = self.state_dict(), []
-        try:
-            with frozen(self.model):
-                before_prompts = self._unedited_prefixes()
-                for fact in facts:
-                    results.append(self._write(fact, before_prompts))
-        except BaseException:
-            self.load_state_dict(before)
-            raise
-        return in_turn(results)
+        self._prepared = prepared or PreparedModel()
 
     def _unedited_prefixes(self) -> list[str]:
         """Let the model write contexts as it was before the first edit, so that they are the same after every edit."""
         lengths = tuple((tokens, self.settings.contexts) for tokens in PREFIX_TOKENS)
-        if lengths not in self._computed:
-            try:
-                self.changes.take_off()
-                self._computed[lengths] = prefixes(self.model, self.tokenizer, lengths)
-            finally:
-                self.changes.put_on()
-        return self._computed[lengths]
+        try:
+            self.changes.take_off()
+            return written_once(self.model, self.tokenizer, lengths, self._prepared)
+        finally:
+            self.changes.put_on()
 
-    def _write(self, fact: Edit, before: list[str]) -> EditResult:
+    def _learn(self, fact: Edit) -> EditResult:
         """Write one fact into the weight."""
-        parts = self.model, self.tokenizer
+        parts, before = (self.model, self.tokenizer), self._unedited_prefixes()
         located = locate(*parts, fact, before, "rome", self._template)
         found = search_target(*parts, self.module_name, located, self.settings.search)
-        keys, output = keys_and_outputs(*parts, self._module, located)
+        keys, output = keys_and_outputs(*parts, self._module, self._module, located)
         direction = keys.mean(0) / keys.mean(0).norm()
         key = keys.mean(0) if self.settings.mean_key else keys[0]
         left = (found.target - output) / (direction @ key)

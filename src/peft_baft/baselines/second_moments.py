@@ -6,7 +6,6 @@ MEMIT and AlphaEdit weigh an edit's change by them, so that what is seldom an in
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,9 +21,9 @@ from peft_baft.adapter.model_call import full_logits, generate_sampled, input_de
 from peft_baft.baselines.locating import BEGINNINGS, captured
 from peft_baft.data.batching import Tokens, collate, context_window, padding_id
 from peft_baft.data.unrelated import GENERAL
+from peft_baft.loading import fingerprint
 
 ROWS, LENGTH = 32, 128  # of the texts that are written at once
-SAMPLED_VALUES = 64  # of each tensor, by which a model is known again
 
 
 def second_moments(
@@ -55,7 +54,7 @@ def second_moments(
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, not {tokens}.")
     known = {"model": fingerprint(model), "tokens": str(tokens), "seed": str(seed)}
-    file = None if folder is None else Path(folder) / f"moments-{known['model'][:12]}.safetensors"
+    file = None if folder is None else Path(folder) / f"moments-{known['model']}.safetensors"
     if file is not None and file.exists():
         with safe_open(file, "pt") as kept:
             if kept.metadata() == known and set(names) <= set(kept.keys()):
@@ -148,14 +147,3 @@ def _written(model: Any, tokenizer: Any) -> list[Tokens]:
         row = (*ids, *written[: ends[0] if ends else None])
         rows.append(Tokens(row, len(row)))
     return rows
-
-
-def fingerprint(model: Any) -> str:
-    """Identify a model by the names, shapes and some values of its weights."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        step = max(1, len(flat) // SAMPLED_VALUES)
-        values = flat[::step][:SAMPLED_VALUES].float().cpu().numpy().tobytes()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + values)
-    return digest.hexdigest()

@@ -24,20 +24,12 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from peft_baft.adapter.blocks import text_config
-from peft_baft.baselines.in_place import InTurnEditor, minimise, settled
-from peft_baft.baselines.locating import prefixes
-from peft_baft.baselines.projections import (
-    blocks_before,
-    down_projection,
-    require_layer,
-    weight_of,
-)
-from peft_baft.baselines.prompts import PromptWatch, Taught, mean_over
-from peft_baft.data.batching import Tokens, encode_fitting
+from peft_baft.baselines.in_place import minimise, settled
+from peft_baft.baselines.locating import in_texts, written_once
+from peft_baft.baselines.projections import down_projection, require_layer, weight_of
+from peft_baft.baselines.prompts import ProjectionEditor, mean_over
 from peft_baft.data.cases import Edit, Unrelated
-from peft_baft.data.contexts import Context
 from peft_baft.data.unrelated import GENERAL
-from peft_baft.editing.acceleration.module_patches import FixedBlocks
 from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.editor import CURSOR, EditResult
 from peft_baft.editing.method import EditorSetup, MethodSettings
@@ -120,7 +112,7 @@ class Shard(NamedTuple):
     smallest: float
 
 
-class WiseEditor(InTurnEditor):
+class WiseEditor(ProjectionEditor):
     """Edits a model by a copy of a weight; an `Editor`.
 
     Raises:
@@ -128,31 +120,22 @@ class WiseEditor(InTurnEditor):
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: Wise, setup: EditorSetup) -> None:
-        super().__init__(model, tokenizer, setup.template)
+        name = down_projection(model, settings.layer, EASYEDIT_BLOCK, "wise")
+        super().__init__(model, tokenizer, setup.template, name)
         self.settings, self._seed = settings, setup.seed
         self._unrelated: Sequence[Unrelated] = setup.unrelated or GENERAL
-        self._name = down_projection(model, settings.layer, EASYEDIT_BLOCK, "wise")
-        projection = model.get_submodule(self._name)
-        self._weight = weight_of(projection)
-        self._bias = getattr(projection, "bias", None)
+        self._weight = weight_of(self._projection)
+        self._bias = getattr(self._projection, "bias", None)
         self._act = ACT2FN[_activation(model)]
-        self._before = self._contexts(setup.prepared or PreparedModel())
+        lengths = tuple((tokens, settings.contexts) for tokens in PREFIX_TOKENS)
+        self._before = written_once(model, tokenizer, lengths, setup.prepared or PreparedModel())
         self._edits = 0
         self._closed: list[Shard] = []
         self._open = self._new_shard(0)
         self._copies: list[Tensor] | None = None  # whole weights of the shards, closed ones first
         self._learning: Tensor | None = None  # the whole weight while it is learned
         self._distances = torch.zeros(0)  # (rows,) of the last forward while learning
-        self._watch = PromptWatch(model, self._name)
-        self._handle = self._watch.after(projection, self._choose)
-
-    def _contexts(self, prepared: PreparedModel) -> list[str]:
-        """Let the unedited model write texts, once for all editors of a model."""
-        lengths = tuple((tokens, self.settings.contexts) for tokens in PREFIX_TOKENS)
-        if lengths not in prepared.computed:
-            prepared.computed[lengths] = prefixes(self.model, self.tokenizer, lengths)
-        found: list[str] = prepared.computed[lengths]
-        return found
+        self._attach()
 
     def _new_shard(self, number: int) -> Shard:
         """Draw the places that a shard changes, which depend on the seed and its number alone."""
@@ -171,12 +154,8 @@ class WiseEditor(InTurnEditor):
     def _learn(self, fact: Edit) -> EditResult:
         """Learn one fact in the open shard, beside one unrelated text."""
         other = self._unrelated[self._edits % len(self._unrelated)]
-        texts = [fact.prompt, *(Context(before=f"{t}.").around(fact.prompt) for t in self._before)]
-        rows = [self._encode(text, fact.target) for text in texts]
-        fixed = FixedBlocks(blocks_before(self.model, self._name))
-        taught = Taught(
-            self.model, self.tokenizer, [*rows, self._encode(other.prompt, other.answer)], fixed
-        )
+        rows = [self._encode(text, fact.target) for text in in_texts(fact.prompt, self._before)]
+        taught = self._taught([*rows, self._encode(other.prompt, other.answer)])
         settings, descent, places = self.settings, self.settings.descent, self._open.places
         values = nn.Parameter(self._open.values.clone())
 
@@ -212,9 +191,6 @@ class WiseEditor(InTurnEditor):
         self._close_and_merge()
         return result
 
-    def _encode(self, prompt: Any, answer: str) -> Tokens:
-        return encode_fitting(self.model, self.tokenizer, prompt, answer, template=self._template)
-
     def _close_and_merge(self) -> None:
         """Close the open shard if it is full, and merge closed ones if there are enough."""
         settings = self.settings
@@ -229,7 +205,7 @@ class WiseEditor(InTurnEditor):
         self._closed, self._copies = closed, None
         self._open = self._new_shard(self._edits // settings.edits_a_shard)
 
-    def _choose(self, hidden: Tensor, output: Tensor) -> Tensor | None:
+    def _change(self, hidden: Tensor, output: Tensor) -> Tensor | None:
         """After the projection: give each row the output of the shard that answers it."""
         if self._learning is not None:
             changed = self._output(hidden, self._learning)
@@ -291,11 +267,6 @@ class WiseEditor(InTurnEditor):
         ]
         places = self._new_shard(self._edits // self.settings.edits_a_shard).places
         self._open, self._copies = Shard(places, state["open"].to(device), of_open), None
-
-    def remove(self) -> None:
-        """Take the copies off the model."""
-        self._handle.remove()
-        self._watch.remove()
 
 
 def merge(shards: Sequence[Shard], density: float, size: int) -> Shard:

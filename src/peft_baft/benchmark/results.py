@@ -14,10 +14,10 @@ import peft
 import torch
 import transformers
 
+from peft_baft.loading import DIGITS, fingerprint
 from peft_baft.storage import read_lines
 
 FORMAT = 1
-DIGITS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,17 +102,6 @@ def described_model(name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
         "fingerprint": fingerprint(model),
         "tokenizer": short_hash(tokenizer.backend_tokenizer.to_str().encode()),
     }
-
-
-def fingerprint(model: Any, samples: int = 64) -> str:
-    """Hash every parameter's name, shape and dtype and of `samples` evenly spaced values of it: fast at any size."""
-    digest = sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        chosen = torch.arange(min(samples, flat.numel())) * (flat.numel() // samples or 1)
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(flat[chosen.to(flat.device)].double().cpu().numpy().tobytes())
-    return digest.hexdigest()[:DIGITS]
 
 
 def described_file(path: str | Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from peft_baft.benchmark.methods import method
 from peft_baft.editing.editor import Editor
 from peft_baft.editing.method import EditorSetup
 from peft_baft.editing.presets import find_preset
+from peft_baft.loading import fingerprint
 from peft_baft.storage import load_with_header, save_with_header
 
 FORMAT = 1
@@ -27,7 +28,8 @@ def save_edits(
         ValueError: there is no such method or preset.
     """
     method(variant, find_preset(preset))  # raises for an unknown one before anything is written
-    header = {"format": FORMAT, "method": variant, "preset": preset, "seed": seed}
+    header: dict[str, Any] = {"format": FORMAT, "method": variant, "preset": preset, "seed": seed}
+    header["model"] = _known_by(editor.model)
     save_with_header(Path(file), editor.state_dict(), header)
 
 
@@ -47,6 +49,11 @@ def load_edits(
         raise ValueError(
             f"{file} is no file of edits of format {FORMAT}, which `save_edits` of this version writes."
         )
+    if header["model"] != _known_by(base):
+        raise ValueError(
+            f"{file} holds edits of {header['method']} on another model: its embeddings are {header['model']}, those of this "
+            f"one {_known_by(base)}. Load the model that was edited."
+        )
     setup = replace(setup or EditorSetup(), seed=header["seed"])
     settings = method(header["method"], find_preset(header["preset"])).settings
     editor = settings.start(base, tokenizer, setup)
@@ -55,6 +62,11 @@ def load_edits(
     except (KeyError, RuntimeError) as error:
         editor.remove()
         raise ValueError(
-            f"{file} holds edits of {header['method']} on another model: {error}"
+            f"{file} holds no edits of {header['method']} as it is set here: {error}"
         ) from error
     return editor
+
+
+def _known_by(model: Any) -> str:
+    """Identify a model by its embeddings, which no method changes."""
+    return fingerprint(model.get_input_embeddings())

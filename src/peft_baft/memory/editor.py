@@ -241,7 +241,8 @@ class MemoryEditor:
         hidden = output if isinstance(output, Tensor) else output[0]
 
         def decide(prompts: Tensor) -> Tensor:
-            assert self._tokens is not None, "a prompt is given as tokens"
+            if self._tokens is None:
+                raise ValueError("memory reads prompts as tokens: call the model with input_ids.")
             routes = []
             for ids, states, mask in zip(self._tokens, hidden, prompts, strict=True):
                 row = Tokens(tuple(ids[mask.to(ids.device)].tolist()), int(mask.sum()))

@@ -6,6 +6,7 @@ nobody reads. `CachedPrefix` does the same for BaFT adapters, with what these ne
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +31,8 @@ from peft_baft.editing.acceleration.module_patches import (
 )
 from peft_baft.editing.acceleration.prefix_cache import split_batch
 
+logger = logging.getLogger(__name__)
+SLOWER = "%s is edited without a cache, which is slower but right: going on from a cache fails with it (%s)."
 TOLERANCE = 1e-3  # of logits, relative to the largest: cached and plain ones differ by rounding
 Places = tuple[Tensor, Tensor]
 
@@ -89,7 +92,10 @@ class CachedTexts:
         try:
             with torch.no_grad(), no_logits(model):
                 _, cache = call_with_cache(model, model, before)
-        except NotImplementedError:  # a model that keeps no cache
+        except NotImplementedError:  # a model that keeps no cache: nothing is wrong with it
+            return whole
+        except Exception as error:  # a model may fail in any way when it is asked for a cache: that is told, not raised
+            logger.warning(SLOWER, type(model).__name__, f"{type(error).__name__}: {error}")
             return whole
         columns = read[1] - torch.tensor(cuts)[read[0]]
         cached = cls(
@@ -99,7 +105,10 @@ class CachedTexts:
         with torch.no_grad():
             expected = whole.select(some).logits()
             difference = (cached.select(some).logits() - expected).abs().max()
-        return cached if difference <= TOLERANCE * (1 + expected.abs().max()) else whole
+        if difference <= TOLERANCE * (1 + expected.abs().max()):
+            return cached
+        logger.warning(SLOWER, type(model).__name__, f"its logits are off by {difference:.2g}")
+        return whole
 
     def logits(self) -> Tensor:
         """Compute the logits that are read, (n, vocabulary)."""
