@@ -30,8 +30,8 @@ from peft_baft.baselines.locating import (
     Search,
     keys_and_outputs,
     locate,
-    prefixes,
     search_target,
+    written_once,
 )
 from peft_baft.baselines.low_rank import LowRankChanges
 from peft_baft.baselines.projections import EASYEDIT_DEPTH, down_projection
@@ -145,7 +145,7 @@ class MemitEditor:
         self._past_keys: dict[str, Tensor] = {
             name: rows.clone() for name, rows in self.changes.right.items()
         }  # (edits, f)
-        self._computed = (prepared or PreparedModel()).computed
+        self._prepared = prepared or PreparedModel()
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
         """Write the facts into the blocks, all at once; as `Editor.edit`."""
@@ -161,32 +161,28 @@ class MemitEditor:
 
     def _prepare(self) -> tuple[list[str], dict[str, Tensor]]:
         """Let the unedited model write contexts; compute for each block λ C, or P, (f, f) in float64."""
-        settings = self.settings
+        settings, computed = self.settings, self._prepared.computed
+        lengths = ((PREFIX_TOKENS, settings.contexts),)
+        of_moments = ("moments", *self.module_names, settings.moment_tokens)
         by = settings.threshold if settings.null_space else settings.moment_weight
-        key = (
-            *self.module_names,
-            settings.contexts,
-            settings.moment_tokens,
-            settings.null_space,
-            by,
-        )
-        if key not in self._computed:
-            parts = self.model, self.tokenizer
-            try:
-                self.changes.take_off()
-                before = prefixes(*parts, [(PREFIX_TOKENS, settings.contexts)])
-                moments = second_moments(
-                    *parts,
-                    self.module_names,
-                    settings.moment_tokens,
-                    folder=settings.moment_folder,
+        of_matrices = (*of_moments, settings.null_space, by)
+        parts = self.model, self.tokenizer
+        try:
+            self.changes.take_off()
+            before = written_once(*parts, lengths, self._prepared)
+            if of_moments not in computed:
+                folder = settings.moment_folder
+                computed[of_moments] = second_moments(
+                    *parts, self.module_names, settings.moment_tokens, folder=folder
                 )
-            finally:
-                self.changes.put_on()
+        finally:
+            self.changes.put_on()
+        if of_matrices not in computed:
             of_block = null_space if settings.null_space else torch.mul
-            matrices = {name: of_block(moment.double(), by) for name, moment in moments.items()}
-            self._computed[key] = before, matrices
-        return self._computed[key]
+            computed[of_matrices] = {
+                name: of_block(moment.double(), by) for name, moment in computed[of_moments].items()
+            }
+        return before, computed[of_matrices]
 
     def _write(
         self, facts: Sequence[Edit], before: list[str], matrices: Mapping[str, Tensor]
