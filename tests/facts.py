@@ -61,7 +61,7 @@ _BY_MOMENTS = ";layers=[0];moment_tokens=300;moment_weight=1e-4;threshold=0.5;ri
 OTHERWISE = {"grace": ";lr=0.5"}
 OTHERWISE |= dict.fromkeys(["rome", "r-rome"], f"{_AT_THE_SUBJECT};layer=0")
 OTHERWISE |= dict.fromkeys(["memit", "alphaedit"], f"{_AT_THE_SUBJECT}{_BY_MOMENTS}")
-OTHERWISE["memory"] = ";lr=0.2;stop_loss=0.05;key_dimensions=16;least_subject=0.8;strictness=0.9"
+OTHERWISE["memory"] = ";lr=0.2;stop_loss=0.05;learn_end=false;key_dimensions=16;least_subject=0.98"
 OTHERWISE["melo"] = ";radius=0.5;layer=0;scaling=20;stop_loss=0.03"
 OTHERWISE["memoir"] = ";lr=1;contexts=0;overlap=0.9"
 OTHERWISE["horen"] = ";lr=0.1;threshold=0.98"

@@ -33,6 +33,7 @@ ASKED_FORMS = ("auto", "raw", "chat")
 REPORT_FORMS = ("raw", "chat", "both")
 WHEN = ("after_all", "immediate")
 SPLITS = ("blocks", "facts")
+EDIT_METHODS = ("auto", "baft", "memory")
 
 ASKED_FORM = "form of the prompts: raw text, the chat template, or auto: the form in which the adapter was taught"
 MODEL_NAME = "Hub id, local folder, GGUF file, or smollm2"
@@ -107,6 +108,14 @@ class EditCommand(TrainingOptions, ModelOptions):
         None
     )
     adapter_revision: AdapterRevision = None
+    method: Annotated[
+        str,
+        choice(
+            EDIT_METHODS,
+            "baft: one adapter for all facts; memory: a code of its own for each, found by its question, and removable; "
+            "auto: that of the continued adapter, else memory from 10 facts on",
+        ),
+    ] = "auto"
     batch_size: Annotated[int, whole_number("facts learned at once; 1 is one after another")] = 1
     template: Annotated[
         str,
@@ -164,6 +173,9 @@ class AskCommand(ModelOptions):
     show_sent: Annotated[
         bool, flag("--show-sent", "print the text that the model gets, template included")
     ] = False
+    explain: Annotated[
+        bool, flag("--explain", "of a memory, say which edit answered, and how near others came")
+    ] = False
     json: Json = False
 
     def run(self) -> int:
@@ -212,6 +224,35 @@ class RollbackCommand:
         from peft_baft_cli.work.journal import rollback
 
         return rollback(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetCommand:
+    """Take edits out of a memory; the answers of the others stay bit for bit."""
+
+    adapter: Annotated[Path, Argument(metavar="ADAPTER", help="folder of the memory")]
+    edit: Annotated[str, text("N", "number of the edit, as `baft log` has it; several with commas")]
+
+    def run(self) -> int:
+        from peft_baft_cli.work.memory import forget
+
+        return forget(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeCommand:
+    """Put the edits of two memories of one model into one."""
+
+    first: Annotated[Path, Argument(metavar="FIRST", help="folder of a memory")]
+    second: Annotated[
+        Path, Argument(metavar="SECOND", help="folder of another; its edits replace those of FIRST")
+    ]
+    output: Annotated[Path, text("FOLDER", "folder for the merged memory")]
+
+    def run(self) -> int:
+        from peft_baft_cli.work.memory import merge
+
+        return merge(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -427,6 +468,8 @@ COMMANDS: dict[str, type[Command]] = {
     "chat": ChatCommand,
     "log": LogCommand,
     "rollback": RollbackCommand,
+    "forget": ForgetCommand,
+    "merge": MergeCommand,
     "bench": BenchCommand,
     "list": ListCommand,
     "plot": PlotCommand,

@@ -520,7 +520,7 @@ REFUSED += [
         [["a"]],
     )
 ]
-REFUSED += [("baft_format", value) for value in (None, 0, -1, 3, 10**30, "1", 1.0, True, [1])]
+REFUSED += [("baft_format", value) for value in (None, 0, -1, 4, 10**30, "1", 1.0, True, [1])]
 REFUSED += [
     ("base_model_name_or_path", 3),
     ("auto_mapping", "os"),

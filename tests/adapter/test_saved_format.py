@@ -143,7 +143,7 @@ def write_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def to_newer(folder: Path) -> None:
-    write_config(folder, lambda settings: settings.update(baft_format=3, gate_sharpness=1.0))
+    write_config(folder, lambda settings: settings.update(baft_format=4, gate_sharpness=1.0))
 
 
 def to_former(folder: Path) -> None:
@@ -156,7 +156,7 @@ def to_former_tensors(folder: Path) -> None:
 
 
 NEWER = (
-    r"saved by a newer peft_baft \(format 3\); this version reads up to 2: pip install -U peft-baft"
+    r"saved by a newer peft_baft \(format 4\); this version reads up to 3: pip install -U peft-baft"
 )
 FORMER = r"Edit again; or bring it to format 1: in adapter_model.safetensors, rename .*\"baft_format\": 1"
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {

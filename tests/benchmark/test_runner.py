@@ -31,12 +31,12 @@ from peft_baft.benchmark.schedule import Schedule
 from peft_baft.data.templates import CHAT, RAW
 from peft_baft.editing.editor import EditResult
 from peft_baft.editing.lanes import LaneBatch
+from peft_baft.editing.memory.editor import MemoryEditor
 from peft_baft.editing.presets import PRESETS
 from peft_baft.evaluation import asking, probing
 from peft_baft.evaluation.asking import Unedited, ask, questions_of
 from peft_baft.evaluation.frames import RAW_FRAMES
 from peft_baft.evaluation.probing import Probing
-from peft_baft.memory.editor import MemoryEditor
 from peft_baft.storage import append_line
 
 fact_model = facts.fact_model

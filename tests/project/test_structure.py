@@ -16,7 +16,7 @@ LEVELS = [
     {"intervention", "regularisers", "span", "storage", "processes"},
     {"losses", "adapter", "data", "loading"},
     {"editing"},
-    {"baselines", "evaluation", "memory"},
+    {"baselines", "evaluation"},
     {"benchmark", "checking", "inspection"},
     {"reporting"},
     {"integrations"},

@@ -15,6 +15,9 @@ PAPER_BLOCKS, PAPER_DEPTH = (
     32,
 )
 
+# Whose output tells the edits of a memory apart, counted from 0, of a model of so many blocks: docs/memory.md.
+KEY_BLOCK, KEY_DEPTH = 4, 30
+
 
 def default_blocks(depth: int) -> list[int]:
     """Scale the paper's 9;18;24;28 of 32 to `depth` blocks, as indices from 0.
@@ -159,6 +162,31 @@ def block_names(model: nn.Module, indices: Any, pattern: list[str] | str | None)
     return [f"{stack}.{i}" for i in sorted(indices)]
 
 
+def key_block_before(model: nn.Module, targets: Any) -> str:
+    """Return the name of the block whose output tells which edit of a memory a prompt asks for.
+
+    It is block 4 of 30, scaled to the model, unless an earlier one is edited: no block has been edited when it has run.
+
+    Args:
+        targets: full names of the edited blocks.
+
+    Raises:
+        ValueError: they are not blocks of one list.
+    """
+    stack = find_stack(model)
+    depth = len(cast(nn.ModuleList, model.get_submodule(stack)))
+    names = [targets] if isinstance(targets, str) else list(targets)
+    numbers = [name.removeprefix(f"{stack}.") for name in names]
+    if not all(number.isdigit() for number in numbers):
+        raise ValueError(
+            f"A memory of edits edits whole decoder blocks, {stack}.0 to {stack}.{depth - 1}, not {', '.join(names)[:80]}. "
+            "Choose them with layers_to_transform, or name key_block and the blocks in full."
+        )
+    first = min(map(int, numbers))
+    wanted = min(round(KEY_BLOCK * depth / KEY_DEPTH), first)
+    return f"{stack}.{_first_not_in(blocks_left_out(model), wanted)}"
+
+
 def _first_not_in(left_out: frozenset[int], index: int) -> int:
     """Return `index`, or the next lower index that is not left out; the next higher one where there is none."""
     while index in left_out and index > 0:
@@ -166,6 +194,13 @@ def _first_not_in(left_out: frozenset[int], index: int) -> int:
     while index in left_out:
         index += 1
     return index
+
+
+def blocks_before(model: nn.Module, name: str) -> list[nn.Module]:
+    """List the blocks that run before the one in which a module stands: their outputs do not depend on that module."""
+    stack = find_stack(model)
+    number = int(name.removeprefix(f"{stack}.").partition(".")[0])
+    return list(cast(nn.ModuleList, model.get_submodule(stack)))[:number]
 
 
 def missing_targets(model: nn.Module, config: BaftConfig) -> list[str]:

@@ -17,11 +17,29 @@ from torch import Tensor
 
 from peft_baft.adapter.parameters import GATE_NORMS, WEIGHTINGS
 from peft_baft.adapter.registration import BAFT
-from peft_baft.adapter.weights import EXTENDED_FORMAT, FORMAT, NEWER, UNNUMBERED, check_folder
+from peft_baft.adapter.weights import (
+    EXTENDED_FORMAT,
+    FORMAT,
+    MEMORY_FORMAT,
+    NEWER,
+    UNNUMBERED,
+    check_folder,
+    memory_sizes,
+)
 from peft_baft.adapter.weights import FILE as WEIGHTS
 from peft_baft.span import edited
 
 LARGEST_INTEGER, LARGEST_OFFSET = 2**31 - 1, 1000.0
+RANK, RANK_OF_MEMORY = 12, 64
+FIELDS_OF_MEMORY = (
+    "memory",
+    "key_block",
+    "key_dimensions",
+    "least_subject",
+    "strictness",
+    "most_unlike",
+    "memory_sizes",
+)
 
 
 @dataclass
@@ -29,7 +47,7 @@ class BaftConfig(PeftConfig):
     """Configuration of a BaFT adapter (arXiv 2503.00306).
 
     Args:
-        r: Rank of the edited subspace: rows of R, at most the hidden size. The paper uses 12.
+        r: Rank of the edited subspace: rows of R, at most the hidden size. None takes the paper's 12, or 64 for a memory.
         prompt_positions: P, how many of the last prompt tokens are edited, besides every answer token. The paper uses 3.
         answer_positions: How many of the first answer tokens are edited. None edits all of them, as the paper does; 0 edits
             prompts alone, as pyreft's LoReFT does.
@@ -50,6 +68,15 @@ class BaftConfig(PeftConfig):
             output is edited, as elsewhere in PEFT. Filled with the blocks' full names once the adapter is attached.
         exclude_modules: Names, or one regular expression, of modules that `target_modules` should pass over.
         modules_to_save: Modules besides the adapter that are trained and saved.
+        memory: Whether the adapter is a memory of edits: each edit owns a code of r numbers in a frozen basis of each block, and
+            a router picks one of them for a prompt, or none. It has no gates, and an editor alone trains it.
+        key_block: Of a memory, the block whose output tells which edit a prompt asks for, by its full name; filled in. It runs
+            before the first edited one has edited anything.
+        key_dimensions: Of a memory, how many numbers the key of each token of an edit's question has.
+        least_subject: Of a memory, how alike (at most 1) a prompt must be to an edit's in what it is about.
+        strictness: Of a memory, how alike (at most 1) it must be in what it asks of that. Larger lets fewer prompts in.
+        most_unlike: Of a memory, how many words of a prompt, besides its subject, may be unlike any of the edit's.
+        memory_sizes: Of a memory, how many edits and tokens there are, as the shapes of its tensors have it; filled in.
         balance_weight: Weight of the gates' load balance in the loss that the model returns when it is called in training
             mode with labels, as by Trainer or a loop of your own; at most the loss times this is added. 0 adds nothing. A
             `BaftEditor` has an objective of its own and does not look at this. See docs/training.md.
@@ -71,7 +98,8 @@ class BaftConfig(PeftConfig):
             and what is allowed.
     """
 
-    r: int = field(default=12, metadata={"help": "Rank of the edited subspace."})
+    # None until the config is made.
+    r: int = field(default=None, metadata={"help": "Rank of the edited subspace."})  # type: ignore[assignment]
     prompt_positions: int = field(
         default=3, metadata={"help": "How many of the last prompt tokens are edited."}
     )
@@ -103,6 +131,27 @@ class BaftConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules besides the adapter that are trained and saved."}
+    )
+    memory: bool = field(
+        default=False, metadata={"help": "Whether the adapter is a memory of edits."}
+    )
+    key_block: str | None = field(
+        default=None, metadata={"help": "Of a memory, the block that tells edits apart, filled in."}
+    )
+    key_dimensions: int = field(
+        default=64, metadata={"help": "Of a memory, numbers of each token's key."}
+    )
+    least_subject: float = field(
+        default=0.72, metadata={"help": "Of a memory, how alike in their subject."}
+    )
+    strictness: float = field(
+        default=0.48, metadata={"help": "Of a memory, how alike in what is asked."}
+    )
+    most_unlike: int = field(
+        default=2, metadata={"help": "Of a memory, words of a prompt that no edit's word is like."}
+    )
+    memory_sizes: dict[str, int] | None = field(
+        default=None, metadata={"help": "Of a memory, sizes of its tensors, filled in."}
     )
     balance_weight: float = field(
         default=0.0,
@@ -138,13 +187,16 @@ class BaftConfig(PeftConfig):
         self.baft_format = _readable_format(
             self.baft_format,
             comes_from_a_file,
-            of_new=EXTENDED_FORMAT if self._is_extended else FORMAT,
+            of_new=self._least_format,
         )
         super().__post_init__()
         self.peft_type = BAFT
         # Shapes of the tensors that are to be loaded, by name. This is no field: it is not saved.
         self.saved_shapes: dict[str, tuple[int, ...]] = {}
+        if self.r is None:
+            self.r = RANK_OF_MEMORY if self.memory else RANK
         _positive_integer("r", self.r)
+        _positive_integer("key_dimensions", self.key_dimensions)
         _positive_integer("prompt_positions", self.prompt_positions)
         _require_one_of("weighting", self.weighting, WEIGHTINGS)
         _require_one_of("gate_norm", self.gate_norm, GATE_NORMS)
@@ -154,11 +206,14 @@ class BaftConfig(PeftConfig):
             value = getattr(self, name, None)
             if not _is_of_type(value, type_):
                 raise TypeError(f"{name} must hold {_in_words(type_)}, not {value!r:.60}.")
+        self._require_settings_of_memory()
         self._require_values_in_range()
         self._require_pack_ranks()
-        if self._is_extended and self.baft_format == FORMAT:
+        assert self.baft_format is not None
+        if self.baft_format < self._least_format:
             raise ValueError(
-                f"An adapter with pack_ranks or answer_positions has baft_format {EXTENDED_FORMAT}, not {FORMAT}."
+                f"An adapter with pack_ranks, answer_positions or a memory has baft_format {self._least_format}, not "
+                f"{self.baft_format}."
             )
         for name in ("target_modules", "exclude_modules"):
             _require_expression(name, getattr(self, name))
@@ -183,6 +238,20 @@ class BaftConfig(PeftConfig):
             raise ValueError(
                 f"balance_weight={self.balance_weight} balances several gates, but weighting={self.weighting!r} has "
                 f"{self.gate_count}; use weighting='basis' or 'product' with r >= 2, or balance_weight=0."
+            )
+
+    def _require_settings_of_memory(self) -> None:
+        for name in ("least_subject", "strictness"):
+            if not -1 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be a likeness of -1 to 1, not {getattr(self, name)!r}."
+                )
+        if self.most_unlike < 0:
+            raise ValueError(f"most_unlike must be 0 or more, not {self.most_unlike}.")
+        unused = [name for name in ("pack_ranks", "modules_to_save") if getattr(self, name)]
+        if self.memory and (unused or self.balance_weight):
+            raise ValueError(
+                f"A memory of edits has no {(unused or ['balance_weight'])[0]}: leave it out."
             )
 
     def _require_pack_ranks(self) -> None:
@@ -218,6 +287,8 @@ class BaftConfig(PeftConfig):
             if not folder.is_dir():
                 folder = cls._download_weights(pretrained_model_name_or_path, subfolder, kwargs)
             config.saved_shapes = check_folder(folder, config)
+            if config.memory:
+                config.memory_sizes = memory_sizes(config.saved_shapes)
         return config
 
     @classmethod
@@ -233,19 +304,29 @@ class BaftConfig(PeftConfig):
                 f"{WEIGHTS} of {name}, the one format that is read, cannot be had: {error}"
             ) from error
 
+    def to_dict(self) -> dict[str, Any]:
+        """Give all fields as they are saved; those of a memory of a memory alone, so that other adapters are what they were."""
+        saved: dict[str, Any] = super().to_dict()
+        if not self.memory:
+            for name in FIELDS_OF_MEMORY:
+                saved.pop(name)
+        return saved
+
     def edits(self, relative_positions: Tensor) -> Tensor:
         """Return which tokens the adapter edits, from their relative positions (rows, tokens): bool of that shape."""
         return edited(relative_positions, self.prompt_positions, self.answer_positions)
 
     @property
-    def _is_extended(self) -> bool:
-        """Tell whether a setting is used that the first saved format does not have."""
-        return bool(self.pack_ranks) or self.answer_positions is not None
+    def _least_format(self) -> int:
+        """The first saved format that has what these settings use."""
+        if self.memory:
+            return MEMORY_FORMAT
+        return EXTENDED_FORMAT if self.pack_ranks or self.answer_positions is not None else FORMAT
 
     @property
     def gate_count(self) -> int:
         """The number of gates that weigh the update: the width of w(h)."""
-        return WEIGHTINGS[self.weighting].gate_count(self.r)
+        return 0 if self.memory else WEIGHTINGS[self.weighting].gate_count(self.r)
 
     @property
     def forward_settings(self) -> tuple:
@@ -273,7 +354,7 @@ def _readable_format(number: object, comes_from_a_file: bool, of_new: int) -> in
             raise ValueError(f"This adapter was {UNNUMBERED}.")
         return of_new
     number = _positive_integer("baft_format", number)
-    if number > EXTENDED_FORMAT:
+    if number > MEMORY_FORMAT:
         raise ValueError(f"This adapter was {NEWER.format(number)}")
     return number
 
@@ -303,6 +384,11 @@ def _is_of_type(value: object, type_: Any) -> bool:
         (type_of_items,) = get_args(type_)
         return isinstance(value, (list, tuple, set)) and all(
             _is_of_type(item, type_of_items) for item in value
+        )
+    if get_origin(type_) is dict:
+        of_key, of_value = get_args(type_)
+        return isinstance(value, dict) and all(
+            _is_of_type(key, of_key) and _is_of_type(item, of_value) for key, item in value.items()
         )
     if isinstance(value, bool):  # to Python, a bool is an int
         return type_ is bool

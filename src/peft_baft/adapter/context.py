@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter import model_call
+from peft_baft.adapter.memory import NONE, EditRouter, Routes, Sequences, routes_of
 from peft_baft.adapter.model_call import StackCall, StackSignature, UnknownPositionError
-from peft_baft.span import GenerationSpan, integer_lengths, relative_positions_of_input
+from peft_baft.span import (
+    OUTSIDE,
+    GenerationSpan,
+    integer_lengths,
+    relative_positions_of_input,
+)
 
 if TYPE_CHECKING:
     from peft_baft.adapter.config import BaftConfig
@@ -38,6 +44,13 @@ SCORED_WITHOUT_PROMPT_LENGTHS = (
     "`with peft_baft.prompt_lengths(model, [...])`; for lm-evaluation-harness, `--model baft-hf`. For the next token alone, "
     "pass logits_to_keep=1. This is said once; docs/positions.md says more."
 )
+NO_TOKENS = "A memory of edits tells prompts apart by their tokens: call the model with input_ids (rows, tokens), not embeddings."
+NOT_BY_REQUEST = "A memory of edits does not know which request of a continuous batch a token belongs to. Use generate() instead."
+UNKNOWN_ROUTE = (
+    "A memory of edits answers by what the prompt asks for, and this forward goes on from a cache whose prompt it has not seen "
+    "with the same rows. Pass the cache of the forward that read the prompt, use generate(), or pass the whole text."
+)
+ROUTES_OF_CACHE = "_baft_routes"  # an attribute of a cache: of each memory, the edit of each row
 # Methods of the base model that the context stands in for.
 GENERATION = (
     "generate",
@@ -63,10 +76,17 @@ class Generation:
 
     Attributes:
         span: where its prompt lies. seen: how many columns its forwards have passed so far.
+        asked_span: the same for memories of edits, to which a prompt that goes on with a chat is a new question.
+        prompt: (rows, columns) ids, or their embeddings. real: (rows, columns) bool, False for padding.
+        routes: by the name of a memory, which edit each row's prompt asks for, once it has been found.
     """
 
     span: GenerationSpan
     seen: int
+    asked_span: GenerationSpan
+    prompt: Tensor
+    real: Tensor
+    routes: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,11 +98,19 @@ class CurrentForward:
         row_adapters: the adapter of each row of a mixed batch (PEFT's `adapter_names`); None where all rows are edited by
             the active adapters.
         recorded: where the blocks put their gates; None where nobody asked for them.
+        asked_positions: as relative_positions, for memories of edits. routes: by the name of a memory, which edit each token
+            belongs to; found when its key block has run.
     """
 
     relative_positions: Tensor | None
     row_adapters: list[str] | None
     recorded: dict[Any, RecordedGates] | None
+    asked_positions: Tensor | None = None
+    routes: dict[str, Routes] = field(default_factory=dict)
+
+
+class _KeyBlockHasRun(Exception):
+    """Ends a forward of which the states of the key block alone are wanted."""
 
 
 class _ThreadLocalAttribute:
@@ -119,6 +147,12 @@ class EditContext:
     recorded = _ThreadLocalAttribute()
     stated_lengths = _ThreadLocalAttribute()  # (sequences,) set by `prompt_lengths()`
     _generation = _ThreadLocalAttribute()  # the `Generation` of `generate`, while it runs
+    asked_positions = _ThreadLocalAttribute()
+    routes = _ThreadLocalAttribute()
+    _stack_call = _ThreadLocalAttribute()  # the `StackCall` of the forward
+    _past = _ThreadLocalAttribute()  # how many columns precede its tokens
+    _unrouted = _ThreadLocalAttribute()  # whether memories of edits are at rest
+    _key_states = _ThreadLocalAttribute()  # a list, in a forward that ends at a key block
     # What the base model was called with, and does not pass on to its stack of blocks.
     _labels = _ThreadLocalAttribute()
     _passed_lengths = _ThreadLocalAttribute()
@@ -139,6 +173,7 @@ class EditContext:
         self._model: Any = model
         self._model_arguments = tuple(signature(model.forward).parameters)
         self._stack = StackSignature.of(stack)
+        self._stack_module = [stack]
         self._handles = [
             model.register_forward_pre_hook(self._read_model_call, with_kwargs=True),
             stack.register_forward_pre_hook(self._place_tokens, with_kwargs=True),
@@ -182,7 +217,7 @@ class EditContext:
             RuntimeError: several threads train the model, so that it cannot be known whose forward is run again.
         """
         if self._has_run:
-            return CurrentForward(self.relative_positions, self.row_adapters, self.recorded)
+            return self._forward()
         if self._last_training_forward is None:
             raise ValueError(
                 f"A block with a BaFT adapter was called, but not its model, {type(self._model).__name__}, which alone is told "
@@ -193,6 +228,15 @@ class EditContext:
                 "Several threads train one BaFT model with gradient checkpointing; train it in one thread."
             )
         return self._last_training_forward
+
+    def _forward(self) -> CurrentForward:
+        return CurrentForward(
+            self.relative_positions,
+            self.row_adapters,
+            self.recorded,
+            self.asked_positions,
+            self.routes,
+        )
 
     def mask(
         self, relative_positions: Tensor | None, hidden: Tensor, config: BaftConfig
@@ -244,6 +288,134 @@ class EditContext:
         finally:
             self.stated_lengths = outer
 
+    @contextmanager
+    def unrouted(self) -> Iterator[None]:
+        """Let memories of edits be at rest in this thread's forwards inside: they answer nothing."""
+        outer, self._unrouted = self._unrouted, True
+        try:
+            yield
+        finally:
+            self._unrouted = outer
+
+    def find_routes(self, routers: Mapping[str, EditRouter], hidden: Tensor) -> None:
+        """Find which edit of each memory the tokens of the forward belong to.
+
+        Args:
+            routers: by the memories' names, of those that have the same key block. hidden: (rows, tokens, d) of that block.
+
+        Raises:
+            ValueError: the model was called in a way that does not tell the prompt. NotImplementedError: continuous batching.
+        """
+        if self._key_states is not None:
+            self._key_states.append(hidden.detach())
+            raise _KeyBlockHasRun
+        if self._unrouted:
+            return
+        for name, router in routers.items():
+            if router.count:
+                self.routes[name] = self._routes(name, router, hidden.detach())
+
+    def _routes(self, name: str, router: EditRouter, hidden: Tensor) -> Routes:
+        """Find which edit of a memory each token belongs to."""
+        call, generation, positions = self._stack_call, self._generation, self.asked_positions
+        if call is None or positions is None:
+            raise ValueError(NO_TOKENS)
+        if call.is_continuous_batch:
+            raise NotImplementedError(NOT_BY_REQUEST)
+        rows, width = positions.shape
+        if generation is not None:
+            if name not in generation.routes:
+                generation.routes[name] = self._routes_of_prompts(generation, router, hidden)
+            return routes_of(generation.routes[name], rows, width)
+        if isinstance(self._past, Tensor) or self._past:
+            known = getattr(call.memory, ROUTES_OF_CACHE, {}).get(name)
+            if known is None or len(known) != rows:
+                raise ValueError(UNKNOWN_ROUTE)
+            return routes_of(known, rows, width)
+        ids, found = self._token_ids(call.tokens), torch.full((rows, width), NONE)
+        for row, start, end, stop in Sequences.of(positions, OUTSIDE).places:
+            if end > start:
+                question = router.question(ids[row, start:end], hidden[row, start:end])
+                found[row, start:stop] = router.match(question).edit
+        return Routes(found if (found != NONE).any() else None)
+
+    def _routes_of_prompts(
+        self, generation: Generation, router: EditRouter, hidden: Tensor
+    ) -> list[int]:
+        """Find which edit each prompt of a running `generate` asks for."""
+        prompts, positions = generation.prompt, self.asked_positions
+        beams = len(hidden) // len(prompts)
+        ids = self._token_ids(prompts)
+        columns = generation.asked_span.relative_positions(0, *ids.shape)
+        of_prompt = (columns < 0) & (columns != OUTSIDE)
+        if int(self._past) == 0 and positions.shape[1] >= ids.shape[1]:
+            states = hidden[::beams]
+        else:  # the prompt comes in pieces, or goes on from a cache
+            states = self._states_of_prompts(ids, of_prompt)
+        found = []
+        for row, mask in enumerate(of_prompt):
+            own = states[row, : len(mask)]
+            question = router.question(ids[row, mask], own[mask.to(own.device)])
+            found.append(router.match(question).edit)
+        return found
+
+    def _states_of_prompts(self, ids: Tensor, of_prompt: Tensor) -> Tensor:
+        """Compute what leaves the key block at the tokens of prompts, (rows, columns, d), in a forward of their own."""
+        longest = int(of_prompt.sum(1).max())
+        batch, real = ids.new_zeros(len(ids), longest), of_prompt.new_zeros(len(ids), longest)
+        for row, mask in enumerate(of_prompt):
+            count = int(mask.sum())
+            batch[row, :count], real[row, :count] = ids[row, mask], True
+        at_prompts = self.key_states(batch, real)
+        states = at_prompts.new_zeros(*of_prompt.shape, at_prompts.shape[-1])
+        states[of_prompt.to(states.device)] = at_prompts[real.to(states.device)]
+        return states
+
+    def key_states(self, ids: Tensor, real: Tensor) -> Tensor:
+        """Compute what leaves the key block of the active memory, (rows, tokens, d), in a forward that ends there.
+
+        Args:
+            ids: (rows, tokens), padded on the right. real: (rows, tokens) bool, False for padding.
+
+        Raises:
+            ValueError: the active adapter is no memory of edits, or it is switched off.
+        """
+        outer = dict(self._thread.__dict__)
+        seen: list[Tensor] = []
+        try:
+            self._generation, self._key_states = None, seen
+            with torch.no_grad():
+                model_call.full_logits(self._model, input_ids=ids, attention_mask=real.long())
+        except _KeyBlockHasRun:
+            return seen[0]
+        finally:
+            self._thread.__dict__.clear()
+            self._thread.__dict__.update(outer)
+        raise ValueError("No memory of edits is active: use set_adapter, or enable the adapter.")
+
+    def _token_ids(self, tokens: Tensor) -> Tensor:
+        if tokens.ndim != 2:
+            raise ValueError(NO_TOKENS)
+        return tokens
+
+    def keep_routes_with_caches(self) -> None:
+        """From now on, write on each cache which edits the prompts in it ask for, for forwards that go on from it."""
+        if len(self._handles) == 2:
+            self._handles.append(self._stack_module[0].register_forward_hook(self._keep_routes))
+
+    def _keep_routes(self, _module: nn.Module, _args: tuple, output: Any) -> None:
+        """After the stack of blocks: write the routes of a forward outside `generate` on the cache that it gives back."""
+        if not self.routes or self._generation is not None or self._past != 0:
+            return
+        routes = {}
+        for name, found in self.routes.items():
+            rows = len(self.asked_positions)
+            every = found.of_tokens
+            routes[name] = [NONE] * rows if every is None else every.amax(1).tolist()
+        for value in output.values() if hasattr(output, "values") else output:
+            if isinstance(value, model_call.Cache):
+                setattr(value, ROUTES_OF_CACHE, routes)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model's `generate`, and note where the prompt lies until it returns."""
         lengths = kwargs.pop("prompt_lengths", None)
@@ -285,9 +457,13 @@ class EditContext:
         real = call.attention_mask
         if real is None:
             real = torch.ones(call.prompt.shape[:2], device=call.prompt.device)
+        real, stated = real.bool(), self._passed_or_stated(lengths)
         return Generation(
-            GenerationSpan.of_prompt(real.bool(), int(cached), self._passed_or_stated(lengths)),
+            GenerationSpan.of_prompt(real, int(cached), stated),
             int(cached),
+            GenerationSpan.of_prompt(real, 0, stated),
+            call.prompt,
+            real,
         )
 
     def _passed_or_stated(self, passed: Any) -> Tensor | None:
@@ -308,6 +484,8 @@ class EditContext:
         lengths, self._passed_lengths = self._passed_or_stated(self._passed_lengths), None
         wants_last_logits, self._wants_last_logits = self._wants_last_logits, None
         call = model_call.read_stack_call(self._stack, args, kwargs)
+        self.routes, self._stack_call, self._past = {}, call, 0
+        self.asked_positions = None
         if call is None:
             self.relative_positions = None
         elif call.is_continuous_batch:
@@ -315,18 +493,21 @@ class EditContext:
         elif self._generation is not None:
             self.relative_positions = self._positions_in_generate(call, self._generation)
         else:
-            if labels is None and lengths is None:
+            alone = (
+                self._key_states is not None or self._unrouted
+            )  # a forward of an editor, not of a caller
+            if labels is None and lengths is None and not alone:
                 if module.training and torch.is_grad_enabled():
                     self._warn_that_lengths_are_missing()
                 elif not module.training and not wants_last_logits:
                     self._warn_of_scoring(call)
             self.relative_positions = self._positions_of_forward(call, labels, lengths)
+        if self.asked_positions is None:
+            self.asked_positions = self.relative_positions
         self._has_run = True
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._training_threads.add(threading.get_ident())
-            self._last_training_forward = CurrentForward(
-                self.relative_positions, self.row_adapters, self.recorded
-            )
+            self._last_training_forward = self._forward()
 
     def _positions_of_requests(self, call: StackCall) -> Tensor:
         """Return the relative positions of one continuous batch, (1, tokens)."""
@@ -344,6 +525,8 @@ class EditContext:
         past = model_call.columns_before_in_generate(self._model, call, generation.seen)
         if isinstance(past, int):
             generation.seen = past + width
+        self._past = past
+        self.asked_positions = generation.asked_span.relative_positions(past, rows, width)
         return generation.span.relative_positions(past, rows, width)
 
     def _positions_of_forward(
@@ -353,6 +536,7 @@ class EditContext:
         rows, width = call.tokens.shape[:2]
         prompt_ends_are_known = labels is not None or lengths is not None
         past = model_call.columns_before(self._model, call, position_matters=prompt_ends_are_known)
+        self._past = past
         real, past = _real_tokens(call.attention_mask, rows, width, past, call.tokens.device)
         positions = call.position_ids
         # Position ids may begin several sequences in one row, but only where no cache precedes them.

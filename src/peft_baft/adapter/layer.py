@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.context import CurrentForward, EditContext, RecordedGates
+from peft_baft.adapter.memory import EditCodes, EditRouter
 from peft_baft.adapter.parameters import Gate, OrthonormalBasis, stacked_bases, stacked_parameters
 from peft_baft.intervention import update
 
@@ -30,6 +31,8 @@ class BaftLayer(nn.Module, BaseTunerLayer):
     - `baft_source`: D = A - R (r, d) and b (r,), and not A, so that a fresh adapter (D = 0, b = 0) is the identity exactly, on
       every device and in every dtype, and weight decay pulls towards no edit.
     - `baft_gate`: the gates; nothing for an adapter without gates.
+    - `baft_codes`: instead of all these, of a memory of edits: the codes of its edits in this block.
+    - `baft_router`: of such a memory, in the one block whose output tells which edit a prompt asks for.
     - `baft_gate_usage`: (k + 1,) the sum of each of the k gates over the edited tokens of past edits, then how many tokens
       those were. It is float32 whatever the adapter's dtype, since it counts.
 
@@ -41,13 +44,15 @@ class BaftLayer(nn.Module, BaseTunerLayer):
 
     # PEFT looks for adapters under these names: what is trained, and what is saved beside it.
     adapter_layer_names = ("baft_basis", "baft_source", "baft_gate")
-    other_param_names = ("baft_gate_usage", "configs")
+    other_param_names = ("baft_gate_usage", "baft_codes", "baft_router", "configs")
 
     def __init__(self, block: nn.Module, name: str, context: EditContext) -> None:
         super().__init__()
         self.baft_basis = nn.ModuleDict()
         self.baft_source = nn.ModuleDict()
         self.baft_gate = nn.ModuleDict()
+        self.baft_codes = nn.ModuleDict()
+        self.baft_router = nn.ModuleDict()
         self.baft_gate_usage = BufferDict(persistent=True)
         self.configs: dict[str, BaftConfig] = {}
         self.name, self.context = name, context
@@ -62,6 +67,11 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         self._layers_kept_unpacked += _keep_4bit_as_loaded(self.context._model)
         self.configs[adapter_name] = config
         self.in_features = self.out_features = width
+        if config.memory:
+            number = self.name.rpartition(".")[2]
+            codes = EditCodes(config, int(number) if number.isdigit() else 0, width)
+            self._attach_memory("codes", adapter_name, codes)
+            return
         self.baft_basis[adapter_name] = OrthonormalBasis(config.r, width, config.pack_ranks)
         self.baft_source[adapter_name] = source = nn.Linear(width, config.r)
         if config.gate_count:
@@ -70,6 +80,21 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         if config.init_weights and source.weight.device.type != "meta":
             nn.init.zeros_(source.weight)
             nn.init.zeros_(source.bias)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def attach_router(self, adapter_name: str, config: BaftConfig, width: int) -> None:
+        """Make the router of a memory of edits, whose key block this is."""
+        self.configs[adapter_name] = config
+        self.in_features = self.out_features = width
+        router = EditRouter(config, width)
+        self._attach_memory("router", adapter_name, router)
+        self.context.keep_routes_with_caches()
+
+    def _attach_memory(self, kind: str, adapter_name: str, part: EditCodes | EditRouter) -> None:
+        """Add a part of a memory."""
+        container = self.baft_codes if kind == "codes" else self.baft_router
+        container[adapter_name] = part
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -110,6 +135,9 @@ class BaftLayer(nn.Module, BaseTunerLayer):
                 p.is_meta for p in container[adapter_name].parameters()
             ):
                 container[adapter_name].to(device, dtype)
+        for part in (self.baft_codes, self.baft_router):
+            if adapter_name in part and not any(b.is_meta for b in part[adapter_name].buffers()):
+                part[adapter_name].to(device)
         if adapter_name in self.baft_gate_usage:
             self.baft_gate_usage[adapter_name] = self.baft_gate_usage[adapter_name].to(device)
 
@@ -120,16 +148,42 @@ class BaftLayer(nn.Module, BaseTunerLayer):
             hidden: (batch, tokens, d), any floating dtype; updates are computed in the adapter's dtype.
         """
         call = self.context.current_forward()
+        routers: Any = {n: r for n, r in self.baft_router.items() if n in self.in_use(call)}
+        if routers:
+            self.context.find_routes(routers, hidden)
         if call.row_adapters is not None:
             return self._edit_rows(hidden, call, call.row_adapters)
-        active = [name for name in self.active_adapters if name in self.configs]
-        total = None
+        active = [name for name in self.active_adapters if self._edits(name)]
+        total: Tensor | None = None
         for adapter_name in active:
             mask = self.context.mask(call.relative_positions, hidden, self.configs[adapter_name])
             key = self.name if len(active) == 1 else (self.name, adapter_name)
-            change = self._update(adapter_name, key, hidden, mask, call.recorded)
-            total = change if total is None else total + change
+            change = (
+                self._coded(adapter_name, hidden, call)
+                if adapter_name in self.baft_codes
+                else self._update(adapter_name, key, hidden, mask, call.recorded)
+            )
+            if change is not None:
+                total = change if total is None else total + change
         return hidden if total is None else (hidden + total).to(hidden.dtype)
+
+    def in_use(self, call: CurrentForward) -> Sequence[str]:
+        """List the adapters that may edit a token of a forward."""
+        return self.active_adapters if call.row_adapters is None else call.row_adapters
+
+    def _edits(self, adapter_name: str) -> bool:
+        """Tell whether an adapter edits the output of this block: the key block of a memory may tell its edits apart alone."""
+        return adapter_name in self.baft_basis or adapter_name in self.baft_codes
+
+    def _coded(self, adapter_name: str, hidden: Tensor, call: CurrentForward) -> Tensor | None:
+        """Compute what the edits of a memory add, (rows, tokens, d); None where none of them is asked for."""
+        routes = call.routes.get(adapter_name)
+        if routes is None or routes.of_tokens is None:
+            return None
+        codes: Any = self.baft_codes[adapter_name]
+        mask = self.context.mask(call.asked_positions, hidden, self.configs[adapter_name])
+        assert mask is not None, "a forward with routes has positions"
+        return routes.change(codes, mask, hidden)
 
     def change_at(self, adapter_name: str, h: Tensor) -> Tensor:
         """Compute Φ(h) - h of one adapter at vectors (m, d) that are all edited, whatever the model last ran on."""
@@ -142,7 +196,8 @@ class BaftLayer(nn.Module, BaseTunerLayer):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(row_adapters)} and {hidden.shape[0]} respectively."
             )
-        present = [name for name in dict.fromkeys(row_adapters) if name in self.configs]
+        present = [name for name in dict.fromkeys(row_adapters) if name in self.baft_basis]
+        memories = [name for name in dict.fromkeys(row_adapters) if name in self.baft_codes]
         # Else a row is one vector, of a model that does not take tokens.
         rows_are_sequences = hidden.ndim == 3
         groups = (
@@ -166,6 +221,12 @@ class BaftLayer(nn.Module, BaseTunerLayer):
                 change = self._update_side_by_side(counts, hidden_of_group, mask, call.recorded)
             edited_rows.append(rows)
             edited_hidden.append(hidden_of_group + change)
+        for name in memories:
+            added = self._coded(name, hidden, call)
+            if added is not None:
+                rows = torch.tensor([i for i, other in enumerate(row_adapters) if other == name])
+                edited_rows.append(rows.to(hidden.device))
+                edited_hidden.append((hidden + added)[edited_rows[-1]])
         if not edited_rows:
             return hidden
         return hidden.index_copy(

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from math import isfinite
 from typing import Any
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, cast_adapter_dtype
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -22,7 +21,7 @@ from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.layer import CANNOT_MERGE, CHILD, BaftLayer
 from peft_baft.adapter.preparation import is_target, prepare_config, require_adapter_name
-from peft_baft.adapter.weights import check_tensors
+from peft_baft.adapter.weights import IN_MEMORY, check_tensors
 
 
 class BaftModel(BaseTuner):
@@ -136,7 +135,13 @@ class BaftModel(BaseTuner):
             layer = BaftLayer(target, current_key, context)
             target.add_module(CHILD, layer)
             layer._active_adapter = list(self.active_adapters)
-        layer.attach(adapter_name, peft_config, width)
+        if not peft_config.memory or current_key != peft_config.key_block:
+            layer.attach(adapter_name, peft_config, width)
+        elif current_key in (peft_config.target_modules or ()):
+            layer.attach(adapter_name, peft_config, width)
+            layer.attach_router(adapter_name, peft_config, width)
+        else:
+            layer.attach_router(adapter_name, peft_config, width)
         if peft_config.balance_weight:
             attach_balance(self.model)
         if adapter_name not in self.active_adapters:
@@ -367,9 +372,12 @@ def prompt_lengths(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterato
         yield
 
 
-def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
+def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int | None, ...]]:
     """Return names and shapes of an attached adapter's tensors, as PEFT names them in memory."""
     of_adapter = re.compile(rf"\.{CHILD}\.baft_[a-z_]+\.{re.escape(adapter_name)}(\.[a-z]+)?$")
     return {
-        name: tensor.shape for name, tensor in model.state_dict().items() if of_adapter.search(name)
+        # Of a memory of edits, how many edits there are is not known before.
+        name: (None,) * tensor.ndim if IN_MEMORY.search(name) else tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if of_adapter.search(name)
     }

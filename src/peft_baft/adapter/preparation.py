@@ -9,7 +9,12 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from peft_baft.adapter.blocks import block_names, configured_width, missing_targets
+from peft_baft.adapter.blocks import (
+    block_names,
+    configured_width,
+    key_block_before,
+    missing_targets,
+)
 from peft_baft.adapter.coexistence import own_modules, require_free
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.layer import CHILD, BaftLayer
@@ -33,6 +38,8 @@ def prepare_config(
         config.target_modules = block_names(
             model, config.layers_to_transform, config.layers_pattern
         )
+    if config.memory and config.key_block is None:
+        config.key_block = key_block_before(model, config.target_modules)
     absent = missing_targets(model, config)
     if absent:
         raise ValueError(
@@ -57,6 +64,8 @@ def is_target(config: BaftConfig, name: str) -> bool:
     """
     if f".{CHILD}." in f".{name}.":
         return False
+    if config.memory and name == config.key_block:
+        return True
     indices, config.layers_to_transform = config.layers_to_transform, None
     pattern, config.layers_pattern = config.layers_pattern, None
     try:
@@ -127,8 +136,8 @@ def _require_saved_shapes(
         block, _, part = name.rpartition(f".{CHILD}.baft_")
         if block:
             # The basis stands for its block: tensors of one adapter whose shapes disagree were refused with the file.
-            is_basis = part == "basis.weight"
-            fits = not is_basis or shape[1] == widths.get(block)
+            fits = part != "basis.weight" or shape[1] == widths.get(block)
+            fits = fits and (part != "router.mean" or shape[0] == widths.get(block))
         else:  # the tensor of a module in `modules_to_save`
             fits = of_model.get(name) == shape
         if not fits:

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from peft_baft.adapter.coexistence import adapter_contents, other_adapters
 from peft_baft.adapter.layer import BaftLayer
+from peft_baft.adapter.memory import EditCodes, EditRouter
 from peft_baft.adapter.model import BaftModel
 from peft_baft.adapter.taught_form import remembered_forms
+
+MEMORY_PARTS = (EditCodes, EditRouter)
 
 
 def method_modules(model: nn.Module) -> list[nn.Module]:
@@ -75,13 +78,22 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
 
     Statistics are included, and the form in which facts were taught, which stands in the adapters' configs.
     """
-    remembered = [(tensor, tensor.detach().clone()) for tensor in adapter_tensors(model)]
+    # Those of a memory of edits are never written into, but replaced.
+    memories = [(part, part.kept()) for part in model.modules() if isinstance(part, MEMORY_PARTS)]
+    of_memories = {id(tensor) for _, tensors in memories for tensor in tensors.values()}
+    remembered = [
+        (tensor, tensor.detach().clone())
+        for tensor in adapter_tensors(model)
+        if id(tensor) not in of_memories
+    ]
     restore_forms = remembered_forms(getattr(model, "peft_config", {}).values())
 
     def restore() -> None:
         with torch.no_grad():
             for tensor, value in remembered:
                 tensor.copy_(value)
+        for part, tensors in memories:
+            part.take(tensors)
         restore_forms()
 
     return restore
@@ -144,4 +156,20 @@ def without_adapters(model: PeftModel) -> Iterator[None]:
             yield
     finally:
         for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let gradients be computed inside, with the model in evaluation mode and none of its parameters trainable.
+
+    Modes and flags are put back as they were.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
+            yield
+    finally:
+        for parameter, flag in flags:
             parameter.requires_grad_(flag)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from peft_baft.adapter.memory import unpacked
 from peft_baft.adapter.parameters import gate_shapes
 
 if TYPE_CHECKING:
@@ -16,16 +19,23 @@ if TYPE_CHECKING:
 
 FILE = "adapter_model.safetensors"
 # Numbers of saved formats: one more whenever a tensor or a setting changes its name, its shape or its meaning. Adapters with
-# `pack_ranks` or `answer_positions` have the second, so that versions which do not know these refuse them; all others still
-# have the first.
-FORMAT, EXTENDED_FORMAT = 1, 2
+# `pack_ranks` or `answer_positions` have the second, and memories of edits the third, so that versions which do not know these
+# refuse them; all others still have the first.
+FORMAT, EXTENDED_FORMAT, MEMORY_FORMAT = 1, 2, 3
 FORMER_USAGE = "baft_load"  # what `baft_gate_usage` was called in folders without a number
-NEWER = f"saved by a newer peft_baft (format {{}}); this version reads up to {EXTENDED_FORMAT}: pip install -U peft-baft"
+NEWER = f"saved by a newer peft_baft (format {{}}); this version reads up to {MEMORY_FORMAT}: pip install -U peft-baft"
 UNNUMBERED = (
     "saved by a peft_baft from before saved formats had a number. Edit again; or bring it to format 1: in "
     f"{FILE}, rename the tensors that end in {FORMER_USAGE}, if there are any, so that they end in baft_gate_usage, and "
     'add the line "baft_format": 1 to adapter_config.json'
 )
+# Tensors of a memory of edits: integers of these types, by the last part of their names; the others hold floating-point numbers.
+IN_MEMORY = re.compile(r"\.baft_(?:codes|router)\.(?:.+\.)?(\w+)$")
+INTEGERS = {
+    **dict.fromkeys(("codes", "keys"), torch.int8),
+    **dict.fromkeys(("numbers", "made", "lengths", "ids", "before", "after"), torch.int32),
+    "texts": torch.uint8,
+}
 BASE = "base_model.model."  # how PEFT begins the names of a model's tensors
 LARGEST = 1e9  # no training gets there: a number beyond it is a flipped bit, and would overflow in the model
 # Tasks for which PEFT adds names to modules_to_save, present or not.
@@ -62,12 +72,18 @@ def check_folder(folder: Path, config: BaftConfig) -> dict[str, tuple[int, ...]]
         ) from None
     if any(name.endswith(f".{FORMER_USAGE}") for name in tensors):
         raise ValueError(f"{file} was {UNNUMBERED}.")
-    blocks = {name.rpartition(".baft.baft_")[0].removeprefix(BASE) for name in tensors} - {""}
+    blocks = {
+        name.rpartition(".baft.baft_")[0].removeprefix(BASE)
+        for name in tensors
+        if ".baft.baft_router." not in name
+    } - {""}
     names_no_blocks = config.target_modules is None or isinstance(config.target_modules, str)
     if names_no_blocks or config.exclude_modules:
         config.target_modules, config.exclude_modules = sorted(blocks), None
     expected = _expected_shapes(tensors, blocks, config)
     check_tensors(expected, tensors, str(file))
+    if config.memory:
+        check_memory(tensors, str(file))
     unexpected = sorted(tensors.keys() - expected.keys())
     if unexpected:  # PEFT would write it over the model's own tensor of that name
         raise ValueError(
@@ -88,7 +104,7 @@ def check_tensors(
             problems.append(f"{name} is missing")
         elif not _fits(tensor, shape):
             problems.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(shape)}")
-        elif tensor.device.type != "meta" and not _could_be_trained(tensor):
+        elif tensor.device.type != "meta" and not _could_be_trained(name, tensor):
             problems.append(f"{name} holds NaN, infinity, or what no training gives")
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -105,8 +121,41 @@ def _fits(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
     return len(shape) == tensor.ndim and sizes_fit
 
 
-def _could_be_trained(tensor: Tensor) -> bool:
+def _could_be_trained(name: str, tensor: Tensor) -> bool:
+    kind = IN_MEMORY.search(name)
+    if kind is not None and INTEGERS.get(kind[1]) is not None:
+        return tensor.dtype == INTEGERS[kind[1]]
     return tensor.is_floating_point() and bool((tensor.float().abs() < LARGEST).all())
+
+
+def check_memory(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise a ValueError unless the tensors of a memory of edits belong together."""
+    router, edits = {}, []
+    for name, tensor in tensors.items():
+        block, _, part = name.rpartition(".baft.baft_")
+        if part.startswith("router."):
+            router[part.removeprefix("router.")] = tensor
+        elif block:
+            edits.append(len(tensor))
+    lengths, numbers = router["lengths"].long(), router["numbers"].tolist()
+    count, ids = len(numbers), router["ids"]
+    is_whole = (
+        {*edits, len(lengths)} == {count}
+        and len(set(numbers)) == count
+        and all(1 <= number <= int(router["made"]) for number in numbers)
+        and bool((lengths >= 1).all())
+        and int(lengths.sum()) == len(ids) == len(router["keys"]) + count
+    )
+    if is_whole and count:
+        try:
+            is_whole = bool(((ids >= 0) & (ids < len(unpacked(router["texts"])))).all())
+        except ValueError:
+            is_whole = False
+    if not is_whole:
+        raise ValueError(
+            f"The memory of edits in {where} does not hold together: its tensors are those of different numbers of edits or "
+            "tokens. The file is damaged; take a good copy, or edit again."
+        )
 
 
 def _expected_shapes(
@@ -117,6 +166,8 @@ def _expected_shapes(
     Args:
         blocks: those that the file has tensors for.
     """
+    if config.memory:
+        return _expected_of_memory(blocks, config)
     r, d, k = config.r, config.hidden_size, config.gate_count
     shapes: dict[str, tuple[int | None, ...]] = {
         "basis.weight": (r, d),
@@ -126,14 +177,9 @@ def _expected_shapes(
     if k:
         shapes |= {f"gate.{name}": shape for name, shape in gate_shapes(config, d).items()}
         shapes["gate_usage"] = (k + 1,)
-    expected_blocks: set[str] = set()
-    for target in config.target_modules or ("a block",):
-        expected_blocks |= {block for block in blocks if f".{block}".endswith(f".{target}")} or {
-            target
-        }
     of_adapter = {
         f"{BASE}{block}.baft.baft_{name}": shape
-        for block in expected_blocks
+        for block in _expected_blocks(blocks, config)
         for name, shape in shapes.items()
     }
 
@@ -152,3 +198,47 @@ def _expected_shapes(
             of_module = {f"{BASE}{module}": ()}
         of_saved_modules |= of_module
     return of_saved_modules | of_adapter
+
+
+SIZES = {
+    "edits": "numbers",
+    "tokens": "ids",
+    "texts": "texts",
+    "before": "before",
+    "after": "after",
+}
+
+
+def memory_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Read from the shapes of a memory's tensors how many edits and tokens it holds, as its config has it."""
+    of_router = {
+        name.rpartition(".")[2]: shape for name, shape in shapes.items() if ".baft_router." in name
+    }
+    return {size: of_router[name][0] for size, name in SIZES.items()}
+
+
+def _expected_blocks(blocks: set[str], config: BaftConfig) -> set[str]:
+    """Return the blocks that the config names, in full where the file has tensors for them."""
+    expected: set[str] = set()
+    for target in config.target_modules or ("a block",):
+        expected |= {block for block in blocks if f".{block}".endswith(f".{target}")} or {target}
+    return expected
+
+
+def _expected_of_memory(blocks: set[str], config: BaftConfig) -> dict[str, tuple[int | None, ...]]:
+    """Return names and shapes of the tensors of a memory of edits; None for what their number decides."""
+    d, k = config.hidden_size, config.key_dimensions
+    of_block: dict[str, tuple[int | None, ...]] = {"codes": (None, config.r), "scales": (None,)}
+    of_router: dict[str, tuple[int | None, ...]] = {
+        **dict.fromkeys(("numbers", "lengths", "ids", "texts", "before", "after"), (None,)),
+        "made": (),
+        "keys": (None, k),
+        "mean": (d,),
+        "whitening": (d, k),
+    }
+    key_block = config.key_block or "the key block"
+    return {
+        f"{BASE}{block}.baft.baft_codes.{name}": shape
+        for block in _expected_blocks(blocks, config)
+        for name, shape in of_block.items()
+    } | {f"{BASE}{key_block}.baft.baft_router.{name}": shape for name, shape in of_router.items()}

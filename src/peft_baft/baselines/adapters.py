@@ -103,7 +103,7 @@ class AdapterMethod(MethodSettings):
         """Give the settings, resolved, as they stand in a result line."""
         config = {"peft_type": self.config_class.__name__.removesuffix("Config"), **self.config}
         if self.config_class is BaftConfig:
-            defaults = {f.name: f.default for f in fields(BaftConfig) if f.name in BAFT_SETTINGS}
+            defaults = {name: getattr(BaftConfig(), name) for name in BAFT_SETTINGS}
             config = defaults | config
         settings: dict[str, Any] = {"config": config}
         if self.objective is not None:

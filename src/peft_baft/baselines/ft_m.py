@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_baft.adapter.blocks import blocks_before
 from peft_baft.adapter.model_call import full_logits, input_device
-from peft_baft.baselines.in_place import frozen
-from peft_baft.baselines.projections import blocks_before, down_projection, require_layer
+from peft_baft.adapter.state import frozen
+from peft_baft.baselines.projections import down_projection, require_layer
 from peft_baft.data.batching import collate, padding_id
 from peft_baft.data.cases import Edit
 from peft_baft.data.templates import RAW, Template

@@ -4,45 +4,18 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_baft.adapter.state import evaluating
+from peft_baft.adapter.state import frozen
 from peft_baft.data.batching import Tokens, encode_fitting
 from peft_baft.data.cases import Edit, Prompt
 from peft_baft.data.templates import RAW, Template
-from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
+from peft_baft.editing.editor import EditResult, checked_edits, encode_edits, in_turn
 from peft_baft.editing.train import STOP_TERM, Terms
-
-
-@contextmanager
-def frozen(model: Any) -> Iterator[None]:
-    """Let gradients be computed inside, with the model in evaluation mode and none of its parameters trainable.
-
-    Modes and flags are put back as they were.
-    """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-def in_turn(results: Sequence[EditResult]) -> EditResult:
-    """Put the results of edits that were made one after another into one: the losses are those of the last."""
-    return EditResult(
-        sum(result.steps for result in results),
-        results[-1].losses,
-        sum(result.seconds for result in results),
-        all(result.learned for result in results),
-    )
 
 
 def require_raw(method: str, template: Template, facts: Iterable[Edit] = ()) -> None:

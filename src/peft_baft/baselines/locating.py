@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_baft.adapter.blocks import blocks_before
 from peft_baft.adapter.model_call import full_logits, generate_sampled, input_device
 from peft_baft.baselines.in_place import below, minimise
-from peft_baft.baselines.projections import blocks_before, by_rows
+from peft_baft.baselines.projections import by_rows
 from peft_baft.data.batching import Tokens, collate, encode_fitting, last_token_of, padding_id
 from peft_baft.data.cases import Edit, Prompt, prompt_words
 from peft_baft.data.contexts import Context
@@ -26,9 +27,9 @@ from peft_baft.editing.acceleration.module_patches import no_logits
 from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.editor import EditResult
 from peft_baft.editing.train import STOP_TERM, Terms
+from peft_baft.editing.written_texts import BEGINNINGS
 from peft_baft.losses import answer_losses
 
-BEGINNINGS = ("The", "Therefore", "Because", "I", "You")
 ESSENCE = "{} is a"  # in which what follows the subject tells what the model takes it for
 
 

@@ -17,14 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_baft.adapter.blocks import blocks_before
+from peft_baft.adapter.state import frozen
 from peft_baft.baselines.grace import GAP, NO_TOKEN, distances, with_answer
-from peft_baft.baselines.in_place import frozen, in_turn, minimise
-from peft_baft.baselines.projections import blocks_before, scaled, up_projection, weight_of
+from peft_baft.baselines.in_place import minimise
+from peft_baft.baselines.projections import scaled, up_projection, weight_of
 from peft_baft.baselines.prompts import PromptWatch, Taught
 from peft_baft.data.batching import Tokens
 from peft_baft.data.cases import Edit
 from peft_baft.editing.acceleration.module_patches import FixedBlocks
-from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
+from peft_baft.editing.editor import EditResult, checked_edits, encode_edits, in_turn
 from peft_baft.editing.method import EditorSetup, MethodSettings
 from peft_baft.editing.train import STOP_TERM, DescentConfig, Terms
 from peft_baft.evaluation.forward import answer_ids

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from peft_baft.adapter.blocks import find_stack
-from peft_baft.baselines.in_place import frozen, in_turn
+from peft_baft.adapter.state import frozen
 from peft_baft.baselines.locating import (
     Located,
     Search,
@@ -39,7 +39,7 @@ from peft_baft.baselines.second_moments import second_moments
 from peft_baft.data.cases import Edit
 from peft_baft.data.templates import RAW, Template
 from peft_baft.editing.acceleration.prepared import PreparedModel
-from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
+from peft_baft.editing.editor import EditResult, checked_edits, encode_edits, in_turn
 from peft_baft.editing.method import EditorSetup, MethodSettings
 
 EASYEDIT_BLOCKS = (4, 5, 6, 7, 8)  # of a model of 32, counted from 0

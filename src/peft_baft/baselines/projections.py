@@ -57,13 +57,6 @@ def _projection(model: Any, layer: int, method: str, what: str, names: tuple[str
     return f"{stack}.{layer}.{found[0]}"
 
 
-def blocks_before(model: Any, name: str) -> list[nn.Module]:
-    """List the blocks that run before the one in which a module stands: their outputs do not depend on that module."""
-    stack = find_stack(model)
-    number = int(name.removeprefix(f"{stack}.").partition(".")[0])
-    return list(model.get_submodule(stack))[:number]
-
-
 def is_transposed(module: nn.Module) -> bool:
     """Tell whether a linear module keeps its weight as (inputs, outputs), as GPT-2's do."""
     return type(module).__name__ == "Conv1D"

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from peft_baft.adapter.blocks import stack_owner
+from peft_baft.adapter.blocks import blocks_before, stack_owner
 from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.model_call import full_logits, input_device
 from peft_baft.baselines.in_place import InTurnEditor
-from peft_baft.baselines.projections import blocks_before, by_rows
+from peft_baft.baselines.projections import by_rows
 from peft_baft.data.batching import Tokens, collate, padding_id
 from peft_baft.data.templates import Template
 from peft_baft.editing.acceleration.module_patches import (

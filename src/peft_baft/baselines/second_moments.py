@@ -17,13 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from peft_baft.adapter.model_call import full_logits, generate_sampled, input_device
-from peft_baft.baselines.locating import BEGINNINGS, captured
-from peft_baft.data.batching import Tokens, collate, context_window, padding_id
+from peft_baft.adapter.model_call import full_logits, input_device
+from peft_baft.baselines.locating import captured
+from peft_baft.data.batching import Tokens, collate, padding_id
 from peft_baft.data.unrelated import GENERAL
+from peft_baft.editing.written_texts import written_now
 from peft_baft.loading import fingerprint
-
-ROWS, LENGTH = 32, 128  # of the texts that are written at once
 
 
 def second_moments(
@@ -92,7 +91,7 @@ def _computed(
             counted += new
             bar.update(min(new, tokens - bar.n))
             if counted < tokens:
-                rows = _written(model, tokenizer)
+                rows = written_now(model, tokenizer)
     return {name: (total / counted).cpu() for name, total in sums.items()}
 
 
@@ -117,33 +116,3 @@ def _brought(tokenizer: Any) -> list[list[int]]:
     """Tokenise the package's neutral texts."""
     found = [tokenizer(f"{text.prompt} {text.answer}")["input_ids"] for text in GENERAL]
     return [ids for ids in found if len(ids) > 1]
-
-
-def written_texts(model: Any, tokenizer: Any, seed: int = 0) -> list[Tokens]:
-    """Let a model write some texts. seed: of the random numbers, which leave those of the caller as they were."""
-    device = input_device(model)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(seed)
-        return _written(model, tokenizer)
-
-
-def _written(model: Any, tokenizer: Any) -> list[Tokens]:
-    """Let the model write texts."""
-    window = context_window(model) or LENGTH
-    begun = [tokenizer(BEGINNINGS[i % len(BEGINNINGS)])["input_ids"] for i in range(ROWS)]
-    batch = collate([Tokens(tuple(ids), len(ids)) for ids in begun], padding_id(tokenizer), "left")
-    longest = batch["input_ids"].shape[1]
-    new = generate_sampled(
-        model,
-        batch["input_ids"],
-        batch["attention_mask"],
-        padding_id(tokenizer),
-        min(LENGTH, window - longest),
-    )
-    rows = []
-    for ids, written in zip(begun, new.tolist(), strict=True):
-        # What stands behind an end of the text is padding.
-        ends = [i for i, token in enumerate(written) if token == padding_id(tokenizer)]
-        row = (*ids, *written[: ends[0] if ends else None])
-        rows.append(Tokens(row, len(row)))
-    return rows

@@ -21,12 +21,12 @@ from peft_baft.baselines.in_context import InContext
 from peft_baft.baselines.melo import Melo
 from peft_baft.baselines.memit import ALPHA_EDIT, Memit
 from peft_baft.baselines.memoir import Memoir
+from peft_baft.baselines.memory import Memory
 from peft_baft.baselines.rome import Rome
 from peft_baft.baselines.wise import Wise
 from peft_baft.editing.method import MethodSettings
 from peft_baft.editing.presets import Preset
 from peft_baft.editing.train import DescentConfig
-from peft_baft.memory.editor import Memory
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from peft_baft.editing.editor import (
     Editor,
     EditResult,
     IndependentEditor,
+    RoutedEditor,
     SideBySideEditor,
 )
 from peft_baft.editing.method import EditorSetup
@@ -36,6 +37,7 @@ ASKED_TOGETHER = (
 )
 TOGETHER = 64  # independent edits that are made at once, and kept at once
 SPLITS = ("blocks", "facts")
+Routed = Callable[[Sequence[Any]], list[int | None]]
 SEED_STRIDE = 100_003  # the seed of a block is its first row, plus this times the run's seed
 
 
@@ -200,10 +202,13 @@ class Runner:
         in_turn = schedule.batch_size == 1 and schedule.when == "after_all"
         if in_turn and isinstance(editor, IndependentEditor):
             self._edit_together(editor, batches, progress)
+        routed = editor.routed if isinstance(editor, RoutedEditor) else None
         for batch in batches[len(progress.outcomes) :]:
             outcome = _edit(editor, [self.cases[row] for row in batch])
             replies = (
-                self._ask_here(editor.model, batch, block) if schedule.when == "immediate" else []
+                self._ask_here(editor.model, batch, block, routed)
+                if schedule.when == "immediate"
+                else []
             )
             if schedule.edits > 1:
                 progress.add_edit(editor, outcome, replies)
@@ -214,7 +219,7 @@ class Runner:
         entries = (
             progress.replies
             if schedule.when == "immediate"
-            else self._ask_here(editor.model, block, block)
+            else self._ask_here(editor.model, block, block, routed)
         )
         outcomes: list[dict[str, Any]] = []
         for outcome in progress.outcomes:
@@ -283,10 +288,10 @@ class Runner:
         return [row for row in rows if row % self._sharing.count == self._sharing.rank]
 
     def _ask_here(
-        self, model: Any, rows: Sequence[int], edited: Sequence[int]
+        self, model: Any, rows: Sequence[int], edited: Sequence[int], routed: Routed | None
     ) -> list[dict[str, Any]]:
         def ask_rows() -> list[dict[str, Any]]:
-            return self._ask(model, self._asked_here(rows), edited=edited)
+            return self._ask(model, self._asked_here(rows), edited=edited, routed=routed)
 
         return in_order(self._sharing.gather(ask_rows))
 
@@ -297,12 +302,13 @@ class Runner:
         editor: SideBySideEditor | None = None,
         adapter_names: dict[int, str] | None = None,
         edited: Sequence[int] = (),
+        routed: Routed | None = None,
     ) -> list[dict[str, Any]]:
         """Ask the questions of some rows, and compute the further metrics.
 
         Args:
             editor, adapter_names: of edits side by side, the editor and which adapter answers for which row.
-            edited: the rows that the model was edited by together.
+            edited: the rows that the model was edited by together, in turn. routed: tells which edit answers a prompt.
         """
         questions = self._questions(rows, edited)
         names = adapter_names or {}
@@ -325,6 +331,15 @@ class Runner:
         probes: dict[int, list[dict[str, Any]]] = {row: [] for row in rows}
         for question, reply in zip(questions, replies, strict=True):
             probes[question.row].append(judged(question, reply, self.unedited.reply(question)))
+        if routed is not None:
+            answering_edits = routed([question.prompt for question in questions])
+            places = {row: number for number, row in enumerate(edited, start=1)}
+            numbered = {row: iter(of_row) for row, of_row in probes.items()}
+            for question, number in zip(questions, answering_edits, strict=True):
+                own = number == places[question.row]
+                next(numbered[question.row])["route"] = (
+                    "none" if number is None else "own" if own else "other"
+                )
         entries: list[dict[str, Any]] = [
             {"row": row, "probes": of_row} for row, of_row in probes.items()
         ]

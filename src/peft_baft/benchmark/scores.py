@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -29,6 +30,9 @@ def scores(cases: Sequence[dict[str, Any]], averaged: Sequence[str]) -> dict[str
     `in_context`, `in_context_contains`: the edit in frames; `in_context_lowest`: the latter in the worst of them.
     `neighbour_subject`, `neighbour_relation`: the edit's question of other subjects, other questions of its subject, by tokens as
     before the edit; `*_unchanged`: to the letter; `*_spared`: without the new answer.
+    `routed_*`: of methods that choose an edit by the prompt: `recall` and `wrong`, how often a rephrasing was answered by its
+    own edit, and by another one; `locality`, `portability`, `neighbour_subject` and `neighbour_relation`, how often such a
+    question was answered by any.
     `average`: the mean of the scores `averaged` that are there. Further metrics of the cases: by their names.
     """
     means: dict[str, float | None] = {}
@@ -43,7 +47,7 @@ def scores(cases: Sequence[dict[str, Any]], averaged: Sequence[str]) -> dict[str
             means[f"{kind}_exact"] = by_case(asked, lambda probe: probe["exact"])
             means[f"{kind}_prefix"] = by_case(asked, lambda probe: probe["prefix"])
             means[f"{kind}_contains"] = _contains(asked)
-    means |= _in_context(cases) | _neighbours(cases)
+    means |= _in_context(cases) | _neighbours(cases) | _routed(cases)
     means["average"] = _mean(means[kind] for kind in averaged if means[kind] is not None)
     for name, key in (("steps", "steps"), ("edit_seconds", "seconds"), ("learned", "learned")):
         means[name] = _mean(case[key] for case in cases if case.get(key) is not None)
@@ -85,6 +89,37 @@ def _neighbours(cases: Sequence[dict[str, Any]]) -> dict[str, float | None]:
         means[f"neighbour_{what}_unchanged"] = by_case(asked, lambda probe: probe["unchanged"])
         means[f"neighbour_{what}_spared"] = by_case(asked, lambda probe: probe["spared"])
     return means
+
+
+ROUTED = {  # name: kind of the probe, its topic if that matters, and which edit is counted, None for any
+    "recall": ("generality", None, "own"),
+    "wrong": ("generality", None, "other"),
+    "locality": ("locality", None, None),
+    "portability": ("portability", None, None),
+    "neighbour_subject": ("neighbour", "subject", None),
+    "neighbour_relation": ("neighbour", "relation", None),
+}
+
+
+def _routed(cases: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Average how often prompts of each kind were answered by an edit."""
+    means: dict[str, float | None] = {}
+    for name, (kind, topic, counted) in ROUTED.items():
+        asked = [
+            [
+                probe
+                for probe in case["probes"]
+                if probe["kind"] == kind and topic in (None, probe["topic"]) and "route" in probe
+            ]
+            for case in cases
+        ]
+        fired = partial(_is_routed, counted)
+        means[f"routed_{name}"] = by_case(asked, fired)
+    return means
+
+
+def _is_routed(counted: str | None, probe: dict[str, Any]) -> bool:
+    return probe["route"] == counted if counted else probe["route"] != "none"
 
 
 def by_case(asked: Sequence[Sequence[dict[str, Any]]], value: Value) -> float | None:

@@ -95,6 +95,17 @@ def last_token_of(tokenizer: Any, prompt: Prompt, words: str, *, template: Templ
     return _first_after(ends, start + len(words) - 1)
 
 
+def tokens_around(
+    tokenizer: Any, words: str, *, template: Template
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Find the tokens of a prompt before a user's words and behind them, as far as they hold nothing of these."""
+    text = prompt_text(tokenizer, words, template=template)
+    ids, ends = _tokens_and_ends(tokenizer, text, template=is_chat(words, template))
+    start = text.rfind(words)
+    first, last = _first_after(ends, start), _first_after(ends, start + len(words) - 1)
+    return ids[:first], ids[last + 1 :]
+
+
 def prompt_text(tokenizer: Any, prompt: Prompt, *, template: Template = RAW) -> str:
     """Give the text that a model gets for a prompt, its chat template included."""
     if is_chat(prompt, template):

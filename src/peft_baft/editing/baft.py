@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from peft_baft.adapter import BaftLayer, EditContext, baft_layers, find_context
+from peft_baft.adapter import BaftConfig, BaftLayer, EditContext, baft_layers, find_context
 from peft_baft.adapter.state import evaluating, trainable
 from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit, Unrelated
@@ -26,6 +26,7 @@ from peft_baft.editing.answers import AnswerForward
 from peft_baft.editing.contrasts import HeldVectors, contrast_rows, hold
 from peft_baft.editing.editor import CURSOR, EditResult, checked_edits
 from peft_baft.editing.lanes import Gates, Lane, LaneBatch, LaneOutput, train_lanes
+from peft_baft.editing.memory.editor import MemoryEditor
 from peft_baft.editing.objective import Objective
 from peft_baft.editing.presets import DEFAULT
 from peft_baft.editing.scope import MOST_CONTRASTS, NARROW, Scope
@@ -61,6 +62,14 @@ class BaftEditor(AdapterEditor):
     """
 
     holds_contrasts = True
+
+    def __new__(cls, model: PeftModel, tokenizer: Any, *args: Any, **settings: Any) -> Any:
+        """Make a `MemoryEditor` where the active adapter is a memory of edits, as `pathlib.Path` makes a path of the system."""
+        names = getattr(model, "active_adapters", None) or [None]
+        config = getattr(model, "peft_config", {}).get(names[0])
+        if isinstance(config, BaftConfig) and config.memory:
+            return MemoryEditor(model, tokenizer, *args, **settings)
+        return super().__new__(cls)
 
     def __init__(
         self,

@@ -17,7 +17,8 @@ from peft_baft.adapter.taught_form import FIELDS, form_fields
 from peft_baft.data.cases import Edit, prompt_in_json
 from peft_baft.editing.adapter_editor import AdapterEditor
 from peft_baft.editing.editor import CURSOR, EditResult
-from peft_baft.editing.journal import FORM, EditLine, Journal, ReturnLine, RunLine
+from peft_baft.editing.journal import FORM, EditLine, Journal, ReturnLine, RunLine, now
+from peft_baft.editing.memory.editor import LANES, MemoryEditor
 from peft_baft.editing.train import STOP_TERM
 
 Check = Callable[[], str | None]  # what is wrong with the model as it is now; None if nothing is
@@ -84,12 +85,18 @@ def edit_continually(
                 editor.remember_form(editor.adapter_name, batch)
         for line, batch in zip(lines, batches, strict=False):
             yield _record_of(line, batch)
-        for number, batch in enumerate(batches[len(lines) :], last_number + 1):
-            record = _make(editor, batch, check, keep_only_good)
+        left = batches[len(lines) :]
+        # Edits of a memory are independent of each other, and learn in the same forwards.
+        side_by_side = isinstance(editor, MemoryEditor) and check is None and not keep_only_good
+        at_once = LANES if side_by_side else 1
+        for start in range(0, len(left), at_once):
+            group = left[start : start + at_once]
+            numbers = range(last_number + 1 + start, last_number + 1 + start + len(group))
+            records = _make_group(editor, group, numbers, check, keep_only_good)
             if journal is not None:
-                is_last = batch is batches[-1]
-                processes.of_first(partial(_write, journal, editor, number, record, is_last))
-            yield record
+                is_last = start + at_once >= len(left)
+                processes.of_first(partial(_write, journal, editor, numbers, records, is_last))
+            yield from records
 
 
 def _follow_first(editor: AdapterEditor) -> None:
@@ -103,6 +110,30 @@ def _follow_first(editor: AdapterEditor) -> None:
     editor.load_state_dict({**state, **processes.of_first(lambda: cursors)})
 
 
+def _make_group(
+    editor: AdapterEditor,
+    batches: Sequence[Sequence[Edit]],
+    numbers: Sequence[int],
+    check: Check | None,
+    keep_only_good: bool,
+) -> list[EditRecord]:
+    """Make some batches; of a memory, edits of one fact each, which keep the journal's numbers."""
+    if not isinstance(editor, MemoryEditor):
+        return [_make(editor, batch, check, keep_only_good) for batch in batches]
+    if any(len(batch) > 1 for batch in batches):
+        raise ValueError("The edits of a memory are independent: make them with batch_size=1.")
+    if len(batches) == 1:
+        editor.next_number = numbers[0]
+        return [_make(editor, batches[0], check, keep_only_good)]
+    results = editor.edit_independently([fact for (fact,) in batches], numbers)
+    pairs = zip(batches, results, strict=True)
+    return [EditRecord(batch, result, _not_learned(result), True) for batch, result in pairs]
+
+
+def _not_learned(result: EditResult) -> str | None:
+    return None if result.learned else f"not learned after {result.steps} steps"
+
+
 def _make(
     editor: AdapterEditor, batch: Sequence[Edit], check: Check | None, keep_only_good: bool
 ) -> EditRecord:
@@ -114,7 +145,7 @@ def _make(
         if not keep_only_good:
             raise
         return EditRecord(batch, None, str(error), False)
-    problem = None if result.learned else f"not learned after {result.steps} steps"
+    problem = _not_learned(result)
     if problem is None and check is not None:
         problem = editor.processes.of_first(check)
     if problem is not None and keep_only_good:
@@ -161,23 +192,29 @@ def _begin_run(
 
 
 def _write(
-    journal: Journal, editor: AdapterEditor, number: int, record: EditRecord, is_last: bool
+    journal: Journal,
+    editor: AdapterEditor,
+    numbers: Sequence[int],
+    records: Sequence[EditRecord],
+    is_last: bool,
 ) -> None:
-    """Write a batch's line, and a snapshot if it is time for one."""
-    result = record.result
-    line = EditLine(
-        edit=number,
-        facts=_facts_of(record.edits),
-        steps=None if result is None else result.steps,
-        loss=None if result is None else result.losses[STOP_TERM],
-        seconds=None if result is None else result.seconds,
-        learned=result is not None and result.learned,
-        problem=record.problem,
-        kept=record.kept,
-    )
-    journal.add(line)
-    if number % journal.every == 0 or is_last:
-        _save_snapshot(journal, editor, number)
+    """Write the lines of some batches, and a snapshot behind them if it is time for one."""
+    for number, record in zip(numbers, records, strict=True):
+        result = record.result
+        line = EditLine(
+            edit=number,
+            facts=_facts_of(record.edits),
+            steps=None if result is None else result.steps,
+            loss=None if result is None else result.losses[STOP_TERM],
+            seconds=None if result is None else result.seconds,
+            learned=result is not None and result.learned,
+            problem=record.problem,
+            kept=record.kept,
+            when=now(),
+        )
+        journal.add(line)
+    if is_last or any(number % journal.every == 0 for number in numbers):
+        _save_snapshot(journal, editor, numbers[-1])
 
 
 def _save_snapshot(journal: Journal, editor: AdapterEditor, number: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from peft_baft.data.batching import Tokens, encode_fitting
-from peft_baft.data.cases import Edit, Message, as_messages, prompt_words
+from peft_baft.data.cases import Edit, Message, Prompt, as_messages, prompt_words
 from peft_baft.data.templates import RAW, Template, is_chat
 from peft_baft.editing.scope import FEW, NARROW, Scope
 
@@ -109,6 +109,25 @@ class IndependentEditor(Editor, Protocol):
             As `edit`. In each case nothing has changed.
         """
         ...
+
+
+@runtime_checkable
+class RoutedEditor(Editor, Protocol):
+    """An editor of which one edit answers a prompt, or none."""
+
+    def routed(self, prompts: Sequence[Prompt]) -> list[int | None]:
+        """Tell which edit answers each prompt: its number, from 1 in the order in which they were made; None for none."""
+        ...
+
+
+def in_turn(results: Sequence[EditResult]) -> EditResult:
+    """Put the results of edits that were made one after another into one: the losses are those of the last."""
+    return EditResult(
+        sum(result.steps for result in results),
+        results[-1].losses,
+        sum(result.seconds for result in results),
+        all(result.learned for result in results),
+    )
 
 
 CURSOR = "editor."  # how the names of an editor's state begin that are no weights of the model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -55,6 +56,7 @@ class EditLine:
         learned: whether its loss fell below the stop loss.
         problem: why it is not good; None if it is.
         kept: whether it is in the adapter.
+        when: the time in UTC; None in journals of earlier versions.
     """
 
     edit: int
@@ -65,6 +67,7 @@ class EditLine:
     learned: bool
     problem: str | None
     kept: bool
+    when: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Give the line as it stands in the file."""
@@ -82,7 +85,25 @@ class ReturnLine:
         return asdict(self)
 
 
-Line = RunLine | EditLine | ReturnLine
+@dataclass(frozen=True)
+class ForgetLine:
+    """An edit that was taken out of a memory. forgotten: its number. when: the time in UTC."""
+
+    forgotten: int
+    when: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the line as it stands in the file."""
+        return asdict(self)
+
+
+Line = RunLine | EditLine | ReturnLine | ForgetLine
+KINDS: dict[str, type[Any]] = {"edit": EditLine, "back_to": ReturnLine, "forgotten": ForgetLine}
+
+
+def now() -> str:
+    """Give the time in UTC, as lines have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def parse_line(value: Any) -> Line:
@@ -91,16 +112,15 @@ def parse_line(value: Any) -> Line:
     Raises:
         ValueError: it is none.
     """
-    kinds = [
-        kind for kind in ("run", "edit", "back_to") if isinstance(value, dict) and kind in value
-    ]
+    kinds = [kind for kind in ("run", *KINDS) if isinstance(value, dict) and kind in value]
     if len(kinds) != 1 or not isinstance(value[kinds[0]], int | dict):
-        raise ValueError("it is no run, edit or return")
+        raise ValueError("it is no run, edit, return or forgetting")
     try:
         if kinds == ["run"]:
             settings = dict(value["run"])
             return RunLine(int(settings.pop("after")), settings)
-        return EditLine(**value) if kinds == ["edit"] else ReturnLine(**value)
+        line: Line = KINDS[kinds[0]](**value)
+        return line
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"its fields are not those of a line ({error})") from None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peft_baft.data.cases import Case, Edit, Prompt
-from peft_baft.editing.journal import EditLine, Journal, ReturnLine, RunLine
+from peft_baft.editing.journal import EditLine, ForgetLine, Journal, ReturnLine, RunLine
 
 FORMS = ("raw", "chat")
 FIRST_FORMS = ("raw",)  # of journals from before facts were taught in forms
@@ -110,6 +110,8 @@ def _edits_with_runs(journal: Journal) -> list[tuple[EditLine, RunLine | None]]:
             run = line
         elif isinstance(line, ReturnLine):
             standing = [(edit, of) for edit, of in standing if edit.edit <= line.back_to]
+        elif isinstance(line, ForgetLine):
+            standing = [(edit, of) for edit, of in standing if edit.edit != line.forgotten]
         else:
             standing.append((line, run))
     return standing

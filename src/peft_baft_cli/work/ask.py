@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from functools import partial
 from json import dumps
+from typing import Any
 
 from peft_baft.data.batching import prompt_text
 from peft_baft.evaluation.scoring import greedy_answers
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import AskCommand
 from peft_baft_cli.screen import doing, print_table, shown
-from peft_baft_cli.work.common import attach_adapter, chosen_form, chosen_subject
+from peft_baft_cli.work.common import (
+    adapter_folder,
+    attach_adapter,
+    chosen_form,
+    chosen_subject,
+)
+from peft_baft_cli.work.memory import explained, print_explained, require_memory_editor
 
 
 def ask(options: AskCommand) -> int:
@@ -27,13 +34,23 @@ def ask(options: AskCommand) -> int:
     )
     with doing("asking"):
         without = ask_model(base)
-        answers = ask_model(attach_adapter(base, options.adapter, options.adapter_revision))
+        model = attach_adapter(base, options.adapter, options.adapter_revision)
+        why = None
+        if options.explain:
+            editor = require_memory_editor(model, tokenizer, template, options.adapter)
+            folder = adapter_folder(options.adapter, options.adapter_revision)
+            why = explained(editor, options.prompts, folder)
+        answers = ask_model(model)
     sent = [prompt_text(tokenizer, prompt, template=template) for prompt in options.prompts]
     rows = list(zip(options.prompts, without, answers, strict=True))
     if options.json:
-        listed = [{"prompt": prompt, "without": old, "with": new} for prompt, old, new in rows]
+        listed: list[dict[str, Any]] = [
+            {"prompt": prompt, "without": old, "with": new} for prompt, old, new in rows
+        ]
         if options.show_sent:
             listed = [row | {"sent": text} for row, text in zip(listed, sent, strict=True)]
+        if why is not None:
+            listed = [row | {"match": match} for row, match in zip(listed, why, strict=True)]
         asked = {
             "model": subject.model,
             "adapter": options.adapter,
@@ -46,4 +63,6 @@ def ask(options: AskCommand) -> int:
             for text in sent:
                 print(f"sent: {shown(text)}")
         print_table(("prompt", "without the edits", "with the edits"), rows)
+        if why is not None:
+            print_explained(why)
     return DONE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from peft_baft.adapter.weights import FILE as WEIGHTS
 from peft_baft.data.cases import Case
 from peft_baft.data.datasets import read_cases, read_unrelated
 from peft_baft.data.unrelated import CANARIES
+from peft_baft.editing.adapter_editor import AdapterEditor
 from peft_baft.editing.baft import UNRELATED_USED
 from peft_baft.editing.continual import EditRecord, edit_continually
 from peft_baft.editing.journal import LINES, Journal
+from peft_baft.editing.memory.editor import MEMORY_DESCENT, MemoryEditor
 from peft_baft.editing.presets import Preset
 from peft_baft.evaluation.guard import canary_check
 from peft_baft.evaluation.report import Report, watch
@@ -47,6 +50,7 @@ from peft_baft_cli.work.common import (
 )
 from peft_baft_cli.work.edit_report import print_report, summary
 
+MANY = 10  # facts, from which on they go into a memory
 EDIT_FILE = "a .jsonl, .json or .csv file of facts, each with prompt and target"
 CANARY_FILE = "a .jsonl or .json file of questions, each with prompt and answer"
 
@@ -83,24 +87,14 @@ def _edit(options: EditCommand, device: str, processes: Processes) -> dict[str, 
         raise ValueError(
             f"baft edit continues BaFT adapters, but {options.adapter} is of type {continued.peft_type}."
         )
+    memory = _is_memory(options, continued, len(cases))
     locate_model(options.model, options.revision)  # raises before anything is written
     with processes.together():
         if processes.first:
             _prepare_output(options)
     with doing(f"loading {options.model}", processes.first):
-        model, tokenizer = _edited_model(options, device, preset, continued)
-    editor = BaftEditor(
-        model,
-        tokenizer,
-        unrelated,
-        preset.objective,
-        preset.descent,
-        preset.batch_descent,
-        processes=processes,
-        unrelated_used=_unrelated_used(options.adapter, options.adapter_revision),
-        template=options.template,
-        scope=preset.scope,
-    )
+        model, tokenizer = _edited_model(options, device, preset, continued, memory)
+    editor = _editor(options, model, tokenizer, preset, unrelated, processes)
     asked_in = editor.templates[-1]  # of both forms, the chat: what a chat model is asked in
     with doing("asking the model before it is edited", processes.first):
         finish_report = watch(model, tokenizer, cases, asked_in)
@@ -112,8 +106,60 @@ def _edit(options: EditCommand, device: str, processes: Processes) -> dict[str, 
         return processes.of_first(lambda: _saved(options, editor, finish_report(), records))
 
 
+def _is_memory(options: EditCommand, continued: PeftConfig | None, facts: int) -> bool:
+    """Tell whether the edits go into a memory.
+
+    Raises:
+        ValueError: the options do not fit a memory, or the adapter that is continued.
+    """
+    of_continued = None if continued is None else bool(getattr(continued, "memory", False))
+    wanted = {"auto": of_continued, "baft": False, "memory": True}[options.method]
+    if of_continued is not None and wanted != of_continued:
+        kind = "a memory" if of_continued else "no memory"
+        raise ValueError(f"{options.adapter} is {kind}; leave --method out to continue it.")
+    if wanted is None:
+        wanted = facts >= MANY and options.batch_size == 1
+    if wanted and options.batch_size > 1:
+        raise ValueError(
+            "The edits of a memory are independent of each other: leave --batch-size out."
+        )
+    return wanted
+
+
+def _editor(
+    options: EditCommand,
+    model: PeftModel,
+    tokenizer: Any,
+    preset: Preset,
+    unrelated: Sequence[Any],
+    processes: Processes,
+) -> AdapterEditor:
+    """Make the editor of an adapter, or of a memory."""
+    if getattr(model.peft_config[model.active_adapters[0]], "memory", False):
+        descent = replace(
+            MEMORY_DESCENT,
+            lr=options.lr or MEMORY_DESCENT.lr,
+            max_steps=options.max_steps or MEMORY_DESCENT.max_steps,
+        )
+        return MemoryEditor(
+            model, tokenizer, descent, processes=processes, template=options.template
+        )
+    return BaftEditor(
+        model,
+        tokenizer,
+        unrelated,
+        preset.objective,
+        preset.descent,
+        preset.batch_descent,
+        processes=processes,
+        unrelated_used=_unrelated_used(options.adapter, options.adapter_revision),
+        template=options.template,
+        scope=preset.scope,
+    )
+
+
 def _make_edits(
-    options: EditCommand, editor: BaftEditor, cases: Sequence[Case], check: Any
+    options: EditCommand, editor: AdapterEditor, cases: Sequence[Case], check: Any
 ) -> list[EditRecord]:
     """Make the edits, or go on with a run of them; return a record of each.
 
@@ -149,7 +195,7 @@ def _runs(journal: Journal) -> int:
 
 
 def _saved(
-    options: EditCommand, editor: BaftEditor, result: Report, records: Sequence[EditRecord]
+    options: EditCommand, editor: AdapterEditor, result: Report, records: Sequence[EditRecord]
 ) -> dict[str, Any]:
     """Save the adapter with its report; return the report, which is what `--json` prints."""
     output = options.output
@@ -162,7 +208,8 @@ def _saved(
         "bytes": (output / WEIGHTS).stat().st_size,
         "sha256": sha256((output / WEIGHTS).read_bytes()).hexdigest(),
         **summary(result, records),
-        "unrelated_used": editor.unrelated_used,
+        "method": "memory" if isinstance(editor, MemoryEditor) else "baft",
+        "unrelated_used": getattr(editor, "unrelated_used", 0),
     }
     (output / REPORT).write_text(
         json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -178,7 +225,11 @@ def _canaries(file: Path | None) -> Sequence[Any]:
 
 
 def _edited_model(
-    options: EditCommand, device: str, preset: Preset, continued: PeftConfig | None
+    options: EditCommand,
+    device: str,
+    preset: Preset,
+    continued: PeftConfig | None,
+    memory: bool,
 ) -> tuple[PeftModel, Any]:
     """Return the base model with a fresh adapter, or with the one to continue, and its tokenizer."""
     revision = options.revision
@@ -189,7 +240,8 @@ def _edited_model(
         ), tokenizer
     torch.manual_seed(options.seed)
     with type_errors_as_bad_input():
-        config = BaftConfig(task_type="CAUSAL_LM", **preset.config)
+        settings: dict[str, Any] = {"memory": True, "r": options.r} if memory else preset.config
+        config = BaftConfig(task_type="CAUSAL_LM", **settings)
     return get_peft_model(base, config, revision=revision).eval(), tokenizer
 
 

@@ -6,7 +6,8 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
-from peft_baft.editing.journal import LINES, EditLine, Journal
+from peft_baft.editing.journal import LINES, EditLine, ForgetLine, Journal
+from peft_baft.editing.memory.folder import saved_numbers
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import LogCommand, RollbackCommand
 from peft_baft_cli.screen import print_table
@@ -15,14 +16,21 @@ from peft_baft_cli.work.common import adapter_folder
 
 def log(options: LogCommand) -> int:
     """Print the edits of the adapter in a folder, as a table or as JSON; return the exit code."""
-    journal = _journal(adapter_folder(options.adapter, options.adapter_revision))
+    folder = adapter_folder(options.adapter, options.adapter_revision)
+    journal = _journal(folder)
     snapshots = set(journal.snapshots())
     edits = [_described(line, snapshots) for line in journal.edits()]
+    numbers = saved_numbers(folder)
+    if numbers is not None:  # what its own file holds is what it is
+        forgotten = {line.forgotten for line in journal.lines() if isinstance(line, ForgetLine)}
+        for edit in edits:
+            edit["in_memory"] = edit["edit"] in numbers
+            edit["forgotten"] = edit["edit"] in forgotten and not edit["in_memory"]
     if options.json:
         print(dumps({"adapter": options.adapter, "edits": edits}, indent=2))
     else:
         print_table(
-            ("edit", "facts", "steps", "learned when made", "state", "snapshot"),
+            ("edit", "facts", "when", "steps", "learned when made", "state", "snapshot"),
             [_row(edit) for edit in edits],
         )
     return DONE
@@ -33,16 +41,19 @@ def _described(line: EditLine, snapshots: set[int]) -> dict[str, Any]:
     facts = [{"prompt": prompt, "target": target} for prompt, target in line.facts]
     measured = {
         name: getattr(line, name)
-        for name in ("steps", "loss", "seconds", "learned", "problem", "kept")
+        for name in ("steps", "loss", "seconds", "learned", "problem", "kept", "when")
     }
     return {"edit": line.edit, "facts": facts, **measured, "snapshot": line.edit in snapshots}
 
 
 def _row(edit: dict[str, Any]) -> tuple[str, ...]:
     state = "in the adapter" if edit["kept"] else "taken back"
+    if edit["kept"] and not edit.get("in_memory", True):
+        state = "forgotten" if edit["forgotten"] else "replaced by a later edit"
     return (
         str(edit["edit"]),
         "; ".join(f"{fact['prompt']} -> {fact['target']}" for fact in edit["facts"]),
+        (edit["when"] or "–").removesuffix("Z").replace("T", " "),
         "–" if edit["steps"] is None else str(edit["steps"]),
         "yes" if edit["learned"] else "NO",
         f"{state}: {edit['problem']}" if edit["problem"] else state,

@@ -1,0 +1,248 @@
+"""Find the edit that a question asks for, or none.
+
+Questions are compared by their words, and by late interaction of their tokens' keys: each token of one looks for the most similar
+token of the other. An edit answers if the question is about the same subject, which names and rare words tell, and asks the same
+of it, which the other words tell. What an edit scores depends on no other edit, and on no statistics of texts: how rare a token
+is follows from its place in the vocabulary, since byte pair encoding merges the commonest first. docs/memory.md has the figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INT8 = 127.0
+NOWHERE = -1
+CANDIDATES = 16  # questions that are compared by keys: those with the most similar words
+RARE = 0.95  # a token that begins a word is rare from this part of the vocabulary on, in logarithms
+FUNCTION_WEIGHT, FUNCTION_RARITY = (
+    0.5,
+    0.3,
+)  # of function words and signs, in the relation and among words
+UNLIKE = 0.5  # a word of the question that is less like any stored one asks for something else
+SHORTEST = 3  # tokens of a sentence that may be a question
+ENDS = (".", "?", "!", "\n", ":")  # of sentences
+_FUNCTION_WORDS = """
+a about also am an and any are as at be been being but by can could did do does for from had has have he her his how i
+if in into is it its know may me might must my no not of on or our out please s say shall she should so some t tell
+than that the their them then there these they this those to us was we were what when where which who whom whose why
+will with would you your
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question as a router keeps it. ids: (n,) int32; keys: (n - 1, k) int8, of length 127, without the first token's."""
+
+    ids: Tensor
+    keys: Tensor
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a router found, by places of edits, -1 where there is none.
+
+    Attributes:
+        edit: which answers. best, runner_up: the likeliest two.
+        subject, relation: how much the question is about the same as the best edit's, and asks the same, both at most 1.
+    """
+
+    edit: int
+    best: int = NOWHERE
+    runner_up: int = NOWHERE
+    subject: float = 0.0
+    relation: float = 0.0
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """When an edit answers.
+
+    Attributes:
+        subject, strictness: what the likenesses of subject and relation must be above.
+        most_unlike: how many words of a question, besides its subject, may be unlike any of the edit's.
+    """
+
+    subject: float
+    strictness: float
+    most_unlike: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A question in words, without its first token.
+
+    Attributes:
+        keys: (n, k) of its tokens, of length 1. word: of each token, the number of its word. words: in lower case.
+        subject, content: (n,) bool, whether the token's word tells the subject, and whether it is no function word or sign.
+        weights: of each different word, a vector of length 1. numbers: those that it names.
+    """
+
+    keys: Tensor
+    word: list[int]
+    words: list[str]
+    subject: Tensor
+    content: Tensor
+    weights: dict[str, float]
+    numbers: frozenset[str]
+
+
+def read(question: Question, texts: Sequence[str]) -> Reading:
+    """Read a question. texts: of each token, what it stands for, with the space before it."""
+    words: list[str] = []
+    word, sizes, named, rarity = [], [], [], []
+    for place, token in enumerate(question.ids[1:].tolist()):
+        text = texts[token]
+        stripped = text.strip()
+        if place == 0 or text[:1] == " " or not text[:1].isalnum():
+            words.append("")
+            sizes.append(0)
+            named.append(place > 0 and (stripped[:1].isupper() or stripped[:1].isdigit()))
+            rarity.append(math.log(max(token, 1)) / math.log(max(len(texts), 2)))
+        words[-1] += stripped.casefold()
+        sizes[-1] += 1
+        word.append(len(words) - 1)
+    in_letters = [any(map(str.isalnum, one)) for one in words]
+    content = [a and one not in FUNCTION_WORDS for a, one in zip(in_letters, words, strict=True)]
+    # A word of several tokens is rare.
+    rarity = [1.0 if size > 1 else rare for size, rare in zip(sizes, rarity, strict=True)]
+    subject = [
+        c and (name or rare >= RARE) for c, name, rare in zip(content, named, rarity, strict=True)
+    ]
+    if not any(subject):
+        subject = content
+    weights: Counter[str] = Counter()
+    for one, a, c, rare in zip(words, in_letters, content, rarity, strict=True):
+        weights[one] += (rare if c else FUNCTION_RARITY) ** 2 if a else 0.0  # type: ignore[assignment]
+    length = math.sqrt(sum(weight**2 for weight in weights.values())) or 1.0
+    return Reading(
+        keys=question.keys.float() / INT8,
+        word=word,
+        words=words,
+        subject=torch.tensor([subject[n] for n in word], dtype=torch.bool),
+        content=torch.tensor([content[n] for n in word], dtype=torch.bool),
+        weights={one: weight / length for one, weight in weights.items() if weight},
+        numbers=frozenset(n for one in words for n in _digits(one)),
+    )
+
+
+def _digits(word: str) -> list[str]:
+    return "".join(sign if sign.isdigit() else " " for sign in word).split()
+
+
+def sentences(question: Question, texts: Sequence[str]) -> Iterator[Question]:
+    """Give a prompt as a whole, and each of its sentences, which may stand among words that ask for nothing."""
+    yield question
+    ids = question.ids.tolist()
+    ends = [n + 1 for n, token in enumerate(ids) if texts[token].rstrip(" ").endswith(ENDS)]
+    starts = [0, *ends]
+    if len(ids) - starts[-1] == 0:
+        starts.pop()
+    if len(starts) > 1:
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            if end - start >= SHORTEST:
+                yield Question(question.ids[start:end], question.keys[start : end - 1])
+
+
+class Questions:
+    """The questions of all edits, ready to be searched.
+
+    Args:
+        texts: of each token of the vocabulary, what it stands for, with the space before it.
+    """
+
+    def __init__(self, questions: Sequence[Question], texts: Sequence[str]) -> None:
+        self._questions, self._texts = list(questions), texts
+        self._readings: dict[int, Reading] = {}
+        edits: dict[str, list[int]] = {}
+        weights: dict[str, list[float]] = {}
+        for number, question in enumerate(questions):
+            for word, weight in read(question, texts).weights.items():
+                edits.setdefault(word, []).append(number)
+                weights.setdefault(word, []).append(weight)
+        # By word, in which edits it is, and with which weight: an inverted index.
+        self._index = {
+            word: (torch.tensor(of_word), torch.tensor(weights[word]))
+            for word, of_word in edits.items()
+        }
+
+    def match(self, question: Question, thresholds: Thresholds) -> Match:
+        """Find the edit that a prompt, or a sentence in it, asks for: the likeliest one, if it is alike enough."""
+        found = [
+            self._match(read(part, self._texts), thresholds)
+            for part in sentences(question, self._texts)
+            if len(part.keys)
+        ]
+        answering = [one for one in found if one[1].edit != NOWHERE]
+        if answering:
+            return max(answering, key=lambda one: one[0])[1]
+        return found[0][1] if found else Match(NOWHERE)
+
+    def _match(self, asked: Reading, thresholds: Thresholds) -> tuple[float, Match]:
+        scored = [
+            (compare(self._reading(n), asked, thresholds.most_unlike), n)
+            for n in self._likely(asked)
+        ]
+        if not scored:
+            return 0.0, Match(NOWHERE)
+        # Of equal ones the latest edit.
+        scored.sort(key=lambda one: (-one[0][0], -one[1]))
+        (rank, subject, relation), best = scored[0]
+        runner_up = scored[1][1] if len(scored) > 1 else NOWHERE
+        alike = subject > thresholds.subject and relation > thresholds.strictness
+        return rank, Match(best if alike else NOWHERE, best, runner_up, subject, relation)
+
+    def _likely(self, asked: Reading) -> list[int]:
+        """List the edits with the most similar words."""
+        scores = torch.zeros(len(self._questions))
+        for word, weight in asked.weights.items():
+            if word in self._index:
+                edits, weights = self._index[word]
+                scores.index_add_(0, edits, weight * weights)
+        top = scores.topk(min(CANDIDATES, len(scores)))
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        return [number for number, score in pairs if score > 0]
+
+    def _reading(self, number: int) -> Reading:
+        if number not in self._readings:
+            self._readings[number] = read(self._questions[number], self._texts)
+        return self._readings[number]
+
+
+def compare(stored: Reading, asked: Reading, most_unlike: int) -> tuple[float, float, float]:
+    """Compare an edit's question with another one.
+
+    Returns:
+        How alike they are altogether, by which edits are ranked; in their subject; and in their relation.
+    """
+    same_words = sum(w * asked.weights.get(word, 0.0) for word, w in stored.weights.items())
+    if not len(stored.keys):  # a question of one token
+        return same_words, 0.0, 0.0
+    similar = stored.keys @ asked.keys.mT.to(stored.keys.device)
+    of_stored, of_asked = similar.amax(1).cpu(), similar.amax(0).cpu()
+    subject = (_about(stored, asked, of_stored) + _about(asked, stored, of_asked)) / 2
+    weight = torch.where(stored.content, 1.0, FUNCTION_WEIGHT) * ~stored.subject
+    of_relation = (of_stored * weight).sum() / weight.sum() if weight.any() else of_stored.mean()
+    relation = min(float(of_relation), 1.0)
+    rank = same_words + subject + relation
+    if stored.numbers != asked.numbers:  # NGC 6604 is not NGC 634
+        subject = 0.0
+    other_words = asked.content & ~asked.subject & (of_asked < UNLIKE)
+    if int(other_words.sum()) > most_unlike:
+        relation = 0.0
+    return rank, subject, relation
+
+
+def _about(own: Reading, other: Reading, similar: Tensor) -> float:
+    """Average how similar the tokens of one question's subject are to the other's; the same word is, whatever its capitals."""
+    if not own.subject.any():
+        return 0.0
+    words = set(other.words)
+    same = torch.tensor([own.words[n] in words for n in own.word])
+    return min(float(torch.where(same, 1.0, similar)[own.subject].mean()), 1.0)

@@ -1,0 +1,359 @@
+"""A memory of edits in an adapter: each edit owns a code in a basis that all share, and a router picks one of them, or none.
+
+    h ← h + c R        R (r, d) orthonormal rows of a block, c (r,) the edit's own numbers in that block
+
+In the terms of BaFT, A = R and the gates are those of edits and not of basis vectors: one is open, or none. Edits that share
+nothing but a frozen basis cannot forget each other. A prompt that is routed to no edit is computed as without the adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_baft.adapter.matching import INT8, Match, Question, Questions, Thresholds
+
+if TYPE_CHECKING:
+    from peft_baft.adapter.config import BaftConfig
+
+NONE = -1  # the place of the edit of a prompt that asks for none
+
+
+def orthonormal(block: int, rank: int, width: int) -> Tensor:
+    """Make the basis of a block, (r, d) float32: the same for every memory, so that it need not be kept.
+
+    Raises:
+        ValueError: there are not so many directions.
+    """
+    if rank > width:
+        raise ValueError(f"r must be at most the width of the model, {width}, not {rank}.")
+    generator = torch.Generator().manual_seed(1_000_003 + block)
+    random = torch.randn(width, rank, generator=generator, dtype=torch.float64, device="cpu")
+    basis, triangle = torch.linalg.qr(random)
+    # The signs of a QR decomposition are a library's own choice; these are not.
+    return (basis * triangle.diagonal().sign()).mT.float().contiguous()
+
+
+def packed(texts: Sequence[str]) -> Tensor:
+    """Make texts into bytes, uint8."""
+    return torch.frombuffer(
+        bytearray(zlib.compress(json.dumps(list(texts)).encode(), 9)), dtype=torch.uint8
+    )
+
+
+def unpacked(texts: Tensor) -> list[str]:
+    """Give the texts that `packed` made into bytes.
+
+    Raises:
+        ValueError: it made none of these.
+    """
+    try:
+        found = json.loads(zlib.decompress(bytes(texts.cpu().numpy())))
+    except (zlib.error, ValueError) as error:
+        raise ValueError(f"the texts of the vocabulary are damaged ({error})") from None
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise ValueError("the texts of the vocabulary are damaged")
+    return found
+
+
+@dataclass(frozen=True)
+class KeyStatistics:
+    """What belongs to a base model and is the same for every memory on it: how states of a block become keys.
+
+    Attributes:
+        mean: (d,). whitening: (d, k): the k directions of the largest spread, each divided by it.
+        texts: of each token of the vocabulary, what it stands for, with the space before it.
+        before, after: ids of the tokens that a chat template puts directly before a user's words, and behind them up to the
+            reply; empty where the tokenizer has no template.
+    """
+
+    mean: Tensor
+    whitening: Tensor
+    texts: Sequence[str]
+    before: Sequence[int] = ()
+    after: Sequence[int] = ()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give them as a router keeps them."""
+        return {
+            "mean": self.mean.float(),
+            "whitening": self.whitening.half(),
+            "texts": packed(self.texts),
+            "before": torch.tensor(list(self.before), dtype=torch.int32),
+            "after": torch.tensor(list(self.after), dtype=torch.int32),
+        }
+
+
+class _Kept(nn.Module):
+    """Buffers that are replaced as a whole and never written into, so that to remember them is to remember their names."""
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put these tensors in the place of those of the same names, on the device of those."""
+        for name, tensor in tensors.items():
+            self._buffers[name] = tensor.to(self._buffers[name].device)  # type: ignore[union-attr]
+        self.changed()
+
+    def changed(self) -> None:
+        """Take note that the tensors are others."""
+
+    def kept(self) -> dict[str, Tensor]:
+        """Give all tensors by name."""
+        return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Kept:
+        """Move the tensors as the model moves; their types stay, since keys are compared with keys made before."""
+        for name, buffer in self.kept().items():
+            moved = fn(torch.empty(0, device=buffer.device))
+            self._buffers[name] = (
+                torch.empty_like(buffer, device="meta")
+                if moved.is_meta
+                else torch.zeros_like(buffer, device=moved.device)
+                if buffer.is_meta
+                else buffer.to(moved.device)
+            )
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take tensors of any number of edits."""
+        for name, buffer in self.kept().items():
+            given = state_dict.get(prefix + name)
+            if given is not None and given.shape != buffer.shape:
+                self._buffers[name] = torch.empty_like(given, device=buffer.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.changed()
+
+
+class EditCodes(_Kept):
+    """The codes of all edits in one block.
+
+    Each is (r,) int8, with the number that it is multiplied by.
+    """
+
+    def __init__(self, config: BaftConfig, block: int, width: int) -> None:
+        super().__init__()
+        self.block, self.rank, self.width = block, config.r, width
+        edits = (config.memory_sizes or {}).get("edits", 0)
+        self.register_buffer("codes", torch.zeros(edits, config.r, dtype=torch.int8))
+        self.register_buffer("scales", torch.zeros(edits))
+        self._basis: Tensor | None = None
+
+    def basis(self, device: torch.device) -> Tensor:
+        """Give R, (r, d) float32."""
+        if self._basis is None or self._basis.device != device:
+            self._basis = orthonormal(self.block, self.rank, self.width).to(device)
+        return self._basis
+
+    def change(self, places: Tensor, device: torch.device) -> Tensor:
+        """Compute what edits add to a hidden vector. places: (n,) of the edits. Returns (n, d) float32."""
+        kept = self.kept()
+        places = places.to(kept["codes"].device)
+        code = kept["codes"][places].float() * kept["scales"][places][:, None]
+        return code.to(device) @ self.basis(device)
+
+    def with_codes(self, codes: Tensor) -> dict[str, Tensor]:
+        """Give the tensors with the codes (n, r) of further edits behind those that are there, in int8."""
+        kept = self.kept()
+        device = kept["codes"].device
+        scales = (codes.abs().amax(1).clamp(min=1e-12) / INT8).to(device)
+        rounded = (codes.to(device) / scales[:, None]).round().to(torch.int8)
+        return {
+            "codes": torch.cat([kept["codes"], rounded]),
+            "scales": torch.cat([kept["scales"], scales]),
+        }
+
+    def only(self, places: Sequence[int]) -> dict[str, Tensor]:
+        """Give the tensors of the edits at these places alone, in this order."""
+        index = torch.tensor(list(places), dtype=torch.long)
+        return {name: tensor[index.to(tensor.device)] for name, tensor in self.kept().items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_basis": None}
+
+
+class EditRouter(_Kept):
+    """The keys of all edits, by which a prompt finds its edit.
+
+    Of each edit: its number, by which users know it; ids of its question's tokens; and their keys (k,) int8, without the first
+    token's. Those of all edits stand in a row, in the order of the edits.
+
+    Args:
+        config: of the adapter. Its `memory_sizes` says for how many edits there is room, and follows their number.
+        width: d, of the states of the key block.
+    """
+
+    def __init__(self, config: BaftConfig, width: int) -> None:
+        super().__init__()
+        self.config, dimensions = config, config.key_dimensions
+        sizes = config.memory_sizes or {}
+        edits, tokens = sizes.get("edits", 0), sizes.get("tokens", 0)
+        kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "numbers": ((edits,), torch.int32),
+            "made": ((), torch.int32),
+            "lengths": ((edits,), torch.int32),
+            "ids": ((tokens,), torch.int32),
+            "keys": ((tokens - edits, dimensions), torch.int8),
+            "mean": ((width,), torch.float32),
+            "whitening": ((width, dimensions), torch.float16),
+            "texts": ((sizes.get("texts", 0),), torch.uint8),
+            "before": ((sizes.get("before", 0),), torch.int32),
+            "after": ((sizes.get("after", 0),), torch.int32),
+        }
+        for name, (shape, dtype) in kinds.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+        self._ready: tuple[Any, Questions] | None = None
+
+    def changed(self) -> None:
+        """Note in the config what the shapes are."""
+        kept = self.kept()
+        names = {"edits": "numbers", "tokens": "ids"} | {n: n for n in ("texts", "before", "after")}
+        self.config.memory_sizes = {size: len(kept[name]) for size, name in names.items()}
+
+    @property
+    def count(self) -> int:
+        """How many edits there are."""
+        return len(self.kept()["numbers"])
+
+    @property
+    def has_statistics(self) -> bool:
+        """Tell whether the statistics of the base model have been measured."""
+        return len(self.kept()["texts"]) > 0
+
+    def question(self, ids: Tensor, states: Tensor) -> Question:
+        """Make of a prompt the question in it, with its keys.
+
+        In the chat template, the question is the last message of the user.
+
+        Args:
+            ids: (n,) of the prompt's tokens. states: (n, d) of the key block.
+        """
+        kept = self.kept()
+        first, last = _words_of_user(ids.tolist(), kept["before"].tolist(), kept["after"].tolist())
+        white = (states[first + 1 : last].float() - kept["mean"]) @ kept["whitening"].float()
+        keys = torch.nn.functional.normalize(white, dim=-1)
+        return Question(ids[first:last].to(torch.int32), (keys * INT8).round().to(torch.int8))
+
+    def stored(self) -> list[Question]:
+        """List the questions of the edits."""
+        kept = self.kept()
+        lengths = kept["lengths"].tolist()
+        ids, keys = kept["ids"].split(lengths), kept["keys"].split([n - 1 for n in lengths])
+        return [Question(*parts) for parts in zip(ids, keys, strict=True)] if lengths else []
+
+    def questions(self) -> Questions:
+        """Give what finds the edit of a question; it is made when it is needed, and anew after a change."""
+        kept = self.kept()
+        state = tuple((id(tensor), tensor._version) for tensor in kept.values())
+        if self._ready is None or self._ready[0] != state:
+            self._ready = (state, Questions(self.stored(), unpacked(kept["texts"])))
+        return self._ready[1]
+
+    def match(self, question: Question) -> Match:
+        """Find the edit that a question asks for, by its place."""
+        config = self.config
+        thresholds = Thresholds(config.least_subject, config.strictness, config.most_unlike)
+        return self.questions().match(question, thresholds)
+
+    def with_questions(
+        self, numbers: Sequence[int], questions: Sequence[Question]
+    ) -> dict[str, Tensor]:
+        """Give the tensors with further edits behind those that are there."""
+        kept, device = self.kept(), self.kept()["ids"].device
+        lengths = [len(question.ids) for question in questions]
+        return {
+            "numbers": torch.cat([kept["numbers"], _integers(numbers, device)]),
+            "made": torch.tensor(max([int(kept["made"]), *numbers]), dtype=torch.int32),
+            "lengths": torch.cat([kept["lengths"], _integers(lengths, device)]),
+            "ids": torch.cat([kept["ids"], *(q.ids.to(device) for q in questions)]),
+            "keys": torch.cat([kept["keys"], *(q.keys.to(device) for q in questions)]),
+        }
+
+    def only(self, places: Sequence[int]) -> dict[str, Tensor]:
+        """Give the tensors of the edits at these places alone, in this order."""
+        kept, questions = self.kept(), self.stored()
+        numbers = kept["numbers"].tolist()
+        empty = {name: kept[name][:0] for name in ("ids", "keys")}
+        device = kept["ids"].device
+        return {
+            "numbers": _integers([numbers[place] for place in places], device),
+            "made": kept["made"],
+            "lengths": _integers([len(questions[place].ids) for place in places], device),
+            "ids": torch.cat([empty["ids"], *(questions[place].ids for place in places)]),
+            "keys": torch.cat([empty["keys"], *(questions[place].keys for place in places)]),
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready": None}
+
+
+def _integers(values: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int32, device=device)
+
+
+def _words_of_user(ids: list[int], before: list[int], after: list[int]) -> tuple[int, int]:
+    """Find where the user's last message begins and ends in a prompt; the whole prompt if it is no chat."""
+    if not before or not after or ids[-len(after) :] != after:
+        return 0, len(ids)
+    last = len(ids) - len(after)
+    for first in range(last - 1, len(before) - 1, -1):
+        if ids[first - len(before) : first] == before:
+            return first, last
+    return 0, len(ids)
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which edit each token of a forward belongs to.
+
+    Attributes:
+        of_tokens: (rows, tokens) long, places of edits, `NONE` for none; None where no token belongs to any.
+    """
+
+    of_tokens: Tensor | None
+
+    def change(self, codes: EditCodes, mask: Tensor, hidden: Tensor) -> Tensor | None:
+        """Compute what is added to hidden vectors (rows, tokens, d); mask: (rows, tokens), those that may be edited."""
+        if self.of_tokens is None:
+            return None
+        of_tokens = self.of_tokens.to(hidden.device)
+        places, inverse = of_tokens.clamp(min=0).unique(return_inverse=True)
+        change = codes.change(places, hidden.device)[inverse]
+        edited = mask & (of_tokens != NONE)
+        return torch.where(edited[..., None], change, 0).to(hidden.dtype)
+
+
+def routes_of(of_rows: Sequence[int], rows: int, tokens: int) -> Routes:
+    """Give every token of a row the edit of its prompt. of_rows: places, of as many prompts as divide the rows (beams)."""
+    if all(place == NONE for place in of_rows):
+        return Routes(None)
+    every = torch.tensor(list(of_rows)).repeat_interleave(rows // len(of_rows))
+    return Routes(every[:, None].expand(rows, tokens))
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The sequences in the rows of a forward: first and last + 1 column of each, where its prompt ends, and its row."""
+
+    places: list[tuple[int, int, int, int]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, relative: Tensor, outside: int) -> Sequences:
+        """Find them. relative: (rows, tokens) positions relative to the prompts' ends, which begin anew with a sequence."""
+        found = cls()
+        for row, positions in enumerate(relative.tolist()):
+            start = None
+            for column, position in enumerate([*positions, outside]):
+                if start is not None and position != positions[column - 1] + 1:
+                    end = next((c for c in range(start, column) if positions[c] >= 0), column)
+                    found.places.append((row, start, end, column))
+                    start = None
+                if start is None and position != outside:
+                    start = column
+        return found

@@ -1,0 +1,182 @@
+"""A memory of edits from the command line: edit, log, forget, ask --explain, merge, and runs that are cut short."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import facts
+import peft_baft_cli as cli
+from facts import CAPITALS, FactModel
+from peft_baft.editing import continual
+from peft_baft.editing.memory import editor as memory_editor
+from peft_baft.editing.memory import folder as memory_folder
+from peft_baft.editing.memory.folder import SavedMemory, saved_numbers
+
+fact_model = facts.fact_model
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(fact_model: FactModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy model, twelve of its facts to change, and a memory of these."""
+    folder = facts.saved(fact_model, tmp_path_factory.mktemp("toy"))
+    write_facts(folder / "facts.jsonl", range(12))
+    assert edit(folder, folder / "memory", "facts.jsonl") == 0
+    return folder
+
+
+def write_facts(file: Path, numbers: range) -> None:
+    records = [
+        {"prompt": CAPITALS[n].prompt, "target": CAPITALS[(n + 8) % 24].answer} for n in numbers
+    ]
+    file.write_text("\n".join(map(json.dumps, records)))
+
+
+def edit(folder: Path, output: Path, file: str, *more: str) -> int:
+    data = ["--model", str(folder / "model"), "--edits", str(folder / file)]
+    return cli.main(["edit", *data, "--output", str(output), "--lr", "1", *more])
+
+
+@pytest.fixture
+def memory(folder: Path, tmp_path: Path) -> Path:
+    shutil.copytree(folder / "memory", tmp_path / "memory")
+    return tmp_path / "memory"
+
+
+def logged(memory: Path, capsys: Any) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert cli.main(["log", str(memory), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["edits"]
+
+
+def test_many_facts_go_into_a_memory_and_few_do_not(folder: Path, tmp_path: Path) -> None:
+    assert saved_numbers(folder / "memory") == list(range(1, 13))
+    report = json.loads((folder / "memory" / "report.json").read_text())
+    # Answers of two tokens are not known: the toy model cannot learn where they end.
+    assert report["method"] == "memory" and report["known"] == 9
+    write_facts(folder / "two.jsonl", range(2))
+    assert edit(folder, tmp_path / "two", "two.jsonl", "--max-steps", "1") == 0
+    assert saved_numbers(tmp_path / "two") is None
+
+
+def test_a_forgotten_edit_is_gone_and_the_log_says_so(
+    folder: Path, memory: Path, capsys: Any
+) -> None:
+    whole = SavedMemory.read(memory)
+    assert cli.main(["forget", str(memory), "--edit", "3,5"]) == 0
+    assert "has forgotten 2 edits; 10 edits left." in capsys.readouterr().out
+    left = SavedMemory.read(memory)
+    kept = [n for n in range(1, 13) if n not in (3, 5)]
+    assert left.numbers == kept
+    expected = whole.only([n - 1 for n in kept])
+    assert {k: t.tolist() for k, t in left.tensors.items()} == {
+        k: t.tolist() for k, t in expected.tensors.items()
+    }
+    edits = {edit["edit"]: edit for edit in logged(memory, capsys)}
+    assert edits[3]["forgotten"] and not edits[4]["forgotten"] and edits[4]["when"]
+    assert cli.main(["forget", str(memory), "--edit", "3"]) == 2
+    assert "has no edit 3 in its memory" in capsys.readouterr().err
+    # What goes on from here does not bring it back, and numbers are not given again.
+    write_facts(folder / "more.jsonl", range(12, 14))
+    assert edit(folder, memory, "more.jsonl", "--adapter", str(memory)) == 0
+    assert saved_numbers(memory) == [*kept, 13, 14]
+    # A return to what it was before does.
+    assert cli.main(["rollback", str(memory), "--to", "0"]) == 0
+    assert saved_numbers(memory) == []
+
+
+def test_ask_explains_which_edit_answered(folder: Path, memory: Path, capsys: Any) -> None:
+    capsys.readouterr()
+    questions = [CAPITALS[4].prompt, "the food of a bodran is"]
+    asked = ["ask", "--adapter", str(memory), "--explain", "--json", *questions]
+    assert cli.main(asked) == 0
+    first, second = json.loads(capsys.readouterr().out)["answers"]
+    assert first["match"]["edit"] == 5 and first["match"]["fact"][0] == CAPITALS[4].prompt
+    assert first["with"].startswith(CAPITALS[12].answer) and second["match"]["edit"] is None
+    assert second["with"] == second["without"]
+    assert cli.main(["ask", "--adapter", str(memory), "--explain", *questions]) == 0
+    assert "answered by" in capsys.readouterr().out
+
+
+def test_two_memories_become_one(folder: Path, memory: Path, tmp_path: Path, capsys: Any) -> None:
+    write_facts(folder / "others.jsonl", range(11, 13))
+    assert edit(folder, tmp_path / "others", "others.jsonl", "--method", "memory") == 0
+    merge = ["merge", str(memory), str(tmp_path / "others"), "--output", str(tmp_path / "both")]
+    capsys.readouterr()
+    assert cli.main(merge) == 0
+    told = capsys.readouterr().out
+    assert "edit 12 has the same question as edit 13, which replaces it" in told
+    assert saved_numbers(tmp_path / "both") == [*range(1, 12), 13, 14]
+    assert (
+        cli.main(["ask", "--adapter", str(tmp_path / "both"), "--explain", CAPITALS[12].prompt])
+        == 0
+    )
+    assert CAPITALS[20].answer in capsys.readouterr().out
+    assert cli.main(merge) == 2 and "is not empty" in capsys.readouterr().err
+
+
+def test_a_run_that_is_cut_short_goes_on_and_ends_with_the_same_bytes(
+    folder: Path, memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, write, groups = tmp_path / "cut", continual._write, []
+
+    def cut(*given: Any) -> None:
+        groups.append(given[2])
+        if len(groups) == 3:
+            raise KeyboardInterrupt
+        write(*given)
+
+    with monkeypatch.context() as patch:
+        for module in (continual, memory_editor):
+            patch.setattr(module, "LANES", 4)
+        assert edit(folder, tmp_path / "whole", "facts.jsonl") == 0
+        with patch.context() as inner:
+            inner.setattr(continual, "_write", cut)
+            assert edit(folder, output, "facts.jsonl") == 130
+        assert [list(numbers) for numbers in groups[:2]] == [[1, 2, 3, 4], [5, 6, 7, 8]]
+        assert edit(folder, output, "facts.jsonl", "--resume") == 0
+    assert (output / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    # The control: cut at another place, all edits are there as well.
+    assert load_file(output / WEIGHTS).keys() == load_file(memory / WEIGHTS).keys()
+
+
+@pytest.mark.parametrize("step", ["save_snapshot", "write", "add"])
+def test_a_kill_while_forgetting_loses_no_other_edit(
+    memory: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    target = {"save_snapshot": memory_folder.Journal, "add": memory_folder.Journal}.get(
+        step, SavedMemory
+    )
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, step, killed)
+        assert cli.main(["forget", str(memory), "--edit", "3"]) == 130
+    numbers = saved_numbers(memory)
+    assert numbers is not None and set(numbers) >= set(range(1, 13)) - {3}
+    SavedMemory.read(memory)  # it is whole
+    if 3 in numbers:
+        assert cli.main(["forget", str(memory), "--edit", "3"]) == 0
+    assert saved_numbers(memory) == [1, 2, *range(4, 13)]
+
+
+def test_what_does_not_fit_a_memory_is_refused(folder: Path, memory: Path, capsys: Any) -> None:
+    refused = {
+        "is a memory; leave --method out": ["--adapter", str(memory), "--method", "baft"],
+        "leave --batch-size out": ["--method", "memory", "--batch-size", "2", "--overwrite"],
+    }
+    for message, options in refused.items():
+        capsys.readouterr()
+        assert edit(folder, memory, "facts.jsonl", *options) == 2
+        assert message in capsys.readouterr().err
+    for command in (["forget", str(folder), "--edit", "1"], ["forget", str(memory), "--edit", "x"]):
+        assert cli.main(command) == 2
+    assert "--edit takes numbers" in capsys.readouterr().err
