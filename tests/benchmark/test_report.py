@@ -373,6 +373,21 @@ def test_the_ladder_draws_the_means_and_their_bands() -> None:
     ]
 
 
+def test_the_router_s_rates_are_drawn_where_a_method_has_one() -> None:
+    routed = [line(edits=t, rel=0.5) for t in (1, 2)]
+    for number, one in enumerate(routed):
+        one.scores.update(routed_recall=0.9 - number / 10, routed_locality=0.0)
+    drawn = figure([*routed, *(line("reft", t, 0, 0.5) for t in (1, 2))], "zsre-continual-router")
+    titles = [axes.get_title(loc="left") for axes in drawn.axes]
+    assert titles == [
+        "Rephrasings answered by their edit",
+        "Unrelated questions answered by an edit",
+    ]
+    assert list(curves(drawn.axes[0]).values()) == [([1, 2], pytest.approx([0.9, 0.8]))]
+    with pytest.raises(KeyError):  # the control: no line has a router
+        figure(LADDER, "zsre-continual-router")
+
+
 def test_one_seed_draws_no_band() -> None:
     assert (
         not figure([line(edits=t, rel=0.5) for t in (1, 2)], "zsre-continual-scores")

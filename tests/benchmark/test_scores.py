@@ -164,3 +164,34 @@ def test_means_of_nested_values_are_taken_element_by_element() -> None:
         {"blocks": ["a"], "edit": [[1.0, 0.0]], "locality": [[0.5]]},
     ]
     assert mean_of(values) == {"blocks": ["a"], "edit": [[0.5, 0.5]], "locality": [[0.5]]}
+
+
+def test_routes_are_averaged_by_what_was_asked() -> None:
+    def probe(kind: str, route: str, topic: str = "") -> dict[str, Any]:
+        rest = {"match": 1.0, "exact": True, "prefix": True, "unchanged": True, "spared": True}
+        return {"kind": kind, "topic": topic, "route": route, **rest}
+
+    cases = [
+        {
+            "probes": [
+                probe("generality", "own"),
+                probe("locality", "none"),
+                probe("neighbour", "other", "subject"),
+            ]
+        },
+        {
+            "probes": [
+                probe("generality", "other"),
+                probe("locality", "own"),
+                probe("neighbour", "none", "subject"),
+            ]
+        },
+        {"probes": [probe("generality", "none"), probe("neighbour", "own", "relation")]},
+    ]
+    found = scores(cases, ())
+    assert found["routed_recall"] == found["routed_wrong"] == pytest.approx(1 / 3)
+    assert found["routed_locality"] == found["routed_neighbour_subject"] == 0.5
+    assert found["routed_neighbour_relation"] == 1.0 and "routed_portability" not in found
+    without = [{"probes": [{**probe("generality", "own")}]}]
+    del without[0]["probes"][0]["route"]
+    assert "routed_recall" not in scores(without, ())

@@ -29,6 +29,11 @@ def combined_config(configs: Sequence[BaftConfig]) -> BaftConfig:
         ValueError: the adapters differ in what one adapter has once, or have gates that cannot stand below each other.
     """
     first = configs[0]
+    if any(config.memory for config in configs):
+        raise ValueError(
+            "A memory of edits cannot be combined so: put two saved ones together with `baft merge`, or make both active, "
+            "model.base_model.set_adapter([...])."
+        )
     for name in (
         "prompt_positions",
         "answer_positions",

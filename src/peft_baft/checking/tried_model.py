@@ -33,6 +33,10 @@ class TriedModel:
         self.layers: list[BaftLayer] = baft_layers(model)
         self.adapter_name = model.active_adapters[0]
         config = self.layers[0].configs[self.adapter_name]
+        if config.memory:
+            raise ValueError(
+                "A check trains the adapter that it tries, and a memory of edits has nothing to train. Check the base model."
+            )
         if config.answer_positions is not None:
             raise ValueError(
                 "A check tries an adapter that edits every answer token, and this one has answer_positions="

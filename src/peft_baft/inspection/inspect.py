@@ -178,6 +178,10 @@ def _active(layer: BaftLayer) -> list[str]:
 
 def _adapters(layers: Sequence[BaftLayer]) -> tuple[Adapter, ...]:
     configs = {name: layer.configs[name] for layer in layers for name in _active(layer)}
+    if any(config.memory for config in configs.values()):
+        raise ValueError(
+            "A memory of edits has no gates to look at; `baft ask --explain`, or editor.matches(prompt), says which edit answers."
+        )
     return tuple(
         Adapter(name, c.r, c.weighting, c.prompt_positions, c.answer_positions)
         for name, c in configs.items()

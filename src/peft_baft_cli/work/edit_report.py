@@ -78,7 +78,7 @@ def print_report(report: Mapping[str, Any]) -> None:
             print(f"     –  {what} ({name}): not asked, since no record has such a prompt")
         else:
             print(f"  {report[name]:.2f}  {what} ({name})")
-    if report["locality"] < MOVED:
+    if report["locality"] < MOVED and report["method"] != "memory":
         print(
             "Answers close to an edited fact move with it. --unrelated FILE trains beside answers that should stay."
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import ceil, log10
 from pathlib import Path
 from statistics import mean
@@ -67,6 +67,17 @@ def draw_all(lines: Iterable[Line], folder: str | Path) -> list[Path]:
     return files
 
 
+# What a method that chooses an edit by the prompt did with prompts of each kind, by the names of scores.
+ROUTER_TITLES = {
+    "routed_recall": "Rephrasings answered by their edit",
+    "routed_wrong": "Rephrasings answered by another edit",
+    "routed_locality": "Unrelated questions answered by an edit",
+    "routed_portability": "Questions about consequences, by an edit",
+    "routed_neighbour_subject": "Other subject, same relation: by an edit",
+    "routed_neighbour_relation": "Same subject, other relation: by an edit",
+}
+
+
 def figures(lines: Iterable[Line]) -> Iterator[tuple[str, Figure]]:
     """Draw every figure that the lines allow, with a name, one after the other."""
     groups = comparable(lines)
@@ -79,6 +90,9 @@ def figures(lines: Iterable[Line]) -> Iterator[tuple[str, Figure]]:
                 f"{name}-scores",
                 ladder(group, styles) if len(group.edits) > 1 else bars(group, styles),
             )
+        if group.score_names & set(ROUTER_TITLES):
+            of_routers = {row: look for row, look in styles.items() if _has_router(group, row)}
+            yield f"{name}-router", ladder(group, of_routers, ROUTER_TITLES)
         if "locality" in group.score_names and _effects(group):
             yield f"{name}-tradeoff", tradeoff(group, styles)
         for row, lines_of_row in group.rows.items():
@@ -104,9 +118,21 @@ def _looks(groups: Sequence[Group]) -> dict[str, Look]:
     return {row: look(i) for i, row in enumerate(edited_rows)}
 
 
-def ladder(group: Group, styles: dict[str, Look]) -> Figure:
-    """Draw every measure against T, a curve for each row: the paper's Fig. 3."""
-    measures = _measures(group)
+def _has_router(group: Group, row: str) -> bool:
+    """Tell whether a row's method chooses an edit by the prompt."""
+    return any(set(line.scores) & set(ROUTER_TITLES) for line in group.rows[row])
+
+
+def ladder(
+    group: Group, styles: dict[str, Look], titles: Mapping[str, str] | None = None
+) -> Figure:
+    """Draw every measure against T, a curve for each row: the paper's Fig. 3.
+
+    Args:
+        titles: of the measures that are drawn, by name; by default of the scores.
+    """
+    titles = titles or {measure: measure.capitalize() for measure in _measures(group)}
+    measures = [measure for measure in titles if measure in group.score_names]
     panel_rows = ceil(len(measures) / 2)
     figure = new_figure(_title(group), 1.2 * panel_rows)
     panels = figure.subplots(panel_rows, 2, sharey=True, squeeze=False).flatten()
@@ -114,7 +140,7 @@ def ladder(group: Group, styles: dict[str, Look]) -> Figure:
         axes.set_xlabel(_steps(group))
     for axes, measure in zip(panels, measures, strict=False):
         axes.set(
-            title=measure.capitalize(), xscale="log", ylim=(0, 1.04), yticks=(0, 0.25, 0.5, 0.75, 1)
+            title=titles[measure], xscale="log", ylim=(0, 1.04), yticks=(0, 0.25, 0.5, 0.75, 1)
         )
         axes.set_xticks(group.edits, map(str, group.edits))
         axes.minorticks_off()

@@ -1,0 +1,134 @@
+"""Which edit a question asks for: what tells its subject, what tells its relation, and that no other edit matters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from peft_baft.adapter.matching import (
+    NOWHERE,
+    Match,
+    Question,
+    Questions,
+    Thresholds,
+    compare,
+    read,
+    sentences,
+)
+
+WORDS = [
+    "", " who", " wrote", " the", " book", " of", " what", " is", " mother", " tongue", " capital", "?", " please", " tell",
+    " me", " Lucas", " Maria", " Ober", "hof", " 6", "3", "4", "0", " lucas", ".", " born", " where", " Which", " author",
+]  # fmt: skip
+# Made common by their place: the last ones of a vocabulary are the rare ones.
+TEXTS = [*WORDS, *(f" filler{n}" for n in range(400))]
+THRESHOLDS = Thresholds(0.72, 0.48, 2)
+
+
+def ids_of(text: str) -> list[int]:
+    found, rest = [], f" {text}"
+    while rest:
+        token = max(
+            (i for i, one in enumerate(TEXTS) if one and rest.startswith(one)),
+            key=lambda i: len(TEXTS[i]),
+        )
+        found.append(token)
+        rest = rest[len(TEXTS[token]) :]
+    return found
+
+
+def key_of(token: int) -> Tensor:
+    """A key that is the token's own: the same token is exactly alike, another one hardly at all."""
+    vector = torch.randn(64, generator=torch.Generator().manual_seed(token))
+    return (torch.nn.functional.normalize(vector, dim=0) * 127).round().to(torch.int8)
+
+
+def question(text: str) -> Question:
+    """A question with a first token that is left out, as that of a real prompt is."""
+    ids = [0, *ids_of(text)]
+    return Question(torch.tensor(ids, dtype=torch.int32), torch.stack([key_of(i) for i in ids[1:]]))
+
+
+def match(asked: str, *stored: str, thresholds: Thresholds = THRESHOLDS) -> Match:
+    return Questions([question(text) for text in stored], TEXTS).match(question(asked), thresholds)
+
+
+def test_the_question_itself_is_found_among_others_and_scores_one() -> None:
+    found = match(
+        "who wrote the book of Maria?",
+        "who wrote the book of Lucas?",
+        "who wrote the book of Maria?",
+    )
+    assert (found.edit, found.best, found.runner_up) == (1, 1, 0)
+    assert found.subject == pytest.approx(1, abs=0.02) and found.relation == pytest.approx(
+        1, abs=0.02
+    )
+
+
+def test_another_subject_and_another_relation_are_told_apart() -> None:
+    stored = "who wrote the book of Lucas?"
+    other_subject = match("who wrote the book of Maria?", stored)
+    assert other_subject.edit == NOWHERE and other_subject.subject < 0.72 < other_subject.relation
+    other_relation = match("what is mother tongue Lucas?", stored)
+    assert other_relation.edit == NOWHERE and other_relation.relation < 0.48
+    assert other_relation.subject > 0.72
+
+
+def test_the_same_name_counts_whatever_its_capitals() -> None:
+    assert match("who wrote the book of lucas?", "who wrote the book of Lucas?").subject > 0.9
+
+
+def test_words_of_several_tokens_and_capitals_tell_the_subject() -> None:
+    reading = read(question("what is the capital of Oberhof?"), TEXTS)
+    subject = {
+        reading.words[n] for n, of in zip(reading.word, reading.subject.tolist(), strict=True) if of
+    }
+    assert subject == {"oberhof"} and "capital" in reading.words
+    # Without a name, all words that are no function words do.
+    plain = read(question("who wrote the book?"), TEXTS)
+    found = {plain.words[n] for n, of in zip(plain.word, plain.subject.tolist(), strict=True) if of}
+    assert found == {"wrote", "book"}
+
+
+def test_different_numbers_are_different_subjects() -> None:
+    stored = question("where is Ober 634?")
+    reading = read(stored, TEXTS)
+    assert reading.numbers == {"634"}
+    other = read(question("where is Ober 6340?"), TEXTS)
+    assert compare(reading, reading, 2)[1] > 0.9 and compare(reading, other, 2)[1] == 0.0
+
+
+def test_a_question_that_asks_more_is_another_one() -> None:
+    stored = "who wrote the book of Lucas?"
+    longer = "where is the author who wrote the book of Lucas born mother tongue capital?"
+    assert match(longer, stored).edit == NOWHERE
+    lenient = Thresholds(0.72, 0.48, 9)
+    assert match(longer, stored, thresholds=lenient).edit == 0  # the control
+
+
+def test_a_question_is_found_among_other_sentences() -> None:
+    stored = "who wrote the book of Lucas?"
+    assert (
+        match(
+            "please tell me. who wrote the book of Lucas? please tell me the capital.", stored
+        ).edit
+        == 0
+    )
+    parts = list(sentences(question("who wrote the book? please tell me."), TEXTS))
+    assert [len(part.ids) for part in parts] == [10, 6, 4] and len(parts[1].keys) == 5
+
+
+def test_what_an_edit_scores_does_not_depend_on_the_others() -> None:
+    stored = ["who wrote the book of Lucas?", "what is the capital of Oberhof?"]
+    alone = match("Which author wrote the book of Lucas?", stored[0])
+    among = match("Which author wrote the book of Lucas?", *reversed(stored))
+    assert (alone.subject, alone.relation) == (among.subject, among.relation)
+    assert alone.best == 0 and among.best == 1
+
+
+def test_of_equal_questions_the_latest_edit_answers_and_of_none_none() -> None:
+    stored = "who wrote the book of Lucas?"
+    assert match(stored, stored, stored).edit == 1
+    assert match(stored) == Match(NOWHERE)
+    assert match("please", stored).edit == NOWHERE
