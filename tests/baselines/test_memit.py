@@ -170,7 +170,7 @@ def test_a_model_that_writes_nothing_is_said(
 ) -> None:
     """Else it would be asked for ever."""
     monkeypatch.setattr(
-        "peft_baft.baselines.second_moments.generate_sampled",
+        "peft_baft.editing.written_texts.generate_sampled",
         lambda _model, ids, *_: torch.zeros(len(ids), 1, dtype=torch.long),
     )
     with pytest.raises(ValueError, match="writes no text"):
