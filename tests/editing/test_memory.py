@@ -352,6 +352,25 @@ def test_packed_rows_and_padding_change_nothing(toy: FactModel) -> None:
         torch.testing.assert_close(padded[number], alone[number])
 
 
+def test_continuous_batching_answers_each_request_by_its_own_edit(toy: FactModel) -> None:
+    editor = editor_of(toy)
+    editor.edit(edits(0, 3, 5))
+    texts = [*prompts_of(0, 3, 5), MEALS[0].prompt]
+    prompts = [toy.tokenizer(text)["input_ids"] for text in texts]
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    alone = [
+        editor.model.generate(torch.tensor([ids]), **settings)[0, len(ids) :] for ids in prompts
+    ]
+    greedy = tr.GenerationConfig(**settings, eos_token_id=-1)
+    cache = tr.ContinuousBatchingConfig(page_size=4, num_blocks=64)
+    found = editor.model.generate_batch(
+        prompts, generation_config=greedy, continuous_batching_config=cache
+    )
+    said = [list(one.generated_tokens) for one in found.values()]
+    assert said == [tokens.tolist() for tokens in alone]
+    assert said[3] != said[0] != said[1]
+
+
 def test_sequences_are_told_by_where_positions_begin_anew() -> None:
     relative = torch.tensor([[-2, -1, 0, -3, -2, -1], [OUTSIDE, -2, -1, 0, 1, OUTSIDE]])
     places = Sequences.of(relative, OUTSIDE).places

@@ -45,7 +45,10 @@ SCORED_WITHOUT_PROMPT_LENGTHS = (
     "pass logits_to_keep=1. This is said once; docs/positions.md says more."
 )
 NO_TOKENS = "A memory of edits tells prompts apart by their tokens: call the model with input_ids (rows, tokens), not embeddings."
-NOT_BY_REQUEST = "A memory of edits does not know which request of a continuous batch a token belongs to. Use generate() instead."
+PROMPT_IN_PIECES = (
+    "A memory of edits finds the edit that a prompt asks for when it has read the whole prompt, and continuous batching gave a "
+    "part of one. Let a batch take more tokens (max_batch_tokens), or use generate()."
+)
 UNKNOWN_ROUTE = (
     "A memory of edits answers by what the prompt asks for, and this forward goes on from a cache whose prompt it has not seen "
     "with the same rows. Pass the cache of the forward that read the prompt, use generate(), or pass the whole text."
@@ -167,6 +170,8 @@ class EditContext:
         self._manager: Any = (
             None  # of transformers' continuous batching, which runs in a thread of its own
         )
+        # Of each memory and request of that: which edit its prompt asks for.
+        self._request_routes: dict[tuple[str, Any], int] = {}
         self.prepared: Any = None  # what edits of this model share, such as packed weights; editing/ knows what it is
         self._warned = False
         self._warned_of_scoring = False
@@ -197,6 +202,7 @@ class EditContext:
         return {
             **state,
             "_manager": None,
+            "_request_routes": {},
             "prepared": None,
             "_last_training_forward": None,
             "_training_threads": set(),
@@ -321,7 +327,7 @@ class EditContext:
         if call is None or positions is None:
             raise ValueError(NO_TOKENS)
         if call.is_continuous_batch:
-            raise NotImplementedError(NOT_BY_REQUEST)
+            return self._routes_of_requests(name, router, hidden)
         rows, width = positions.shape
         if generation is not None:
             if name not in generation.routes:
@@ -337,6 +343,24 @@ class EditContext:
             if end > start:
                 question = router.question(ids[row, start:end], hidden[row, start:end])
                 found[row, start:stop] = router.match(question).edit
+        return Routes(found if (found != NONE).any() else None)
+
+    def _routes_of_requests(self, name: str, router: EditRouter, hidden: Tensor) -> Routes:
+        """Find which edit each token of a continuous batch belongs to: that of its request, found when its prompt was read."""
+        (positions,) = self.asked_positions
+        (ids,) = self._token_ids(self._stack_call.tokens)
+        found, start = torch.full((1, len(positions)), NONE), 0
+        for piece in model_call.pieces_of_requests(self._manager, len(positions)):
+            known, end = (name, piece.request), start + piece.prompt
+            if int(positions[start]) == -piece.prompt:
+                if piece.length < piece.prompt:
+                    raise NotImplementedError(PROMPT_IN_PIECES)
+                question = router.question(ids[start:end], hidden[0, start:end])
+                self._request_routes[known] = router.match(question).edit
+            if known not in self._request_routes:
+                raise NotImplementedError(PROMPT_IN_PIECES)
+            found[0, start : start + piece.length] = self._request_routes[known]
+            start += piece.length
         return Routes(found if (found != NONE).any() else None)
 
     def _routes_of_prompts(
@@ -435,7 +459,7 @@ class EditContext:
         if self.stated_lengths is not None:
             raise NotImplementedError(model_call.CONTINUOUS_BATCHING)
         model_call.prepare_manager(manager, self._manager)
-        self._manager = manager
+        self._manager, self._request_routes = manager, {}
         return manager
 
     def _begin_generation(

@@ -640,10 +640,17 @@ def prepare_manager(manager: Any, known: Any) -> None:
     settings.varlen_compile_config = settings.decode_compile_config = None
 
 
-def prompt_lengths_of_requests(manager: Any, width: int, device: torch.device) -> Tensor:
-    """Find the prompt length of each token's request in one continuous batch: (width,) long.
+@dataclass(frozen=True)
+class Piece:
+    """What stands of one request in a continuous batch. length: of the piece; prompt: of the request's prompt, in tokens."""
 
-    The batch is one row: pieces of several requests one after another, prompts or single new tokens.
+    request: Any
+    length: int
+    prompt: int
+
+
+def pieces_of_requests(manager: Any, width: int) -> list[Piece]:
+    """List the pieces of a continuous batch, which is one row: prompts or single new tokens, one after another.
 
     Raises:
         NotImplementedError: the manager does not tell which token belongs to which request.
@@ -652,14 +659,24 @@ def prompt_lengths_of_requests(manager: Any, width: int, device: torch.device) -
     requests: Sequence[Any] = getattr(
         getattr(processor, "inputs_and_outputs", None), "requests_in_batch", ()
     )
-    pieces = torch.tensor(
-        [request.query_length for request in requests], dtype=torch.long, device=device
-    )
-    if pieces.sum() != width:
-        raise NotImplementedError(CONTINUOUS_BATCHING)
-    prompts = []
+    pieces = []
     for request in requests:
         # One that was put out of the cache takes its answer for more of its prompt.
         state = request.state
-        prompts.append(state._true_initial_tokens or len(state.initial_tokens))
-    return torch.tensor(prompts, device=device).repeat_interleave(pieces)
+        prompt = state._true_initial_tokens or len(state.initial_tokens)
+        pieces.append(Piece(state.request_id, request.query_length, prompt))
+    if sum(piece.length for piece in pieces) != width:
+        raise NotImplementedError(CONTINUOUS_BATCHING)
+    return pieces
+
+
+def prompt_lengths_of_requests(manager: Any, width: int, device: torch.device) -> Tensor:
+    """Find the prompt length of each token's request in one continuous batch: (width,) long.
+
+    Raises:
+        NotImplementedError: as `pieces_of_requests`.
+    """
+    pieces = pieces_of_requests(manager, width)
+    lengths = torch.tensor([piece.length for piece in pieces], dtype=torch.long, device=device)
+    prompts = torch.tensor([piece.prompt for piece in pieces], dtype=torch.long, device=device)
+    return prompts.repeat_interleave(lengths)
