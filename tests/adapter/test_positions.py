@@ -451,10 +451,10 @@ def test_a_continuous_batch_that_cannot_be_told_apart_is_refused() -> None:
 
 def test_a_model_is_copied_and_pickled_without_the_threads_of_its_batches() -> None:
     model = adapted()
-    find_context(model)._manager = threading.Lock()
+    find_context(model).manager = threading.Lock()
     copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     for other in copies:
-        assert find_context(other)._manager is None and find_context(other) is not find_context(
+        assert find_context(other).manager is None and find_context(other) is not find_context(
             model
         )
         assert other.base_model.model.generate.__self__ is find_context(other)

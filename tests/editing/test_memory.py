@@ -16,8 +16,9 @@ from torch import Tensor
 import facts
 from facts import CAPITALS, MEALS, FactModel, edits
 from peft_baft import BaftConfig, BaftEditor, DescentConfig, Edit, prompt_lengths
-from peft_baft.adapter.memory import NONE, Sequences, orthonormal
+from peft_baft.adapter.memory import orthonormal
 from peft_baft.adapter.model_call import call_with_cache
+from peft_baft.adapter.routing import NONE, Sequences
 from peft_baft.adapter.weights import FILE
 from peft_baft.data.cases import Message
 from peft_baft.editing.acceleration import cached_texts

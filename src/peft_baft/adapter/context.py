@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter import model_call
-from peft_baft.adapter.memory import NONE, EditRouter, Routes, Sequences, routes_of
 from peft_baft.adapter.model_call import StackCall, StackSignature, UnknownPositionError
+from peft_baft.adapter.routing import Routes, Routing
 from peft_baft.span import (
-    OUTSIDE,
     GenerationSpan,
     integer_lengths,
     relative_positions_of_input,
@@ -44,16 +43,6 @@ SCORED_WITHOUT_PROMPT_LENGTHS = (
     "`with peft_baft.prompt_lengths(model, [...])`; for lm-evaluation-harness, `--model baft-hf`. For the next token alone, "
     "pass logits_to_keep=1. This is said once; docs/positions.md says more."
 )
-NO_TOKENS = "A memory of edits tells prompts apart by their tokens: call the model with input_ids (rows, tokens), not embeddings."
-PROMPT_IN_PIECES = (
-    "A memory of edits finds the edit that a prompt asks for when it has read the whole prompt, and continuous batching gave a "
-    "part of one. Let a batch take more tokens (max_batch_tokens), or use generate()."
-)
-UNKNOWN_ROUTE = (
-    "A memory of edits answers by what the prompt asks for, and this forward goes on from a cache whose prompt it has not seen "
-    "with the same rows. Pass the cache of the forward that read the prompt, use generate(), or pass the whole text."
-)
-ROUTES_OF_CACHE = "_baft_routes"  # an attribute of a cache: of each memory, the edit of each row
 # Methods of the base model that the context stands in for.
 GENERATION = (
     "generate",
@@ -112,10 +101,6 @@ class CurrentForward:
     routes: dict[str, Routes] = field(default_factory=dict)
 
 
-class _KeyBlockHasRun(Exception):
-    """Ends a forward of which the states of the key block alone are wanted."""
-
-
 class _ThreadLocalAttribute:
     """An attribute of `EditContext` with a value for each thread, None until it is set: several threads may serve one model.
 
@@ -149,13 +134,12 @@ class EditContext:
     row_adapters = _ThreadLocalAttribute()
     recorded = _ThreadLocalAttribute()
     stated_lengths = _ThreadLocalAttribute()  # (sequences,) set by `prompt_lengths()`
-    _generation = _ThreadLocalAttribute()  # the `Generation` of `generate`, while it runs
+    generation = _ThreadLocalAttribute()  # the `Generation` of `generate`, while it runs
     asked_positions = _ThreadLocalAttribute()
     routes = _ThreadLocalAttribute()
-    _stack_call = _ThreadLocalAttribute()  # the `StackCall` of the forward
-    _past = _ThreadLocalAttribute()  # how many columns precede its tokens
-    _unrouted = _ThreadLocalAttribute()  # whether memories of edits are at rest
-    _key_states = _ThreadLocalAttribute()  # a list, in a forward that ends at a key block
+    stack_call = _ThreadLocalAttribute()  # the `StackCall` of the forward
+    past = _ThreadLocalAttribute()  # how many columns precede its tokens
+    of_editor = _ThreadLocalAttribute()  # whether it is a forward of an editor, not of a caller
     # What the base model was called with, and does not pass on to its stack of blocks.
     _labels = _ThreadLocalAttribute()
     _passed_lengths = _ThreadLocalAttribute()
@@ -167,11 +151,10 @@ class EditContext:
         self._thread = threading.local()
         self._last_training_forward: CurrentForward | None = None
         self._training_threads: set[int] = set()
-        self._manager: Any = (
+        self.manager: Any = (
             None  # of transformers' continuous batching, which runs in a thread of its own
         )
-        # Of each memory and request of that: which edit its prompt asks for.
-        self._request_routes: dict[tuple[str, Any], int] = {}
+        self.routing = Routing(self)
         self.prepared: Any = None  # what edits of this model share, such as packed weights; editing/ knows what it is
         self._warned = False
         self._warned_of_scoring = False
@@ -201,8 +184,7 @@ class EditContext:
         state = {name: value for name, value in self.__dict__.items() if name != "_thread"}
         return {
             **state,
-            "_manager": None,
-            "_request_routes": {},
+            "manager": None,
             "prepared": None,
             "_last_training_forward": None,
             "_training_threads": set(),
@@ -295,159 +277,33 @@ class EditContext:
             self.stated_lengths = outer
 
     @contextmanager
-    def unrouted(self) -> Iterator[None]:
-        """Let memories of edits be at rest in this thread's forwards inside: they answer nothing."""
-        outer, self._unrouted = self._unrouted, True
+    def another_call(self) -> Iterator[None]:
+        """Let the forwards inside be calls of their own; what this thread knows of a running one is put back afterwards."""
+        outer = dict(self._thread.__dict__)
+        self._thread.__dict__.clear()
         try:
             yield
         finally:
-            self._unrouted = outer
-
-    def find_routes(self, routers: Mapping[str, EditRouter], hidden: Tensor) -> None:
-        """Find which edit of each memory the tokens of the forward belong to.
-
-        Args:
-            routers: by the memories' names, of those that have the same key block. hidden: (rows, tokens, d) of that block.
-
-        Raises:
-            ValueError: the model was called in a way that does not tell the prompt. NotImplementedError: continuous batching.
-        """
-        if self._key_states is not None:
-            self._key_states.append(hidden.detach())
-            raise _KeyBlockHasRun
-        if self._unrouted:
-            return
-        for name, router in routers.items():
-            if router.count:
-                self.routes[name] = self._routes(name, router, hidden.detach())
-
-    def _routes(self, name: str, router: EditRouter, hidden: Tensor) -> Routes:
-        """Find which edit of a memory each token belongs to."""
-        call, generation, positions = self._stack_call, self._generation, self.asked_positions
-        if call is None or positions is None:
-            raise ValueError(NO_TOKENS)
-        if call.is_continuous_batch:
-            return self._routes_of_requests(name, router, hidden)
-        rows, width = positions.shape
-        if generation is not None:
-            if name not in generation.routes:
-                generation.routes[name] = self._routes_of_prompts(generation, router, hidden)
-            return routes_of(generation.routes[name], rows, width)
-        if isinstance(self._past, Tensor) or self._past:
-            known = getattr(call.memory, ROUTES_OF_CACHE, {}).get(name)
-            if known is None or len(known) != rows:
-                raise ValueError(UNKNOWN_ROUTE)
-            return routes_of(known, rows, width)
-        ids, found = self._token_ids(call.tokens), torch.full((rows, width), NONE)
-        for row, start, end, stop in Sequences.of(positions, OUTSIDE).places:
-            if end > start:
-                question = router.question(ids[row, start:end], hidden[row, start:end])
-                found[row, start:stop] = router.match(question).edit
-        return Routes(found if (found != NONE).any() else None)
-
-    def _routes_of_requests(self, name: str, router: EditRouter, hidden: Tensor) -> Routes:
-        """Find which edit each token of a continuous batch belongs to: that of its request, found when its prompt was read."""
-        (positions,) = self.asked_positions
-        (ids,) = self._token_ids(self._stack_call.tokens)
-        found, start = torch.full((1, len(positions)), NONE), 0
-        for piece in model_call.pieces_of_requests(self._manager, len(positions)):
-            known, end = (name, piece.request), start + piece.prompt
-            if int(positions[start]) == -piece.prompt:
-                if piece.length < piece.prompt:
-                    raise NotImplementedError(PROMPT_IN_PIECES)
-                question = router.question(ids[start:end], hidden[0, start:end])
-                self._request_routes[known] = router.match(question).edit
-            if known not in self._request_routes:
-                raise NotImplementedError(PROMPT_IN_PIECES)
-            found[0, start : start + piece.length] = self._request_routes[known]
-            start += piece.length
-        return Routes(found if (found != NONE).any() else None)
-
-    def _routes_of_prompts(
-        self, generation: Generation, router: EditRouter, hidden: Tensor
-    ) -> list[int]:
-        """Find which edit each prompt of a running `generate` asks for."""
-        prompts, positions = generation.prompt, self.asked_positions
-        beams = len(hidden) // len(prompts)
-        ids = self._token_ids(prompts)
-        columns = generation.asked_span.relative_positions(0, *ids.shape)
-        of_prompt = (columns < 0) & (columns != OUTSIDE)
-        if int(self._past) == 0 and positions.shape[1] >= ids.shape[1]:
-            states = hidden[::beams]
-        else:  # the prompt comes in pieces, or goes on from a cache
-            states = self._states_of_prompts(ids, of_prompt)
-        found = []
-        for row, mask in enumerate(of_prompt):
-            own = states[row, : len(mask)]
-            question = router.question(ids[row, mask], own[mask.to(own.device)])
-            found.append(router.match(question).edit)
-        return found
-
-    def _states_of_prompts(self, ids: Tensor, of_prompt: Tensor) -> Tensor:
-        """Compute what leaves the key block at the tokens of prompts, (rows, columns, d), in a forward of their own."""
-        longest = int(of_prompt.sum(1).max())
-        batch, real = ids.new_zeros(len(ids), longest), of_prompt.new_zeros(len(ids), longest)
-        for row, mask in enumerate(of_prompt):
-            count = int(mask.sum())
-            batch[row, :count], real[row, :count] = ids[row, mask], True
-        at_prompts = self.key_states(batch, real)
-        states = at_prompts.new_zeros(*of_prompt.shape, at_prompts.shape[-1])
-        states[of_prompt.to(states.device)] = at_prompts[real.to(states.device)]
-        return states
-
-    def key_states(self, ids: Tensor, real: Tensor) -> Tensor:
-        """Compute what leaves the key block of the active memory, (rows, tokens, d), in a forward that ends there.
-
-        Args:
-            ids: (rows, tokens), padded on the right. real: (rows, tokens) bool, False for padding.
-
-        Raises:
-            ValueError: the active adapter is no memory of edits, or it is switched off.
-        """
-        outer = dict(self._thread.__dict__)
-        seen: list[Tensor] = []
-        try:
-            self._generation, self._key_states = None, seen
-            with torch.no_grad():
-                model_call.full_logits(self._model, input_ids=ids, attention_mask=real.long())
-        except _KeyBlockHasRun:
-            return seen[0]
-        finally:
             self._thread.__dict__.clear()
             self._thread.__dict__.update(outer)
-        raise ValueError("No memory of edits is active: use set_adapter, or enable the adapter.")
 
-    def _token_ids(self, tokens: Tensor) -> Tensor:
-        if tokens.ndim != 2:
-            raise ValueError(NO_TOKENS)
-        return tokens
+    def call_model(self, ids: Tensor, real: Tensor) -> None:
+        """Call the base model on tokens (rows, tokens), without a cache. real: bool, False for padding."""
+        model_call.full_logits(self._model, input_ids=ids, attention_mask=real.long())
 
-    def keep_routes_with_caches(self) -> None:
-        """From now on, write on each cache which edits the prompts in it ask for, for forwards that go on from it."""
+    def after_stack(self, hook: Any) -> None:
+        """Let a function be called after the stack of blocks, as its forward hook; once, however often it is given."""
         if len(self._handles) == 2:
-            self._handles.append(self._stack_module[0].register_forward_hook(self._keep_routes))
-
-    def _keep_routes(self, _module: nn.Module, _args: tuple, output: Any) -> None:
-        """After the stack of blocks: write the routes of a forward outside `generate` on the cache that it gives back."""
-        if not self.routes or self._generation is not None or self._past != 0:
-            return
-        routes = {}
-        for name, found in self.routes.items():
-            rows = len(self.asked_positions)
-            every = found.of_tokens
-            routes[name] = [NONE] * rows if every is None else every.amax(1).tolist()
-        for value in output.values() if hasattr(output, "values") else output:
-            if isinstance(value, model_call.Cache):
-                setattr(value, ROUTES_OF_CACHE, routes)
+            self._handles.append(self._stack_module[0].register_forward_hook(hook))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model's `generate`, and note where the prompt lies until it returns."""
         lengths = kwargs.pop("prompt_lengths", None)
-        outer, self._generation = self._generation, self._begin_generation(args, kwargs, lengths)
+        outer, self.generation = self.generation, self._begin_generation(args, kwargs, lengths)
         try:
             return type(self._model).generate(self._model, *args, **kwargs)
         finally:
-            self._generation = outer
+            self.generation = outer
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model's own (for `generate_batch`, `transformers serve`), and note where its requests' prompts lie.
@@ -458,8 +314,8 @@ class EditContext:
         manager = type(self._model).init_continuous_batching(self._model, *args, **kwargs)
         if self.stated_lengths is not None:
             raise NotImplementedError(model_call.CONTINUOUS_BATCHING)
-        model_call.prepare_manager(manager, self._manager)
-        self._manager, self._request_routes = manager, {}
+        model_call.prepare_manager(manager, self.manager)
+        self.manager = manager
         return manager
 
     def _begin_generation(
@@ -508,19 +364,16 @@ class EditContext:
         lengths, self._passed_lengths = self._passed_or_stated(self._passed_lengths), None
         wants_last_logits, self._wants_last_logits = self._wants_last_logits, None
         call = model_call.read_stack_call(self._stack, args, kwargs)
-        self.routes, self._stack_call, self._past = {}, call, 0
+        self.routes, self.stack_call, self.past = {}, call, 0
         self.asked_positions = None
         if call is None:
             self.relative_positions = None
         elif call.is_continuous_batch:
             self.relative_positions = self._positions_of_requests(call)
-        elif self._generation is not None:
-            self.relative_positions = self._positions_in_generate(call, self._generation)
+        elif self.generation is not None:
+            self.relative_positions = self._positions_in_generate(call, self.generation)
         else:
-            alone = (
-                self._key_states is not None or self._unrouted
-            )  # a forward of an editor, not of a caller
-            if labels is None and lengths is None and not alone:
+            if labels is None and lengths is None and not self.of_editor:
                 if module.training and torch.is_grad_enabled():
                     self._warn_that_lengths_are_missing()
                 elif not module.training and not wants_last_logits:
@@ -539,7 +392,7 @@ class EditContext:
         if positions is None:
             raise NotImplementedError(model_call.CONTINUOUS_BATCHING)
         lengths = model_call.prompt_lengths_of_requests(
-            self._manager, positions.shape[1], positions.device
+            self.manager, positions.shape[1], positions.device
         )
         return positions - lengths
 
@@ -549,7 +402,7 @@ class EditContext:
         past = model_call.columns_before_in_generate(self._model, call, generation.seen)
         if isinstance(past, int):
             generation.seen = past + width
-        self._past = past
+        self.past = past
         self.asked_positions = generation.asked_span.relative_positions(past, rows, width)
         return generation.span.relative_positions(past, rows, width)
 
@@ -560,7 +413,7 @@ class EditContext:
         rows, width = call.tokens.shape[:2]
         prompt_ends_are_known = labels is not None or lengths is not None
         past = model_call.columns_before(self._model, call, position_matters=prompt_ends_are_known)
-        self._past = past
+        self.past = past
         real, past = _real_tokens(call.attention_mask, rows, width, past, call.tokens.device)
         positions = call.position_ids
         # Position ids may begin several sequences in one row, but only where no cache precedes them.

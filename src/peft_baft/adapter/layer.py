@@ -89,7 +89,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         self.in_features = self.out_features = width
         router = EditRouter(config, width)
         self._attach_memory("router", adapter_name, router)
-        self.context.keep_routes_with_caches()
+        self.context.routing.keep_with_caches()
 
     def _attach_memory(self, kind: str, adapter_name: str, part: EditCodes | EditRouter) -> None:
         """Add a part of a memory."""
@@ -150,7 +150,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         call = self.context.current_forward()
         routers: Any = {n: r for n, r in self.baft_router.items() if n in self.in_use(call)}
         if routers:
-            self.context.find_routes(routers, hidden)
+            self.context.routing.find(routers, hidden)
         if call.row_adapters is not None:
             return self._edit_rows(hidden, call, call.row_adapters)
         active = [name for name in self.active_adapters if self._edits(name)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +21,6 @@ from peft_baft.adapter.matching import INT8, Match, Question, Questions, Thresho
 
 if TYPE_CHECKING:
     from peft_baft.adapter.config import BaftConfig
-
-NONE = -1  # the place of the edit of a prompt that asks for none
 
 
 def orthonormal(block: int, rank: int, width: int) -> Tensor:
@@ -306,54 +304,3 @@ def _words_of_user(ids: list[int], before: list[int], after: list[int]) -> tuple
         if ids[first - len(before) : first] == before:
             return first, last
     return 0, len(ids)
-
-
-@dataclass(frozen=True)
-class Routes:
-    """Which edit each token of a forward belongs to.
-
-    Attributes:
-        of_tokens: (rows, tokens) long, places of edits, `NONE` for none; None where no token belongs to any.
-    """
-
-    of_tokens: Tensor | None
-
-    def change(self, codes: EditCodes, mask: Tensor, hidden: Tensor) -> Tensor | None:
-        """Compute what is added to hidden vectors (rows, tokens, d); mask: (rows, tokens), those that may be edited."""
-        if self.of_tokens is None:
-            return None
-        of_tokens = self.of_tokens.to(hidden.device)
-        places, inverse = of_tokens.clamp(min=0).unique(return_inverse=True)
-        change = codes.change(places, hidden.device)[inverse]
-        edited = mask & (of_tokens != NONE)
-        return torch.where(edited[..., None], change, 0).to(hidden.dtype)
-
-
-def routes_of(of_rows: Sequence[int], rows: int, tokens: int) -> Routes:
-    """Give every token of a row the edit of its prompt. of_rows: places, of as many prompts as divide the rows (beams)."""
-    if all(place == NONE for place in of_rows):
-        return Routes(None)
-    every = torch.tensor(list(of_rows)).repeat_interleave(rows // len(of_rows))
-    return Routes(every[:, None].expand(rows, tokens))
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """The sequences in the rows of a forward: first and last + 1 column of each, where its prompt ends, and its row."""
-
-    places: list[tuple[int, int, int, int]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, relative: Tensor, outside: int) -> Sequences:
-        """Find them. relative: (rows, tokens) positions relative to the prompts' ends, which begin anew with a sequence."""
-        found = cls()
-        for row, positions in enumerate(relative.tolist()):
-            start = None
-            for column, position in enumerate([*positions, outside]):
-                if start is not None and position != positions[column - 1] + 1:
-                    end = next((c for c in range(start, column) if positions[c] >= 0), column)
-                    found.places.append((row, start, end, column))
-                    start = None
-                if start is None and position != outside:
-                    start = column
-        return found

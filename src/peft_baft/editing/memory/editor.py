@@ -28,7 +28,7 @@ from peft_baft.processes import Processes
 
 LANES = 64  # edits that learn in the same forwards
 MEMORY_DESCENT = DescentConfig(
-    lr=4.0, max_steps=60, stop_loss=0.06, weight_decay=0.0, learn_end=True
+    lr=8.0, max_steps=60, stop_loss=0.1, weight_decay=0.0, learn_end=True
 )
 
 
@@ -170,7 +170,7 @@ class MemoryEditor(AdapterEditor):
         codes: list[torch.Tensor] = []
         results: list[EditResult] = []
         bases = {name: part.basis(input_device(self._base)) for name, part in self._codes().items()}
-        with frozen(self.model), self._context.unrouted():
+        with frozen(self.model), self._context.routing.at_rest():
             questions = self._questions([fact.prompt for fact in facts])
             for start in range(0, len(texts), LANES):
                 found, of_lanes = learn_codes(
@@ -286,7 +286,7 @@ class MemoryEditor(AdapterEditor):
         batch = collate(rows, padding_id(self.tokenizer))
         device = input_device(self._base)
         ids, real = batch["input_ids"].to(device), batch["attention_mask"].bool().to(device)
-        states = self._context.key_states(ids, real)
+        states = self._context.routing.key_states(ids, real)
         return [
             self.router.question(ids[i, : len(row.ids)], states[i, : len(row.ids)])
             for i, row in enumerate(rows)
@@ -296,7 +296,7 @@ class MemoryEditor(AdapterEditor):
         """Measure the statistics of the base model, or take those that another editor of it measured."""
         known = ("key statistics", self._config.key_block, self._config.key_dimensions)
         if known not in self._prepared.computed:
-            with frozen(self.model), self._context.unrouted():
+            with frozen(self.model), self._context.routing.at_rest():
                 self._prepared.computed[known] = key_statistics(
                     self._base,
                     self._context,

@@ -43,7 +43,7 @@ def key_statistics(
         part = rows[start : start + ROWS]
         inputs = collate(part, padding_id(tokenizer))
         real = inputs["attention_mask"].bool().to(input_device(model))
-        found = context.key_states(inputs["input_ids"].to(real.device), real)
+        found = context.routing.key_states(inputs["input_ids"].to(real.device), real)
         real[:, 0] = False  # the first token's states are of another size than all others
         states.append(found[real.to(found.device)].float().cpu())
     every = torch.cat(states)
