@@ -86,6 +86,12 @@ def test_a_forgotten_edit_is_gone_and_the_log_says_so(
     write_facts(folder / "more.jsonl", range(12, 14))
     assert edit(folder, memory, "more.jsonl", "--adapter", str(memory)) == 0
     assert saved_numbers(memory) == [*kept, 13, 14]
+    # A fact with a known question replaces its edit, and that is said.
+    write_facts(folder / "again.jsonl", range(12, 13))
+    capsys.readouterr()
+    assert edit(folder, memory, "again.jsonl", "--adapter", str(memory)) == 0
+    assert "replace its edits 13." in capsys.readouterr().out
+    assert saved_numbers(memory) == [*kept, 14, 15]
     # A return to what it was before does.
     assert cli.main(["rollback", str(memory), "--to", "0"]) == 0
     assert saved_numbers(memory) == []

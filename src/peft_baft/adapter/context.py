@@ -373,7 +373,7 @@ class EditContext:
         elif self.generation is not None:
             self.relative_positions = self._positions_in_generate(call, self.generation)
         else:
-            if labels is None and lengths is None and not self.of_editor:
+            if labels is None and lengths is None and self.of_editor in (None, False):
                 if module.training and torch.is_grad_enabled():
                     self._warn_that_lengths_are_missing()
                 elif not module.training and not wants_last_logits:

@@ -9,6 +9,7 @@ nothing but a frozen basis cannot forget each other. A prompt that is routed to 
 from __future__ import annotations
 
 import json
+import operator
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -206,10 +207,12 @@ class EditRouter(_Kept):
         }
         for name, (shape, dtype) in kinds.items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype))
-        self._ready: tuple[Any, Questions] | None = None
+        # What was made ready, of which tensors: these are held, so that no other tensor can get the identity of one of them.
+        self._ready: tuple[list[Tensor], list[int], Questions] | None = None
 
     def changed(self) -> None:
         """Note in the config what the shapes are."""
+        self._ready = None
         kept = self.kept()
         names = {"edits": "numbers", "tokens": "ids"} | {n: n for n in ("texts", "before", "after")}
         self.config.memory_sizes = {size: len(kept[name]) for size, name in names.items()}
@@ -248,10 +251,14 @@ class EditRouter(_Kept):
     def questions(self) -> Questions:
         """Give what finds the edit of a question; it is made when it is needed, and anew after a change."""
         kept = self.kept()
-        state = tuple((id(tensor), tensor._version) for tensor in kept.values())
-        if self._ready is None or self._ready[0] != state:
-            self._ready = (state, Questions(self.stored(), unpacked(kept["texts"])))
-        return self._ready[1]
+        tensors, versions = list(kept.values()), [tensor._version for tensor in kept.values()]
+        if self._ready is not None:
+            of_tensors, of_versions, questions = self._ready
+            if versions == of_versions and all(map(operator.is_, tensors, of_tensors)):
+                return questions
+        questions = Questions(self.stored(), unpacked(kept["texts"]))
+        self._ready = (tensors, versions, questions)
+        return questions
 
     def match(self, question: Question) -> Match:
         """Find the edit that a question asks for, by its place."""

@@ -95,6 +95,9 @@ def _edit(options: EditCommand, device: str, processes: Processes) -> dict[str, 
     with doing(f"loading {options.model}", processes.first):
         model, tokenizer = _edited_model(options, device, preset, continued, memory)
     editor = _editor(options, model, tokenizer, preset, unrelated, processes)
+    replaced: list[int] = []
+    if isinstance(editor, MemoryEditor) and editor.numbers:
+        replaced = sorted(set(editor.known([case.edit for case in cases]).values()))
     asked_in = editor.templates[-1]  # of both forms, the chat: what a chat model is asked in
     with doing("asking the model before it is edited", processes.first):
         finish_report = watch(model, tokenizer, cases, asked_in)
@@ -103,7 +106,9 @@ def _edit(options: EditCommand, device: str, processes: Processes) -> dict[str, 
             check = canary_check(model, tokenizer, options.min_agreement, canaries, asked_in)
     records = _make_edits(options, editor, cases, check)
     with doing("asking the model after its edits", processes.first):
-        return processes.of_first(lambda: _saved(options, editor, finish_report(), records))
+        return processes.of_first(
+            lambda: _saved(options, editor, finish_report(), records, replaced)
+        )
 
 
 def _is_memory(options: EditCommand, continued: PeftConfig | None, facts: int) -> bool:
@@ -195,9 +200,17 @@ def _runs(journal: Journal) -> int:
 
 
 def _saved(
-    options: EditCommand, editor: AdapterEditor, result: Report, records: Sequence[EditRecord]
+    options: EditCommand,
+    editor: AdapterEditor,
+    result: Report,
+    records: Sequence[EditRecord],
+    replaced: Sequence[int],
 ) -> dict[str, Any]:
-    """Save the adapter with its report; return the report, which is what `--json` prints."""
+    """Save the adapter with its report; return the report, which is what `--json` prints.
+
+    Args:
+        replaced: numbers of the edits of a memory that had the same questions, and are gone.
+    """
     output = options.output
     editor.model.save_pretrained(str(output), save_embedding_layers=False)
     give_umask_mode(output / WEIGHTS)  # safetensors makes its files readable by their owner alone
@@ -208,6 +221,7 @@ def _saved(
         "bytes": (output / WEIGHTS).stat().st_size,
         "sha256": sha256((output / WEIGHTS).read_bytes()).hexdigest(),
         **summary(result, records),
+        "replaced": list(replaced),
         "method": "memory" if isinstance(editor, MemoryEditor) else "baft",
         "unrelated_used": getattr(editor, "unrelated_used", 0),
     }

@@ -72,6 +72,9 @@ def print_report(report: Mapping[str, Any]) -> None:
     print(_outcome(report))
     for line in (*_problems(report["answers"]), *_lost(report)):
         print(line)
+    if report["replaced"]:
+        numbers = ", ".join(map(str, report["replaced"]))
+        print(f"Facts with questions that were in the memory replace its edits {numbers}.")
     print("\nMeasured on the tokens of answers, as shares:")
     for name, what in MEASURES:
         if report[name] is None:
