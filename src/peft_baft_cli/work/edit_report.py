@@ -72,7 +72,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     print(_outcome(report))
     for line in (*_problems(report["answers"]), *_lost(report)):
         print(line)
-    if report["replaced"]:
+    if report.get("replaced"):
         numbers = ", ".join(map(str, report["replaced"]))
         print(f"Facts with questions that were in the memory replace its edits {numbers}.")
     print("\nMeasured on the tokens of answers, as shares:")
@@ -81,7 +81,7 @@ def print_report(report: Mapping[str, Any]) -> None:
             print(f"     –  {what} ({name}): not asked, since no record has such a prompt")
         else:
             print(f"  {report[name]:.2f}  {what} ({name})")
-    if report["locality"] < MOVED and report["method"] != "memory":
+    if report["locality"] < MOVED and report.get("method") != "memory":
         print(
             "Answers close to an edited fact move with it. --unrelated FILE trains beside answers that should stay."
         )
