@@ -24,6 +24,7 @@ from peft_baft.data.cases import Message
 from peft_baft.editing.acceleration import cached_texts
 from peft_baft.editing.memory import codes
 from peft_baft.editing.memory.editor import MemoryEditor
+from peft_baft.editing.memory.statistics import token_texts
 from peft_baft.evaluation.scoring import greedy_answers, token_match
 from peft_baft.span import OUTSIDE
 
@@ -370,6 +371,40 @@ def test_continuous_batching_answers_each_request_by_its_own_edit(toy: FactModel
     said = [list(one.generated_tokens) for one in found.values()]
     assert said == [tokens.tolist() for tokens in alone]
     assert said[3] != said[0] != said[1]
+
+
+class Vocabulary:
+    """As much of a tokenizer as tells what its tokens stand for."""
+
+    def __init__(self, *tokens: str) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def convert_ids_to_tokens(self, ids: range) -> list[str]:
+        return [self.tokens[i] for i in ids]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        text = "".join(tokens).replace(
+            "\u0120", " "
+        )  # byte pairs keep the space, SentencePiece drops it
+        return text.replace("\u2581", "")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "texts"),
+    [
+        # One token of byte pairs that begins with ## makes no WordPiece of them.
+        (("\u0120the", "hof", "##", "\u0120Ober"), [" the", "hof", "##", " Ober"]),
+        (("\u2581the", "hof", "\u2581Ober"), [" the", "hof", " Ober"]),
+        (("the", "##hof", "ober"), [" the", "hof", " ober"]),
+    ],
+)
+def test_a_token_that_begins_a_word_has_a_space_before_it(
+    tokens: tuple[str, ...], texts: list[str]
+) -> None:
+    assert token_texts(Vocabulary(*tokens)) == texts
 
 
 def test_sequences_are_told_by_where_positions_begin_anew() -> None:
