@@ -148,7 +148,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
             hidden: (batch, tokens, d), any floating dtype; updates are computed in the adapter's dtype.
         """
         call = self.context.current_forward()
-        routers: Any = {n: r for n, r in self.baft_router.items() if n in self.in_use(call)}
+        routers: Any = {n: r for n, r in self.baft_router.items() if n in self._in_use(call)}
         if routers:
             self.context.routing.find(routers, hidden)
         if call.row_adapters is not None:
@@ -167,7 +167,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
                 total = change if total is None else total + change
         return hidden if total is None else (hidden + total).to(hidden.dtype)
 
-    def in_use(self, call: CurrentForward) -> Sequence[str]:
+    def _in_use(self, call: CurrentForward) -> Sequence[str]:
         """List the adapters that may edit a token of a forward."""
         return self.active_adapters if call.row_adapters is None else call.row_adapters
 
