@@ -113,7 +113,7 @@ class EditCommand(TrainingOptions, ModelOptions):
         choice(
             EDIT_METHODS,
             "baft: one adapter for all facts; memory: a code of its own for each, found by its question, and removable; "
-            "auto: that of the continued adapter, else memory from 10 facts on",
+            "auto: that of the continued adapter, else memory from 10 facts on, without --unrelated",
         ),
     ] = "auto"
     batch_size: Annotated[int, whole_number("facts learned at once; 1 is one after another")] = 1

@@ -177,6 +177,7 @@ def test_a_kill_while_forgetting_loses_no_other_edit(
 def test_what_does_not_fit_a_memory_is_refused(folder: Path, memory: Path, capsys: Any) -> None:
     refused = {
         "is a memory; leave --method out": ["--adapter", str(memory), "--method", "baft"],
+        "leave --unrelated out": ["--method", "memory", "--unrelated", "general", "--overwrite"],
         "leave --batch-size out": ["--method", "memory", "--batch-size", "2", "--overwrite"],
     }
     for message, options in refused.items():

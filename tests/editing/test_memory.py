@@ -18,7 +18,7 @@ from facts import CAPITALS, MEALS, FactModel, edits
 from peft_baft import BaftConfig, BaftEditor, DescentConfig, Edit, prompt_lengths
 from peft_baft.adapter.memory import orthonormal
 from peft_baft.adapter.model_call import call_with_cache
-from peft_baft.adapter.routing import NONE, Sequences
+from peft_baft.adapter.routing import Sequences
 from peft_baft.adapter.weights import FILE
 from peft_baft.data.cases import Message
 from peft_baft.editing.acceleration import cached_texts
@@ -513,4 +513,3 @@ def test_bad_settings_are_refused(toy: FactModel) -> None:
     model = get_peft_model(toy.base, BaftConfig(r=4))
     with pytest.raises(ValueError, match="is no memory of edits"):
         MemoryEditor(model, toy.tokenizer)
-    assert NONE < 0

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter import model_call
+from peft_baft.adapter.matching import NOWHERE
 from peft_baft.adapter.memory import EditCodes, EditRouter
 from peft_baft.span import OUTSIDE
 
 if TYPE_CHECKING:
     from peft_baft.adapter.context import EditContext, Generation
 
-NONE = -1  # the place of the edit of a prompt that asks for none
 NO_TOKENS = "A memory of edits tells prompts apart by their tokens: call the model with input_ids (rows, tokens), not embeddings."
 PROMPT_IN_PIECES = (
     "A memory of edits finds the edit that a prompt asks for when it has read the whole prompt, and continuous batching gave a "
@@ -39,7 +39,7 @@ class Routes:
     """Which edit each token of a forward belongs to.
 
     Attributes:
-        of_tokens: (rows, tokens) long, places of edits, `NONE` for none; None where no token belongs to any.
+        of_tokens: (rows, tokens) long, places of edits, `NOWHERE` for none; None where no token belongs to any.
     """
 
     of_tokens: Tensor | None
@@ -51,13 +51,13 @@ class Routes:
         of_tokens = self.of_tokens.to(hidden.device)
         places, inverse = of_tokens.clamp(min=0).unique(return_inverse=True)
         change = codes.change(places, hidden.device)[inverse]
-        edited = mask & (of_tokens != NONE)
+        edited = mask & (of_tokens != NOWHERE)
         return torch.where(edited[..., None], change, 0).to(hidden.dtype)
 
 
 def routes_of(of_rows: Sequence[int], rows: int, tokens: int) -> Routes:
     """Give every token of a row the edit of its prompt. of_rows: places, of as many prompts as divide the rows (beams)."""
-    if all(place == NONE for place in of_rows):
+    if all(place == NOWHERE for place in of_rows):
         return Routes(None)
     every = torch.tensor(list(of_rows)).repeat_interleave(rows // len(of_rows))
     return Routes(every[:, None].expand(rows, tokens))
@@ -181,12 +181,12 @@ class Routing:
             if known is None or len(known) != rows:
                 raise ValueError(UNKNOWN_ROUTE)
             return routes_of(known, rows, width)
-        ids, found = _token_ids(call.tokens), torch.full((rows, width), NONE)
+        ids, found = _token_ids(call.tokens), torch.full((rows, width), NOWHERE)
         for row, start, end, stop in Sequences.of(positions, OUTSIDE).places:
             if end > start:
                 question = router.question(ids[row, start:end], hidden[row, start:end])
                 found[row, start:stop] = router.match(question).edit
-        return Routes(found if (found != NONE).any() else None)
+        return Routes(found if (found != NOWHERE).any() else None)
 
     def _of_continuous_batch(self, name: str, router: EditRouter, hidden: Tensor) -> Routes:
         """Find which edit each token belongs to: that of its request, found when its prompt was read."""
@@ -194,7 +194,7 @@ class Routing:
         if self._manager is not context.manager:
             self._manager, self._of_requests = context.manager, {}
         (positions,), (ids,) = context.asked_positions, _token_ids(context.stack_call.tokens)
-        found, start = torch.full((1, len(positions)), NONE), 0
+        found, start = torch.full((1, len(positions)), NOWHERE), 0
         for piece in model_call.pieces_of_requests(context.manager, len(positions)):
             known, end = (name, piece.request), start + piece.prompt
             if int(positions[start]) == -piece.prompt:
@@ -206,7 +206,7 @@ class Routing:
                 raise NotImplementedError(PROMPT_IN_PIECES)
             found[0, start : start + piece.length] = self._of_requests[known]
             start += piece.length
-        return Routes(found if (found != NONE).any() else None)
+        return Routes(found if (found != NOWHERE).any() else None)
 
     def _of_prompts(self, generation: Generation, router: EditRouter, hidden: Tensor) -> list[int]:
         """Find which edit each prompt of a running `generate` asks for."""
@@ -246,7 +246,7 @@ class Routing:
         for name, found in context.routes.items():
             every = found.of_tokens
             rows = len(context.asked_positions)
-            routes[name] = [NONE] * rows if every is None else every.amax(1).tolist()
+            routes[name] = [NOWHERE] * rows if every is None else every.amax(1).tolist()
         for value in output.values() if hasattr(output, "values") else output:
             if isinstance(value, model_call.Cache):
                 setattr(value, ROUTES_OF_CACHE, routes)

@@ -123,7 +123,10 @@ def _is_memory(options: EditCommand, continued: PeftConfig | None, facts: int) -
         kind = "a memory" if of_continued else "no memory"
         raise ValueError(f"{options.adapter} is {kind}; leave --method out to continue it.")
     if wanted is None:
-        wanted = facts >= MANY and options.batch_size == 1
+        # Unrelated text says that a plain adapter is wanted: a memory takes none.
+        wanted = facts >= MANY and options.batch_size == 1 and options.unrelated is None
+    elif wanted and options.unrelated is not None:
+        raise ValueError("A memory of edits takes no unrelated text: leave --unrelated out.")
     if wanted and options.batch_size > 1:
         raise ValueError(
             "The edits of a memory are independent of each other: leave --batch-size out."
