@@ -12,14 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 
 import facts
 from facts import DESCENT, OBJECTIVE, FactModel, adapted, edits, meals
-from peft_baft import NARROW, BaftEditor, DescentConfig, Edit
+from peft_baft import NARROW, BaftConfig, BaftEditor, DescentConfig, Edit
 from peft_baft.adapter.state import adapter_state_dict
+from peft_baft.editing import continual
 from peft_baft.editing.continual import EditRecord, edit_continually
 from peft_baft.editing.journal import LINES, SNAPSHOTS, Journal
+from peft_baft.editing.memory import editor as memory_editor
+from peft_baft.editing.memory.editor import MemoryEditor
 from peft_baft.evaluation.guard import canary_check
 
 fact_model = facts.fact_model
@@ -300,7 +304,7 @@ def test_canaries_notice_what_an_edit_changed(fact_model: FactModel) -> None:
 # power cuts
 
 
-def many_edits(fact_model: FactModel, folder: Path, count: int) -> None:
+def many_edits(fact_model: FactModel, folder: Path, count: int, memory: bool) -> None:
     """As many short edits as are missing, in a process of their own."""
     torch.set_num_threads(1)
     told = [CAPITALS[i % 24] for i in range(count)]
@@ -309,17 +313,21 @@ def many_edits(fact_model: FactModel, folder: Path, count: int) -> None:
         for i, f in enumerate(told)
     ]
     quick = DescentConfig(lr=1e-3, max_steps=1)
-    editor = BaftEditor(
-        adapted(fact_model.base), fact_model.tokenizer, meals(0, 12), OBJECTIVE, quick, scope=NARROW
-    )
+    base, tokenizer = fact_model.base, fact_model.tokenizer
+    editor: Any
+    if memory:
+        settings = BaftConfig(memory=True, r=16, key_dimensions=16, task_type="CAUSAL_LM")
+        editor = MemoryEditor(get_peft_model(base, settings), tokenizer, quick)
+    else:
+        editor = BaftEditor(adapted(base), tokenizer, meals(0, 12), OBJECTIVE, quick, scope=NARROW)
     for _ in edit_continually(editor, facts_of, journal=Journal(folder, 3), resume=True):
         pass
     editor.model.save_pretrained(str(folder))
 
 
-def begun(fact_model: FactModel, folder: Path, count: int) -> Any:
+def begun(fact_model: FactModel, folder: Path, count: int, memory: bool) -> Any:
     process = multiprocessing.get_context("fork").Process(
-        target=many_edits, args=(fact_model, folder, count)
+        target=many_edits, args=(fact_model, folder, count, memory)
     )
     process.start()
     return process
@@ -329,21 +337,35 @@ def begun(fact_model: FactModel, folder: Path, count: int) -> Any:
     not hasattr(os, "fork"), reason="processes that begin at once, since there are many"
 )
 @pytest.mark.parametrize(
-    ("count", "kills"), [(40, 5), pytest.param(200, 50, marks=pytest.mark.slow)]
+    ("count", "kills", "memory"),
+    [
+        (40, 5, False),
+        (40, 5, True),
+        pytest.param(200, 50, False, marks=pytest.mark.slow),
+        pytest.param(200, 50, True, marks=pytest.mark.slow),
+    ],
 )
 def test_kills_lose_and_double_no_edit(
-    fact_model, tmp_path: Path, count: int, kills: int, tally
+    fact_model: FactModel,
+    tmp_path: Path,
+    count: int,
+    kills: int,
+    memory: bool,
+    tally: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for module in (continual, memory_editor):  # that are learned, and written, together
+        monkeypatch.setattr(module, "LANES", 2)
     whole, cut, generator, begin = (
         tmp_path / "whole",
         tmp_path / "cut",
         random.Random(0),
         time.time(),
     )
-    begun(fact_model, whole, count).join()
+    begun(fact_model, whole, count, memory).join()
     took, on_record = time.time() - begin, []
     for number in range(kills):
-        process = begun(fact_model, cut, count)
+        process = begun(fact_model, cut, count, memory)
         while process.exitcode is None and len(Journal(cut).edits()) < (number + 1) * count // (
             kills + 2
         ):
@@ -354,7 +376,7 @@ def test_kills_lose_and_double_no_edit(
         process.join()
         on_record.append(len(Journal(cut).edits()))
     assert 0 < max(on_record) < count
-    begun(fact_model, cut, count).join()
+    begun(fact_model, cut, count, memory).join()
     lines = Journal(cut).edits()
     assert [line.edit for line in lines] == list(range(1, count + 1))  # none lost, none doubled
     assert [line.facts for line in lines] == [line.facts for line in Journal(whole).edits()]
@@ -363,7 +385,7 @@ def test_kills_lose_and_double_no_edit(
     found = [line.edit for line in lines]
     counts = {"lost": count - len(set(found)), "doubled": len(found) - len(set(found))}
     tally(
-        "SIGKILL during `baft edit`'s loop, then --resume",
+        f"SIGKILL during `baft edit`'s loop{', of a memory' * memory}, then --resume",
         kills=len(on_record),
         edits=count,
         **counts,

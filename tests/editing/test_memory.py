@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -487,6 +488,42 @@ def test_damaged_memories_are_refused_whole(toy: FactModel, tmp_path: Path) -> N
         assert not hasattr(base, "peft_config")
     save_file(whole, tmp_path / FILE)
     PeftModel.from_pretrained(base, str(tmp_path))
+
+
+def test_a_memory_on_another_model_is_refused(toy: FactModel, tmp_path: Path) -> None:
+    editor = editor_of(toy)
+    editor.edit(edits(0, 5))
+    editor.model.save_pretrained(str(tmp_path))
+    base = editor.model.unload()
+    # In other precision, or fine-tuned a little, it is the same model.
+    like = deepcopy(base).to(torch.bfloat16)
+    logits(PeftModel.from_pretrained(like, str(tmp_path)), toy, prompts_of(0))
+    near = deepcopy(base)
+    near.get_input_embeddings().weight.data *= 1.02
+    logits(PeftModel.from_pretrained(near, str(tmp_path)), toy, prompts_of(0))
+    torch.manual_seed(1)
+    other = PeftModel.from_pretrained(type(base)(base.config), str(tmp_path))
+    with pytest.raises(ValueError, match="made on another base model"):
+        logits(other, toy, prompts_of(0))
+    with pytest.raises(ValueError, match="made on another base model"):
+        MemoryEditor(other, toy.tokenizer)
+    with other.disable_adapter():
+        logits(other, toy, prompts_of(0))
+
+
+def test_a_token_that_was_added_later_is_a_word_that_no_edit_has(toy: FactModel) -> None:
+    editor = editor_of(toy)
+    editor.edit(edits(0, 5))
+    router, tokenizer = editor.router, toy.tokenizer
+    added = len(tokenizer)
+    (question,) = router.stored()[:1]
+    assert router.match(question).edit == 0
+    with_added = replace(question, ids=torch.cat([question.ids[:-1], torch.tensor([added])]))
+    assert router.match(with_added).subject < 1.0
+    with pytest.raises(
+        ValueError, match=f"has token {added}, and this memory of edits was made when"
+    ):
+        router.with_questions([3], [with_added])
 
 
 def test_an_edit_takes_a_byte_a_number_and_few_more(toy: FactModel) -> None:

@@ -291,6 +291,11 @@ class EditContext:
         """Call the base model on tokens (rows, tokens), without a cache. real: bool, False for padding."""
         model_call.full_logits(self._model, input_ids=ids, attention_mask=real.long())
 
+    @property
+    def model(self) -> nn.Module:
+        """The base model."""
+        return self._model  # type: ignore[no-any-return]
+
     def after_stack(self, hook: Any) -> None:
         """Let a function be called after the stack of blocks, as its forward hook; once, however often it is given."""
         if len(self._handles) == 2:

@@ -98,7 +98,7 @@ def read(question: Question, texts: Sequence[str]) -> Reading:
     words: list[str] = []
     word, sizes, named, rarity = [], [], [], []
     for place, token in enumerate(question.ids[1:].tolist()):
-        text = texts[token]
+        text = _text(token, texts)
         stripped = text.strip()
         if place == 0 or text[:1] == " " or not text[:1].isalnum():
             words.append("")
@@ -132,6 +132,11 @@ def read(question: Question, texts: Sequence[str]) -> Reading:
     )
 
 
+def _text(token: int, texts: Sequence[str]) -> str:
+    """Give what a token stands for; one that was added to the vocabulary later is a word that no edit has."""
+    return texts[token] if token < len(texts) else f" <{token}>"
+
+
 def _digits(word: str) -> list[str]:
     return "".join(sign if sign.isdigit() else " " for sign in word).split()
 
@@ -140,7 +145,7 @@ def sentences(question: Question, texts: Sequence[str]) -> Iterator[Question]:
     """Give a prompt as a whole, and each of its sentences, which may stand among words that ask for nothing."""
     yield question
     ids = question.ids.tolist()
-    ends = [n + 1 for n, token in enumerate(ids) if texts[token].rstrip(" ").endswith(ENDS)]
+    ends = [n + 1 for n, token in enumerate(ids) if _text(token, texts).rstrip(" ").endswith(ENDS)]
     starts = [0, *ends]
     if len(ids) - starts[-1] == 0:
         starts.pop()
@@ -158,7 +163,7 @@ class Questions:
     """
 
     def __init__(self, questions: Sequence[Question], texts: Sequence[str]) -> None:
-        self._questions, self._texts = list(questions), texts
+        self._questions, self.texts = list(questions), texts
         self._readings: dict[int, Reading] = {}
         edits: dict[str, list[int]] = {}
         weights: dict[str, list[float]] = {}
@@ -175,8 +180,8 @@ class Questions:
     def match(self, question: Question, thresholds: Thresholds) -> Match:
         """Find the edit that a prompt, or a sentence in it, asks for: the likeliest one, if it is alike enough."""
         found = [
-            self._match(read(part, self._texts), thresholds)
-            for part in sentences(question, self._texts)
+            self._match(read(part, self.texts), thresholds)
+            for part in sentences(question, self.texts)
             if len(part.keys)
         ]
         answering = [one for one in found if one[1].edit != NOWHERE]
@@ -211,7 +216,7 @@ class Questions:
 
     def _reading(self, number: int) -> Reading:
         if number not in self._readings:
-            self._readings[number] = read(self._questions[number], self._texts)
+            self._readings[number] = read(self._questions[number], self.texts)
         return self._readings[number]
 
 

@@ -23,6 +23,19 @@ from peft_baft.adapter.matching import INT8, Match, Question, Questions, Thresho
 if TYPE_CHECKING:
     from peft_baft.adapter.config import BaftConfig
 
+OF_EDITS = ("numbers", "lengths", "codes", "scales")  # tensors with one entry an edit
+OF_TOKENS = {
+    "ids": 0,
+    "keys": 1,
+}  # with one for each token of an edit's question but the first so many
+SAMPLE = 64  # values of a model's embeddings, by which it is told from other models
+OTHER_MODEL = (
+    "This memory of edits was made on another base model: what its edits add to hidden vectors, and how it finds them, means "
+    "nothing in this one. Load the model that it was made on (base_model_name_or_path of its adapter_config.json), or teach the "
+    "facts again."
+)
+LIKE = 0.1  # of their root mean square: two values that differ by less may be one in other precision, or fine-tuned a little
+
 
 def orthonormal(block: int, rank: int, width: int) -> Tensor:
     """Make the basis of a block, (r, d) float32: the same for every memory, so that it need not be kept.
@@ -61,6 +74,41 @@ def unpacked(texts: Tensor) -> list[str]:
     return found
 
 
+def of_edits(
+    tensors: Mapping[str, Tensor], lengths: Sequence[int], places: Sequence[int]
+) -> dict[str, Tensor]:
+    """Give a memory's tensors with the edits at some places alone, in this order.
+
+    Args:
+        tensors: by names that end with what they are. lengths: of each edit's question, in tokens.
+    """
+    index = torch.tensor(list(places), dtype=torch.long)
+    found = {}
+    for name, tensor in tensors.items():
+        kind = name.rpartition(".")[2]
+        if kind in OF_EDITS:
+            found[name] = tensor[index.to(tensor.device)]
+        elif kind in OF_TOKENS and lengths:
+            parts = tensor.split([length - OF_TOKENS[kind] for length in lengths])
+            found[name] = torch.cat([tensor[:0], *(parts[place] for place in places)])
+        else:
+            found[name] = tensor
+    return found
+
+
+def embedding_sample(model: nn.Module) -> Tensor | None:
+    """Take values of a model's input embeddings at fixed places, (64,) float32; None where they are not at hand."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is None or weight.is_meta or weight.ndim != 2 or not weight.numel():
+        return None  # offloaded, or parted among processes
+    if not weight.is_floating_point():
+        return None  # quantised
+    tokens, width = weight.shape
+    numbers = torch.arange(SAMPLE, device=weight.device)
+    chosen = weight.detach()[5 * numbers % min(tokens, 5 * SAMPLE), 11 * numbers % width]
+    return chosen.float().cpu()
+
+
 @dataclass(frozen=True)
 class KeyStatistics:
     """What belongs to a base model and is the same for every memory on it: how states of a block become keys.
@@ -70,11 +118,13 @@ class KeyStatistics:
         texts: of each token of the vocabulary, what it stands for, with the space before it.
         before, after: ids of the tokens that a chat template puts directly before a user's words, and behind them up to the
             reply; empty where the tokenizer has no template.
+        sample: of the model's embeddings; zeros where they were not at hand.
     """
 
     mean: Tensor
     whitening: Tensor
     texts: Sequence[str]
+    sample: Tensor
     before: Sequence[int] = ()
     after: Sequence[int] = ()
 
@@ -84,6 +134,7 @@ class KeyStatistics:
             "mean": self.mean.float(),
             "whitening": self.whitening.half(),
             "texts": packed(self.texts),
+            "sample": self.sample,
             "before": torch.tensor(list(self.before), dtype=torch.int32),
             "after": torch.tensor(list(self.after), dtype=torch.int32),
         }
@@ -169,9 +220,8 @@ class EditCodes(_Kept):
         }
 
     def only(self, places: Sequence[int]) -> dict[str, Tensor]:
-        """Give the tensors of the edits at these places alone, in this order."""
-        index = torch.tensor(list(places), dtype=torch.long)
-        return {name: tensor[index.to(tensor.device)] for name, tensor in self.kept().items()}
+        """Give the tensors with the edits at these places alone, in this order."""
+        return of_edits(self.kept(), (), places)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_basis": None}
@@ -202,6 +252,7 @@ class EditRouter(_Kept):
             "mean": ((width,), torch.float32),
             "whitening": ((width, dimensions), torch.float16),
             "texts": ((sizes.get("texts", 0),), torch.uint8),
+            "sample": ((SAMPLE,), torch.float32),
             "before": ((sizes.get("before", 0),), torch.int32),
             "after": ((sizes.get("after", 0),), torch.int32),
         }
@@ -209,10 +260,11 @@ class EditRouter(_Kept):
             self.register_buffer(name, torch.zeros(shape, dtype=dtype))
         # What was made ready, of which tensors: these are held, so that no other tensor can get the identity of one of them.
         self._ready: tuple[list[Tensor], list[int], Questions] | None = None
+        self._is_of_model = False  # whether the model it stands in was found to be its own
 
     def changed(self) -> None:
         """Note in the config what the shapes are."""
-        self._ready = None
+        self._ready, self._is_of_model = None, False
         kept = self.kept()
         names = {"edits": "numbers", "tokens": "ids"} | {n: n for n in ("texts", "before", "after")}
         self.config.memory_sizes = {size: len(kept[name]) for size, name in names.items()}
@@ -226,6 +278,17 @@ class EditRouter(_Kept):
     def has_statistics(self) -> bool:
         """Tell whether the statistics of the base model have been measured."""
         return len(self.kept()["texts"]) > 0
+
+    def require_model(self, model: nn.Module) -> None:
+        """Raise a ValueError if the keys of the edits are those of another base model."""
+        if self._is_of_model:
+            return
+        own, other = self.kept()["sample"].cpu(), embedding_sample(model)
+        if other is not None and own.any():
+            differences = (own - other).abs()
+            if (differences < LIKE * own.square().mean().sqrt()).float().mean() < 0.5:
+                raise ValueError(OTHER_MODEL)
+        self._is_of_model = True
 
     def question(self, ids: Tensor, states: Tensor) -> Question:
         """Make of a prompt the question in it, with its keys.
@@ -269,8 +332,19 @@ class EditRouter(_Kept):
     def with_questions(
         self, numbers: Sequence[int], questions: Sequence[Question]
     ) -> dict[str, Tensor]:
-        """Give the tensors with further edits behind those that are there."""
+        """Give the tensors with further edits behind those that are there.
+
+        Raises:
+            ValueError: a question has a token that the tokenizer did not have when the statistics were measured.
+        """
         kept, device = self.kept(), self.kept()["ids"].device
+        known = len(self.questions().texts)
+        for question in questions:
+            if len(question.ids) and int(question.ids.max()) >= known:
+                raise ValueError(
+                    f"A question has token {int(question.ids.max())}, and this memory of edits was made when the tokenizer had "
+                    f"{known} tokens. Make a new memory with the tokenizer as it is now, or leave the added token out."
+                )
         lengths = [len(question.ids) for question in questions]
         return {
             "numbers": torch.cat([kept["numbers"], _integers(numbers, device)]),
@@ -281,18 +355,8 @@ class EditRouter(_Kept):
         }
 
     def only(self, places: Sequence[int]) -> dict[str, Tensor]:
-        """Give the tensors of the edits at these places alone, in this order."""
-        kept, questions = self.kept(), self.stored()
-        numbers = kept["numbers"].tolist()
-        empty = {name: kept[name][:0] for name in ("ids", "keys")}
-        device = kept["ids"].device
-        return {
-            "numbers": _integers([numbers[place] for place in places], device),
-            "made": kept["made"],
-            "lengths": _integers([len(questions[place].ids) for place in places], device),
-            "ids": torch.cat([empty["ids"], *(questions[place].ids for place in places)]),
-            "keys": torch.cat([empty["keys"], *(questions[place].keys for place in places)]),
-        }
+        """Give the tensors with the edits at these places alone, in this order."""
+        return of_edits(self.kept(), self.kept()["lengths"].tolist(), places)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": None}

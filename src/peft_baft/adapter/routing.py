@@ -132,6 +132,7 @@ class Routing:
             return
         for name, router in routers.items():
             if router.count:
+                router.require_model(context.model)
                 context.routes[name] = self._routes(name, router, hidden.detach())
 
     def key_states(self, ids: Tensor, real: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from peft_baft.adapter.memory import unpacked
+from peft_baft.adapter.memory import SAMPLE, unpacked
 from peft_baft.adapter.parameters import gate_shapes
 
 if TYPE_CHECKING:
@@ -234,6 +234,7 @@ def _expected_of_memory(blocks: set[str], config: BaftConfig) -> dict[str, tuple
         "made": (),
         "keys": (None, k),
         "mean": (d,),
+        "sample": (SAMPLE,),
         "whitening": (d, k),
     }
     key_block = config.key_block or "the key block"

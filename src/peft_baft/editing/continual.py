@@ -69,20 +69,7 @@ def edit_continually(
     """
     batches, processes = editor.batches(edits, batch_size), editor.processes
     with ExitStack() as stack:
-
-        def begin() -> tuple[list[EditLine], int]:
-            """In the first process alone: the batches that were made before, and the last number in the journal."""
-            if journal is None:
-                return [], 0
-            stack.enter_context(journal.writing())
-            lines = _begin_run(journal, editor, resume, batches)
-            return lines, max((line.edit for line in journal.edits()), default=0)
-
-        lines, last_number = processes.of_first(begin)
-        _follow_first(editor)
-        for line, batch in zip(lines, batches, strict=False):
-            if line.kept:  # an editor's state is tensors alone, so the form comes from the facts
-                editor.remember_form(editor.adapter_name, batch)
+        lines, last_number = _begun(stack, editor, batches, journal, resume)
         for line, batch in zip(lines, batches, strict=False):
             yield _record_of(line, batch)
         left = batches[len(lines) :]
@@ -97,6 +84,35 @@ def edit_continually(
                 is_last = start + at_once >= len(left)
                 processes.of_first(partial(_write, journal, editor, numbers, records, is_last))
             yield from records
+
+
+def _begun(
+    stack: ExitStack,
+    editor: AdapterEditor,
+    batches: Sequence[Sequence[Edit]],
+    journal: Journal | None,
+    resume: bool,
+) -> tuple[list[EditLine], int]:
+    """Begin a run, or go on with one; the journal is this process's until the stack is closed.
+
+    Returns:
+        The batches that were made before, and the last number in the journal.
+    """
+
+    def begin() -> tuple[list[EditLine], int]:
+        """In the first process alone."""
+        if journal is None:
+            return [], 0
+        stack.enter_context(journal.writing())
+        lines = _begin_run(journal, editor, resume, batches)
+        return lines, max((line.edit for line in journal.edits()), default=0)
+
+    lines, last_number = editor.processes.of_first(begin)
+    _follow_first(editor)
+    for line, batch in zip(lines, batches, strict=False):
+        if line.kept:  # an editor's state is tensors alone, so the form comes from the facts
+            editor.remember_form(editor.adapter_name, batch)
+    return lines, last_number
 
 
 def _follow_first(editor: AdapterEditor) -> None:

@@ -70,42 +70,76 @@ def learn_codes(
     codes = [nn.Parameter(torch.zeros(len(bases), rank, device=device)) for _ in facts]
     descents = [Descent([code], config) for code in codes]
     numbers = {id(descent): number for number, descent in enumerate(descents)}
-    rows = [row for texts in facts for row in texts]
-    owners = [number for number, texts in enumerate(facts) for _ in texts]
-    answers = [torch.tensor(row.ids[row.prompt_length :], device=device) for row in rows]
-    begins = [max(0, row.prompt_length - prompt_positions) for row in rows]
-    texts = _texts(model, tokenizer, rows, next(iter(bases)), begins)
-    at_hand = list(range(len(rows)))  # of which row of `rows` each row of `texts` is
+    texts = _TextsOfFacts(model, tokenizer, facts, bases, prompt_positions)
 
     def losses(running: Sequence[Descent]) -> list[Terms]:
-        nonlocal texts, at_hand
         wanted = [numbers[id(descent)] for descent in running]
-        needed = [row for row in at_hand if owners[row] in set(wanted)]
-        if 2 * len(needed) <= len(at_hand):  # what is learned needs no more forwards
-            texts, at_hand = texts.select([at_hand.index(row) for row in needed]), needed
-        columns = torch.arange(texts.inputs["input_ids"].shape[1], device=device)
-        first = [begins[row] - cut for row, cut in zip(at_hand, texts.cuts, strict=True)]
-        edited = columns >= torch.tensor(first, device=device)[:, None]
-        of_rows = torch.stack([codes[owners[row]] for row in at_hand])
-        real = texts.inputs["attention_mask"][:, -len(columns) :].bool()
-        with (
-            added(model, bases, of_rows, edited),
-            replaced_forwards(forwards_without_padding(model, real, {})),
-        ):
-            logits = texts.logits()
-        every = answer_losses(logits, torch.cat([answers[r] for r in at_hand]).to(logits.device))
-        parts = dict(zip(at_hand, every.split([len(answers[r]) for r in at_hand]), strict=True))
-        terms = []
-        for number in wanted:
-            means = [parts[row].mean() for row in at_hand if owners[row] == number]
-            terms.append({STOP_TERM: torch.stack(means).mean()})
-        return terms
+        return [{STOP_TERM: loss} for loss in texts.losses(codes, wanted)]
 
     results = descend(descents, losses)
     return torch.stack([code.detach() for code in codes]), results
 
 
-def _texts(
+class _TextsOfFacts:
+    """The texts of some facts, of which those that are learned leave the forwards.
+
+    Args:
+        facts: the texts of each. bases: by the names of the edited blocks, R (r, d).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        facts: Sequence[Sequence[Tokens]],
+        bases: Mapping[str, Tensor],
+        prompt_positions: int,
+    ) -> None:
+        self._model, self._bases, self._device = model, bases, input_device(model)
+        rows = [row for texts in facts for row in texts]
+        self._owners = [number for number, texts in enumerate(facts) for _ in texts]
+        self._answers = [
+            torch.tensor(row.ids[row.prompt_length :], device=self._device) for row in rows
+        ]
+        self._begins = [max(0, row.prompt_length - prompt_positions) for row in rows]
+        self._texts = _cached(model, tokenizer, rows, next(iter(bases)), self._begins)
+        self._at_hand = list(range(len(rows)))  # of which text each row of `_texts` is
+
+    def losses(self, codes: Sequence[Tensor], wanted: Sequence[int]) -> list[Tensor]:
+        """Compute the loss of some facts, each with its own code: the mean over its texts of the mean over the answer's tokens.
+
+        Args:
+            codes: of all facts, (blocks, r) each. wanted: numbers of facts; others are never asked for again.
+        """
+        self._leave_out_others(set(wanted))
+        texts, at_hand = self._texts, self._at_hand
+        columns = torch.arange(texts.inputs["input_ids"].shape[1], device=self._device)
+        first = [self._begins[text] - cut for text, cut in zip(at_hand, texts.cuts, strict=True)]
+        edited = columns >= torch.tensor(first, device=self._device)[:, None]
+        of_rows = torch.stack([codes[self._owners[text]] for text in at_hand])
+        real = texts.inputs["attention_mask"][:, -len(columns) :].bool()
+        with (
+            added(self._model, self._bases, of_rows, edited),
+            replaced_forwards(forwards_without_padding(self._model, real, {})),
+        ):
+            logits = texts.logits()
+        answers = [self._answers[text] for text in at_hand]
+        every = answer_losses(logits, torch.cat(answers).to(logits.device))
+        parts = zip(at_hand, every.split([len(answer) for answer in answers]), strict=True)
+        of_facts: dict[int, list[Tensor]] = {}
+        for text, of_text in parts:
+            of_facts.setdefault(self._owners[text], []).append(of_text.mean())
+        return [torch.stack(of_facts[number]).mean() for number in wanted]
+
+    def _leave_out_others(self, wanted: set[int]) -> None:
+        """Shorten the batch once half of it, or more, is of facts that are learned."""
+        needed = [text for text in self._at_hand if self._owners[text] in wanted]
+        if 2 * len(needed) <= len(self._at_hand):
+            places = [self._at_hand.index(text) for text in needed]
+            self._texts, self._at_hand = self._texts.select(places), needed
+
+
+def _cached(
     model: Any, tokenizer: Any, rows: Sequence[Tokens], first_block: str, begins: Sequence[int]
 ) -> CachedTexts:
     """Put what no code edits into a cache, and read the logits that predict the answers' tokens."""

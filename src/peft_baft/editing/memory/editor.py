@@ -64,7 +64,7 @@ class MemoryEditor(AdapterEditor):
         prepared: what editors of the same base model share; by default the model's own.
 
     Raises:
-        TypeError, ValueError: as `AdapterEditor`, or the active adapter is no memory.
+        TypeError, ValueError: as `AdapterEditor`, or the active adapter is no memory, or one that was made on another base model.
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class MemoryEditor(AdapterEditor):
         self._require_in_use()
         if not self.router.has_statistics:
             self.router.take(self._statistics().tensors())
+        self.router.require_model(self._base)
 
     @property
     def router(self) -> EditRouter:

@@ -15,14 +15,20 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from peft_baft.adapter import BaftConfig
+from peft_baft.adapter.memory import OF_EDITS, OF_TOKENS, of_edits
 from peft_baft.adapter.weights import FILE, memory_sizes
 from peft_baft.editing.journal import EditLine, ForgetLine, Journal, RunLine, now
 from peft_baft.storage import replace_file
 
-ROUTER, CODES = ".baft.baft_router.", ".baft.baft_codes."
-OF_EDITS = ("numbers", "lengths")  # of a router: one entry an edit
-OF_TOKENS = ("ids", "keys")  # entries for each token, or each but the first
-OF_MODEL = ("mean", "whitening", "texts", "before", "after")  # the same for every memory on a model
+ROUTER = ".baft.baft_router."
+OF_MODEL = (
+    "mean",
+    "whitening",
+    "texts",
+    "sample",
+    "before",
+    "after",
+)  # the same for every memory on a model
 
 
 @dataclass(frozen=True)
@@ -60,20 +66,7 @@ class SavedMemory:
 
     def only(self, places: Sequence[int]) -> SavedMemory:
         """Keep the edits at some places alone, in this order."""
-        index = torch.tensor(list(places), dtype=torch.long)
-        lengths = self.part("lengths").tolist()
-        tensors = {}
-        for name, tensor in self.tensors.items():
-            last = name.rpartition(".")[2]
-            if CODES in name or last in OF_EDITS:
-                tensors[name] = tensor[index]
-            elif last in OF_TOKENS:
-                sizes = lengths if last == "ids" else [length - 1 for length in lengths]
-                parts = tensor.split(sizes) if sizes else ()
-                tensors[name] = torch.cat([tensor[:0], *(parts[place] for place in places)])
-            else:
-                tensors[name] = tensor
-        return replace(self, tensors=tensors)
+        return replace(self, tensors=of_edits(self.tensors, self.part("lengths").tolist(), places))
 
     def with_numbers(self, numbers: Sequence[int], made: int) -> SavedMemory:
         """Give the edits other numbers. made: the largest one that was ever given."""
@@ -92,8 +85,7 @@ class SavedMemory:
         """Put the edits of another memory, with numbers of their own, behind these."""
         tensors = {}
         for name, tensor in self.tensors.items():
-            last = name.rpartition(".")[2]
-            of_both = CODES in name or last in (*OF_EDITS, *OF_TOKENS)
+            of_both = name.rpartition(".")[2] in (*OF_EDITS, *OF_TOKENS)
             tensors[name] = torch.cat([tensor, other.tensors[name]]) if of_both else tensor
         return replace(self, tensors=tensors)
 

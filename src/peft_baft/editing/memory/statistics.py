@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from peft_baft.adapter.context import EditContext
-from peft_baft.adapter.memory import KeyStatistics
+from peft_baft.adapter.memory import SAMPLE, KeyStatistics, embedding_sample
 from peft_baft.adapter.model_call import input_device
 from peft_baft.data.batching import Tokens, collate, padding_id, special_ids, tokens_around
 from peft_baft.data.contexts import CHAT_CONTEXTS, RAW_CONTEXTS
@@ -53,7 +53,10 @@ def key_statistics(
     kept = (1 - SHRINKAGE) * kept + SHRINKAGE * kept.mean()
     whitening = directions[:, -dimensions:] / kept.sqrt()
     before, after = chat_frame(tokenizer, options)
-    return KeyStatistics(mean, whitening, token_texts(tokenizer), before, after)
+    sample = embedding_sample(model)
+    if sample is None:
+        sample = torch.zeros(SAMPLE)
+    return KeyStatistics(mean, whitening, token_texts(tokenizer), sample, before, after)
 
 
 def token_texts(tokenizer: Any) -> list[str]:
