@@ -100,6 +100,22 @@ def test_one_seed_has_no_deviation() -> None:
     assert rows(table)["baft"]["Rel"] == "1.000" and "deviation" not in table.note
 
 
+def test_one_seed_has_the_error_over_rows_and_several_have_none() -> None:
+    def case(row: int, match: float) -> dict[str, Any]:
+        kinds = ("reliability", "generality", "locality")
+        return {"row": row, "probes": [{"kind": k, "topic": "", "match": match} for k in kinds]}
+
+    cases = [case(row, match) for row, match in enumerate((0.0, 0.5, 1.0))]
+    (table,) = tables([line(rel=0.5, cases=cases), line("none", rel=0.5)])
+    assert rows(table)["baft"]["Avg s.e."] == ".289"  # .5 / √3
+    assert rows(table)["unedited"]["Avg s.e."] == "–"  # no case of it is known
+    seeds = [line(seed=seed, rel=0.5, cases=cases) for seed in range(2)]
+    (table,) = tables(seeds)
+    assert "Avg s.e." not in table.header and "±" in rows(table)["baft"]["Avg"]
+    (table,) = tables([*seeds, line("reft", rel=0.5, cases=cases)])
+    assert rows(table)["baft"]["Avg s.e."] == "–" and rows(table)["reft"]["Avg s.e."] == ".289"
+
+
 def test_a_run_that_is_told_twice_counts_once_and_the_last_one_holds() -> None:
     (table,) = tables([line(rel=0.2), line(seed=1, rel=0.6), line(rel=0.4)])
     assert rows(table)["baft"]["Rel"] == ".500 ±.141" and rows(table)["baft"]["Seeds"] == "2"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from statistics import mean
+from math import sqrt
+from statistics import mean, stdev
 from typing import Any
 
 FORCED = ("reliability", "generality", "portability", "locality")
@@ -55,6 +56,20 @@ def scores(cases: Sequence[dict[str, Any]], averaged: Sequence[str]) -> dict[str
     for name in sorted(names - KNOWN):
         means[name] = _mean(case[name] for case in cases if isinstance(case.get(name), int | float))
     return {name: value for name, value in means.items() if value is not None}
+
+
+def error_over_rows(cases: Sequence[dict[str, Any]], averaged: Sequence[str]) -> float | None:
+    """Compute the standard error of `average` over the rows of one result line; None for fewer than two rows.
+
+    It says how far another sample of rows may lie, and nothing of what another seed, or another order of edits, would do.
+    """
+    of_rows = []
+    for case in cases:
+        asked = [[probe for probe in case["probes"] if probe["kind"] == kind] for kind in averaged]
+        of_row = _mean(by_case([probes], lambda probe: probe["match"]) for probes in asked)
+        if of_row is not None:
+            of_rows.append(of_row)
+    return stdev(of_rows) / sqrt(len(of_rows)) if len(of_rows) > 1 else None
 
 
 def _contains(asked: Sequence[Sequence[dict[str, Any]]]) -> float | None:

@@ -65,6 +65,7 @@ class Descent:
 
     Args:
         bounds: what further terms must be below, by name, for the descent to end before its last step.
+        momentum: of AdamW, its first beta; 0.9 is torch's.
 
     Attributes:
         parameters: what is changed.
@@ -76,6 +77,7 @@ class Descent:
         parameters: Iterable[nn.Parameter],
         config: DescentConfig,
         bounds: Mapping[str, float] | None = None,
+        momentum: float = 0.9,
     ) -> None:
         self.parameters, self.config, self.bounds = list(parameters), config, dict(bounds or {})
         self.result: EditResult | None = None
@@ -83,6 +85,7 @@ class Descent:
         self._optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.lr,
+            betas=(momentum, 0.999),
             weight_decay=config.weight_decay,
             fused=all(p.device.type in FUSED and p.is_floating_point() for p in self.parameters),
         )

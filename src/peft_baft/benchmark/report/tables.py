@@ -10,6 +10,7 @@ from itertools import product
 from textwrap import fill
 
 from peft_baft.benchmark.report.comparable import Group, Line, Summary, comparable, score
+from peft_baft.benchmark.scores import error_over_rows
 from peft_baft.benchmark.tasks import TASKS
 
 FORCED = {
@@ -19,6 +20,7 @@ FORCED = {
     "locality": "Loc",
     "average": "Avg",
 }
+ERROR = "average_error"  # of a single seed, over the rows; computed here, since it is no score of a line
 BY_TOPIC = {f"{kind}_by_topic": f"{short} by topic" for kind, short in FORCED.items()}
 FREE = {
     f"{kind}_{how}": f"{FORCED[kind]} {how}"
@@ -45,7 +47,7 @@ COST = {
     "peak_bytes": "Peak MB",
 }
 UNITS = {"stored_bytes": 1e3, "peak_bytes": 1e6}
-SHORT = FORCED | BY_TOPIC | FREE | IN_CONTEXT | NEIGHBOURS | AFTERWARDS | COST
+SHORT = FORCED | {ERROR: "Avg s.e."} | BY_TOPIC | FREE | IN_CONTEXT | NEIGHBOURS | AFTERWARDS | COST
 ASKED = {"after_all": "asked after all edits", "immediate": "asked right after each edit"}
 
 
@@ -89,13 +91,15 @@ def tables(lines: Iterable[Line]) -> list[Table]:
         measures = [name for name in SHORT if name in group.score_names] + sorted(
             group.score_names - set(SHORT)
         )
+        if "average" in measures and _single_seeds(group):
+            measures.insert(measures.index("average") + 1, ERROR)
         if len(group.edits) == 1:
             every_table.append(_wide(group, measures))
             continue
-        forced = [name for name in measures if name in FORCED]
+        forced = [name for name in measures if name in (*FORCED, ERROR)]
         if forced:
             every_table.append(_wide(group, forced))
-        rest = [name for name in measures if name not in FORCED]
+        rest = [name for name in measures if name not in (*FORCED, ERROR)]
         if rest:
             every_table.append(_long(group, rest))
     return every_table
@@ -135,13 +139,27 @@ def _long(group: Group, measures: Sequence[str]) -> Table:
 
 def _cell(group: Group, label: str, edits: int, measure: str) -> str:
     """Write mean and deviation over the seeds, like `.983 ±.004`."""
-    summary: Summary | None = group.summary(label, edits, score(measure))
+    value = _error_over_rows if measure == ERROR else score(measure)
+    summary: Summary | None = group.summary(label, edits, value)
+    if measure == ERROR and summary is not None and summary.seeds > 1:
+        return "–"  # the deviation over seeds stands beside the average
     if summary is None:
         return "–"
     unit = UNITS.get(measure, 1)
     digits = 0 if measure == "peak_bytes" else 1 if measure in COST and measure != "learned" else 3
     shown = [value / unit for value in summary[:2] if value is not None]
     return " ±".join(_number(value, digits) for value in shown)
+
+
+def _error_over_rows(line: Line) -> float | None:
+    averaged = TASKS[line.benchmark].averaged if line.benchmark in TASKS else ()
+    return error_over_rows(line.cases, averaged)
+
+
+def _single_seeds(group: Group) -> bool:
+    """Tell whether some row of a group has one seed alone, of which the error over the data's rows is known."""
+    alone = [of_row for of_row in group.rows.values() if len({line.seed for line in of_row}) == 1]
+    return any(_error_over_rows(line) is not None for of_row in alone for line in of_row)
 
 
 def _seeds(group: Group, label: str) -> str:
@@ -178,6 +196,10 @@ def _meanings(benchmark: str, measures: set[str]) -> list[str]:
     averaged = TASKS[benchmark].averaged if benchmark in TASKS else ()
     if averaged and "average" in measures:
         sentences.append(f"Avg: mean of {', '.join(FORCED[name] for name in averaged)}.")
+    if ERROR in measures:
+        sentences.append(
+            "Avg s.e.: its standard error over the rows of the data, where there is one seed."
+        )
     if measures & set(BY_TOPIC):
         sentences.append("by topic: mean over topics, each over the rows that have it.")
     if measures & set(FREE):

@@ -23,6 +23,8 @@ from peft_baft.editing.editor import EditResult
 from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms, descend
 from peft_baft.losses import answer_losses
 
+MOMENTUM = 0.6  # of the descents: large steps overshoot with torch's 0.9, and take twice as many (docs/log.md)
+
 
 @contextmanager
 def added(model: Any, bases: Mapping[str, Tensor], codes: Tensor, mask: Tensor) -> Iterator[None]:
@@ -68,7 +70,7 @@ def learn_codes(
     device = input_device(model)
     rank = len(next(iter(bases.values())))
     codes = [nn.Parameter(torch.zeros(len(bases), rank, device=device)) for _ in facts]
-    descents = [Descent([code], config) for code in codes]
+    descents = [Descent([code], config, momentum=MOMENTUM) for code in codes]
     numbers = {id(descent): number for number, descent in enumerate(descents)}
     texts = _TextsOfFacts(model, tokenizer, facts, bases, prompt_positions)
 
