@@ -23,7 +23,7 @@ from peft_baft.editing.editor import EditResult
 from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms, descend
 from peft_baft.losses import answer_losses
 
-MOMENTUM = 0.6  # of the descents: large steps overshoot with torch's 0.9, and take twice as many (docs/log.md)
+MOMENTUM = 0.4  # of the descents: with torch's 0.9 such large steps overshoot, and take twice as many (docs/log.md)
 
 
 @contextmanager
