@@ -34,6 +34,7 @@ REPORT_FORMS = ("raw", "chat", "both")
 WHEN = ("after_all", "immediate")
 SPLITS = ("blocks", "facts")
 EDIT_METHODS = ("auto", "baft", "memory")
+KNOWN = ("replace", "refuse")
 
 ASKED_FORM = "form of the prompts: raw text, the chat template, or auto: the form in which the adapter was taught"
 MODEL_NAME = "Hub id, local folder, GGUF file, or smollm2"
@@ -116,6 +117,14 @@ class EditCommand(TrainingOptions, ModelOptions):
             "auto: that of the continued adapter, else memory from 10 facts on, without --unrelated",
         ),
     ] = "auto"
+    known: Annotated[
+        str,
+        choice(
+            KNOWN,
+            "what becomes of a fact whose question a continued memory holds already: it replaces the earlier edit, or the whole "
+            "file is refused",
+        ),
+    ] = "replace"
     batch_size: Annotated[int, whole_number("facts learned at once; 1 is one after another")] = 1
     template: Annotated[
         str,

@@ -89,6 +89,11 @@ def test_a_forgotten_edit_is_gone_and_the_log_says_so(
     # A fact with a known question replaces its edit, and that is said.
     write_facts(folder / "again.jsonl", range(12, 13))
     capsys.readouterr()
+    before = (memory / WEIGHTS).read_bytes()
+    onto = ["--adapter", str(memory)]
+    assert edit(folder, memory, "again.jsonl", *onto, "--known", "refuse") == 2
+    assert "holds the questions of 1 of these facts" in capsys.readouterr().err
+    assert (memory / WEIGHTS).read_bytes() == before
     assert edit(folder, memory, "again.jsonl", "--adapter", str(memory)) == 0
     assert "replace its edits 13." in capsys.readouterr().out
     assert saved_numbers(memory) == [*kept, 14, 15]
@@ -178,6 +183,7 @@ def test_what_does_not_fit_a_memory_is_refused(folder: Path, memory: Path, capsy
     refused = {
         "is a memory; leave --method out": ["--adapter", str(memory), "--method", "baft"],
         "leave --unrelated out": ["--method", "memory", "--unrelated", "general", "--overwrite"],
+        "leave --known out": ["--method", "baft", "--known", "refuse", "--overwrite"],
         "leave --batch-size out": ["--method", "memory", "--batch-size", "2", "--overwrite"],
     }
     for message, options in refused.items():

@@ -95,9 +95,7 @@ def _edit(options: EditCommand, device: str, processes: Processes) -> dict[str, 
     with doing(f"loading {options.model}", processes.first):
         model, tokenizer = _edited_model(options, device, preset, continued, memory)
     editor = _editor(options, model, tokenizer, preset, unrelated, processes)
-    replaced: list[int] = []
-    if isinstance(editor, MemoryEditor) and editor.numbers:
-        replaced = sorted(set(editor.known([case.edit for case in cases]).values()))
+    replaced = _replaced(options, editor, cases)
     asked_in = editor.templates[-1]  # of both forms, the chat: what a chat model is asked in
     with doing("asking the model before it is edited", processes.first):
         finish_report = watch(model, tokenizer, cases, asked_in)
@@ -127,6 +125,8 @@ def _is_memory(options: EditCommand, continued: PeftConfig | None, facts: int) -
         wanted = facts >= MANY and options.batch_size == 1 and options.unrelated is None
     elif wanted and options.unrelated is not None:
         raise ValueError("A memory of edits takes no unrelated text: leave --unrelated out.")
+    if not wanted and options.known != "replace":
+        raise ValueError("A plain adapter does not know its questions: leave --known out.")
     if wanted and options.batch_size > 1:
         raise ValueError(
             "The edits of a memory are independent of each other: leave --batch-size out."
@@ -164,6 +164,24 @@ def _editor(
         template=options.template,
         scope=preset.scope,
     )
+
+
+def _replaced(options: EditCommand, editor: AdapterEditor, cases: Sequence[Case]) -> list[int]:
+    """List the numbers of the edits in a memory that have the same questions as new ones.
+
+    Raises:
+        ValueError: there are some, and they are not to be replaced.
+    """
+    if not isinstance(editor, MemoryEditor) or not editor.numbers:
+        return []
+    known = editor.known([case.edit for case in cases])
+    if known and options.known == "refuse":
+        place, number = next(iter(known.items()))
+        raise ValueError(
+            f"{options.adapter} holds the questions of {len(known)} of these facts; the first is "
+            f"{cases[place].edit.prompt!r:.80}, its edit {number}. Leave --known out to replace these edits, or take the facts out of {options.edits}."
+        )
+    return sorted(set(known.values()))
 
 
 def _make_edits(
