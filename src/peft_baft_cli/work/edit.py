@@ -177,9 +177,10 @@ def _replaced(options: EditCommand, editor: AdapterEditor, cases: Sequence[Case]
     known = editor.known([case.edit for case in cases])
     if known and options.known == "refuse":
         place, number = next(iter(known.items()))
+        prompt = cases[place].edit.prompt
         raise ValueError(
-            f"{options.adapter} holds the questions of {len(known)} of these facts; the first is "
-            f"{cases[place].edit.prompt!r:.80}, its edit {number}. Leave --known out to replace these edits, or take the facts out of {options.edits}."
+            f"{options.adapter} holds the questions of {len(known)} of these facts; the first is {prompt!r:.80}, its edit "
+            f"{number}. Leave --known out to replace these edits, or take the facts out of {options.edits}."
         )
     return sorted(set(known.values()))
 
