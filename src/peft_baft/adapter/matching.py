@@ -163,7 +163,7 @@ class Questions:
     """
 
     def __init__(self, questions: Sequence[Question], texts: Sequence[str]) -> None:
-        self._questions, self.texts = list(questions), texts
+        self._questions, self._texts = list(questions), texts
         self._readings: dict[int, Reading] = {}
         edits: dict[str, list[int]] = {}
         weights: dict[str, list[float]] = {}
@@ -180,8 +180,8 @@ class Questions:
     def match(self, question: Question, thresholds: Thresholds) -> Match:
         """Find the edit that a prompt, or a sentence in it, asks for: the likeliest one, if it is alike enough."""
         found = [
-            self._match(read(part, self.texts), thresholds)
-            for part in sentences(question, self.texts)
+            self._match(read(part, self._texts), thresholds)
+            for part in sentences(question, self._texts)
             if len(part.keys)
         ]
         answering = [one for one in found if one[1].edit != NOWHERE]
@@ -216,7 +216,7 @@ class Questions:
 
     def _reading(self, number: int) -> Reading:
         if number not in self._readings:
-            self._readings[number] = read(self._questions[number], self.texts)
+            self._readings[number] = read(self._questions[number], self._texts)
         return self._readings[number]
 
 

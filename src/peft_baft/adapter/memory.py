@@ -338,7 +338,7 @@ class EditRouter(_Kept):
             ValueError: a question has a token that the tokenizer did not have when the statistics were measured.
         """
         kept, device = self.kept(), self.kept()["ids"].device
-        known = len(self.questions().texts)
+        known = len(unpacked(kept["texts"]))
         for question in questions:
             if len(question.ids) and int(question.ids.max()) >= known:
                 raise ValueError(
