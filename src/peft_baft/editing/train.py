@@ -65,7 +65,7 @@ class Descent:
 
     Args:
         bounds: what further terms must be below, by name, for the descent to end before its last step.
-        momentum: of AdamW, its first beta; 0.9 is torch's.
+        betas: of AdamW; by default torch's.
 
     Attributes:
         parameters: what is changed.
@@ -77,7 +77,7 @@ class Descent:
         parameters: Iterable[nn.Parameter],
         config: DescentConfig,
         bounds: Mapping[str, float] | None = None,
-        momentum: float = 0.9,
+        betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         self.parameters, self.config, self.bounds = list(parameters), config, dict(bounds or {})
         self.result: EditResult | None = None
@@ -85,7 +85,7 @@ class Descent:
         self._optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.lr,
-            betas=(momentum, 0.999),
+            betas=betas,
             weight_decay=config.weight_decay,
             fused=all(p.device.type in FUSED and p.is_floating_point() for p in self.parameters),
         )

@@ -23,7 +23,8 @@ from peft_baft.editing.editor import EditResult
 from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms, descend
 from peft_baft.losses import answer_losses
 
-MOMENTUM = 0.4  # of the descents: with torch's 0.9 such large steps overshoot, and take twice as many (docs/log.md)
+# Of AdamW: with torch's (0.9, 0.999) steps as large as these overshoot, and it takes twice as many (docs/log.md).
+BETAS = (0.4, 0.9)
 
 
 @contextmanager
@@ -70,7 +71,7 @@ def learn_codes(
     device = input_device(model)
     rank = len(next(iter(bases.values())))
     codes = [nn.Parameter(torch.zeros(len(bases), rank, device=device)) for _ in facts]
-    descents = [Descent([code], config, momentum=MOMENTUM) for code in codes]
+    descents = [Descent([code], config, betas=BETAS) for code in codes]
     numbers = {id(descent): number for number, descent in enumerate(descents)}
     texts = _TextsOfFacts(model, tokenizer, facts, bases, prompt_positions)
 
