@@ -27,6 +27,8 @@ from peft_baft.editing.memory import codes
 from peft_baft.editing.memory.editor import MemoryEditor
 from peft_baft.editing.memory.statistics import token_texts
 from peft_baft.evaluation.scoring import greedy_answers, token_match
+from peft_baft.inspection.inspect import inspect
+from peft_baft.inspection.page import page
 from peft_baft.span import OUTSIDE
 
 fact_model = facts.fact_model
@@ -488,6 +490,30 @@ def test_damaged_memories_are_refused_whole(toy: FactModel, tmp_path: Path) -> N
         assert not hasattr(base, "peft_config")
     save_file(whole, tmp_path / FILE)
     PeftModel.from_pretrained(base, str(tmp_path))
+
+
+def test_an_inspection_shows_which_edit_answers_and_where_it_acts(toy: FactModel) -> None:
+    editor = editor_of(toy)
+    editor.edit(edits(0, 5))
+    editor.forget(1)
+    seen = inspect(editor.model, toy.tokenizer, prompts_of(5)[0])
+    (memory,) = seen.adapters
+    assert memory.edit == 2 and seen.before != seen.after
+    assert seen.after.startswith(edits(5)[0].target)
+    assert [block.name for block in seen.blocks] == [f"model.layers.{n}" for n in (1, 2, 3)]
+    for block in seen.blocks:
+        acting = [cell.gates == {"default": (1.0,)} for cell in block.cells]
+        assert acting == [token.edited for token in seen.tokens]
+        assert sum(acting) == 3 + sum(token.answer for token in seen.tokens)
+        assert all((cell.size > 0) == acts for cell, acts in zip(block.cells, acting, strict=True))
+    assert "Here edit 2 answers." in page(seen)
+    # A prompt that finds none: the gate is closed, and nothing changes.
+    nothing = inspect(editor.model, toy.tokenizer, str(MEALS[0].prompt))
+    assert nothing.adapters[0].edit is None and nothing.before == nothing.after
+    gates = [cell.gates for block in nothing.blocks for cell in block.cells if cell.gates]
+    assert gates and all(of_cell == {"default": (0.0,)} for of_cell in gates)
+    assert all(cell.size == 0 for block in nothing.blocks for cell in block.cells)
+    assert "Here none of its edits answers." in page(nothing)
 
 
 def test_a_memory_on_another_model_is_refused(toy: FactModel, tmp_path: Path) -> None:

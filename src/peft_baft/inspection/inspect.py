@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,8 @@ from peft_baft.data.templates import RAW, Template
 from peft_baft.evaluation.forward import greedy_tokens, logits_of_rows
 from peft_baft.evaluation.scoring import first_line, greedy_answers
 from peft_baft.inspection.token_text import token_text
+
+MEMORY = "memory"
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Cell:
     Attributes:
         size: norm of Φ(h) - h over the norm of h, of all adapters together; 0 where none acts.
         gates: the gates w(h), each in [0, 1], of each adapter that acts here, by its name; r ones for an adapter without
-            gates (ReFT). Empty where the token is not edited.
+            gates (ReFT); for a memory of edits one, 1 if an edit of it answers and 0 if none does. Empty where the token is not
+            edited.
     """
 
     size: float
@@ -74,13 +77,19 @@ class Block:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An active adapter and the settings that a reader of its gates needs."""
+    """An active adapter and the settings that a reader of its gates needs.
+
+    Attributes:
+        weighting: as in `BaftConfig`; `MEMORY` of a memory of edits.
+        edit: of such a memory, the number of the edit that answers; None if none does.
+    """
 
     name: str
     r: int
     weighting: str
     prompt_positions: int
     answer_positions: int | None = None
+    edit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,8 +142,10 @@ def inspect(
         text = Tokens(tuple(ids), row.prompt_length)
         with _watching(layers) as seen, prompt_lengths(model, [row.prompt_length]):
             logits = _logits(model, tokenizer, text)
-        # Where tokens stand is known until the next forward.
-        blocks = tuple(_block(layer, seen) for layer in layers)
+        # Where tokens stand, and which edit answers, is known until the next forward.
+        adapters = _adapters(layers)
+        edits = {adapter.name: adapter.edit for adapter in adapters}
+        blocks = tuple(_block(layer, seen, edits) for layer in layers if _edited_by(layer))
         with without_adapters(model):
             plain = _logits(model, tokenizer, text)
             before = greedy_answers(model, tokenizer, [prompt], limit, template=template)[0]
@@ -149,7 +160,7 @@ def inspect(
         tokens.append(
             Token(token, token_text(tokenizer, token), is_answer, is_edited, moved, changes)
         )
-    return Inspection(prompt, before, after, _adapters(layers), tuple(tokens), blocks)
+    return Inspection(prompt, before, after, adapters, tuple(tokens), blocks)
 
 
 def _active_layers(model: nn.Module) -> list[BaftLayer]:
@@ -176,16 +187,29 @@ def _active(layer: BaftLayer) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.configs]
 
 
+def _edited_by(layer: BaftLayer) -> list[str]:
+    """List the active adapters that edit a block; the key block of a memory is only read."""
+    return [n for n in _active(layer) if n in layer.baft_basis or n in layer.baft_codes]
+
+
 def _adapters(layers: Sequence[BaftLayer]) -> tuple[Adapter, ...]:
+    """Describe the active adapters, in the last forward."""
     configs = {name: layer.configs[name] for layer in layers for name in _active(layer)}
-    if any(config.memory for config in configs.values()):
-        raise ValueError(
-            "A memory of edits has no gates to look at; `baft ask --explain`, or editor.matches(prompt), says which edit answers."
-        )
-    return tuple(
-        Adapter(name, c.r, c.weighting, c.prompt_positions, c.answer_positions)
-        for name, c in configs.items()
-    )
+    routers = {name: layer.baft_router[name] for layer in layers for name in layer.baft_router}
+    adapters = []
+    for name, c in configs.items():
+        weighting = MEMORY if c.memory else c.weighting
+        edit = _answering(layers[0], name, routers[name]) if c.memory else None
+        adapters.append(Adapter(name, c.r, weighting, c.prompt_positions, c.answer_positions, edit))
+    return tuple(adapters)
+
+
+def _answering(layer: BaftLayer, name: str, router: Any) -> int | None:
+    """Look up which edit of a memory the one row of the last forward was routed to, by its number."""
+    routes = layer.context.routes.get(name)
+    if routes is None or routes.of_tokens is None:
+        return None
+    return int(router.kept()["numbers"][int(routes.of_tokens.max())])
 
 
 def _encoded(
@@ -245,17 +269,29 @@ def _watching(layers: Iterable[BaftLayer]) -> Iterator[dict[nn.Module, tuple[Ten
             handle.remove()
 
 
-def _block(layer: BaftLayer, seen: dict[nn.Module, tuple[Tensor, Tensor]]) -> Block:
-    """Measure sizes and gates of one block, from what was seen of it in one forward."""
+def _block(
+    layer: BaftLayer,
+    seen: dict[nn.Module, tuple[Tensor, Tensor]],
+    edits: Mapping[str, int | None],
+) -> Block:
+    """Measure sizes and gates of one block, from what was seen of it in one forward.
+
+    Args:
+        edits: of memories of edits, by name, the one that answers.
+    """
     h, out = (x.float() for x in seen[layer])
     sizes = (out - h).norm(dim=-1) / h.norm(dim=-1).clamp_min(torch.finfo(h.dtype).tiny)
     relative_positions = layer.context.relative_positions
     assert relative_positions is not None, "the model was given tokens"
     gates: list[dict[str, tuple[float, ...]]] = [{} for _ in sizes]
-    for name in _active(layer):
+    for name in _edited_by(layer):
         config = layer.configs[name]
-        has_gate = name in layer.baft_gate
-        w = seen[layer.baft_gate[name]][1] if has_gate else torch.ones(len(h), config.r)
+        if name in layer.baft_gate:
+            w = seen[layer.baft_gate[name]][1]
+        elif config.memory:
+            w = torch.full((len(h), 1), float(edits[name] is not None))
+        else:
+            w = torch.ones(len(h), config.r)
         for i in config.edits(relative_positions[0]).nonzero()[:, 0].tolist():
             gates[i][name] = tuple(w[i].tolist())
     cells = [

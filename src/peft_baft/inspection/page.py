@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from peft_baft.inspection.inspect import Inspection, Token
+from peft_baft.inspection.inspect import MEMORY, Inspection, Token
 from peft_baft.inspection.token_text import visible
 
 NOTHING = "(nothing: it stops at once)"
@@ -20,6 +20,8 @@ GATES = (
     "much of one direction of the update is let through. One bar each."
 )
 NO_GATES = "has no gates, as in ReFT: its updates pass whole, which is drawn as gates that are always fully open."
+
+OF_MEMORY = "is a memory of edits: one bar, of the one gate that is open (1), or of none (0)."
 
 
 def page(inspection: Inspection) -> str:
@@ -93,10 +95,20 @@ def _strongest(inspection: Inspection) -> str:
 
 
 def _what_gates_are(inspection: Inspection) -> str:
-    free = [adapter.name for adapter in inspection.adapters if adapter.weighting == "none"]
-    if len(free) == len(inspection.adapters):
-        return f"This adapter {NO_GATES}"
-    return f"{GATES} {', '.join(free)} {NO_GATES}" if free else GATES
+    memories = [adapter for adapter in inspection.adapters if adapter.weighting == MEMORY]
+    others = [adapter for adapter in inspection.adapters if adapter.weighting != MEMORY]
+    free = [adapter.name for adapter in others if adapter.weighting == "none"]
+    sentences = [GATES] if len(free) < len(others) else []
+    if free:
+        sentences.append(
+            f"{', '.join(free) if len(inspection.adapters) > 1 else 'This adapter'} {NO_GATES}"
+        )
+    for memory in memories:
+        which = (
+            "none of its edits answers" if memory.edit is None else f"edit {memory.edit} answers"
+        )
+        sentences.append(f"{memory.name} {OF_MEMORY} Here {which}.")
+    return " ".join(sentences)
 
 
 def _position_rule(inspection: Inspection) -> str:
