@@ -28,7 +28,7 @@ from peft_baft.editing.memory.editor import MemoryEditor
 from peft_baft.editing.memory.statistics import token_texts
 from peft_baft.evaluation.scoring import greedy_answers, token_match
 from peft_baft.inspection.inspect import inspect
-from peft_baft.inspection.page import page
+from peft_baft.inspection.page import page, summary
 from peft_baft.span import OUTSIDE
 
 fact_model = facts.fact_model
@@ -514,6 +514,7 @@ def test_an_inspection_shows_which_edit_answers_and_where_it_acts(toy: FactModel
     assert gates and all(of_cell == {"default": (0.0,)} for of_cell in gates)
     assert all(cell.size == 0 for block in nothing.blocks for cell in block.cells)
     assert "Here none of its edits answers." in page(nothing)
+    assert summary(nothing)[0] == "No hidden vector is changed." and len(summary(seen)) == 3
 
 
 def test_a_memory_on_another_model_is_refused(toy: FactModel, tmp_path: Path) -> None:

@@ -62,11 +62,13 @@ def _file(name: str) -> str:
 
 
 def summary(inspection: Inspection) -> list[str]:
-    """Say what there is to see, in three sentences."""
+    """Say what there is to see, in three sentences; in two where nothing is changed."""
     prompt, answer = (
         inspection.tokens[: inspection.prompt_end + 1],
         inspection.tokens[inspection.prompt_end + 1 :],
     )
+    if not any(cell.size for block in inspection.blocks for cell in block.cells):
+        return ["No hidden vector is changed.", _first_token(prompt[-1])]
     acts = f"The edits act in {len(inspection.blocks)} block{'s' * (len(inspection.blocks) > 1)}"
     acts += f", on {sum(token.edited for token in prompt)} of the prompt's {len(prompt)} tokens"
     acts += " and on every token of the answer." if answer else "."
