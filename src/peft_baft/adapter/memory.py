@@ -24,10 +24,8 @@ if TYPE_CHECKING:
     from peft_baft.adapter.config import BaftConfig
 
 OF_EDITS = ("numbers", "lengths", "codes", "scales")  # tensors with one entry an edit
-OF_TOKENS = {
-    "ids": 0,
-    "keys": 1,
-}  # with one for each token of an edit's question but the first so many
+# Those with one for each token of an edit's question but the first so many.
+OF_TOKENS = {"ids": 0, "keys": 1}
 SAMPLE = 64  # values of a model's embeddings, by which it is told from other models
 OTHER_MODEL = (
     "This memory of edits was made on another base model: what its edits add to hidden vectors, and how it finds them, means "
