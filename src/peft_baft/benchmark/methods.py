@@ -90,7 +90,7 @@ GROUPS = {
     # What has led since, and what a sceptic asks for.
     "leaders": ("memoir", "horen", "alphaedit", "ft-m", "lora", "in-context", "baft"),
 }
-GROUPS["all"] = tuple(dict.fromkeys((*GROUPS["paper"], *GROUPS["leaders"], "r-rome")))
+GROUPS["all"] = tuple(dict.fromkeys((*GROUPS["paper"], *GROUPS["leaders"], "r-rome", "memory")))
 UNEDITED = "none"
 
 
