@@ -17,7 +17,7 @@ from torch import Tensor
 import facts
 from facts import CAPITALS, MEALS, FactModel, edits
 from peft_baft import BaftConfig, BaftEditor, DescentConfig, Edit, prompt_lengths
-from peft_baft.adapter.memory import orthonormal
+from peft_baft.adapter.memory import embedding_sample, orthonormal
 from peft_baft.adapter.model_call import call_with_cache
 from peft_baft.adapter.routing import Sequences
 from peft_baft.adapter.weights import FILE
@@ -536,6 +536,9 @@ def test_a_memory_on_another_model_is_refused(toy: FactModel, tmp_path: Path) ->
         MemoryEditor(other, toy.tokenizer)
     with other.disable_adapter():
         logits(other, toy, prompts_of(0))
+    # What cannot be compared passes.
+    assert embedding_sample(torch.nn.Linear(2, 2)) is None
+    assert embedding_sample(deepcopy(base).to("meta")) is None
 
 
 def test_a_token_that_was_added_later_is_a_word_that_no_edit_has(toy: FactModel) -> None:

@@ -153,7 +153,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
             self.context.routing.find(routers, hidden)
         if call.row_adapters is not None:
             return self._edit_rows(hidden, call, call.row_adapters)
-        active = [name for name in self.active_adapters if self._edits(name)]
+        active = [name for name in self.active_adapters if self.edits(name)]
         total: Tensor | None = None
         for adapter_name in active:
             mask = self.context.mask(call.relative_positions, hidden, self.configs[adapter_name])
@@ -171,7 +171,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         """List the adapters that may edit a token of a forward."""
         return self.active_adapters if call.row_adapters is None else call.row_adapters
 
-    def _edits(self, adapter_name: str) -> bool:
+    def edits(self, adapter_name: str) -> bool:
         """Tell whether an adapter edits the output of this block: the key block of a memory may tell its edits apart alone."""
         return adapter_name in self.baft_basis or adapter_name in self.baft_codes
 

@@ -96,7 +96,10 @@ def of_edits(
 
 def embedding_sample(model: nn.Module) -> Tensor | None:
     """Take values of a model's input embeddings at fixed places, (64,) float32; None where they are not at hand."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except (AttributeError, NotImplementedError):  # a model that does not say which they are
+        return None
     if weight is None or weight.is_meta or weight.ndim != 2 or not weight.numel():
         return None  # offloaded, or parted among processes
     if not weight.is_floating_point():

@@ -189,7 +189,7 @@ def _active(layer: BaftLayer) -> list[str]:
 
 def _edited_by(layer: BaftLayer) -> list[str]:
     """List the active adapters that edit a block; the key block of a memory is only read."""
-    return [n for n in _active(layer) if n in layer.baft_basis or n in layer.baft_codes]
+    return [name for name in _active(layer) if layer.edits(name)]
 
 
 def _adapters(layers: Sequence[BaftLayer]) -> tuple[Adapter, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from peft_baft.inspection.inspect import MEMORY, Inspection, Token
+from peft_baft.inspection.inspect import MEMORY, Adapter, Inspection, Token
 from peft_baft.inspection.token_text import visible
 
 NOTHING = "(nothing: it stops at once)"
@@ -102,15 +102,15 @@ def _what_gates_are(inspection: Inspection) -> str:
     free = [adapter.name for adapter in others if adapter.weighting == "none"]
     sentences = [GATES] if len(free) < len(others) else []
     if free:
-        sentences.append(
-            f"{', '.join(free) if len(inspection.adapters) > 1 else 'This adapter'} {NO_GATES}"
-        )
+        which = ", ".join(free) if len(inspection.adapters) > 1 else "This adapter"
+        sentences.append(f"{which} {NO_GATES}")
     for memory in memories:
-        which = (
-            "none of its edits answers" if memory.edit is None else f"edit {memory.edit} answers"
-        )
-        sentences.append(f"{memory.name} {OF_MEMORY} Here {which}.")
+        sentences.append(f"{memory.name} {OF_MEMORY} Here {_answering(memory)}.")
     return " ".join(sentences)
+
+
+def _answering(memory: Adapter) -> str:
+    return "none of its edits answers" if memory.edit is None else f"edit {memory.edit} answers"
 
 
 def _position_rule(inspection: Inspection) -> str:
