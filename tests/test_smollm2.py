@@ -139,6 +139,33 @@ def test_commands_edit_continue_and_ask(tmp_path: Path, capfd) -> None:
     assert "Paris" in out and "Lyon" in out and "Madrid" in out and "Seville" in out
 
 
+@pytest.mark.slow
+def test_a_memory_tells_relations_of_one_subject_apart(smollm2) -> None:
+    base, tokenizer = smollm2
+    model = get_peft_model(base, peft_baft.BaftConfig(memory=True, task_type="CAUSAL_LM")).eval()
+    editor = peft_baft.BaftEditor(model, tokenizer, template="raw")
+    editor.edit(
+        [Edit("The gender of Ada Quist is", "female"), Edit("Who wrote Tall Grass?", "Bo Lind")]
+    )
+    others = [
+        "The place of birth of Ada Quist is",
+        "The name of the father of Ada Quist is",
+        "The occupation of Ada Quist is",
+        "Who published Tall Grass?",
+    ]
+    same = ["What sex is Ada Quist?", "The author of Tall Grass is"]
+    assert editor.routed(others) == [None] * 4 and editor.routed(same) == [1, 2]
+    found = editor.matches(others[0])
+    assert (found.best, found.asks_for, found.best_asks_for) == (1, "place of birth", "gender")
+    assert found.asks_for_another
+    # The control: by words alone, other relations are answered.
+    router = editor.router
+    without = {name: router.kept()[name][:0] for name in ("relation_keys", "wordings")}
+    router.take({**router.kept(), **without})
+    assert editor.routed(others)[1:3] == [1, 1]
+    model.unload()
+
+
 def test_the_cached_session_gives_loss_and_gradient_of_the_full_computation(smollm2) -> None:
     base, tokenizer = smollm2
     torch.manual_seed(0)

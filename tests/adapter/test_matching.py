@@ -16,6 +16,7 @@ from peft_baft.adapter.matching import (
     read,
     sentences,
 )
+from peft_baft.adapter.relations import OWN, Relations
 
 WORDS = [
     "", " who", " wrote", " the", " book", " of", " what", " is", " mother", " tongue", " capital", "?", " please", " tell",
@@ -24,6 +25,7 @@ WORDS = [
 # Made common by their place: the last ones of a vocabulary are the rare ones.
 TEXTS = [*WORDS, *(f" filler{n}" for n in range(400))]
 THRESHOLDS = Thresholds(0.72, 0.48, 2)
+NO_RELATIONS = Relations(torch.zeros(0, 64), torch.zeros(0, 2, dtype=torch.int32), [])
 
 
 def ids_of(text: str) -> list[int]:
@@ -50,8 +52,23 @@ def question(text: str) -> Question:
     return Question(torch.tensor(ids, dtype=torch.int32), torch.stack([key_of(i) for i in ids[1:]]))
 
 
-def match(asked: str, *stored: str, thresholds: Thresholds = THRESHOLDS) -> Match:
-    return Questions([question(text) for text in stored], TEXTS).match(question(asked), thresholds)
+def match(
+    asked: str,
+    *stored: str,
+    thresholds: Thresholds = THRESHOLDS,
+    relations: Relations = NO_RELATIONS,
+) -> Match:
+    questions = Questions([question(text) for text in stored], TEXTS, relations)
+    return questions.match(question(asked), thresholds)
+
+
+def relations_of(wordings: dict[str, tuple[str, ...]]) -> Relations:
+    """Relations that are told by words, each in several wordings."""
+    words = [text for texts in wordings.values() for text in texts]
+    keys = torch.cat([question(text).keys.float() / 127 for text in words])
+    numbers = [n for n, texts in enumerate(wordings.values()) for _ in texts]
+    lengths = [len(ids_of(text)) for text in words]
+    return Relations(keys, torch.tensor([lengths, numbers]).mT, list(wordings))
 
 
 def test_the_question_itself_is_found_among_others_and_scores_one() -> None:
@@ -96,7 +113,7 @@ def test_different_numbers_are_different_subjects() -> None:
     reading = read(stored, TEXTS)
     assert reading.numbers == {"634"}
     other = read(question("where is Ober 6340?"), TEXTS)
-    assert compare(reading, reading, 2)[1] > 0.9 and compare(reading, other, 2)[1] == 0.0
+    assert compare(reading, reading).subject > 0.9 and compare(reading, other).subject == 0.0
 
 
 def test_a_question_that_asks_more_is_another_one() -> None:
@@ -105,6 +122,64 @@ def test_a_question_that_asks_more_is_another_one() -> None:
     assert match(longer, stored).edit == NOWHERE
     lenient = Thresholds(0.72, 0.48, 9)
     assert match(longer, stored, thresholds=lenient).edit == 0  # the control
+
+
+RELATIONS = relations_of(
+    {
+        "capital": ("capital", "the capital of"),
+        "tongue": ("mother tongue",),
+        "author": ("author", "wrote"),
+    }
+)
+
+
+def test_a_question_that_asks_for_another_known_relation_is_another_one() -> None:
+    stored, asked = "what is the capital of Lucas?", "what is the author of Lucas?"
+    alike = Thresholds(0.72, 0.3, 2)
+    assert match(asked, stored, thresholds=alike).edit == 0  # the control
+    found = match(asked, stored, thresholds=alike, relations=RELATIONS)
+    assert found.edit == NOWHERE and found.best == 0 and found.asks_for_another
+    assert (found.asked_for, found.best_asks_for) == (2, 0)
+    assert match(stored, stored, thresholds=alike, relations=RELATIONS).edit == 0
+
+
+def test_words_of_the_relation_that_an_edit_asks_for_are_not_unlike_it() -> None:
+    stored, asked = "who is the author of Lucas?", "who wrote Lucas?"
+    strict = Thresholds(0.72, -1.0, 0)
+    assert match(asked, stored, thresholds=strict).edit == NOWHERE  # the control
+    assert match(asked, stored, thresholds=strict, relations=RELATIONS).edit == 0
+    # A word that the relation has not, either, is.
+    assert match("who wrote born Lucas?", stored, thresholds=strict, relations=RELATIONS).edit == -1
+
+
+def test_relations_are_found_as_a_plain_loop_finds_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.nn.functional.normalize(torch.randn(9, 8, generator=generator), dim=1)
+    asked = torch.nn.functional.normalize(torch.randn(3, 8, generator=generator), dim=1)
+    wordings = torch.tensor([[2, 0], [3, 1], [1, 0], [3, 2]])
+    found = Relations(keys, wordings, ["a", "b", "c"]).asked_for(asked)
+    assert found is not None
+    parts = keys.split([2, 3, 1, 3])
+    for relation in range(3):
+        own = [part for part, (_, n) in zip(parts, wordings.tolist(), strict=True) if n == relation]
+        alike = [
+            ((asked @ part.mT).amax(1).mean() + (asked @ part.mT).amax(0).mean()) / 2
+            for part in own
+        ]
+        torch.testing.assert_close(found.of_question[relation], max(alike))
+        most = torch.stack([(asked @ part.mT).amax(1) for part in own]).amax(0)
+        torch.testing.assert_close(found.of_tokens[:, relation], most)
+    assert Relations(keys, wordings, ["a", "b", "c"]).asked_for(asked[:0]) is None
+
+
+def test_a_question_that_is_like_no_known_relation_is_left_to_its_words() -> None:
+    keys = question("please tell me").keys.float() / 127
+    unknown = RELATIONS.asked_for(keys)
+    known = RELATIONS.asked_for(question("capital").keys.float() / 127)
+    assert unknown is not None and known is not None
+    assert unknown.of_question.max() < OWN and unknown.likeliest is None
+    assert not unknown.own().any() and not unknown.is_another(known)
+    assert known.likeliest == 0 and known.is_another(unknown)
 
 
 def test_a_question_is_found_among_other_sentences() -> None:

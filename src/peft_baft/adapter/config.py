@@ -75,7 +75,8 @@ class BaftConfig(PeftConfig):
         key_dimensions: Of a memory, how many numbers the key of each token of an edit's question has.
         least_subject: Of a memory, how alike (at most 1) a prompt must be to an edit's in what it is about.
         strictness: Of a memory, how alike (at most 1) it must be in what it asks of that. Larger lets fewer prompts in.
-        most_unlike: Of a memory, how many words of a prompt, besides its subject, may be unlike any of the edit's.
+        most_unlike: Of a memory, how many words of a prompt, besides its subject, may be unlike any of the edit's
+            and of the wordings of what it asks for.
         memory_sizes: Of a memory, how many edits and tokens there are, as the shapes of its tensors have it; filled in.
         balance_weight: Weight of the gates' load balance in the loss that the model returns when it is called in training
             mode with labels, as by Trainer or a loop of your own; at most the loss times this is added. 0 adds nothing. A
@@ -145,10 +146,10 @@ class BaftConfig(PeftConfig):
         default=0.72, metadata={"help": "Of a memory, how alike in their subject."}
     )
     strictness: float = field(
-        default=0.48, metadata={"help": "Of a memory, how alike in what is asked."}
+        default=0.4, metadata={"help": "Of a memory, how alike in what is asked."}
     )
     most_unlike: int = field(
-        default=2, metadata={"help": "Of a memory, words of a prompt that no edit's word is like."}
+        default=1, metadata={"help": "Of a memory, words of a prompt that no edit's word is like."}
     )
     memory_sizes: dict[str, int] | None = field(
         default=None, metadata={"help": "Of a memory, sizes of its tensors, filled in."}

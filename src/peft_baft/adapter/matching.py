@@ -2,8 +2,9 @@
 
 Questions are compared by their words, and by late interaction of their tokens' keys: each token of one looks for the most similar
 token of the other. An edit answers if the question is about the same subject, which names and rare words tell, and asks the same
-of it, which the other words tell. What an edit scores depends on no other edit, and on no statistics of texts: how rare a token
-is follows from its place in the vocabulary, since byte pair encoding merges the commonest first. docs/memory.md has the figures.
+of it, which the other words tell, and the common relations whose wordings these are like. What an edit scores depends on no other
+edit, and on no statistics of texts: how rare a token is follows from its place in the vocabulary, since byte pair encoding merges
+the commonest first. docs/memory.md has the figures.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from peft_baft.adapter.relations import AskedFor, Relations
 
 INT8 = 127.0
 NOWHERE = -1
@@ -31,7 +34,7 @@ _FUNCTION_WORDS = """
 a about also am an and any are as at be been being but by can could did do does for from had has have he her his how i
 if in into is it its know may me might must my no not of on or our out please s say shall she should so some t tell
 than that the their them then there these they this those to us was we were what when where which who whom whose why
-will with would you your
+name names will with would you your
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
@@ -51,6 +54,9 @@ class Match:
     Attributes:
         edit: which answers. best, runner_up: the likeliest two.
         subject, relation: how much the question is about the same as the best edit's, and asks the same, both at most 1.
+        asked_for, best_asks_for: the common relations that the question and the best edit's are most like, None where there are
+            none, or that was not needed.
+        asks_for_another: whether that, or the words that are unlike the edit's, keep the best edit from answering.
     """
 
     edit: int
@@ -58,6 +64,9 @@ class Match:
     runner_up: int = NOWHERE
     subject: float = 0.0
     relation: float = 0.0
+    asked_for: int | None = None
+    best_asks_for: int | None = None
+    asks_for_another: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class Thresholds:
 
     Attributes:
         subject, strictness: what the likenesses of subject and relation must be above.
-        most_unlike: how many words of a question, besides its subject, may be unlike any of the edit's.
+        most_unlike: how many words of a question, besides its subject, may be unlike any of the edit's and of its relation's.
     """
 
     subject: float
@@ -92,6 +101,11 @@ class Reading:
     weights: dict[str, float]
     numbers: frozenset[str]
 
+    @property
+    def telling(self) -> Tensor:
+        """(n,) bool, the tokens that tell the relation: of words that are neither the subject's nor function words."""
+        return self.content & ~self.subject
+
 
 def read(question: Question, texts: Sequence[str]) -> Reading:
     """Read a question. texts: of each token, what it stands for, with the space before it."""
@@ -109,7 +123,7 @@ def read(question: Question, texts: Sequence[str]) -> Reading:
         sizes[-1] += 1
         word.append(len(words) - 1)
     in_letters = [any(map(str.isalnum, one)) for one in words]
-    content = [a and one not in FUNCTION_WORDS for a, one in zip(in_letters, words, strict=True)]
+    content = [a and one.strip("'’") not in FUNCTION_WORDS for a, one in zip(in_letters, words, strict=True)]
     # A word of several tokens is rare.
     rarity = [1.0 if size > 1 else rare for size, rare in zip(sizes, rarity, strict=True)]
     subject = [
@@ -160,11 +174,15 @@ class Questions:
 
     Args:
         texts: of each token of the vocabulary, what it stands for, with the space before it.
+        relations: what questions commonly ask for.
     """
 
-    def __init__(self, questions: Sequence[Question], texts: Sequence[str]) -> None:
-        self._questions, self._texts = list(questions), texts
+    def __init__(
+        self, questions: Sequence[Question], texts: Sequence[str], relations: Relations
+    ) -> None:
+        self._questions, self._texts, self._relations = list(questions), texts, relations
         self._readings: dict[int, Reading] = {}
+        self._asked_for: dict[int, AskedFor | None] = {}
         edits: dict[str, list[int]] = {}
         weights: dict[str, list[float]] = {}
         for number, question in enumerate(questions):
@@ -190,18 +208,44 @@ class Questions:
         return found[0][1] if found else Match(NOWHERE)
 
     def _match(self, asked: Reading, thresholds: Thresholds) -> tuple[float, Match]:
-        scored = [
-            (compare(self._reading(n), asked, thresholds.most_unlike), n)
-            for n in self._likely(asked)
-        ]
+        scored = [(compare(self._reading(n), asked), n) for n in self._likely(asked)]
         if not scored:
             return 0.0, Match(NOWHERE)
         # Of equal ones the latest edit.
-        scored.sort(key=lambda one: (-one[0][0], -one[1]))
-        (rank, subject, relation), best = scored[0]
+        scored.sort(key=lambda one: (-one[0].rank, -one[1]))
+        alike, best = scored[0]
         runner_up = scored[1][1] if len(scored) > 1 else NOWHERE
-        alike = subject > thresholds.subject and relation > thresholds.strictness
-        return rank, Match(best if alike else NOWHERE, best, runner_up, subject, relation)
+        match = Match(NOWHERE, best, runner_up, alike.subject, alike.relation)
+        if alike.subject > thresholds.subject and alike.relation > thresholds.strictness:
+            match = self._by_relations(match, asked, alike, thresholds.most_unlike)
+        return alike.rank, match
+
+    def _by_relations(
+        self, match: Match, asked: Reading, alike: Likeness, most_unlike: int
+    ) -> Match:
+        """Let the best edit answer unless the question, whose words are alike, asks for something else."""
+        best = self._asked_for_by(match.best)
+        own = self._relations.asked_for(asked.keys[asked.telling])
+        like_any = alike.of_asked[asked.telling]
+        if best is not None and own is not None:
+            if best.own().any():
+                like_any = torch.maximum(like_any, own.of_tokens[:, best.own()].amax(1))
+            match = replace(
+                match,
+                asked_for=own.likeliest,
+                best_asks_for=best.likeliest,
+                asks_for_another=own.is_another(best),
+            )
+        if match.asks_for_another or int((like_any < UNLIKE).sum()) > most_unlike:
+            return replace(match, asks_for_another=True)
+        return replace(match, edit=match.best)
+
+    def _asked_for_by(self, number: int) -> AskedFor | None:
+        """Tell which relations an edit's question asks for."""
+        if number not in self._asked_for:
+            reading = self._reading(number)
+            self._asked_for[number] = self._relations.asked_for(reading.keys[reading.telling])
+        return self._asked_for[number]
 
     def _likely(self, asked: Reading) -> list[int]:
         """List the edits with the most similar words."""
@@ -220,15 +264,26 @@ class Questions:
         return self._readings[number]
 
 
-def compare(stored: Reading, asked: Reading, most_unlike: int) -> tuple[float, float, float]:
-    """Compare an edit's question with another one.
+@dataclass(frozen=True)
+class Likeness:
+    """How alike an edit's question and another one are.
 
-    Returns:
-        How alike they are altogether, by which edits are ranked; in their subject; and in their relation.
+    Attributes:
+        rank: altogether, by which edits are ranked. subject, relation: in these, at most 1.
+        of_asked: (n,), how alike each token of the other question is to any of the edit's.
     """
+
+    rank: float
+    subject: float
+    relation: float
+    of_asked: Tensor
+
+
+def compare(stored: Reading, asked: Reading) -> Likeness:
+    """Compare an edit's question with another one."""
     same_words = sum(w * asked.weights.get(word, 0.0) for word, w in stored.weights.items())
     if not len(stored.keys):  # a question of one token
-        return same_words, 0.0, 0.0
+        return Likeness(same_words, 0.0, 0.0, torch.zeros(len(asked.keys)))
     similar = stored.keys @ asked.keys.mT.to(stored.keys.device)
     of_stored, of_asked = similar.amax(1).cpu(), similar.amax(0).cpu()
     subject = (_about(stored, asked, of_stored) + _about(asked, stored, of_asked)) / 2
@@ -238,10 +293,7 @@ def compare(stored: Reading, asked: Reading, most_unlike: int) -> tuple[float, f
     rank = same_words + subject + relation
     if stored.numbers != asked.numbers:  # NGC 6604 is not NGC 634
         subject = 0.0
-    other_words = asked.content & ~asked.subject & (of_asked < UNLIKE)
-    if int(other_words.sum()) > most_unlike:
-        relation = 0.0
-    return rank, subject, relation
+    return Likeness(rank, subject, relation, of_asked)
 
 
 def _about(own: Reading, other: Reading, similar: Tensor) -> float:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter.matching import INT8, Match, Question, Questions, Thresholds
+from peft_baft.adapter.relations import Relations
 
 if TYPE_CHECKING:
     from peft_baft.adapter.config import BaftConfig
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 OF_EDITS = ("numbers", "lengths", "codes", "scales")  # tensors with one entry an edit
 # Those with one for each token of an edit's question but the first so many.
 OF_TOKENS = {"ids": 0, "keys": 1}
+# What a config's `memory_sizes` says, and of which tensor of the router that is the length.
+SIZES = {
+    "edits": "numbers",
+    "tokens": "ids",
+    **{n: n for n in ("texts", "relation_keys", "wordings", "relation_names", "before", "after")},
+}
 SAMPLE = 64  # values of a model's embeddings, by which it is told from other models
 OTHER_MODEL = (
     "This memory of edits was made on another base model: what its edits add to hidden vectors, and how it finds them, means "
@@ -66,9 +73,9 @@ def unpacked(texts: Tensor) -> list[str]:
     try:
         found = json.loads(zlib.decompress(bytes(texts.cpu().numpy())))
     except (zlib.error, ValueError) as error:
-        raise ValueError(f"the texts of the vocabulary are damaged ({error})") from None
+        raise ValueError(f"the texts of a memory are damaged ({error})") from None
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise ValueError("the texts of the vocabulary are damaged")
+        raise ValueError("the texts of a memory are damaged")
     return found
 
 
@@ -110,6 +117,12 @@ def embedding_sample(model: nn.Module) -> Tensor | None:
     return chosen.float().cpu()
 
 
+def keys_of(states: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:
+    """Make keys (n, k) int8, of length 127, of states (n, d) of the key block."""
+    white = (states.float() - mean) @ whitening.float()
+    return (torch.nn.functional.normalize(white, dim=-1) * INT8).round().to(torch.int8)
+
+
 @dataclass(frozen=True)
 class KeyStatistics:
     """What belongs to a base model and is the same for every memory on it: how states of a block become keys.
@@ -120,12 +133,16 @@ class KeyStatistics:
         before, after: ids of the tokens that a chat template puts directly before a user's words, and behind them up to the
             reply; empty where the tokenizer has no template.
         sample: of the model's embeddings; zeros where they were not at hand.
+        relation_keys, wordings, relation_names: of common relations, as `Relations` takes them; keys int8, of length 127.
     """
 
     mean: Tensor
     whitening: Tensor
     texts: Sequence[str]
     sample: Tensor
+    relation_keys: Tensor
+    wordings: Tensor
+    relation_names: Sequence[str]
     before: Sequence[int] = ()
     after: Sequence[int] = ()
 
@@ -136,6 +153,9 @@ class KeyStatistics:
             "whitening": self.whitening.half(),
             "texts": packed(self.texts),
             "sample": self.sample,
+            "relation_keys": self.relation_keys,
+            "wordings": self.wordings,
+            "relation_names": packed(self.relation_names),
             "before": torch.tensor(list(self.before), dtype=torch.int32),
             "after": torch.tensor(list(self.after), dtype=torch.int32),
         }
@@ -254,6 +274,9 @@ class EditRouter(_Kept):
             "whitening": ((width, dimensions), torch.float16),
             "texts": ((sizes.get("texts", 0),), torch.uint8),
             "sample": ((SAMPLE,), torch.float32),
+            "relation_keys": ((sizes.get("relation_keys", 0), dimensions), torch.int8),
+            "wordings": ((sizes.get("wordings", 0), 2), torch.int32),
+            "relation_names": ((sizes.get("relation_names", 0),), torch.uint8),
             "before": ((sizes.get("before", 0),), torch.int32),
             "after": ((sizes.get("after", 0),), torch.int32),
         }
@@ -267,8 +290,7 @@ class EditRouter(_Kept):
         """Note in the config what the shapes are."""
         self._ready, self._is_of_model = None, False
         kept = self.kept()
-        names = {"edits": "numbers", "tokens": "ids"} | {n: n for n in ("texts", "before", "after")}
-        self.config.memory_sizes = {size: len(kept[name]) for size, name in names.items()}
+        self.config.memory_sizes = {size: len(kept[name]) for size, name in SIZES.items()}
 
     @property
     def count(self) -> int:
@@ -301,9 +323,8 @@ class EditRouter(_Kept):
         """
         kept = self.kept()
         first, last = _words_of_user(ids.tolist(), kept["before"].tolist(), kept["after"].tolist())
-        white = (states[first + 1 : last].float() - kept["mean"]) @ kept["whitening"].float()
-        keys = torch.nn.functional.normalize(white, dim=-1)
-        return Question(ids[first:last].to(torch.int32), (keys * INT8).round().to(torch.int8))
+        keys = keys_of(states[first + 1 : last], kept["mean"], kept["whitening"])
+        return Question(ids[first:last].to(torch.int32), keys)
 
     def stored(self) -> list[Question]:
         """List the questions of the edits."""
@@ -320,9 +341,16 @@ class EditRouter(_Kept):
             of_tensors, of_versions, questions = self._ready
             if versions == of_versions and all(map(operator.is_, tensors, of_tensors)):
                 return questions
-        questions = Questions(self.stored(), unpacked(kept["texts"]))
+        questions = Questions(self.stored(), unpacked(kept["texts"]), self.relations())
         self._ready = (tensors, versions, questions)
         return questions
+
+    def relations(self) -> Relations:
+        """Give what tells which common relations a question asks for."""
+        kept = self.kept()
+        names = unpacked(kept["relation_names"]) if len(kept["relation_names"]) else []
+        keys = kept["relation_keys"].float() / INT8
+        return Relations(keys, kept["wordings"], names)
 
     def match(self, question: Question) -> Match:
         """Find the edit that a question asks for, by its place."""

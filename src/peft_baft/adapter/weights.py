@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from peft_baft.adapter.memory import SAMPLE, unpacked
+from peft_baft.adapter.memory import SAMPLE, SIZES, unpacked
 from peft_baft.adapter.parameters import gate_shapes
 
 if TYPE_CHECKING:
@@ -32,9 +32,11 @@ UNNUMBERED = (
 # Tensors of a memory of edits: integers of these types, by the last part of their names; the others hold floating-point numbers.
 IN_MEMORY = re.compile(r"\.baft_(?:codes|router)\.(?:.+\.)?(\w+)$")
 INTEGERS = {
-    **dict.fromkeys(("codes", "keys"), torch.int8),
-    **dict.fromkeys(("numbers", "made", "lengths", "ids", "before", "after"), torch.int32),
-    "texts": torch.uint8,
+    **dict.fromkeys(("codes", "keys", "relation_keys"), torch.int8),
+    **dict.fromkeys(
+        ("numbers", "made", "lengths", "ids", "wordings", "before", "after"), torch.int32
+    ),
+    **dict.fromkeys(("texts", "relation_names"), torch.uint8),
 }
 BASE = "base_model.model."  # how PEFT begins the names of a model's tensors
 LARGEST = 1e9  # no training gets there: a number beyond it is a flipped bit, and would overflow in the model
@@ -149,6 +151,7 @@ def check_memory(tensors: Mapping[str, Tensor], where: str) -> None:
     if is_whole and count:
         try:
             is_whole = bool(((ids >= 0) & (ids < len(unpacked(router["texts"])))).all())
+            is_whole = is_whole and _relations_are_whole(router)
         except ValueError:
             is_whole = False
     if not is_whole:
@@ -156,6 +159,17 @@ def check_memory(tensors: Mapping[str, Tensor], where: str) -> None:
             f"The memory of edits in {where} does not hold together: its tensors are those of different numbers of edits or "
             "tokens. The file is damaged; take a good copy, or edit again."
         )
+
+
+def _relations_are_whole(router: Mapping[str, Tensor]) -> bool:
+    """Tell whether the wordings of relations in a memory belong together."""
+    lengths, relations = router["wordings"].long().unbind(1)
+    names = len(unpacked(router["relation_names"]))
+    return (
+        bool((lengths >= 1).all())
+        and int(lengths.sum()) == len(router["relation_keys"])
+        and bool(((relations >= 0) & (relations < names)).all())
+    )
 
 
 def _expected_shapes(
@@ -200,15 +214,6 @@ def _expected_shapes(
     return of_saved_modules | of_adapter
 
 
-SIZES = {
-    "edits": "numbers",
-    "tokens": "ids",
-    "texts": "texts",
-    "before": "before",
-    "after": "after",
-}
-
-
 def memory_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Read from the shapes of a memory's tensors how many edits and tokens it holds, as its config has it."""
     of_router = {
@@ -230,9 +235,12 @@ def _expected_of_memory(blocks: set[str], config: BaftConfig) -> dict[str, tuple
     d, k = config.hidden_size, config.key_dimensions
     of_block: dict[str, tuple[int | None, ...]] = {"codes": (None, config.r), "scales": (None,)}
     of_router: dict[str, tuple[int | None, ...]] = {
-        **dict.fromkeys(("numbers", "lengths", "ids", "texts", "before", "after"), (None,)),
+        **dict.fromkeys(("numbers", "lengths", "ids", "texts", "relation_names"), (None,)),
+        **dict.fromkeys(("before", "after"), (None,)),
         "made": (),
         "keys": (None, k),
+        "relation_keys": (None, k),
+        "wordings": (None, 2),
         "mean": (d,),
         "sample": (SAMPLE,),
         "whitening": (d, k),

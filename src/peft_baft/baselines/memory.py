@@ -29,8 +29,8 @@ class Memory(MethodSettings):
     prompt_positions: int = 3
     key_dimensions: int = 64
     least_subject: float = 0.72
-    strictness: float = 0.48
-    most_unlike: int = 2
+    strictness: float = 0.4
+    most_unlike: int = 1
     descent: DescentConfig = field(default_factory=lambda: MEMORY_DESCENT)
     seeded = False
 

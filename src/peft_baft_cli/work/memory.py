@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,17 +78,35 @@ def print_explained(listed: Sequence[dict[str, Any]]) -> None:
                 else f"{one['best']}{f': {fact[0]} -> {fact[1]}' if fact else ''}",
                 f"{one['subject']:.2f}",
                 f"{one['relation']:.2f}",
+                _asked_for(one),
                 "–" if one["runner_up"] is None else str(one["runner_up"]),
             )
         )
     print_table(
-        ("prompt", "answered by", "likeliest edit", "subject", "relation", "runner-up"), rows
+        (
+            "prompt",
+            "answered by",
+            "likeliest edit",
+            "subject",
+            "relation",
+            "asked for",
+            "runner-up",
+        ),
+        rows,
     )
     if listed:
         print(
             f"An edit answers if the prompt is alike to its own in subject (above {listed[0]['least_subject']}) and in relation "
-            f"(above {listed[0]['strictness']})."
+            f"(above {listed[0]['strictness']}), and asks for nothing else."
         )
+
+
+def _asked_for(match: Mapping[str, Any]) -> str:
+    """Say what a prompt asks for, where the memory's list of relations tells."""
+    asked, own = match["asks_for"], match["best_asks_for"]
+    if not match["asks_for_another"]:
+        return asked or "–"
+    return f"{asked or '?'}, not {own}" if own and own != asked else "something else"
 
 
 def require_memory_editor(model: Any, tokenizer: Any, template: Any, adapter: str) -> MemoryEditor:

@@ -40,6 +40,9 @@ class MemoryMatch:
         edit: which answers. best, runner_up: the likeliest two.
         subject, relation: how alike (at most 1) the prompt is to the best one's in what it is about, and in what it asks of that.
         least_subject, strictness: what these must be above for it to answer.
+        asks_for, best_asks_for: the common relations that the prompt and the best edit's are most like, where they are like one
+            and the two above are enough.
+        asks_for_another: whether the best edit does not answer, though these are enough, since it is asked for something else.
     """
 
     edit: int | None
@@ -49,6 +52,9 @@ class MemoryMatch:
     relation: float
     least_subject: float
     strictness: float
+    asks_for: str | None
+    best_asks_for: str | None
+    asks_for_another: bool
 
 
 class MemoryEditor(AdapterEditor):
@@ -257,6 +263,9 @@ class MemoryEditor(AdapterEditor):
         def number(place: int) -> int | None:
             return None if place == NOWHERE else numbers[place]
 
+        def relation(of_names: int | None) -> str | None:
+            return None if of_names is None else self.router.relations().names[of_names]
+
         return MemoryMatch(
             number(found.edit),
             number(found.best),
@@ -265,6 +274,9 @@ class MemoryEditor(AdapterEditor):
             found.relation,
             self._config.least_subject,
             self._config.strictness,
+            relation(found.asked_for),
+            relation(found.best_asks_for),
+            found.asks_for_another,
         )
 
     def routed(self, prompts: Sequence[Prompt]) -> list[int | None]:

@@ -26,6 +26,9 @@ OF_MODEL = (
     "whitening",
     "texts",
     "sample",
+    "relation_keys",
+    "wordings",
+    "relation_names",
     "before",
     "after",
 )  # the same for every memory on a model

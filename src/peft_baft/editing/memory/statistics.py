@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from peft_baft.adapter.context import EditContext
-from peft_baft.adapter.memory import SAMPLE, KeyStatistics, embedding_sample
+from peft_baft.adapter.matching import Question, read
+from peft_baft.adapter.memory import SAMPLE, KeyStatistics, embedding_sample, keys_of
 from peft_baft.adapter.model_call import input_device
 from peft_baft.data.batching import Tokens, collate, padding_id, special_ids, tokens_around
 from peft_baft.data.contexts import CHAT_CONTEXTS, RAW_CONTEXTS
+from peft_baft.data.relations import wordings as relation_wordings
 from peft_baft.data.templates import Template
 from peft_baft.data.unrelated import GENERAL
 from peft_baft.editing.written_texts import written_texts
 
 SHRINKAGE = 0.1  # of the spread in each direction, towards the mean spread
+NAME = "Karin Holm"  # whom the wordings of relations are about: made up, so that the model knows nothing of her
 WORDS = "Who was it?"  # of a user, around which a chat template is found
 ROWS = 16  # texts of a forward
 SPACES = ("\u2581", "\u0120")  # how tokens of SentencePiece and of byte pairs begin a word
@@ -38,25 +42,56 @@ def key_statistics(
         options: further arguments of `apply_chat_template`. seed: of what is written.
     """
     rows = [*_brought(tokenizer), *written_texts(model, tokenizer, seed)]
-    states = []
-    for start in range(0, len(rows), ROWS):
-        part = rows[start : start + ROWS]
-        inputs = collate(part, padding_id(tokenizer))
-        real = inputs["attention_mask"].bool().to(input_device(model))
-        found = context.routing.key_states(inputs["input_ids"].to(real.device), real)
-        real[:, 0] = False  # the first token's states are of another size than all others
-        states.append(found[real.to(found.device)].float().cpu())
+    # The first token's states are of another size than all others.
+    states = [found[1:] for found in _states(model, context, tokenizer, rows)]
     every = torch.cat(states)
     mean = every.mean(0)
     spread, directions = torch.linalg.eigh((every - mean).mT @ (every - mean) / len(every))
     kept = spread[-dimensions:]
     kept = (1 - SHRINKAGE) * kept + SHRINKAGE * kept.mean()
-    whitening = directions[:, -dimensions:] / kept.sqrt()
-    before, after = chat_frame(tokenizer, options)
-    sample = embedding_sample(model)
-    if sample is None:
-        sample = torch.zeros(SAMPLE)
-    return KeyStatistics(mean, whitening, token_texts(tokenizer), sample, before, after)
+    whitening = (directions[:, -dimensions:] / kept.sqrt()).half()
+    sample, texts = embedding_sample(model), token_texts(tokenizer)
+    wordings = [(name, _tokens(tokenizer, text)) for name, text in relation_wordings(NAME)]
+    keys = [
+        keys_of(found[1:], mean, whitening)
+        for found in _states(model, context, tokenizer, [row for _, row in wordings])
+    ]
+    return KeyStatistics(
+        mean,
+        whitening,
+        texts,
+        torch.zeros(SAMPLE) if sample is None else sample,
+        *_relations(wordings, keys, texts),
+        *chat_frame(tokenizer, options),
+    )
+
+
+def _states(
+    model: Any, context: EditContext, tokenizer: Any, rows: Sequence[Tokens]
+) -> Iterator[Tensor]:
+    """Compute the states (n, d) of the key block at the tokens of texts."""
+    for start in range(0, len(rows), ROWS):
+        inputs = collate(rows[start : start + ROWS], padding_id(tokenizer))
+        real = inputs["attention_mask"].bool().to(input_device(model))
+        found = context.routing.key_states(inputs["input_ids"].to(real.device), real)
+        for states, mask in zip(found, real.to(found.device), strict=True):
+            yield states[mask].float().cpu()
+
+
+def _relations(
+    wordings: Sequence[tuple[str, Tokens]], keys: Sequence[Tensor], texts: Sequence[str]
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Keep of wordings of relations the tokens that tell them, as `Relations` takes them; wordings without any are left out."""
+    names = list(dict.fromkeys(name for name, _ in wordings))
+    kept, lengths = [], []
+    for (name, row), of_wording in zip(wordings, keys, strict=True):
+        reading = read(Question(torch.tensor(row.ids, dtype=torch.int32), of_wording), texts)
+        named = torch.tensor([reading.words[n] in NAME.casefold().split() for n in reading.word])
+        telling = reading.content & ~named
+        if telling.any():
+            kept.append(of_wording[telling])
+            lengths.append((int(telling.sum()), names.index(name)))
+    return torch.cat(kept), torch.tensor(lengths, dtype=torch.int32), names
 
 
 def token_texts(tokenizer: Any) -> list[str]:
@@ -98,5 +133,9 @@ def _brought(tokenizer: Any) -> list[Tokens]:
     texts = [f"{text.prompt} {text.answer}" for text in GENERAL]
     for context in (*CHAT_CONTEXTS, *RAW_CONTEXTS):
         texts += [context.system, context.before, context.after]
-    found = [tuple(tokenizer(text)["input_ids"]) for text in texts if text]
-    return [Tokens(ids, len(ids)) for ids in found if len(ids) > 1]
+    return [row for row in (_tokens(tokenizer, text) for text in texts if text) if len(row.ids) > 1]
+
+
+def _tokens(tokenizer: Any, text: str) -> Tokens:
+    ids = tuple(tokenizer(text)["input_ids"])
+    return Tokens(ids, len(ids))

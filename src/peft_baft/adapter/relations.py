@@ -1,0 +1,85 @@
+"""Tell which common relations a question asks for, by the wordings of them that the package brings.
+
+Two questions about one subject may share most of their words and ask for different things: "The place of birth of X is", "The
+gender of X is". Others share none and ask for the same. What tells them apart is that each is like the wordings of a relation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+OWN = (
+    0.6  # how alike a question must be to a relation's wordings for their words to count as its own
+)
+NEARLY = 0.05  # relations that a question is like by so much less than by most are its own as well
+ANOTHER = 0.25  # by how much more a question may be like any relation than like one that the other question is like
+
+
+@dataclass(frozen=True)
+class AskedFor:
+    """Which relations a question asks for.
+
+    Attributes:
+        of_tokens: (n, relations), how much each of some of its tokens is like a relation's most similar one.
+        of_question: (relations,), how much they are altogether, in both directions, like the relation's most similar wording.
+    """
+
+    of_tokens: Tensor
+    of_question: Tensor
+
+    @property
+    def likeliest(self) -> int | None:
+        """The number of the relation that it is most like, None where it is like none."""
+        alike, number = self.of_question.max(0)
+        return int(number) if alike >= OWN else None
+
+    def own(self) -> Tensor:
+        """Tell which relations, (relations,) bool, are those that it asks for; none where it is like none."""
+        return self.of_question >= max(OWN, float(self.of_question.max()) - NEARLY)
+
+    def is_another(self, other: AskedFor) -> bool:
+        """Tell whether it clearly asks for a relation that the other question does not ask for."""
+        common = torch.minimum(self.of_question, other.of_question).max()
+        return bool(self.of_question.max() - common > ANOTHER)
+
+
+class Relations:
+    """Common relations, each in several wordings.
+
+    Args:
+        keys: (tokens, k) of the wordings' tokens, of length 1, wording by wording; those alone that tell the relation.
+        wordings: (wordings, 2), how many tokens each has, at least one, and the number of its relation.
+        names: of the relations.
+    """
+
+    def __init__(self, keys: Tensor, wordings: Tensor, names: Sequence[str]) -> None:
+        self.names, self._keys = names, keys
+        self._lengths, self._of_wordings = wordings.long().cpu().unbind(1)
+        self._wording = torch.arange(len(wordings)).repeat_interleave(self._lengths)
+
+    def asked_for(self, keys: Tensor) -> AskedFor | None:
+        """Compare a question with all wordings. keys: (n, k) of its tokens that tell the relation; None where there are none."""
+        if not len(keys) or not len(self._keys):
+            return None
+        similar = (keys.to(self._keys.device) @ self._keys.mT).cpu()
+        of_wordings = _largest(similar, self._wording, len(self._lengths))
+        to_wordings = of_wordings.mean(0)
+        from_wordings = torch.zeros(len(self._lengths)).index_add_(
+            0, self._wording, similar.amax(0)
+        )
+        alike = (to_wordings + from_wordings / self._lengths) / 2
+        relations = len(self.names)
+        return AskedFor(
+            _largest(of_wordings, self._of_wordings, relations),
+            _largest(alike[None], self._of_wordings, relations)[0],
+        )
+
+
+def _largest(values: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Take the largest value (rows, n) of each group, (rows, count); groups: (n,), each with one member at least."""
+    smallest = values.new_full((len(values), count), -1.0)
+    return smallest.scatter_reduce(1, groups.expand(len(values), -1), values, "amax")
