@@ -148,7 +148,12 @@ def test_words_of_the_relation_that_an_edit_asks_for_are_not_unlike_it() -> None
     strict = Thresholds(0.72, -1.0, 0)
     assert match(asked, stored, thresholds=strict).edit == NOWHERE  # the control
     assert match(asked, stored, thresholds=strict, relations=RELATIONS).edit == 0
-    # A word that the relation has not, either, is.
+    # A word of another relation keeps it from answering, however many unlike words may be.
+    lenient = Thresholds(0.72, -1.0, 9)
+    other = "who is the author of capital Lucas?"
+    assert match(other, stored, thresholds=lenient).edit == 0  # the control
+    assert match(other, stored, thresholds=lenient, relations=RELATIONS).edit == NOWHERE
+    # A word that the relation has not, either, is unlike.
     assert match("who wrote born Lucas?", stored, thresholds=strict, relations=RELATIONS).edit == -1
 
 

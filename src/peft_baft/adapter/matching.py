@@ -123,7 +123,10 @@ def read(question: Question, texts: Sequence[str]) -> Reading:
         sizes[-1] += 1
         word.append(len(words) - 1)
     in_letters = [any(map(str.isalnum, one)) for one in words]
-    content = [a and one.strip("'’") not in FUNCTION_WORDS for a, one in zip(in_letters, words, strict=True)]
+    content = [
+        a and one.strip("'’") not in FUNCTION_WORDS
+        for a, one in zip(in_letters, words, strict=True)
+    ]
     # A word of several tokens is rare.
     rarity = [1.0 if size > 1 else rare for size, rare in zip(sizes, rarity, strict=True)]
     subject = [
@@ -224,19 +227,18 @@ class Questions:
         self, match: Match, asked: Reading, alike: Likeness, most_unlike: int
     ) -> Match:
         """Let the best edit answer unless the question, whose words are alike, asks for something else."""
-        best = self._asked_for_by(match.best)
         own = self._relations.asked_for(asked.keys[asked.telling])
-        like_any = alike.of_asked[asked.telling]
+        best = self._asked_for_by(match.best)
+        alike_words, is_another = alike.of_asked[asked.telling], False
         if best is not None and own is not None:
             if best.own().any():
-                like_any = torch.maximum(like_any, own.of_tokens[:, best.own()].amax(1))
-            match = replace(
-                match,
-                asked_for=own.likeliest,
-                best_asks_for=best.likeliest,
-                asks_for_another=own.is_another(best),
-            )
-        if match.asks_for_another or int((like_any < UNLIKE).sum()) > most_unlike:
+                alike_words = torch.maximum(alike_words, own.of_tokens[:, best.own()].amax(1))
+            is_another = own.is_another(best)
+            match = replace(match, asked_for=own.likeliest, best_asks_for=best.likeliest)
+        unlike = alike_words < UNLIKE
+        if own is not None:
+            is_another |= bool((unlike & own.tells_relation).any())
+        if is_another or int(unlike.sum()) > most_unlike:
             return replace(match, asks_for_another=True)
         return replace(match, edit=match.best)
 

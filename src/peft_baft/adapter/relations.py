@@ -16,6 +16,7 @@ OWN = (
     0.6  # how alike a question must be to a relation's wordings for their words to count as its own
 )
 NEARLY = 0.05  # relations that a question is like by so much less than by most are its own as well
+SAME = 0.95  # how alike two tokens are that stand for the same word in other words' company
 ANOTHER = 0.25  # by how much more a question may be like any relation than like one that the other question is like
 
 
@@ -40,6 +41,11 @@ class AskedFor:
     def own(self) -> Tensor:
         """Tell which relations, (relations,) bool, are those that it asks for; none where it is like none."""
         return self.of_question >= max(OWN, float(self.of_question.max()) - NEARLY)
+
+    @property
+    def tells_relation(self) -> Tensor:
+        """(n,) bool, which tokens are words of one relation alone, and so ask for it whatever else is asked."""
+        return (self.of_tokens > SAME).sum(1) == 1
 
     def is_another(self, other: AskedFor) -> bool:
         """Tell whether it clearly asks for a relation that the other question does not ask for."""
