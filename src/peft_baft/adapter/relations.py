@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-OWN = (
-    0.6  # how alike a question must be to a relation's wordings for their words to count as its own
-)
+OWN = 0.6  # how alike a question must be to a relation's wordings to ask for it
 NEARLY = 0.05  # relations that a question is like by so much less than by most are its own as well
 SAME = 0.95  # how alike two tokens are that stand for the same word in other words' company
 ANOTHER = 0.25  # by how much more a question may be like any relation than like one that the other question is like
