@@ -18,6 +18,7 @@ from peft_baft import Edit
 from peft_baft.data.batching import encode
 from peft_baft.editing.acceleration.prefix_cache import CachedPrefix
 from peft_baft.editing.answers import FullForward
+from peft_baft.editing.memory.editor import MemoryEditor
 from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_tokens, token_match
 
 pytestmark = [
@@ -143,18 +144,20 @@ def test_commands_edit_continue_and_ask(tmp_path: Path, capfd) -> None:
 def test_a_memory_tells_relations_of_one_subject_apart(smollm2) -> None:
     base, tokenizer = smollm2
     model = get_peft_model(base, peft_baft.BaftConfig(memory=True, task_type="CAUSAL_LM")).eval()
-    editor = peft_baft.BaftEditor(model, tokenizer, template="raw")
-    editor.edit(
-        [Edit("The gender of Ada Quist is", "female"), Edit("Who wrote Tall Grass?", "Bo Lind")]
-    )
+    editor = MemoryEditor(model, tokenizer, template="raw")
+    facts = {"The gender of Ada Quist is": "female", "Who wrote Tall Grass?": "Bo Lind"}
+    facts["Where was Eva Moss born?"] = "Oldvik"
+    editor.edit([Edit(prompt, target) for prompt, target in facts.items()])
     others = [
         "The place of birth of Ada Quist is",
         "The name of the father of Ada Quist is",
         "The occupation of Ada Quist is",
         "Who published Tall Grass?",
+        "When was Tall Grass written?",
+        "When was Eva Moss born?",
     ]
-    same = ["What sex is Ada Quist?", "The author of Tall Grass is"]
-    assert editor.routed(others) == [None] * 4 and editor.routed(same) == [1, 2]
+    same = ["What sex is Ada Quist?", "The author of Tall Grass is", "Eva Moss's place of birth is"]
+    assert editor.routed(others) == [None] * 6 and editor.routed(same) == [1, 2, 3]
     found = editor.matches(others[0])
     assert (found.best, found.asks_for, found.best_asks_for) == (1, "place of birth", "gender")
     assert found.asks_for_another

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from peft_baft.adapter.matching import (
+    ANYTHING,
+    KINDS,
     NOWHERE,
     Match,
     Question,
@@ -25,7 +27,7 @@ WORDS = [
 # Made common by their place: the last ones of a vocabulary are the rare ones.
 TEXTS = [*WORDS, *(f" filler{n}" for n in range(400))]
 THRESHOLDS = Thresholds(0.72, 0.48, 2)
-NO_RELATIONS = Relations(torch.zeros(0, 64), torch.zeros(0, 2, dtype=torch.int32), [])
+NO_RELATIONS = Relations(torch.zeros(0, 64), torch.zeros(0, 3, dtype=torch.int32), [])
 
 
 def ids_of(text: str) -> list[int]:
@@ -68,7 +70,8 @@ def relations_of(wordings: dict[str, tuple[str, ...]]) -> Relations:
     keys = torch.cat([question(text).keys.float() / 127 for text in words])
     numbers = [n for n, texts in enumerate(wordings.values()) for _ in texts]
     lengths = [len(ids_of(text)) for text in words]
-    return Relations(keys, torch.tensor([lengths, numbers]).mT, list(wordings))
+    kinds = [read(question(text), TEXTS).kind for text in words]
+    return Relations(keys, torch.tensor([lengths, numbers, kinds]).mT, list(wordings))
 
 
 def test_the_question_itself_is_found_among_others_and_scores_one() -> None:
@@ -161,12 +164,14 @@ def test_relations_are_found_as_a_plain_loop_finds_them() -> None:
     generator = torch.Generator().manual_seed(0)
     keys = torch.nn.functional.normalize(torch.randn(9, 8, generator=generator), dim=1)
     asked = torch.nn.functional.normalize(torch.randn(3, 8, generator=generator), dim=1)
-    wordings = torch.tensor([[2, 0], [3, 1], [1, 0], [3, 2]])
-    found = Relations(keys, wordings, ["a", "b", "c"]).asked_for(asked)
+    wordings = torch.tensor([[2, 0, 0], [3, 1, 1], [1, 0, 0], [3, 2, 2]])
+    found = Relations(keys, wordings, ["a", "b", "c"]).asked_for(asked, 0)
     assert found is not None
     parts = keys.split([2, 3, 1, 3])
     for relation in range(3):
-        own = [part for part, (_, n) in zip(parts, wordings.tolist(), strict=True) if n == relation]
+        own = [
+            part for part, (_, n, _) in zip(parts, wordings.tolist(), strict=True) if n == relation
+        ]
         alike = [
             ((asked @ part.mT).amax(1).mean() + (asked @ part.mT).amax(0).mean()) / 2
             for part in own
@@ -174,17 +179,50 @@ def test_relations_are_found_as_a_plain_loop_finds_them() -> None:
         torch.testing.assert_close(found.of_question[relation], max(alike))
         most = torch.stack([(asked @ part.mT).amax(1) for part in own]).amax(0)
         torch.testing.assert_close(found.of_tokens[:, relation], most)
-    assert Relations(keys, wordings, ["a", "b", "c"]).asked_for(asked[:0]) is None
+    assert Relations(keys, wordings, ["a", "b", "c"]).asked_for(asked[:0], 0) is None
 
 
 def test_a_question_that_is_like_no_known_relation_is_left_to_its_words() -> None:
     keys = question("please tell me").keys.float() / 127
-    unknown = RELATIONS.asked_for(keys)
-    known = RELATIONS.asked_for(question("capital").keys.float() / 127)
+    unknown = RELATIONS.asked_for(keys, 0)
+    known = RELATIONS.asked_for(question("capital").keys.float() / 127, 0)
     assert unknown is not None and known is not None
     assert unknown.of_question.max() < OWN and unknown.likeliest is None
     assert not unknown.own().any() and not unknown.is_another(known)
     assert known.likeliest == 0 and known.is_another(unknown)
+
+
+def test_what_kind_of_answer_a_question_wants_is_told_by_the_word_that_asks() -> None:
+    kinds = [
+        read(question(text), TEXTS).kind
+        for text in ("who wrote Lucas?", "where is Lucas?", "what is Lucas?", "who wrote where?")
+    ]
+    assert kinds[:2] == [KINDS["who"], KINDS["where"]] and kinds[2:] == [ANYTHING] * 2
+    # The first token, which has no key, counts; a word in a name does not.
+    first = question("Lucas wrote the book")
+    asked = Question(torch.cat([torch.tensor(ids_of("who")), first.ids[1:]]).int(), first.keys)
+    assert read(first, TEXTS).kind == ANYTHING and read(asked, TEXTS).kind == KINDS["who"]
+    # "where" and "who" are alike in no other way than as words.
+    stored = "who is born Lucas?"
+    alike = Thresholds(0.72, -1.0, 9)
+    assert match("where is born Lucas?", stored, thresholds=alike).asks_for_another
+    assert match("what is born Lucas?", stored, thresholds=alike).edit == 0
+
+
+def test_a_relation_is_not_asked_for_by_a_question_that_wants_another_kind_of_answer() -> None:
+    relations = relations_of(
+        {
+            "place": ("where born", "born"),
+            "author": ("who wrote", "where wrote"),
+            "any": ("mother",),
+        }
+    )
+    keys = question("born wrote mother").keys.float() / 127
+    for kind in (ANYTHING, KINDS["where"], KINDS["who"]):
+        found = relations.asked_for(keys, kind)
+        assert found is not None
+        # Whose wordings want different kinds, or none, may be asked for by any question.
+        assert (found.of_question > -1).tolist() == [kind != KINDS["who"], True, True]
 
 
 def test_a_question_is_found_among_other_sentences() -> None:

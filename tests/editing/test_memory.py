@@ -484,7 +484,7 @@ def test_damaged_memories_are_refused_whole(toy: FactModel, tmp_path: Path) -> N
         "codes": whole[name("codes.codes")].float(),
         "relation_keys": whole[name("router.relation_keys")][:-1],
         "relation_names": whole[name("router.relation_names")][:-9],
-        "wordings": whole[name("router.wordings")] + torch.tensor([0, 10**6], dtype=torch.int32),
+        "wordings": whole[name("router.wordings")] + torch.tensor([0, 10**6, 0], dtype=torch.int32),
     }
     for end, damaged in damages.items():
         save_file({**whole, name(f".{end}"): damaged}, tmp_path / FILE)

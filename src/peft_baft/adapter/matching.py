@@ -37,6 +37,15 @@ than that the their them then there these they this those to us was we were what
 name names will with would you your
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
+ANYTHING = 0  # what a question asks for whose words do not tell
+# Words that tell what kind of answer a question wants: a person, a place, a time, a manner or number, a reason.
+KINDS = {
+    **dict.fromkeys(("who", "whom", "whose"), 1),
+    "where": 2,
+    **dict.fromkeys(("when", "year", "date", "day"), 3),
+    "how": 4,
+    "why": 5,
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,7 @@ class Reading:
         keys: (n, k) of its tokens, of length 1. word: of each token, the number of its word. words: in lower case.
         subject, content: (n,) bool, whether the token's word tells the subject, and whether it is no function word or sign.
         weights: of each different word, a vector of length 1. numbers: those that it names.
+        kind: of answer that it wants, one of `KINDS`, `ANYTHING` where its words tell none or several.
     """
 
     keys: Tensor
@@ -100,6 +110,7 @@ class Reading:
     content: Tensor
     weights: dict[str, float]
     numbers: frozenset[str]
+    kind: int
 
     @property
     def telling(self) -> Tensor:
@@ -124,8 +135,7 @@ def read(question: Question, texts: Sequence[str]) -> Reading:
         word.append(len(words) - 1)
     in_letters = [any(map(str.isalnum, one)) for one in words]
     content = [
-        a and one.strip("'’") not in FUNCTION_WORDS
-        for a, one in zip(in_letters, words, strict=True)
+        a and _plain(one) not in FUNCTION_WORDS for a, one in zip(in_letters, words, strict=True)
     ]
     # A word of several tokens is rare.
     rarity = [1.0 if size > 1 else rare for size, rare in zip(sizes, rarity, strict=True)]
@@ -134,6 +144,9 @@ def read(question: Question, texts: Sequence[str]) -> Reading:
     ]
     if not any(subject):
         subject = content
+    spoken = [_first_word(question, texts)]
+    spoken += [one for one, name in zip(words, named, strict=True) if not name]
+    kinds = {KINDS[one] for one in map(_plain, spoken) if one in KINDS}
     weights: Counter[str] = Counter()
     for one, a, c, rare in zip(words, in_letters, content, rarity, strict=True):
         weights[one] += (rare if c else FUNCTION_RARITY) ** 2 if a else 0.0  # type: ignore[assignment]
@@ -146,7 +159,18 @@ def read(question: Question, texts: Sequence[str]) -> Reading:
         content=torch.tensor([content[n] for n in word], dtype=torch.bool),
         weights={one: weight / length for one, weight in weights.items() if weight},
         numbers=frozenset(n for one in words for n in _digits(one)),
+        kind=kinds.pop() if len(kinds) == 1 else ANYTHING,
     )
+
+
+def _first_word(question: Question, texts: Sequence[str]) -> str:
+    """Give the word of the first token, which has no key, but may be the word that asks."""
+    first, *rest = (_text(token, texts) for token in question.ids[:2].tolist())
+    return (first + rest[0] if rest and rest[0][:1].isalnum() else first).strip()
+
+
+def _plain(word: str) -> str:
+    return word.casefold().strip("'’")
 
 
 def _text(token: int, texts: Sequence[str]) -> str:
@@ -227,13 +251,15 @@ class Questions:
         self, match: Match, asked: Reading, alike: Likeness, most_unlike: int
     ) -> Match:
         """Let the best edit answer unless the question, whose words are alike, asks for something else."""
-        own = self._relations.asked_for(asked.keys[asked.telling])
+        own = self._relations.asked_for(asked.keys[asked.telling], asked.kind)
         best = self._asked_for_by(match.best)
-        alike_words, is_another = alike.of_asked[asked.telling], False
+        kind = self._reading(match.best).kind
+        is_another = kind != asked.kind and ANYTHING not in (kind, asked.kind)
+        alike_words = alike.of_asked[asked.telling]
         if best is not None and own is not None:
             if best.own().any():
                 alike_words = torch.maximum(alike_words, own.of_tokens[:, best.own()].amax(1))
-            is_another = own.is_another(best)
+            is_another |= own.is_another(best)
             match = replace(match, asked_for=own.likeliest, best_asks_for=best.likeliest)
         unlike = alike_words < UNLIKE
         if own is not None:
@@ -246,7 +272,8 @@ class Questions:
         """Tell which relations an edit's question asks for."""
         if number not in self._asked_for:
             reading = self._reading(number)
-            self._asked_for[number] = self._relations.asked_for(reading.keys[reading.telling])
+            keys = reading.keys[reading.telling]
+            self._asked_for[number] = self._relations.asked_for(keys, reading.kind)
         return self._asked_for[number]
 
     def _likely(self, asked: Reading) -> list[int]:

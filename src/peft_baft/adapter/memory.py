@@ -275,7 +275,7 @@ class EditRouter(_Kept):
             "texts": ((sizes.get("texts", 0),), torch.uint8),
             "sample": ((SAMPLE,), torch.float32),
             "relation_keys": ((sizes.get("relation_keys", 0), dimensions), torch.int8),
-            "wordings": ((sizes.get("wordings", 0), 2), torch.int32),
+            "wordings": ((sizes.get("wordings", 0), 3), torch.int32),
             "relation_names": ((sizes.get("relation_names", 0),), torch.uint8),
             "before": ((sizes.get("before", 0),), torch.int32),
             "after": ((sizes.get("after", 0),), torch.int32),

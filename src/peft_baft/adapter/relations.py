@@ -24,7 +24,8 @@ class AskedFor:
 
     Attributes:
         of_tokens: (n, relations), how much each of some of its tokens is like a relation's most similar one.
-        of_question: (relations,), how much they are altogether, in both directions, like the relation's most similar wording.
+        of_question: (relations,), how much they are altogether, in both directions, like the relation's most similar wording; -1
+            for relations to which another kind of answer belongs than the question wants.
     """
 
     of_tokens: Tensor
@@ -56,17 +57,33 @@ class Relations:
 
     Args:
         keys: (tokens, k) of the wordings' tokens, of length 1, wording by wording; those alone that tell the relation.
-        wordings: (wordings, 2), how many tokens each has, at least one, and the number of its relation.
+        wordings: (wordings, 3), how many tokens each has, at least one, the number of its relation, and the kind of answer it
+            wants, 0 where it does not say.
         names: of the relations.
     """
 
     def __init__(self, keys: Tensor, wordings: Tensor, names: Sequence[str]) -> None:
         self.names, self._keys = names, keys
-        self._lengths, self._of_wordings = wordings.long().cpu().unbind(1)
+        self._lengths, self._of_wordings, kinds = wordings.long().cpu().unbind(1)
+        # A relation has the kind that some of its wordings want, if no others want another.
+        count = len(names)
+        most = torch.zeros(count, dtype=torch.long).scatter_reduce(
+            0, self._of_wordings, kinds, "amax"
+        )
+        unsaid = torch.where(kinds == 0, kinds.max() if len(kinds) else 0, kinds)
+        least = most.scatter_reduce(0, self._of_wordings, unsaid, "amin")
+        self._kinds = torch.where(least == most, most, 0)
         self._wording = torch.arange(len(wordings)).repeat_interleave(self._lengths)
 
-    def asked_for(self, keys: Tensor) -> AskedFor | None:
-        """Compare a question with all wordings. keys: (n, k) of its tokens that tell the relation; None where there are none."""
+    def asked_for(self, keys: Tensor, kind: int) -> AskedFor | None:
+        """Compare a question with all wordings.
+
+        Args:
+            keys: (n, k) of its tokens that tell the relation. kind: of answer that it wants, 0 where it does not say.
+
+        Returns:
+            None where there are no such tokens.
+        """
         if not len(keys) or not len(self._keys):
             return None
         similar = (keys.to(self._keys.device) @ self._keys.mT).cpu()
@@ -77,10 +94,10 @@ class Relations:
         )
         alike = (to_wordings + from_wordings / self._lengths) / 2
         relations = len(self.names)
-        return AskedFor(
-            _largest(of_wordings, self._of_wordings, relations),
-            _largest(alike[None], self._of_wordings, relations)[0],
-        )
+        of_question = _largest(alike[None], self._of_wordings, relations)[0]
+        if kind:
+            of_question[(self._kinds != 0) & (self._kinds != kind)] = -1.0
+        return AskedFor(_largest(of_wordings, self._of_wordings, relations), of_question)
 
 
 def _largest(values: Tensor, groups: Tensor, count: int) -> Tensor:

@@ -163,12 +163,12 @@ def check_memory(tensors: Mapping[str, Tensor], where: str) -> None:
 
 def _relations_are_whole(router: Mapping[str, Tensor]) -> bool:
     """Tell whether the wordings of relations in a memory belong together."""
-    lengths, relations = router["wordings"].long().unbind(1)
+    lengths, relations, kinds = router["wordings"].long().unbind(1)
     names = len(unpacked(router["relation_names"]))
     return (
         bool((lengths >= 1).all())
         and int(lengths.sum()) == len(router["relation_keys"])
-        and bool(((relations >= 0) & (relations < names)).all())
+        and bool(((relations >= 0) & (relations < names) & (kinds >= 0)).all())
     )
 
 
@@ -240,7 +240,7 @@ def _expected_of_memory(blocks: set[str], config: BaftConfig) -> dict[str, tuple
         "made": (),
         "keys": (None, k),
         "relation_keys": (None, k),
-        "wordings": (None, 2),
+        "wordings": (None, 3),
         "mean": (d,),
         "sample": (SAMPLE,),
         "whitening": (d, k),

@@ -83,15 +83,15 @@ def _relations(
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Keep of wordings of relations the tokens that tell them, as `Relations` takes them; wordings without any are left out."""
     names = list(dict.fromkeys(name for name, _ in wordings))
-    kept, lengths = [], []
+    kept, told = [], []
     for (name, row), of_wording in zip(wordings, keys, strict=True):
         reading = read(Question(torch.tensor(row.ids, dtype=torch.int32), of_wording), texts)
         named = torch.tensor([reading.words[n] in NAME.casefold().split() for n in reading.word])
         telling = reading.content & ~named
         if telling.any():
             kept.append(of_wording[telling])
-            lengths.append((int(telling.sum()), names.index(name)))
-    return torch.cat(kept), torch.tensor(lengths, dtype=torch.int32), names
+            told.append((int(telling.sum()), names.index(name), reading.kind))
+    return torch.cat(kept), torch.tensor(told, dtype=torch.int32), names
 
 
 def token_texts(tokenizer: Any) -> list[str]:
