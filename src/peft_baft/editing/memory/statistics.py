@@ -83,7 +83,7 @@ def _relations(
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Keep of wordings of relations the tokens that tell them, as `Relations` takes them; wordings without any are left out."""
     names = list(dict.fromkeys(name for name, _ in wordings))
-    kept, told = [], []
+    kept, told = [keys[0][:0]], []
     for (name, row), of_wording in zip(wordings, keys, strict=True):
         reading = read(Question(torch.tensor(row.ids, dtype=torch.int32), of_wording), texts)
         named = torch.tensor([reading.words[n] in NAME.casefold().split() for n in reading.word])
@@ -91,7 +91,7 @@ def _relations(
         if telling.any():
             kept.append(of_wording[telling])
             told.append((int(telling.sum()), names.index(name), reading.kind))
-    return torch.cat(kept), torch.tensor(told, dtype=torch.int32), names
+    return torch.cat(kept), torch.tensor(told, dtype=torch.int32).reshape(-1, 3), names
 
 
 def token_texts(tokenizer: Any) -> list[str]:
