@@ -122,7 +122,7 @@ class EditCommand(TrainingOptions, ModelOptions):
         choice(
             KNOWN,
             "what becomes of a fact whose question a continued memory holds already: it replaces the earlier edit, or the whole "
-            "file is refused",
+            "file is refused, as it is for a question that the memory answers in other words",
         ),
     ] = "replace"
     batch_size: Annotated[int, whole_number("facts learned at once; 1 is one after another")] = 1

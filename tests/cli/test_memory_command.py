@@ -92,7 +92,7 @@ def test_a_forgotten_edit_is_gone_and_the_log_says_so(
     before = (memory / WEIGHTS).read_bytes()
     onto = ["--adapter", str(memory)]
     assert edit(folder, memory, "again.jsonl", *onto, "--known", "refuse") == 2
-    assert "holds the questions of 1 of these facts" in capsys.readouterr().err
+    assert "answers the questions of 1 of these facts" in capsys.readouterr().err
     assert (memory / WEIGHTS).read_bytes() == before
     assert edit(folder, memory, "again.jsonl", "--adapter", str(memory)) == 0
     assert "replace its edits 13." in capsys.readouterr().out
@@ -100,6 +100,22 @@ def test_a_forgotten_edit_is_gone_and_the_log_says_so(
     # A return to what it was before does.
     assert cli.main(["rollback", str(memory), "--to", "0"]) == 0
     assert saved_numbers(memory) == []
+
+
+def test_a_fact_in_other_words_than_an_edit_is_said_and_can_be_refused(
+    folder: Path, memory: Path, capsys: Any
+) -> None:
+    same, other = CAPITALS[2].rephrase, CAPITALS[20].prompt
+    records = [{"prompt": prompt, "target": CAPITALS[5].answer} for prompt in (same, other)]
+    (folder / "reworded.jsonl").write_text("\n".join(map(json.dumps, records)))
+    onto, before = ["--adapter", str(memory)], (memory / WEIGHTS).read_bytes()
+    assert edit(folder, memory, "reworded.jsonl", *onto, "--known", "refuse") == 2
+    told = capsys.readouterr().err
+    assert "answers the questions of 1 of these facts" in told and "edit 3" in told
+    assert (memory / WEIGHTS).read_bytes() == before
+    assert edit(folder, memory, "reworded.jsonl", *onto) == 0
+    assert f"baft forget {memory} --edit 3" in capsys.readouterr().out
+    assert saved_numbers(memory) == list(range(1, 15))
 
 
 def test_ask_explains_which_edit_answered(folder: Path, memory: Path, capsys: Any) -> None:

@@ -207,6 +207,8 @@ def test_a_rephrasing_finds_its_edit_and_another_country_does_not(toy: FactModel
     assert sum(match.best == number for number, match in enumerate(found, 1)) >= 11
     match = editor.matches(CAPITALS[0].prompt)
     assert match.edit == match.best == 1 and match.runner_up != 1
+    again = [Edit(CAPITALS[0].rephrase, "bodran"), *edits(3)]
+    assert editor.reworded(again) == {0: 1} and editor.known(again) == {1: 4}
     others = [editor.matches(fact.prompt) for fact in CAPITALS[12:]]
     edited = [editor.matches(fact.prompt) for fact in CAPITALS[:12]]
     assert max(match.subject for match in others) < min(match.subject for match in edited)

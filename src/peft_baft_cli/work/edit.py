@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from peft_baft import BaftConfig, BaftEditor
 from peft_baft.adapter.registration import BAFT
 from peft_baft.adapter.weights import FILE as WEIGHTS
-from peft_baft.data.cases import Case
+from peft_baft.data.cases import Case, prompt_words
 from peft_baft.data.datasets import read_cases, read_unrelated
 from peft_baft.data.unrelated import CANARIES
 from peft_baft.editing.adapter_editor import AdapterEditor
@@ -95,7 +95,7 @@ def _edit(options: EditCommand, device: str, processes: Processes) -> dict[str, 
     with doing(f"loading {options.model}", processes.first):
         model, tokenizer = _edited_model(options, device, preset, continued, memory)
     editor = _editor(options, model, tokenizer, preset, unrelated, processes)
-    replaced = _replaced(options, editor, cases)
+    earlier = _earlier_edits(options, editor, cases)
     asked_in = editor.templates[-1]  # of both forms, the chat: what a chat model is asked in
     with doing("asking the model before it is edited", processes.first):
         finish_report = watch(model, tokenizer, cases, asked_in)
@@ -105,7 +105,7 @@ def _edit(options: EditCommand, device: str, processes: Processes) -> dict[str, 
     records = _make_edits(options, editor, cases, check)
     with doing("asking the model after its edits", processes.first):
         return processes.of_first(
-            lambda: _saved(options, editor, finish_report(), records, replaced)
+            lambda: _saved(options, editor, finish_report(), records, earlier)
         )
 
 
@@ -166,23 +166,37 @@ def _editor(
     )
 
 
-def _replaced(options: EditCommand, editor: AdapterEditor, cases: Sequence[Case]) -> list[int]:
-    """List the numbers of the edits in a memory that have the same questions as new ones.
+def _earlier_edits(
+    options: EditCommand, editor: AdapterEditor, cases: Sequence[Case]
+) -> dict[str, list[Any]]:
+    """Find the edits in a memory that answer the questions of new ones.
+
+    Returns:
+        `replaced`: numbers of those with the same questions, which go. `reworded`: prompts of new facts that others answer, with
+        their numbers; these stay.
 
     Raises:
         ValueError: there are some, and they are not to be replaced.
     """
     if not isinstance(editor, MemoryEditor) or not editor.numbers:
-        return []
-    known = editor.known([case.edit for case in cases])
-    if known and options.known == "refuse":
-        place, number = next(iter(known.items()))
-        prompt = cases[place].edit.prompt
+        return {"replaced": [], "reworded": []}
+    facts = [case.edit for case in cases]
+    known, reworded = editor.known(facts), editor.reworded(facts)
+    answered = known | reworded
+    if answered and options.known == "refuse":
+        place = min(answered)
+        prompt = prompt_words(facts[place].prompt)
         raise ValueError(
-            f"{options.adapter} holds the questions of {len(known)} of these facts; the first is {prompt!r:.80}, its edit "
-            f"{number}. Leave --known out to replace these edits, or take the facts out of {options.edits}."
+            f"{options.adapter} answers the questions of {len(answered)} of these facts; the first is {prompt!r:.80}, "
+            f"by its edit {answered[place]}. Leave --known out to teach them all the same, or take them out of {options.edits}."
         )
-    return sorted(set(known.values()))
+    return {
+        "replaced": sorted(set(known.values())),
+        "reworded": [
+            {"prompt": prompt_words(facts[place].prompt), "edit": number}
+            for place, number in reworded.items()
+        ],
+    }
 
 
 def _make_edits(
@@ -226,12 +240,12 @@ def _saved(
     editor: AdapterEditor,
     result: Report,
     records: Sequence[EditRecord],
-    replaced: Sequence[int],
+    earlier: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Save the adapter with its report; return the report, which is what `--json` prints.
 
     Args:
-        replaced: numbers of the edits of a memory that had the same questions, and are gone.
+        earlier: as `_earlier_edits` returns them.
     """
     output = options.output
     editor.model.save_pretrained(str(output), save_embedding_layers=False)
@@ -243,7 +257,7 @@ def _saved(
         "bytes": (output / WEIGHTS).stat().st_size,
         "sha256": sha256((output / WEIGHTS).read_bytes()).hexdigest(),
         **summary(result, records),
-        "replaced": list(replaced),
+        **earlier,
         "method": "memory" if isinstance(editor, MemoryEditor) else "baft",
         "unrelated_used": getattr(editor, "unrelated_used", 0),
     }

@@ -51,6 +51,17 @@ def summary(report: Report, records: Sequence[EditRecord]) -> dict[str, Any]:
     }
 
 
+def _reworded(found: Sequence[Mapping[str, Any]], folder: str) -> str:
+    """Say which facts ask in other words what earlier edits answer."""
+    shown_first = ", ".join(f"{one['prompt']!r:.60} (edit {one['edit']})" for one in found[:3])
+    numbers = ",".join(str(number) for number in sorted({one["edit"] for one in found}))
+    return (
+        f"{len(found)} of these facts ask in other words what the memory answered already: {shown_first}"
+        f"{', …' if len(found) > 3 else ''}. Both stay, and a prompt is answered by the nearer wording; "
+        f"`baft forget {folder} --edit {numbers}` takes the earlier ones out."
+    )
+
+
 def print_report(report: Mapping[str, Any]) -> None:
     """Print the report: what `summary` returned, with what the command added."""
     count = report["facts"]
@@ -75,6 +86,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     if report.get("replaced"):
         numbers = ", ".join(map(str, report["replaced"]))
         print(f"Facts with questions that were in the memory replace its edits {numbers}.")
+    if report.get("reworded"):
+        print(_reworded(report["reworded"], report["adapter"]))
     print("\nMeasured on the tokens of answers, as shares:")
     for name, what in MEASURES:
         if report[name] is None:

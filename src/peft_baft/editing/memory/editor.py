@@ -223,6 +223,20 @@ class MemoryEditor(AdapterEditor):
         of_facts = [stored.get(tuple(question.ids.tolist())) for question in questions]
         return {place: number for place, number in enumerate(of_facts) if number is not None}
 
+    def reworded(self, edits: Iterable[Edit]) -> dict[int, int]:
+        """Tell which of some edits ask in other words what edits in the memory answer: by their places, the numbers of those.
+
+        Both stay in the memory when these are made, and a prompt is answered by the one whose wording is nearer.
+        """
+        facts = checked_edits(edits)
+        known = self.known(facts)
+        of_facts = self.routed([fact.prompt for fact in facts])
+        return {
+            place: number
+            for place, number in enumerate(of_facts)
+            if number is not None and place not in known
+        }
+
     def forget(self, number: int) -> None:
         """Take one edit out of the memory; what the others answer stays bit for bit.
 
