@@ -493,6 +493,10 @@ def test_damaged_memories_are_refused_whole(toy: FactModel, tmp_path: Path) -> N
         with pytest.raises(ValueError, match="damaged"):
             PeftModel.from_pretrained(base, str(tmp_path))
         assert not hasattr(base, "peft_config")
+    earlier = {key: tensor for key, tensor in whole.items() if not key.endswith("relation_keys")}
+    save_file(earlier, tmp_path / FILE)
+    with pytest.raises(ValueError, match="Teach its facts again"):
+        PeftModel.from_pretrained(base, str(tmp_path))
     save_file(whole, tmp_path / FILE)
     PeftModel.from_pretrained(base, str(tmp_path))
 

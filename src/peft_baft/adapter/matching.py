@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peft_baft.adapter.relations import AskedFor, Relations
+from peft_baft.adapter.relations import ANYTHING, AskedFor, Relations
 
 INT8 = 127.0
 NOWHERE = -1
@@ -37,7 +37,6 @@ than that the their them then there these they this those to us was we were what
 name names will with would you your
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
-ANYTHING = 0  # what a question asks for whose words do not tell
 # Words that tell what kind of answer a question wants: a person, a place, a time, a manner or number, a reason.
 KINDS = {
     **dict.fromkeys(("who", "whom", "whose"), 1),
@@ -73,8 +72,8 @@ class Match:
     runner_up: int = NOWHERE
     subject: float = 0.0
     relation: float = 0.0
-    asked_for: int | None = None
-    best_asks_for: int | None = None
+    asked_for: str | None = None
+    best_asks_for: str | None = None
     asks_for_another: bool = False
 
 
@@ -165,8 +164,9 @@ def read(question: Question, texts: Sequence[str]) -> Reading:
 
 def _first_word(question: Question, texts: Sequence[str]) -> str:
     """Give the word of the first token, which has no key, but may be the word that asks."""
-    first, *rest = (_text(token, texts) for token in question.ids[:2].tolist())
-    return (first + rest[0] if rest and rest[0][:1].isalnum() else first).strip()
+    first = [_text(token, texts) for token in question.ids[:2].tolist()]
+    goes_on = len(first) == 2 and first[1][:1].isalnum()
+    return "".join(first if goes_on else first[:1]).strip()
 
 
 def _plain(word: str) -> str:
@@ -257,10 +257,14 @@ class Questions:
         is_another = kind != asked.kind and ANYTHING not in (kind, asked.kind)
         alike_words = alike.of_asked[asked.telling]
         if best is not None and own is not None:
-            if best.own().any():
-                alike_words = torch.maximum(alike_words, own.of_tokens[:, best.own()].amax(1))
+            if best.own.any():
+                alike_words = torch.maximum(alike_words, own.of_tokens[:, best.own].amax(1))
             is_another |= own.is_another(best)
-            match = replace(match, asked_for=own.likeliest, best_asks_for=best.likeliest)
+            match = replace(
+                match,
+                asked_for=self._relations.likeliest(own),
+                best_asks_for=self._relations.likeliest(best),
+            )
         unlike = alike_words < UNLIKE
         if own is not None:
             is_another |= bool((unlike & own.tells_relation).any())

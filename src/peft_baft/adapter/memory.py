@@ -321,10 +321,14 @@ class EditRouter(_Kept):
         Args:
             ids: (n,) of the prompt's tokens. states: (n, d) of the key block.
         """
+        kept, words = self.kept(), self.words_of_user(ids.tolist())
+        keys = keys_of(states[words][1:], kept["mean"], kept["whitening"])
+        return Question(ids[words].to(torch.int32), keys)
+
+    def words_of_user(self, ids: Sequence[int]) -> slice:
+        """Find the question in a prompt's tokens: the user's last message, or all of them if it is no chat."""
         kept = self.kept()
-        first, last = _words_of_user(ids.tolist(), kept["before"].tolist(), kept["after"].tolist())
-        keys = keys_of(states[first + 1 : last], kept["mean"], kept["whitening"])
-        return Question(ids[first:last].to(torch.int32), keys)
+        return slice(*_words_of_user(list(ids), kept["before"].tolist(), kept["after"].tolist()))
 
     def stored(self) -> list[Question]:
         """List the questions of the edits."""

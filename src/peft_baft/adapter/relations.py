@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ANYTHING = 0  # the kind of answer that is wanted where words do not tell
 OWN = 0.6  # how alike a question must be to a relation's wordings to ask for it
 NEARLY = 0.05  # relations that a question is like by so much less than by most are its own as well
 SAME = 0.95  # how alike two tokens are that stand for the same word in other words' company
@@ -32,13 +33,8 @@ class AskedFor:
     of_question: Tensor
 
     @property
-    def likeliest(self) -> int | None:
-        """The number of the relation that it is most like, None where it is like none."""
-        alike, number = self.of_question.max(0)
-        return int(number) if alike >= OWN else None
-
     def own(self) -> Tensor:
-        """Tell which relations, (relations,) bool, are those that it asks for; none where it is like none."""
+        """(relations,) bool, which relations it asks for; none where it is like none."""
         return self.of_question >= max(OWN, float(self.of_question.max()) - NEARLY)
 
     @property
@@ -58,28 +54,25 @@ class Relations:
     Args:
         keys: (tokens, k) of the wordings' tokens, of length 1, wording by wording; those alone that tell the relation.
         wordings: (wordings, 3), how many tokens each has, at least one, the number of its relation, and the kind of answer it
-            wants, 0 where it does not say.
+            wants, `ANYTHING` where it does not say.
         names: of the relations.
     """
 
     def __init__(self, keys: Tensor, wordings: Tensor, names: Sequence[str]) -> None:
         self.names, self._keys = names, keys
         self._lengths, self._of_wordings, kinds = wordings.long().cpu().unbind(1)
-        # A relation has the kind that some of its wordings want, if no others want another.
-        count = len(names)
-        most = torch.zeros(count, dtype=torch.long).scatter_reduce(
-            0, self._of_wordings, kinds, "amax"
-        )
-        unsaid = torch.where(kinds == 0, kinds.max() if len(kinds) else 0, kinds)
-        least = most.scatter_reduce(0, self._of_wordings, unsaid, "amin")
-        self._kinds = torch.where(least == most, most, 0)
+        wanted: list[set[int]] = [set() for _ in names]
+        for relation, kind in zip(self._of_wordings.tolist(), kinds.tolist(), strict=True):
+            wanted[relation] |= {kind} - {ANYTHING}
+        # The kind that a relation's wordings want, if they agree.
+        self._kinds = torch.tensor([min(of) if len(of) == 1 else ANYTHING for of in wanted])
         self._wording = torch.arange(len(wordings)).repeat_interleave(self._lengths)
 
     def asked_for(self, keys: Tensor, kind: int) -> AskedFor | None:
         """Compare a question with all wordings.
 
         Args:
-            keys: (n, k) of its tokens that tell the relation. kind: of answer that it wants, 0 where it does not say.
+            keys: (n, k) of its tokens that tell the relation. kind: of answer that it wants, or `ANYTHING`.
 
         Returns:
             None where there are no such tokens.
@@ -95,9 +88,14 @@ class Relations:
         alike = (to_wordings + from_wordings / self._lengths) / 2
         relations = len(self.names)
         of_question = _largest(alike[None], self._of_wordings, relations)[0]
-        if kind:
-            of_question[(self._kinds != 0) & (self._kinds != kind)] = -1.0
+        if kind != ANYTHING:
+            of_question[(self._kinds != ANYTHING) & (self._kinds != kind)] = -1.0
         return AskedFor(_largest(of_wordings, self._of_wordings, relations), of_question)
+
+    def likeliest(self, asked_for: AskedFor) -> str | None:
+        """Give the name of the relation that a question is most like, None where it is like none."""
+        alike, number = asked_for.of_question.max(0)
+        return self.names[int(number)] if alike >= OWN else None
 
 
 def _largest(values: Tensor, groups: Tensor, count: int) -> Tensor:

@@ -29,6 +29,10 @@ UNNUMBERED = (
     f"{FILE}, rename the tensors that end in {FORMER_USAGE}, if there are any, so that they end in baft_gate_usage, and "
     'add the line "baft_format": 1 to adapter_config.json'
 )
+WITHOUT_RELATIONS = (
+    "was saved before memories of edits told common relations apart, or is damaged: it has no relation_keys. "
+    "Teach its facts again; `baft log` lists them."
+)
 # Tensors of a memory of edits: integers of these types, by the last part of their names; the others hold floating-point numbers.
 IN_MEMORY = re.compile(r"\.baft_(?:codes|router)\.(?:.+\.)?(\w+)$")
 INTEGERS = {
@@ -74,6 +78,8 @@ def check_folder(folder: Path, config: BaftConfig) -> dict[str, tuple[int, ...]]
         ) from None
     if any(name.endswith(f".{FORMER_USAGE}") for name in tensors):
         raise ValueError(f"{file} was {UNNUMBERED}.")
+    if config.memory and not any(name.endswith(".relation_keys") for name in tensors):
+        raise ValueError(f"{file} {WITHOUT_RELATIONS}")
     blocks = {
         name.rpartition(".baft.baft_")[0].removeprefix(BASE)
         for name in tensors

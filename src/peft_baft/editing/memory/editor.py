@@ -213,14 +213,12 @@ class MemoryEditor(AdapterEditor):
 
     def known(self, edits: Iterable[Edit]) -> dict[int, int]:
         """Tell which of some edits have questions that are in the memory: by their places among these, the numbers there."""
-        facts = checked_edits(edits)
-        with frozen(self.model):
-            questions = self._questions([fact.prompt for fact in facts])
         stored = {
             tuple(question.ids.tolist()): number
             for question, number in zip(self.router.stored(), self.numbers, strict=True)
         }
-        of_facts = [stored.get(tuple(question.ids.tolist())) for question in questions]
+        rows = self._rows([fact.prompt for fact in checked_edits(edits)])
+        of_facts = [stored.get(row.ids[self.router.words_of_user(row.ids)]) for row in rows]
         return {place: number for place, number in enumerate(of_facts) if number is not None}
 
     def reworded(self, edits: Iterable[Edit]) -> dict[int, int]:
@@ -230,12 +228,10 @@ class MemoryEditor(AdapterEditor):
         """
         facts = checked_edits(edits)
         known = self.known(facts)
-        of_facts = self.routed([fact.prompt for fact in facts])
-        return {
-            place: number
-            for place, number in enumerate(of_facts)
-            if number is not None and place not in known
-        }
+        new = [place for place in range(len(facts)) if place not in known]
+        numbers = self.routed([facts[place].prompt for place in new])
+        found = zip(new, numbers, strict=True)
+        return {place: number for place, number in found if number is not None}
 
     def forget(self, number: int) -> None:
         """Take one edit out of the memory; what the others answer stays bit for bit.
@@ -277,9 +273,6 @@ class MemoryEditor(AdapterEditor):
         def number(place: int) -> int | None:
             return None if place == NOWHERE else numbers[place]
 
-        def relation(of_names: int | None) -> str | None:
-            return None if of_names is None else self.router.relations().names[of_names]
-
         return MemoryMatch(
             number(found.edit),
             number(found.best),
@@ -288,8 +281,8 @@ class MemoryEditor(AdapterEditor):
             found.relation,
             self._config.least_subject,
             self._config.strictness,
-            relation(found.asked_for),
-            relation(found.best_asks_for),
+            found.asked_for,
+            found.best_asks_for,
             found.asks_for_another,
         )
 
@@ -303,11 +296,14 @@ class MemoryEditor(AdapterEditor):
 
     def _questions(self, prompts: Sequence[Prompt]) -> list[Question]:
         """Make the questions of prompts, with their keys, in the first form in which facts are taught."""
-        rows = [encode_prompt(self.tokenizer, p, template=self.templates[0]) for p in prompts]
+        rows = self._rows(prompts)
         found: list[Question] = []
         for start in range(0, len(rows), LANES):
             found += self._questions_of(rows[start : start + LANES])
         return found
+
+    def _rows(self, prompts: Sequence[Prompt]) -> list[Tokens]:
+        return [encode_prompt(self.tokenizer, p, template=self.templates[0]) for p in prompts]
 
     def _questions_of(self, rows: Sequence[Tokens]) -> list[Question]:
         batch = collate(rows, padding_id(self.tokenizer))
