@@ -146,7 +146,7 @@ def test_a_memory_tells_relations_of_one_subject_apart(smollm2) -> None:
     model = get_peft_model(base, peft_baft.BaftConfig(memory=True, task_type="CAUSAL_LM")).eval()
     editor = MemoryEditor(model, tokenizer, template="raw")
     facts = {"The gender of Ada Quist is": "female", "Who wrote Tall Grass?": "Bo Lind"}
-    facts["Where was Eva Moss born?"] = "Oldvik"
+    facts |= {"Where was Eva Moss born?": "Oldvik", "The inventor of the telephone is": "Ann Lee"}
     editor.edit([Edit(prompt, target) for prompt, target in facts.items()])
     others = [
         "The place of birth of Ada Quist is",
@@ -155,17 +155,22 @@ def test_a_memory_tells_relations_of_one_subject_apart(smollm2) -> None:
         "Who published Tall Grass?",
         "When was Tall Grass written?",
         "When was Eva Moss born?",
+        "When was the telephone invented?",
+        "Which kingdom was the author of Tall Grass from?",
+        "The gender of Ada Quist, which is not female, is",
+        "Where was Eva Moss, the sister of Kurt Moor, born?",
     ]
     same = ["What sex is Ada Quist?", "The author of Tall Grass is", "Eva Moss's place of birth is"]
-    assert editor.routed(others) == [None] * 6 and editor.routed(same) == [1, 2, 3]
+    same.append("Who invented the telephone?")
+    assert editor.routed(others) == [None] * 10 and editor.routed(same) == [1, 2, 3, 4]
     found = editor.matches(others[0])
     assert (found.best, found.asks_for, found.best_asks_for) == (1, "place of birth", "gender")
-    assert found.asks_for_another
-    # The control: by words alone, other relations are answered.
+    assert found.differs == '"place"'
+    # The control: by words alone, the telephone is not told from who invented it, and "sex" is not "gender".
     router = editor.router
     without = {name: router.kept()[name][:0] for name in ("relation_keys", "wordings")}
     router.take({**router.kept(), **without})
-    assert editor.routed(others)[1:3] == [1, 1]
+    assert editor.routed([others[6], same[0]]) == [4, None]
     model.unload()
 
 

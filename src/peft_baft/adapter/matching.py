@@ -1,10 +1,10 @@
 """Find the edit that a question asks for, or none.
 
 Questions are compared by their words, and by late interaction of their tokens' keys: each token of one looks for the most similar
-token of the other. An edit answers if the question is about the same subject, which names and rare words tell, and asks the same
-of it, which the other words tell, and the common relations whose wordings these are like. What an edit scores depends on no other
-edit, and on no statistics of texts: how rare a token is follows from its place in the vocabulary, since byte pair encoding merges
-the commonest first. docs/memory.md has the figures.
+token of the other. An edit answers if the question is about the same subject and names nothing else, which names and rare words
+tell, and asks the same of it, which the other words tell, and the common relations whose wordings these are like. What an
+edit scores depends on no other edit, and on no statistics of texts: how rare a token is follows from its place in the
+vocabulary, since byte pair encoding merges the commonest first. docs/memory.md has the figures.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peft_baft.adapter.relations import ANYTHING, AskedFor, Relations
+from peft_baft.adapter.relations import ANYTHING, SAME, AskedFor, Relations, largest
 
 INT8 = 127.0
 NOWHERE = -1
@@ -27,16 +27,22 @@ FUNCTION_WEIGHT, FUNCTION_RARITY = (
     0.5,
     0.3,
 )  # of function words and signs, in the relation and among words
-UNLIKE = 0.5  # a word of the question that is less like any stored one asks for something else
+UNLIKE = 0.5  # a word of the question that is less like any of the edit's, or of what it asks for, is not among these
+UNLIKE_KNOWN = 0.7  # the same for the first word that tells what is asked for, if it is one of a common relation
 SHORTEST = 3  # tokens of a sentence that may be a question
+SHORTEST_LAST = 3  # letters of a word before a full stop that ends a sentence
 ENDS = (".", "?", "!", "\n", ":")  # of sentences
 _FUNCTION_WORDS = """
 a about also am an and any are as at be been being but by can could did do does for from had has have he her his how i
 if in into is it its know may me might must my no not of on or our out please s say shall she should so some t tell
 than that the their them then there these they this those to us was we were what when where which who whom whose why
 name names will with would you your
+d ll re ve one person exact exactly full official actual
+again called curious hello hey hi know like need remind thank thanks think want wonder wondering
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
+# Words that, unless the edit's question has them, too, make a question ask for another answer than the edit's.
+OTHERWISE = frozenset(("not", "other", "another", "else", "except", "besides"))
 # Words that tell what kind of answer a question wants: a person, a place, a time, a manner or number, a reason.
 KINDS = {
     **dict.fromkeys(("who", "whom", "whose"), 1),
@@ -64,7 +70,7 @@ class Match:
         subject, relation: how much the question is about the same as the best edit's, and asks the same, both at most 1.
         asked_for, best_asks_for: the common relations that the question and the best edit's are most like, None where there are
             none, or that was not needed.
-        asks_for_another: whether that, or the words that are unlike the edit's, keep the best edit from answering.
+        differs: what keeps the best edit from answering, though these are enough, in words.
     """
 
     edit: int
@@ -74,7 +80,7 @@ class Match:
     relation: float = 0.0
     asked_for: str | None = None
     best_asks_for: str | None = None
-    asks_for_another: bool = False
+    differs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ class Thresholds:
 
     Attributes:
         subject, strictness: what the likenesses of subject and relation must be above.
-        most_unlike: how many words of a question, besides its subject, may be unlike any of the edit's and of its relation's.
+        most_unlike: how many words of a question, besides its subject, may be unlike any of the edit's and of what it asks for.
     """
 
     subject: float
@@ -96,17 +102,19 @@ class Reading:
     """A question in words, without its first token.
 
     Attributes:
-        keys: (n, k) of its tokens, of length 1. word: of each token, the number of its word. words: in lower case.
+        keys: (n, k) of its tokens, of length 1. word: (n,), the number of each token's word. words: in lower case.
         subject, content: (n,) bool, whether the token's word tells the subject, and whether it is no function word or sign.
+        named: (n,) bool, whether the token's word is a name or a number.
         weights: of each different word, a vector of length 1. numbers: those that it names.
         kind: of answer that it wants, one of `KINDS`, `ANYTHING` where its words tell none or several.
     """
 
     keys: Tensor
-    word: list[int]
+    word: Tensor
     words: list[str]
     subject: Tensor
     content: Tensor
+    named: Tensor
     weights: dict[str, float]
     numbers: frozenset[str]
     kind: int
@@ -117,8 +125,13 @@ class Reading:
         return self.content & ~self.subject
 
 
-def read(question: Question, texts: Sequence[str]) -> Reading:
-    """Read a question. texts: of each token, what it stands for, with the space before it."""
+def read(question: Question, texts: Sequence[str], relations: Relations | None = None) -> Reading:
+    """Read a question.
+
+    Args:
+        texts: of each token, what it stands for, with the space before it.
+        relations: whose words tell no subject, where there are others.
+    """
     words: list[str] = []
     word, sizes, named, rarity = [], [], [], []
     for place, token in enumerate(question.ids[1:].tolist()):
@@ -141,8 +154,16 @@ def read(question: Question, texts: Sequence[str]) -> Reading:
     subject = [
         c and (name or rare >= RARE) for c, name, rare in zip(content, named, rarity, strict=True)
     ]
-    if not any(subject):
-        subject = content
+    of_token = torch.tensor(word, dtype=torch.long)
+    keys = question.keys.float() / INT8
+    # Without a name or a rare word, those that no common relation has tell the subject.
+    known = set(of_token[relations.knows(keys)].tolist()) if relations else set()
+    for among in (subject, content):
+        told = [of and n not in known for n, of in enumerate(among)]
+        if any(told):
+            break
+    else:
+        told = subject if any(subject) else content
     spoken = [_first_word(question, texts)]
     spoken += [one for one, name in zip(words, named, strict=True) if not name]
     kinds = {KINDS[one] for one in map(_plain, spoken) if one in KINDS}
@@ -151,11 +172,12 @@ def read(question: Question, texts: Sequence[str]) -> Reading:
         weights[one] += (rare if c else FUNCTION_RARITY) ** 2 if a else 0.0  # type: ignore[assignment]
     length = math.sqrt(sum(weight**2 for weight in weights.values())) or 1.0
     return Reading(
-        keys=question.keys.float() / INT8,
-        word=word,
+        keys=keys,
+        word=of_token,
         words=words,
-        subject=torch.tensor([subject[n] for n in word], dtype=torch.bool),
-        content=torch.tensor([content[n] for n in word], dtype=torch.bool),
+        subject=torch.tensor(told, dtype=torch.bool)[of_token],
+        content=torch.tensor(content, dtype=torch.bool)[of_token],
+        named=torch.tensor(named, dtype=torch.bool)[of_token],
         weights={one: weight / length for one, weight in weights.items() if weight},
         numbers=frozenset(n for one in words for n in _digits(one)),
         kind=kinds.pop() if len(kinds) == 1 else ANYTHING,
@@ -186,7 +208,8 @@ def sentences(question: Question, texts: Sequence[str]) -> Iterator[Question]:
     """Give a prompt as a whole, and each of its sentences, which may stand among words that ask for nothing."""
     yield question
     ids = question.ids.tolist()
-    ends = [n + 1 for n, token in enumerate(ids) if _text(token, texts).rstrip(" ").endswith(ENDS)]
+    spoken = [_text(token, texts) for token in ids]
+    ends = [n + 1 for n in range(len(ids)) if _ends_sentence(spoken, n)]
     starts = [0, *ends]
     if len(ids) - starts[-1] == 0:
         starts.pop()
@@ -194,6 +217,18 @@ def sentences(question: Question, texts: Sequence[str]) -> Iterator[Question]:
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
             if end - start >= SHORTEST:
                 yield Question(question.ids[start:end], question.keys[start : end - 1])
+
+
+def _ends_sentence(spoken: Sequence[str], place: int) -> bool:
+    """Tell whether a token ends a sentence; a full stop does not within a word, nor behind an initial or a short abbreviation."""
+    text = spoken[place].rstrip(" ")
+    if not text.endswith(ENDS):
+        return False
+    word = ("".join(spoken[max(0, place - 2) : place]) + text).split()[-1:]
+    follows = spoken[place + 1][:1] if place + 1 < len(spoken) else " "
+    return not text.endswith(".") or (
+        follows.isspace() and (not word or len(word[0].strip(".")) >= SHORTEST_LAST)
+    )
 
 
 class Questions:
@@ -225,7 +260,7 @@ class Questions:
     def match(self, question: Question, thresholds: Thresholds) -> Match:
         """Find the edit that a prompt, or a sentence in it, asks for: the likeliest one, if it is alike enough."""
         found = [
-            self._match(read(part, self._texts), thresholds)
+            self._match(read(part, self._texts, self._relations), thresholds)
             for part in sentences(question, self._texts)
             if len(part.keys)
         ]
@@ -244,33 +279,35 @@ class Questions:
         runner_up = scored[1][1] if len(scored) > 1 else NOWHERE
         match = Match(NOWHERE, best, runner_up, alike.subject, alike.relation)
         if alike.subject > thresholds.subject and alike.relation > thresholds.strictness:
-            match = self._by_relations(match, asked, alike, thresholds.most_unlike)
+            match = self._unless_it_differs(match, asked, alike, thresholds.most_unlike)
         return alike.rank, match
 
-    def _by_relations(
+    def _unless_it_differs(
         self, match: Match, asked: Reading, alike: Likeness, most_unlike: int
     ) -> Match:
-        """Let the best edit answer unless the question, whose words are alike, asks for something else."""
-        own = self._relations.asked_for(asked.keys[asked.telling], asked.kind)
+        """Let the best edit answer unless the question, which is alike, names or asks for something else."""
+        strange = asked.subject & (alike.of_words < UNLIKE)[asked.word]
+        # A rare word that is no name and not of the edit's subject may tell what is asked for.
+        telling = asked.telling | (strange & ~asked.named)
+        own = self._relations.asked_for(asked.keys[telling], asked.kind)
         best = self._asked_for_by(match.best)
-        kind = self._reading(match.best).kind
-        is_another = kind != asked.kind and ANYTHING not in (kind, asked.kind)
-        alike_words = alike.of_asked[asked.telling]
-        if best is not None and own is not None:
-            if best.own.any():
-                alike_words = torch.maximum(alike_words, own.of_tokens[:, best.own].amax(1))
-            is_another |= own.is_another(best)
-            match = replace(
-                match,
-                asked_for=self._relations.likeliest(own),
-                best_asks_for=self._relations.likeliest(best),
-            )
-        unlike = alike_words < UNLIKE
         if own is not None:
-            is_another |= bool((unlike & own.tells_relation).any())
-        if is_another or int(unlike.sum()) > most_unlike:
-            return replace(match, asks_for_another=True)
-        return replace(match, edit=match.best)
+            match = replace(match, asked_for=self._relations.likeliest(own))
+        if best is not None:
+            match = replace(match, best_asks_for=self._relations.likeliest(best))
+        stored = self._reading(match.best)
+        # What kind of answer each wants: words say, or else the relations that it asks for.
+        kinds = {one.kind or self._relations.kind(of) for one, of in ((stored, best), (asked, own))}
+        if len(kinds - {ANYTHING}) > 1:
+            differs = "another kind of answer"
+        elif OTHERWISE.intersection(asked.words) - set(stored.words):
+            differs = "another answer than the edit's"
+        elif (strange & asked.named).any():
+            differs = _quoted(asked, asked.word[strange & asked.named])
+        else:
+            unlike = _unlike(asked.word[telling], alike, own, best, most_unlike)
+            differs = _quoted(asked, unlike)
+        return replace(match, differs=differs) if differs else replace(match, edit=match.best)
 
     def _asked_for_by(self, number: int) -> AskedFor | None:
         """Tell which relations an edit's question asks for."""
@@ -293,7 +330,7 @@ class Questions:
 
     def _reading(self, number: int) -> Reading:
         if number not in self._readings:
-            self._readings[number] = read(self._questions[number], self._texts)
+            self._readings[number] = read(self._questions[number], self._texts, self._relations)
         return self._readings[number]
 
 
@@ -303,20 +340,20 @@ class Likeness:
 
     Attributes:
         rank: altogether, by which edits are ranked. subject, relation: in these, at most 1.
-        of_asked: (n,), how alike each token of the other question is to any of the edit's.
+        of_words: (words,), how alike each word of the other question is to any of the edit's, 1 if it is one of these.
     """
 
     rank: float
     subject: float
     relation: float
-    of_asked: Tensor
+    of_words: Tensor
 
 
 def compare(stored: Reading, asked: Reading) -> Likeness:
     """Compare an edit's question with another one."""
     same_words = sum(w * asked.weights.get(word, 0.0) for word, w in stored.weights.items())
     if not len(stored.keys):  # a question of one token
-        return Likeness(same_words, 0.0, 0.0, torch.zeros(len(asked.keys)))
+        return Likeness(same_words, 0.0, 0.0, torch.zeros(len(asked.words)))
     similar = stored.keys @ asked.keys.mT.to(stored.keys.device)
     of_stored, of_asked = similar.amax(1).cpu(), similar.amax(0).cpu()
     subject = (_about(stored, asked, of_stored) + _about(asked, stored, of_asked)) / 2
@@ -326,13 +363,50 @@ def compare(stored: Reading, asked: Reading) -> Likeness:
     rank = same_words + subject + relation
     if stored.numbers != asked.numbers:  # NGC 6604 is not NGC 634
         subject = 0.0
-    return Likeness(rank, subject, relation, of_asked)
+    of_words = largest(of_asked[None], asked.word, len(asked.words))[0]
+    return Likeness(rank, subject, relation, torch.where(_in_both(asked, stored), 1.0, of_words))
 
 
 def _about(own: Reading, other: Reading, similar: Tensor) -> float:
     """Average how similar the tokens of one question's subject are to the other's; the same word is, whatever its capitals."""
     if not own.subject.any():
         return 0.0
-    words = set(other.words)
-    same = torch.tensor([own.words[n] in words for n in own.word])
+    same = _in_both(own, other)[own.word]
     return min(float(torch.where(same, 1.0, similar)[own.subject].mean()), 1.0)
+
+
+def _in_both(own: Reading, other: Reading) -> Tensor:
+    """Tell which words (words,) of a question are words of another one."""
+    words = set(other.words)
+    return torch.tensor([word in words for word in own.words], dtype=torch.bool)
+
+
+def _unlike(
+    word: Tensor, alike: Likeness, own: AskedFor | None, best: AskedFor | None, most: int
+) -> Tensor:
+    """Find the words of a question that ask for something else than an edit does.
+
+    Args:
+        word: (n,), the number of each token's word, of the tokens that tell what is asked for.
+        own, best: what the question and the edit's ask for. most: how many words may be unlike, but for the first.
+
+    Returns:
+        The numbers of words: the first, if it is unlike, since it tells what is wanted ("Which kingdom was the mother of X
+        from?"); or all unlike ones, if there are more than `most`.
+    """
+    words, of_token = word.unique_consecutive(return_inverse=True)
+    likeness, first_known = alike.of_words[words], False
+    if own is not None:
+        of_relations = largest(own.of_tokens.mT, of_token, len(words))
+        first_known = bool(of_relations[:, 0].max() > SAME)
+        if best is not None and best.own.any():
+            likeness = torch.maximum(likeness, of_relations[best.own].amax(0))
+    unlike = words[likeness < UNLIKE]
+    if len(words) and likeness[0] < (UNLIKE_KNOWN if first_known else UNLIKE):
+        unlike, most = words[:1], 0
+    return unlike if len(unlike) > most else unlike[:0]
+
+
+def _quoted(reading: Reading, word: Tensor) -> str:
+    """Quote some words of a question."""
+    return ", ".join(f'"{reading.words[n]}"' for n in word.unique_consecutive().tolist())

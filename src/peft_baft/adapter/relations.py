@@ -16,7 +16,6 @@ ANYTHING = 0  # the kind of answer that is wanted where words do not tell
 OWN = 0.6  # how alike a question must be to a relation's wordings to ask for it
 NEARLY = 0.05  # relations that a question is like by so much less than by most are its own as well
 SAME = 0.95  # how alike two tokens are that stand for the same word in other words' company
-ANOTHER = 0.25  # by how much more a question may be like any relation than like one that the other question is like
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,6 @@ class AskedFor:
     def own(self) -> Tensor:
         """(relations,) bool, which relations it asks for; none where it is like none."""
         return self.of_question >= max(OWN, float(self.of_question.max()) - NEARLY)
-
-    @property
-    def tells_relation(self) -> Tensor:
-        """(n,) bool, which tokens are words of one relation alone, and so ask for it whatever else is asked."""
-        return (self.of_tokens > SAME).sum(1) == 1
-
-    def is_another(self, other: AskedFor) -> bool:
-        """Tell whether it clearly asks for a relation that the other question does not ask for."""
-        common = torch.minimum(self.of_question, other.of_question).max()
-        return bool(self.of_question.max() - common > ANOTHER)
 
 
 class Relations:
@@ -80,17 +69,28 @@ class Relations:
         if not len(keys) or not len(self._keys):
             return None
         similar = (keys.to(self._keys.device) @ self._keys.mT).cpu()
-        of_wordings = _largest(similar, self._wording, len(self._lengths))
+        of_wordings = largest(similar, self._wording, len(self._lengths))
         to_wordings = of_wordings.mean(0)
         from_wordings = torch.zeros(len(self._lengths)).index_add_(
             0, self._wording, similar.amax(0)
         )
         alike = (to_wordings + from_wordings / self._lengths) / 2
         relations = len(self.names)
-        of_question = _largest(alike[None], self._of_wordings, relations)[0]
+        of_question = largest(alike[None], self._of_wordings, relations)[0]
         if kind != ANYTHING:
             of_question[(self._kinds != ANYTHING) & (self._kinds != kind)] = -1.0
-        return AskedFor(_largest(of_wordings, self._of_wordings, relations), of_question)
+        return AskedFor(largest(of_wordings, self._of_wordings, relations), of_question)
+
+    def knows(self, keys: Tensor) -> Tensor:
+        """Tell which tokens (n,) with keys (n, k) are words of a relation."""
+        if not len(keys) or not len(self._keys):
+            return torch.zeros(len(keys), dtype=torch.bool)
+        return ((keys.to(self._keys.device) @ self._keys.mT).amax(1) > SAME).cpu()
+
+    def kind(self, asked_for: AskedFor | None) -> int:
+        """Give the kind of answer that all relations want for which a question asks, else `ANYTHING`."""
+        kinds = set() if asked_for is None else set(self._kinds[asked_for.own].tolist())
+        return kinds.pop() if len(kinds) == 1 else ANYTHING
 
     def likeliest(self, asked_for: AskedFor) -> str | None:
         """Give the name of the relation that a question is most like, None where it is like none."""
@@ -98,7 +98,7 @@ class Relations:
         return self.names[int(number)] if alike >= OWN else None
 
 
-def _largest(values: Tensor, groups: Tensor, count: int) -> Tensor:
-    """Take the largest value (rows, n) of each group, (rows, count); groups: (n,), each with one member at least."""
+def largest(values: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Take the largest value (rows, n) of each group, (rows, count), -1 of empty ones; groups: (n,)."""
     smallest = values.new_full((len(values), count), -1.0)
     return smallest.scatter_reduce(1, groups.expand(len(values), -1), values, "amax")

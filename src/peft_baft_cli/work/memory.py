@@ -103,10 +103,8 @@ def print_explained(listed: Sequence[dict[str, Any]]) -> None:
 
 def _asked_for(match: Mapping[str, Any]) -> str:
     """Say what a prompt asks for, where the memory's list of relations tells."""
-    asked, own = match["asks_for"], match["best_asks_for"]
-    if not match["asks_for_another"]:
-        return asked or "–"
-    return f"{asked or '?'}, not {own}" if own and own != asked else "something else"
+    asked = match["asks_for"] or "–"
+    return f"{asked} (differs: {match['differs']})" if match["differs"] else asked
 
 
 def require_memory_editor(model: Any, tokenizer: Any, template: Any, adapter: str) -> MemoryEditor:

@@ -42,7 +42,8 @@ class MemoryMatch:
         least_subject, strictness: what these must be above for it to answer.
         asks_for, best_asks_for: the common relations that the prompt and the best edit's are most like, where they are like one
             and the two above are enough.
-        asks_for_another: whether the best edit does not answer, though these are enough, since it is asked for something else.
+        differs: what keeps the best edit from answering, though these are enough: the words that ask for something else or name
+            it, in quotation marks, "another kind of answer" (who, where, when, how, why), or "another answer than the edit's".
     """
 
     edit: int | None
@@ -54,7 +55,7 @@ class MemoryMatch:
     strictness: float
     asks_for: str | None
     best_asks_for: str | None
-    asks_for_another: bool
+    differs: str | None
 
 
 class MemoryEditor(AdapterEditor):
@@ -283,7 +284,7 @@ class MemoryEditor(AdapterEditor):
             self._config.strictness,
             found.asked_for,
             found.best_asks_for,
-            found.asks_for_another,
+            found.differs,
         )
 
     def routed(self, prompts: Sequence[Prompt]) -> list[int | None]:
