@@ -125,6 +125,13 @@ class EditCommand(TrainingOptions, ModelOptions):
             "file is refused, as it is for a question that the memory answers in other words",
         ),
     ] = "replace"
+    statistics: Annotated[
+        Path | None,
+        text(
+            "FOLDER",
+            "a memory on the same model, from which a new one takes what was measured of the model (by default it measures)",
+        ),
+    ] = None
     batch_size: Annotated[int, whole_number("facts learned at once; 1 is one after another")] = 1
     template: Annotated[
         str,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import facts
@@ -63,6 +64,20 @@ def test_many_facts_go_into_a_memory_and_few_do_not(folder: Path, tmp_path: Path
     write_facts(folder / "two.jsonl", range(2))
     assert edit(folder, tmp_path / "two", "two.jsonl", "--max-steps", "1") == 0
     assert saved_numbers(tmp_path / "two") is None
+
+
+def test_a_new_memory_takes_what_was_measured_of_the_model_from_another_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_facts(folder / "two.jsonl", range(2))
+    monkeypatch.setattr(
+        "peft_baft.editing.memory.editor.key_statistics", lambda *_: pytest.fail("was measured")
+    )
+    of_first = ("--method", "memory", "--statistics", str(folder / "memory"))
+    assert edit(folder, tmp_path / "second", "two.jsonl", *of_first) == 0
+    first, second = (SavedMemory.read(one) for one in (folder / "memory", tmp_path / "second"))
+    for name, tensor in first.statistics().items():
+        assert torch.equal(tensor, second.statistics()[name]), name
 
 
 def test_a_forgotten_edit_is_gone_and_the_log_says_so(
@@ -200,6 +215,8 @@ def test_what_does_not_fit_a_memory_is_refused(folder: Path, memory: Path, capsy
         "is a memory; leave --method out": ["--adapter", str(memory), "--method", "baft"],
         "leave --unrelated out": ["--method", "memory", "--unrelated", "general", "--overwrite"],
         "leave --known out": ["--method", "baft", "--known", "refuse", "--overwrite"],
+        "leave --statistics out": ["--adapter", str(memory), "--statistics", str(memory)],
+        "needs no statistics": ["--method", "baft", "--statistics", str(memory), "--overwrite"],
         "leave --batch-size out": ["--method", "memory", "--batch-size", "2", "--overwrite"],
     }
     for message, options in refused.items():

@@ -17,7 +17,7 @@ from torch import Tensor
 import facts
 from facts import CAPITALS, MEALS, FactModel, edits
 from peft_baft import BaftConfig, BaftEditor, DescentConfig, Edit, prompt_lengths
-from peft_baft.adapter.memory import embedding_sample, orthonormal
+from peft_baft.adapter.memory import EditRouter, embedding_sample, orthonormal
 from peft_baft.adapter.model_call import call_with_cache
 from peft_baft.adapter.routing import Sequences
 from peft_baft.adapter.weights import FILE
@@ -548,6 +548,39 @@ def test_a_memory_on_another_model_is_refused(toy: FactModel, tmp_path: Path) ->
     # What cannot be compared passes.
     assert embedding_sample(torch.nn.Linear(2, 2)) is None
     assert embedding_sample(deepcopy(base).to("meta")) is None
+
+
+def test_what_was_measured_of_the_model_is_taken_from_another_memory(
+    toy: FactModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = editor_of(toy)
+    first.edit(edits(0, 5))
+    first.model.save_pretrained(str(tmp_path))
+    base = first.model.unload()
+    other, narrow = deepcopy(base), deepcopy(base)
+    torch.manual_seed(1)
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter)
+    monkeypatch.setattr(
+        "peft_baft.editing.memory.editor.key_statistics", lambda *_: pytest.fail("was measured")
+    )
+    model = get_peft_model(base, BaftConfig(**SETTINGS)).eval()
+    second = MemoryEditor(model, toy.tokenizer, DESCENT, statistics=tmp_path)
+    second.edit(edits(0, 5))
+    for name, tensor in first.router.kept().items():
+        assert torch.equal(tensor, second.router.kept()[name]), name
+    # Of another model, or made in another way, they are refused, and nothing is taken.
+    for on, settings, says in (
+        (other, {}, "made on another base model"),
+        (narrow, {"key_dimensions": 8}, r"another key size \(16, not 8\)"),
+    ):
+        refused = get_peft_model(on, BaftConfig(**{**SETTINGS, **settings})).eval()
+        with pytest.raises(ValueError, match=says):
+            MemoryEditor(refused, toy.tokenizer, DESCENT, statistics=tmp_path)
+        (router,) = (m for m in refused.modules() if isinstance(m, EditRouter))
+        assert not router.has_statistics
+    with pytest.raises(pytest.fail.Exception, match="was measured"):  # the control
+        MemoryEditor(refused, toy.tokenizer, DESCENT)
 
 
 def test_a_token_that_was_added_later_is_a_word_that_no_edit_has(toy: FactModel) -> None:

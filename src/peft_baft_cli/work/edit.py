@@ -125,6 +125,12 @@ def _is_memory(options: EditCommand, continued: PeftConfig | None, facts: int) -
         wanted = facts >= MANY and options.batch_size == 1 and options.unrelated is None
     elif wanted and options.unrelated is not None:
         raise ValueError("A memory of edits takes no unrelated text: leave --unrelated out.")
+    if options.statistics is not None and not wanted:
+        raise ValueError(
+            "A plain adapter needs no statistics of the model: leave --statistics out."
+        )
+    if options.statistics is not None and of_continued:
+        raise ValueError(f"{options.adapter} has statistics of its own: leave --statistics out.")
     if not wanted and options.known != "replace":
         raise ValueError("A plain adapter does not know its questions: leave --known out.")
     if wanted and options.batch_size > 1:
@@ -150,7 +156,12 @@ def _editor(
             max_steps=options.max_steps or MEMORY_DESCENT.max_steps,
         )
         return MemoryEditor(
-            model, tokenizer, descent, processes=processes, template=options.template
+            model,
+            tokenizer,
+            descent,
+            processes=processes,
+            template=options.template,
+            statistics=options.statistics,
         )
     return BaftEditor(
         model,

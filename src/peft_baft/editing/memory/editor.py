@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from peft import PeftModel
 
 from peft_baft.adapter import BaftConfig, baft_layers, find_context
 from peft_baft.adapter.matching import NOWHERE, Question
-from peft_baft.adapter.memory import EditCodes, EditRouter
+from peft_baft.adapter.memory import EditCodes, EditRouter, unpacked
 from peft_baft.adapter.model_call import input_device
 from peft_baft.adapter.state import frozen
 from peft_baft.data.batching import Tokens, collate, encode_prompt, padding_id
@@ -21,7 +22,8 @@ from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.adapter_editor import AdapterEditor
 from peft_baft.editing.editor import EditResult, checked_edits, in_turn
 from peft_baft.editing.memory.codes import learn_codes
-from peft_baft.editing.memory.statistics import key_statistics
+from peft_baft.editing.memory.folder import SavedMemory
+from peft_baft.editing.memory.statistics import key_statistics, token_texts
 from peft_baft.editing.scope import NARROW
 from peft_baft.editing.train import DescentConfig
 from peft_baft.processes import Processes
@@ -69,9 +71,12 @@ class MemoryEditor(AdapterEditor):
         descent: how a code is learned.
         processes, template, template_options: as for `AdapterEditor`. Of several processes each makes all edits.
         prepared: what editors of the same base model share; by default the model's own.
+        statistics: a folder with another memory on this base model. What was measured of the model is taken from there instead of
+            measured anew, where the adapter has none yet.
 
     Raises:
-        TypeError, ValueError: as `AdapterEditor`, or the active adapter is no memory, or one that was made on another base model.
+        TypeError, ValueError: as `AdapterEditor`, or the active adapter is no memory, or one that was made on another base model,
+            or the statistics do not fit this model.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class MemoryEditor(AdapterEditor):
         prepared: PreparedModel | None = None,
         template: str | Template = "auto",
         template_options: Mapping[str, Any] | None = None,
+        statistics: str | Path | None = None,
     ) -> None:
         descent = descent or MEMORY_DESCENT
         super().__init__(
@@ -109,9 +115,14 @@ class MemoryEditor(AdapterEditor):
         self._context, self._base = context, model.get_base_model()
         self._prepared = prepared or PreparedModel.of(model)
         self._require_in_use()
-        if not self.router.has_statistics:
-            self.router.take(self._statistics().tensors())
-        self.router.require_model(self._base)
+        with self._restored_on_error():
+            if not self.router.has_statistics:
+                self.router.take(
+                    self._statistics().tensors()
+                    if statistics is None
+                    else self._saved_statistics(Path(statistics))
+                )
+            self.router.require_model(self._base)
 
     @property
     def router(self) -> EditRouter:
@@ -315,6 +326,26 @@ class MemoryEditor(AdapterEditor):
             self.router.question(ids[i, : len(row.ids)], states[i, : len(row.ids)])
             for i, row in enumerate(rows)
         ]
+
+    def _saved_statistics(self, folder: Path) -> dict[str, torch.Tensor]:
+        """Read the statistics of the base model from a folder with another memory.
+
+        Raises:
+            ValueError: the folder holds no memory, or one whose keys are made in another way.
+        """
+        memory, config = SavedMemory.read(folder), self._config
+        own = (config.key_block, config.key_dimensions, token_texts(self.tokenizer))
+        saved, found = memory.config, memory.statistics()
+        other = (saved.key_block, saved.key_dimensions, unpacked(found["texts"]))
+        for what, wanted, came in zip(
+            ("key block", "key size", "tokenizer"), own, other, strict=True
+        ):
+            if wanted != came:
+                values = "" if what == "tokenizer" else f" ({came}, not {wanted})"
+                raise ValueError(
+                    f"The statistics in {folder} are of another {what}{values}. Leave statistics out to measure them anew."
+                )
+        return found
 
     def _statistics(self) -> Any:
         """Measure the statistics of the base model, or take those that another editor of it measured."""

@@ -54,13 +54,26 @@ class SavedMemory:
         return cls(config, load_file(folder / FILE))
 
     def part(self, name: str) -> Tensor:
-        """Get a tensor of the router."""
-        return next(t for key, t in self.tensors.items() if key.endswith(f"{ROUTER}{name}"))
+        """Get a tensor of the router.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        for key, tensor in self.tensors.items():
+            if key.endswith(f"{ROUTER}{name}"):
+                return tensor
+        raise ValueError(
+            f"The memory of edits has no {name}: it was saved by an earlier version, or is damaged. Teach its facts again."
+        )
 
     @property
     def numbers(self) -> list[int]:
         """The numbers of its edits."""
         return self.part("numbers").tolist()
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What was measured of the base model, and is the same for every memory on it."""
+        return {name: self.part(name) for name in OF_MODEL}
 
     def questions(self) -> list[tuple[int, ...]]:
         """The tokens of each edit's question."""
