@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -132,6 +132,43 @@ def read(question: Question, texts: Sequence[str], relations: Relations | None =
         texts: of each token, what it stands for, with the space before it.
         relations: whose words tell no subject, where there are others.
     """
+    words, of_token, named, rarity = _words(question, texts)
+    in_letters = [any(map(str.isalnum, one)) for one in words]
+    content = [
+        a and _plain(one) not in FUNCTION_WORDS for a, one in zip(in_letters, words, strict=True)
+    ]
+    keys = question.keys.float() / INT8
+    known = set(of_token[relations.knows(keys)].tolist()) if relations else set()
+    subject = _of_subject(content, named, rarity, known)
+    spoken = [_first_word(question, texts)]
+    spoken += [one for one, name in zip(words, named, strict=True) if not name]
+    kinds = {KINDS[one] for one in map(_plain, spoken) if one in KINDS}
+    weights: Counter[str] = Counter()
+    for one, a, c, rare in zip(words, in_letters, content, rarity, strict=True):
+        weights[one] += (rare if c else FUNCTION_RARITY) ** 2 if a else 0.0  # type: ignore[assignment]
+    length = math.sqrt(sum(weight**2 for weight in weights.values())) or 1.0
+    return Reading(
+        keys=keys,
+        word=of_token,
+        words=words,
+        subject=torch.tensor(subject, dtype=torch.bool)[of_token],
+        content=torch.tensor(content, dtype=torch.bool)[of_token],
+        named=torch.tensor(named, dtype=torch.bool)[of_token],
+        weights={one: weight / length for one, weight in weights.items() if weight},
+        numbers=frozenset(n for one in words for n in _digits(one)),
+        kind=kinds.pop() if len(kinds) == 1 else ANYTHING,
+    )
+
+
+def _words(
+    question: Question, texts: Sequence[str]
+) -> tuple[list[str], Tensor, list[bool], list[float]]:
+    """Put a question's tokens but the first together to words.
+
+    Returns:
+        The words in lower case; the number of each token's word; and of each word, whether it is a name or a number, and how rare
+        it is, at most 1.
+    """
     words: list[str] = []
     word, sizes, named, rarity = [], [], [], []
     for place, token in enumerate(question.ids[1:].tolist()):
@@ -145,43 +182,24 @@ def read(question: Question, texts: Sequence[str], relations: Relations | None =
         words[-1] += stripped.casefold()
         sizes[-1] += 1
         word.append(len(words) - 1)
-    in_letters = [any(map(str.isalnum, one)) for one in words]
-    content = [
-        a and _plain(one) not in FUNCTION_WORDS for a, one in zip(in_letters, words, strict=True)
-    ]
     # A word of several tokens is rare.
     rarity = [1.0 if size > 1 else rare for size, rare in zip(sizes, rarity, strict=True)]
-    subject = [
-        c and (name or rare >= RARE) for c, name, rare in zip(content, named, rarity, strict=True)
-    ]
-    of_token = torch.tensor(word, dtype=torch.long)
-    keys = question.keys.float() / INT8
-    # Without a name or a rare word, those that no common relation has tell the subject.
-    known = set(of_token[relations.knows(keys)].tolist()) if relations else set()
-    for among in (subject, content):
+    return words, torch.tensor(word, dtype=torch.long), named, rarity
+
+
+def _of_subject(
+    content: Sequence[bool], named: Sequence[bool], rarity: Sequence[float], known: Collection[int]
+) -> list[bool]:
+    """Tell which words tell the subject: names and rare words, or else all that are no function words.
+
+    Of either, those that are not `known`, as words of a common relation, where there are such.
+    """
+    rare = [c and (name or of >= RARE) for c, name, of in zip(content, named, rarity, strict=True)]
+    for among in (rare, content):
         told = [of and n not in known for n, of in enumerate(among)]
         if any(told):
-            break
-    else:
-        told = subject if any(subject) else content
-    spoken = [_first_word(question, texts)]
-    spoken += [one for one, name in zip(words, named, strict=True) if not name]
-    kinds = {KINDS[one] for one in map(_plain, spoken) if one in KINDS}
-    weights: Counter[str] = Counter()
-    for one, a, c, rare in zip(words, in_letters, content, rarity, strict=True):
-        weights[one] += (rare if c else FUNCTION_RARITY) ** 2 if a else 0.0  # type: ignore[assignment]
-    length = math.sqrt(sum(weight**2 for weight in weights.values())) or 1.0
-    return Reading(
-        keys=keys,
-        word=of_token,
-        words=words,
-        subject=torch.tensor(told, dtype=torch.bool)[of_token],
-        content=torch.tensor(content, dtype=torch.bool)[of_token],
-        named=torch.tensor(named, dtype=torch.bool)[of_token],
-        weights={one: weight / length for one, weight in weights.items() if weight},
-        numbers=frozenset(n for one in words for n in _digits(one)),
-        kind=kinds.pop() if len(kinds) == 1 else ANYTHING,
-    )
+            return told
+    return rare if any(rare) else list(content)
 
 
 def _first_word(question: Question, texts: Sequence[str]) -> str:
