@@ -22,7 +22,7 @@ from peft_baft.adapter.relations import ANYTHING, OWN, Relations
 WORDS = [
     "", " who", " wrote", " the", " book", " of", " what", " is", " mother", " tongue", " capital", "?", " please", " tell",
     " me", " Lucas", " Maria", " Ober", "hof", " 6", "3", "4", "0", " lucas", ".", " born", " where", " Which", " author",
-    " when", " not", " J", " scrib", "er",
+    " when", " not", " J", " scrib", "er", ",",
 ]  # fmt: skip
 # Made common by their place: the last ones of a vocabulary are the rare ones.
 TEXTS = [*WORDS, *(f" filler{n}" for n in range(400))]
@@ -308,6 +308,14 @@ def test_a_question_is_found_among_other_sentences() -> None:
     for text in ("who wrote the book of J. Lucas?", "who wrote the book of Lucas.?"):
         assert len(list(sentences(question(text), TEXTS))) == 1
     assert len(list(sentences(question("who wrote the book. of Lucas?"), TEXTS))) == 3
+
+
+def test_a_question_is_found_behind_a_preface_that_names_something_else() -> None:
+    stored = "where is Lucas born?"
+    assert match("the book of Maria, where is Lucas born?", stored).edit == 0
+    assert match("the book of Maria where is Lucas born?", stored).edit == NOWHERE  # the control
+    # What follows an asking word is no preface, but a part of what is asked.
+    assert match("who wrote the book of Maria, where is Lucas born?", stored).edit == NOWHERE
 
 
 def test_what_an_edit_scores_does_not_depend_on_the_others() -> None:

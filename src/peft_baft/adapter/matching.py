@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ again called curious hello hey hi know like need remind thank thanks think want 
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 # Words that, unless the edit's question has them, too, make a question ask for another answer than the edit's.
 OTHERWISE = frozenset(("not", "other", "another", "else", "except", "besides"))
+ASKING = frozenset(("who", "whom", "whose", "where", "when", "how", "why", "what", "which"))
 # Words that tell what kind of answer a question wants: a person, a place, a time, a manner or number, a reason.
 KINDS = {
     **dict.fromkeys(("who", "whom", "whose"), 1),
@@ -223,18 +225,30 @@ def _digits(word: str) -> list[str]:
 
 
 def sentences(question: Question, texts: Sequence[str]) -> Iterator[Question]:
-    """Give a prompt as a whole, and each of its sentences, which may stand among words that ask for nothing."""
+    """Give a prompt as a whole, and each part of it that may be a question among words that ask for nothing.
+
+    These are its sentences, and what stands behind a preface ("As far as Kurt Moor knows, where …").
+    """
     yield question
-    ids = question.ids.tolist()
-    spoken = [_text(token, texts) for token in ids]
-    ends = [n + 1 for n in range(len(ids)) if _ends_sentence(spoken, n)]
-    starts = [0, *ends]
-    if len(ids) - starts[-1] == 0:
-        starts.pop()
-    if len(starts) > 1:
-        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-            if end - start >= SHORTEST:
-                yield Question(question.ids[start:end], question.keys[start : end - 1])
+    spoken = [_text(token, texts) for token in question.ids.tolist()]
+    ends = [n + 1 for n in range(len(spoken)) if _ends_sentence(spoken, n)]
+    bounds = sorted({0, *ends, len(spoken)})
+    spans = list(pairwise(bounds)) if len(bounds) > 2 else []
+    spans += [
+        (start, end)
+        for before, end in pairwise(bounds)
+        if (start := _behind_preface(spoken[before:end]) + before) > before
+    ]
+    for start, end in spans:
+        if end - start >= SHORTEST:
+            yield Question(question.ids[start:end], question.keys[start : end - 1])
+
+
+def _behind_preface(spoken: Sequence[str]) -> int:
+    """Find where a sentence goes on behind the last comma before its first asking word; 0 where there is none."""
+    words = [text.strip().casefold() for text in spoken]
+    asking = next((n for n, word in enumerate(words) if word in ASKING), 0)
+    return max((n + 1 for n in range(asking) if words[n] == ","), default=0)
 
 
 def _ends_sentence(spoken: Sequence[str], place: int) -> bool:
