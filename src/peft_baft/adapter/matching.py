@@ -318,7 +318,11 @@ class Questions:
         self, match: Match, asked: Reading, alike: Likeness, most_unlike: int
     ) -> Match:
         """Let the best edit answer unless the question, which is alike, names or asks for something else."""
-        strange = asked.subject & (alike.of_words < UNLIKE)[asked.word]
+        stored = self._reading(match.best)
+        # How alike each word is to any of the edit's: 1 if it is one of these.
+        of_words = largest(alike.of_asked[None], asked.word, len(asked.words))[0]
+        of_words = torch.where(_in_both(asked, stored), 1.0, of_words)
+        strange = asked.subject & (of_words < UNLIKE)[asked.word]
         # A rare word that is no name and not of the edit's subject may tell what is asked for.
         telling = asked.telling | (strange & ~asked.named)
         own = self._relations.asked_for(asked.keys[telling], asked.kind)
@@ -327,7 +331,6 @@ class Questions:
             match = replace(match, asked_for=self._relations.likeliest(own))
         if best is not None:
             match = replace(match, best_asks_for=self._relations.likeliest(best))
-        stored = self._reading(match.best)
         # What kind of answer each wants: words say, or else the relations that it asks for.
         kinds = {one.kind or self._relations.kind(of) for one, of in ((stored, best), (asked, own))}
         if len(kinds - {ANYTHING}) > 1:
@@ -337,7 +340,7 @@ class Questions:
         elif (strange & asked.named).any():
             differs = _quoted(asked, asked.word[strange & asked.named])
         else:
-            unlike = _unlike(asked.word[telling], alike, own, best, most_unlike)
+            unlike = _unlike(asked.word[telling], of_words, own, best, most_unlike)
             differs = _quoted(asked, unlike)
         return replace(match, differs=differs) if differs else replace(match, edit=match.best)
 
@@ -372,20 +375,20 @@ class Likeness:
 
     Attributes:
         rank: altogether, by which edits are ranked. subject, relation: in these, at most 1.
-        of_words: (words,), how alike each word of the other question is to any of the edit's, 1 if it is one of these.
+        of_asked: (n,), how alike each token of the other question is to any of the edit's.
     """
 
     rank: float
     subject: float
     relation: float
-    of_words: Tensor
+    of_asked: Tensor
 
 
 def compare(stored: Reading, asked: Reading) -> Likeness:
     """Compare an edit's question with another one."""
     same_words = sum(w * asked.weights.get(word, 0.0) for word, w in stored.weights.items())
     if not len(stored.keys):  # a question of one token
-        return Likeness(same_words, 0.0, 0.0, torch.zeros(len(asked.words)))
+        return Likeness(same_words, 0.0, 0.0, torch.zeros(len(asked.keys)))
     similar = stored.keys @ asked.keys.mT.to(stored.keys.device)
     of_stored, of_asked = similar.amax(1).cpu(), similar.amax(0).cpu()
     subject = (_about(stored, asked, of_stored) + _about(asked, stored, of_asked)) / 2
@@ -395,8 +398,7 @@ def compare(stored: Reading, asked: Reading) -> Likeness:
     rank = same_words + subject + relation
     if stored.numbers != asked.numbers:  # NGC 6604 is not NGC 634
         subject = 0.0
-    of_words = largest(of_asked[None], asked.word, len(asked.words))[0]
-    return Likeness(rank, subject, relation, torch.where(_in_both(asked, stored), 1.0, of_words))
+    return Likeness(rank, subject, relation, of_asked)
 
 
 def _about(own: Reading, other: Reading, similar: Tensor) -> float:
@@ -414,12 +416,13 @@ def _in_both(own: Reading, other: Reading) -> Tensor:
 
 
 def _unlike(
-    word: Tensor, alike: Likeness, own: AskedFor | None, best: AskedFor | None, most: int
+    word: Tensor, of_words: Tensor, own: AskedFor | None, best: AskedFor | None, most: int
 ) -> Tensor:
     """Find the words of a question that ask for something else than an edit does.
 
     Args:
         word: (n,), the number of each token's word, of the tokens that tell what is asked for.
+        of_words: (words,), how alike each word is to any of the edit's.
         own, best: what the question and the edit's ask for. most: how many words may be unlike, but for the first.
 
     Returns:
@@ -427,7 +430,7 @@ def _unlike(
         from?"); or all unlike ones, if there are more than `most`.
     """
     words, of_token = word.unique_consecutive(return_inverse=True)
-    likeness, first_known = alike.of_words[words], False
+    likeness, first_known = of_words[words], False
     if own is not None:
         of_relations = largest(own.of_tokens.mT, of_token, len(words))
         first_known = bool(of_relations[:, 0].max() > SAME)
