@@ -466,6 +466,35 @@ def test_in_a_chat_the_last_message_of_the_user_is_the_question(toy: FactModel) 
     assert str(tokenizer.decode(question.ids)).split() == str(first.prompt).split()
 
 
+def test_wordings_of_relations_are_measured_in_the_form_in_which_questions_are_put(
+    toy: FactModel, tmp_path: Path
+) -> None:
+    tokenizer = deepcopy(toy.tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.add_tokens([" user", "user", "assistant"])
+    toy.base.resize_token_embeddings(len(tokenizer))
+    wording = str(edits(0)[0].prompt)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "peft_baft.editing.memory.statistics.relation_wordings", lambda _: [("it", wording)]
+        )
+        found = {}
+        for form in ("raw", "chat"):
+            model = get_peft_model(toy.base, BaftConfig(**SETTINGS)).eval()
+            editor = MemoryEditor(model, tokenizer, DESCENT, template=form)
+            editor.edit(edits(0))
+            (question,) = editor.router.stored()
+            keys = editor.router.kept()["relation_keys"]
+            assert len(keys) and all((question.keys == key).all(1).any() for key in keys)
+            found[form] = keys
+            model.save_pretrained(str(tmp_path / form))
+            model.unload()
+    assert not torch.equal(found["raw"], found["chat"])
+    model = get_peft_model(toy.base, BaftConfig(**SETTINGS)).eval()
+    with pytest.raises(ValueError, match=r"another form of prompts \(raw, not chat\)"):
+        MemoryEditor(model, tokenizer, DESCENT, template="chat", statistics=tmp_path / "raw")
+
+
 def test_damaged_memories_are_refused_whole(toy: FactModel, tmp_path: Path) -> None:
     editor = editor_of(toy)
     editor.edit(edits(0, 5))

@@ -328,7 +328,7 @@ class EditRouter(_Kept):
     def words_of_user(self, ids: Sequence[int]) -> slice:
         """Find the question in a prompt's tokens: the user's last message, or all of them if it is no chat."""
         kept = self.kept()
-        return slice(*_words_of_user(list(ids), kept["before"].tolist(), kept["after"].tolist()))
+        return words_of_user(ids, kept["before"].tolist(), kept["after"].tolist())
 
     def stored(self) -> list[Question]:
         """List the questions of the edits."""
@@ -399,12 +399,17 @@ def _integers(values: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(list(values), dtype=torch.int32, device=device)
 
 
-def _words_of_user(ids: list[int], before: list[int], after: list[int]) -> tuple[int, int]:
-    """Find where the user's last message begins and ends in a prompt; the whole prompt if it is no chat."""
+def words_of_user(ids: Sequence[int], before: Sequence[int], after: Sequence[int]) -> slice:
+    """Find where the user's last message stands in a prompt; the whole prompt if it is no chat.
+
+    Args:
+        before, after: ids of tokens, as of `KeyStatistics`.
+    """
+    ids, before, after = tuple(ids), tuple(before), tuple(after)
     if not before or not after or ids[-len(after) :] != after:
-        return 0, len(ids)
+        return slice(0, len(ids))
     last = len(ids) - len(after)
     for first in range(last - 1, len(before) - 1, -1):
         if ids[first - len(before) : first] == before:
-            return first, last
-    return 0, len(ids)
+            return slice(first, last)
+    return slice(0, len(ids))

@@ -15,6 +15,7 @@ from peft_baft.adapter.matching import NOWHERE, Question
 from peft_baft.adapter.memory import EditCodes, EditRouter, unpacked
 from peft_baft.adapter.model_call import input_device
 from peft_baft.adapter.state import frozen
+from peft_baft.adapter.taught_form import BOTH, RAW
 from peft_baft.data.batching import Tokens, collate, encode_prompt, padding_id
 from peft_baft.data.cases import Edit, Prompt
 from peft_baft.data.templates import Template
@@ -334,11 +335,19 @@ class MemoryEditor(AdapterEditor):
             ValueError: the folder holds no memory, or one whose keys are made in another way.
         """
         memory, config = SavedMemory.read(folder), self._config
-        own = (config.key_block, config.key_dimensions, token_texts(self.tokenizer))
         saved, found = memory.config, memory.statistics()
-        other = (saved.key_block, saved.key_dimensions, unpacked(found["texts"]))
+        form = (
+            RAW if saved.template == BOTH else saved.template
+        )  # that of the wordings of relations
+        own = (
+            config.key_block,
+            config.key_dimensions,
+            self.templates[0].name,
+            token_texts(self.tokenizer),
+        )
+        other = (saved.key_block, saved.key_dimensions, form, unpacked(found["texts"]))
         for what, wanted, came in zip(
-            ("key block", "key size", "tokenizer"), own, other, strict=True
+            ("key block", "key size", "form of prompts", "tokenizer"), own, other, strict=True
         ):
             if wanted != came:
                 values = "" if what == "tokenizer" else f" ({came}, not {wanted})"
@@ -349,7 +358,13 @@ class MemoryEditor(AdapterEditor):
 
     def _statistics(self) -> Any:
         """Measure the statistics of the base model, or take those that another editor of it measured."""
-        known = ("key statistics", self._config.key_block, self._config.key_dimensions)
+        template = self.templates[0]
+        known = (
+            "key statistics",
+            self._config.key_block,
+            self._config.key_dimensions,
+            repr(template),
+        )
         if known not in self._prepared.computed:
             with frozen(self.model), self._context.routing.at_rest():
                 self._prepared.computed[known] = key_statistics(
@@ -358,5 +373,6 @@ class MemoryEditor(AdapterEditor):
                     self.tokenizer,
                     self._config.key_dimensions,
                     self._options,
+                    template,
                 )
         return self._prepared.computed[known]

@@ -10,12 +10,19 @@ from torch import Tensor
 
 from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.matching import Question, read
-from peft_baft.adapter.memory import SAMPLE, KeyStatistics, embedding_sample, keys_of
+from peft_baft.adapter.memory import SAMPLE, KeyStatistics, embedding_sample, keys_of, words_of_user
 from peft_baft.adapter.model_call import input_device
-from peft_baft.data.batching import Tokens, collate, padding_id, special_ids, tokens_around
+from peft_baft.data.batching import (
+    Tokens,
+    collate,
+    encode_prompt,
+    padding_id,
+    special_ids,
+    tokens_around,
+)
 from peft_baft.data.contexts import CHAT_CONTEXTS, RAW_CONTEXTS
 from peft_baft.data.relations import wordings as relation_wordings
-from peft_baft.data.templates import Template
+from peft_baft.data.templates import RAW, Template
 from peft_baft.data.unrelated import GENERAL
 from peft_baft.editing.written_texts import written_texts
 
@@ -33,13 +40,15 @@ def key_statistics(
     tokenizer: Any,
     dimensions: int,
     options: Mapping[str, Any] | None = None,
+    template: Template = RAW,
     seed: int = 0,
 ) -> KeyStatistics:
     """Measure states of the key block over the package's neutral texts and over texts that the model writes.
 
     Args:
         model: the base model, whose `context` has an empty memory of edits that is active. dimensions: k, at most d.
-        options: further arguments of `apply_chat_template`. seed: of what is written.
+        options: further arguments of `apply_chat_template`. template: the form in which questions are put, and so the wordings of
+            relations. seed: of what is written.
     """
     rows = [*_brought(tokenizer), *written_texts(model, tokenizer, seed)]
     # The first token's states are of another size than all others.
@@ -51,18 +60,24 @@ def key_statistics(
     kept = (1 - SHRINKAGE) * kept + SHRINKAGE * kept.mean()
     whitening = (directions[:, -dimensions:] / kept.sqrt()).half()
     sample, texts = embedding_sample(model), token_texts(tokenizer)
-    wordings = [(name, _tokens(tokenizer, text)) for name, text in relation_wordings(NAME)]
-    keys = [
-        keys_of(found[1:], mean, whitening)
-        for found in _states(model, context, tokenizer, [row for _, row in wordings])
-    ]
+    before, after = chat_frame(tokenizer, options)
+    names, asked = zip(*relation_wordings(NAME), strict=True)
+    prompts = [encode_prompt(tokenizer, text, template=template) for text in asked]
+    wordings = []
+    for name, row, found in zip(
+        names, prompts, _states(model, context, tokenizer, prompts), strict=True
+    ):
+        words = words_of_user(row.ids, before, after)
+        keys = keys_of(found[words][1:], mean, whitening)
+        wordings.append((name, Question(torch.tensor(row.ids[words], dtype=torch.int32), keys)))
     return KeyStatistics(
         mean,
         whitening,
         texts,
         torch.zeros(SAMPLE) if sample is None else sample,
-        *_relations(wordings, keys, texts),
-        *chat_frame(tokenizer, options),
+        *_relations(wordings, texts),
+        before,
+        after,
     )
 
 
@@ -79,17 +94,17 @@ def _states(
 
 
 def _relations(
-    wordings: Sequence[tuple[str, Tokens]], keys: Sequence[Tensor], texts: Sequence[str]
+    wordings: Sequence[tuple[str, Question]], texts: Sequence[str]
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Keep of wordings of relations the tokens that tell them, as `Relations` takes them; wordings without any are left out."""
     names = list(dict.fromkeys(name for name, _ in wordings))
-    kept, told = [keys[0][:0]], []
-    for (name, row), of_wording in zip(wordings, keys, strict=True):
-        reading = read(Question(torch.tensor(row.ids, dtype=torch.int32), of_wording), texts)
+    kept, told = [wordings[0][1].keys[:0]], []
+    for name, question in wordings:
+        reading = read(question, texts)
         named = torch.tensor([reading.words[n] in NAME.casefold().split() for n in reading.word])
         telling = reading.content & ~named
         if telling.any():
-            kept.append(of_wording[telling])
+            kept.append(question.keys[telling])
             told.append((int(telling.sum()), names.index(name), reading.kind))
     return torch.cat(kept), torch.tensor(told, dtype=torch.int32).reshape(-1, 3), names
 
