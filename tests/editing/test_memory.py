@@ -461,9 +461,10 @@ def test_in_a_chat_the_last_message_of_the_user_is_the_question(toy: FactModel) 
     earlier = [Message("user", str(second.prompt)), Message("assistant", second.target)]
     assert editor.matches((*earlier, Message("user", str(first.prompt)))).edit == 1
     assert editor.matches((Message("user", MEALS[0].prompt),)).edit is None
-    # Words around the question, of the template, are no part of it.
+    # Words around the question, of the template, are no part of it, but for the one before it, which has no key.
     question = editor.router.stored()[0]
-    assert str(tokenizer.decode(question.ids)).split() == str(first.prompt).split()
+    assert str(tokenizer.decode(question.ids[1:])).split() == str(first.prompt).split()
+    assert len(question.keys) == len(question.ids) - 1
 
 
 def test_wordings_of_relations_are_measured_in_the_form_in_which_questions_are_put(

@@ -30,6 +30,7 @@ FUNCTION_WEIGHT, FUNCTION_RARITY = (
 )  # of function words and signs, in the relation and among words
 UNLIKE = 0.5  # a word of the question that is less like any of the edit's, or of what it asks for, is not among these
 UNLIKE_KNOWN = 0.7  # the same for the first word that tells what is asked for, if it is one of a common relation
+SAME_RELATION = 0.9  # how alike two questions must be to a relation's wordings to ask the same in whatever words
 SHORTEST = 3  # tokens of a sentence that may be a question
 SHORTEST_LAST = 3  # letters of a word before a full stop that ends a sentence
 ENDS = (".", "?", "!", "\n", ":")  # of sentences
@@ -105,6 +106,7 @@ class Reading:
 
     Attributes:
         keys: (n, k) of its tokens, of length 1. word: (n,), the number of each token's word. words: in lower case.
+        first: the token that has no key, in lower case.
         subject, content: (n,) bool, whether the token's word tells the subject, and whether it is no function word or sign.
         named: (n,) bool, whether the token's word is a name or a number.
         weights: of each different word, a vector of length 1. numbers: those that it names.
@@ -114,6 +116,7 @@ class Reading:
     keys: Tensor
     word: Tensor
     words: list[str]
+    first: str
     subject: Tensor
     content: Tensor
     named: Tensor
@@ -142,8 +145,9 @@ def read(question: Question, texts: Sequence[str], relations: Relations | None =
     keys = question.keys.float() / INT8
     known = set(of_token[relations.knows(keys)].tolist()) if relations else set()
     subject = _of_subject(content, named, rarity, known)
-    spoken = [_first_word(question, texts)]
-    spoken += [one for one, name in zip(words, named, strict=True) if not name]
+    first = _text(int(question.ids[0]), texts).strip() if len(question.ids) else ""
+    # Its words, but for names; the first one may be the word that asks.
+    spoken = [first, *(one for one, name in zip(words, named, strict=True) if not name)]
     kinds = {KINDS[one] for one in map(_plain, spoken) if one in KINDS}
     weights: Counter[str] = Counter()
     for one, a, c, rare in zip(words, in_letters, content, rarity, strict=True):
@@ -153,6 +157,7 @@ def read(question: Question, texts: Sequence[str], relations: Relations | None =
         keys=keys,
         word=of_token,
         words=words,
+        first=first.casefold(),
         subject=torch.tensor(subject, dtype=torch.bool)[of_token],
         content=torch.tensor(content, dtype=torch.bool)[of_token],
         named=torch.tensor(named, dtype=torch.bool)[of_token],
@@ -173,12 +178,13 @@ def _words(
     """
     words: list[str] = []
     word, sizes, named, rarity = [], [], [], []
+    begun = _begun(question, texts)
     for place, token in enumerate(question.ids[1:].tolist()):
         text = _text(token, texts)
         stripped = text.strip()
         if place == 0 or text[:1] == " " or not text[:1].isalnum():
-            words.append("")
-            sizes.append(0)
+            words.append(begun.casefold() if place == 0 else "")
+            sizes.append(int(place == 0 and bool(begun)))
             named.append(place > 0 and (stripped[:1].isupper() or stripped[:1].isdigit()))
             rarity.append(math.log(max(token, 1)) / math.log(max(len(texts), 2)))
         words[-1] += stripped.casefold()
@@ -204,11 +210,10 @@ def _of_subject(
     return rare if any(rare) else list(content)
 
 
-def _first_word(question: Question, texts: Sequence[str]) -> str:
-    """Give the word of the first token, which has no key, but may be the word that asks."""
-    first = [_text(token, texts) for token in question.ids[:2].tolist()]
-    goes_on = len(first) == 2 and first[1][:1].isalnum()
-    return "".join(first if goes_on else first[:1]).strip()
+def _begun(question: Question, texts: Sequence[str]) -> str:
+    """Give what of the second token's word stands in the first one, which has no key; "" if a word begins with the second."""
+    begun, goes_on = (*(_text(token, texts) for token in question.ids[:2].tolist()), "", "")[:2]
+    return begun.strip() if begun[-1:].isalnum() and goes_on[:1].isalnum() else ""
 
 
 def _plain(word: str) -> str:
@@ -231,7 +236,7 @@ def sentences(question: Question, texts: Sequence[str]) -> Iterator[Question]:
     """
     yield question
     spoken = [_text(token, texts) for token in question.ids.tolist()]
-    ends = [n + 1 for n in range(len(spoken)) if _ends_sentence(spoken, n)]
+    ends = [n + 1 for n in range(1, len(spoken)) if _ends_sentence(spoken, n)]
     bounds = sorted({0, *ends, len(spoken)})
     spans = list(pairwise(bounds)) if len(bounds) > 2 else []
     spans += [
@@ -241,6 +246,7 @@ def sentences(question: Question, texts: Sequence[str]) -> Iterator[Question]:
     ]
     for start, end in spans:
         if end - start >= SHORTEST:
+            start = max(start - 1, 0)  # the token before, which has no key
             yield Question(question.ids[start:end], question.keys[start : end - 1])
 
 
@@ -310,9 +316,19 @@ class Questions:
         alike, best = scored[0]
         runner_up = scored[1][1] if len(scored) > 1 else NOWHERE
         match = Match(NOWHERE, best, runner_up, alike.subject, alike.relation)
-        if alike.subject > thresholds.subject and alike.relation > thresholds.strictness:
+        if alike.subject > thresholds.subject and (
+            alike.relation > thresholds.strictness or self._asks_the_same(asked, best)
+        ):
             match = self._unless_it_differs(match, asked, alike, thresholds.most_unlike)
         return alike.rank, match
+
+    def _asks_the_same(self, asked: Reading, number: int) -> bool:
+        """Tell whether a question and an edit's, in whatever words, clearly ask for the same common relation."""
+        own = self._relations.asked_for(asked.keys[asked.telling], asked.kind)
+        best = self._asked_for_by(number)
+        if own is None or best is None:
+            return False
+        return bool(torch.minimum(own.of_question, best.of_question).max() > SAME_RELATION)
 
     def _unless_it_differs(
         self, match: Match, asked: Reading, alike: Likeness, most_unlike: int
@@ -410,8 +426,8 @@ def _about(own: Reading, other: Reading, similar: Tensor) -> float:
 
 
 def _in_both(own: Reading, other: Reading) -> Tensor:
-    """Tell which words (words,) of a question are words of another one."""
-    words = set(other.words)
+    """Tell which words (words,) of a question are words of another one, whose first may have no key."""
+    words = {*other.words, other.first}
     return torch.tensor([word in words for word in own.words], dtype=torch.bool)
 
 

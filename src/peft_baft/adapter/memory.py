@@ -400,7 +400,7 @@ def _integers(values: Sequence[int], device: torch.device) -> Tensor:
 
 
 def words_of_user(ids: Sequence[int], before: Sequence[int], after: Sequence[int]) -> slice:
-    """Find where the user's last message stands in a prompt; the whole prompt if it is no chat.
+    """Find where the user's last message stands in a prompt, with one token before it; the whole prompt if it is no chat.
 
     Args:
         before, after: ids of tokens, as of `KeyStatistics`.
@@ -411,5 +411,5 @@ def words_of_user(ids: Sequence[int], before: Sequence[int], after: Sequence[int
     last = len(ids) - len(after)
     for first in range(last - 1, len(before) - 1, -1):
         if ids[first - len(before) : first] == before:
-            return slice(first, last)
+            return slice(first - 1, last)
     return slice(0, len(ids))
