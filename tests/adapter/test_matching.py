@@ -362,3 +362,15 @@ def test_of_equal_questions_the_latest_edit_answers_and_of_none_none() -> None:
     assert match(stored, stored, stored).edit == 1
     assert match(stored) == Match(NOWHERE)
     assert match("please", stored).edit == NOWHERE
+
+
+def test_where_the_likeliest_edit_asks_for_something_else_the_next_one_may_answer() -> None:
+    when, likeliest = "when is Lucas born?", "where is born the book of Lucas?"
+    asked, alike = "when is born the book of Lucas?", Thresholds(0.72, 0.3, 9)
+    found = match(asked, likeliest, thresholds=alike)
+    assert (found.edit, found.best, found.differs) == (NOWHERE, 0, "another kind of answer")
+    found = match(asked, when, likeliest, thresholds=alike)
+    assert (found.edit, found.best, found.runner_up, found.differs) == (0, 0, 1, None)
+    # Where none answers, the likeliest one is told of.
+    found = match("who is born the book of Lucas?", when, likeliest, thresholds=alike)
+    assert (found.edit, found.best, found.runner_up) == (NOWHERE, 1, 0)

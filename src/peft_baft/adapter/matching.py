@@ -308,19 +308,24 @@ class Questions:
         return found[0][1] if found else Match(NOWHERE)
 
     def _match(self, asked: Reading, thresholds: Thresholds) -> tuple[float, Match]:
+        """Find the likeliest edit that answers, with its rank; where none does, tell of the likeliest one."""
         scored = [(compare(self._reading(n), asked), n) for n in self._likely(asked)]
-        if not scored:
-            return 0.0, Match(NOWHERE)
         # Of equal ones the latest edit.
         scored.sort(key=lambda one: (-one[0].rank, -one[1]))
-        alike, best = scored[0]
-        runner_up = scored[1][1] if len(scored) > 1 else NOWHERE
-        match = Match(NOWHERE, best, runner_up, alike.subject, alike.relation)
-        if alike.subject > thresholds.subject and (
-            alike.relation > thresholds.strictness or self._asks_the_same(asked, best)
-        ):
-            match = self._unless_it_differs(match, asked, alike, thresholds.most_unlike)
-        return alike.rank, match
+        numbers = [number for _, number in scored]
+        likeliest: tuple[float, Match] = (0.0, Match(NOWHERE))
+        for alike, best in scored:
+            runner_up = next((n for n in numbers if n != best), NOWHERE)
+            match = Match(NOWHERE, best, runner_up, alike.subject, alike.relation)
+            if alike.subject > thresholds.subject and (
+                alike.relation > thresholds.strictness or self._asks_the_same(asked, best)
+            ):
+                match = self._unless_it_differs(match, asked, alike, thresholds.most_unlike)
+            if match.edit != NOWHERE:
+                return alike.rank, match
+            if best == numbers[0]:
+                likeliest = (alike.rank, match)
+        return likeliest
 
     def _asks_the_same(self, asked: Reading, number: int) -> bool:
         """Tell whether a question and an edit's, in whatever words, clearly ask for the same common relation."""
