@@ -25,6 +25,7 @@ from peft_baft.data.cases import Message
 from peft_baft.editing.acceleration import cached_texts
 from peft_baft.editing.memory import codes
 from peft_baft.editing.memory.editor import MemoryEditor
+from peft_baft.editing.memory.folder import merge_saved
 from peft_baft.editing.memory.statistics import token_texts
 from peft_baft.evaluation.scoring import greedy_answers, token_match
 from peft_baft.inspection.inspect import inspect
@@ -494,6 +495,8 @@ def test_wordings_of_relations_are_measured_in_the_form_in_which_questions_are_p
     model = get_peft_model(toy.base, BaftConfig(**SETTINGS)).eval()
     with pytest.raises(ValueError, match=r"another form of prompts \(raw, not chat\)"):
         MemoryEditor(model, tokenizer, DESCENT, template="chat", statistics=tmp_path / "raw")
+    with pytest.raises(ValueError, match="put in the form 'raw' in one, in 'chat' in the other"):
+        merge_saved(tmp_path / "raw", tmp_path / "chat", tmp_path / "both")
 
 
 def test_damaged_memories_are_refused_whole(toy: FactModel, tmp_path: Path) -> None:

@@ -74,7 +74,8 @@ class BaftConfig(PeftConfig):
             before the first edited one has edited anything.
         key_dimensions: Of a memory, how many numbers the key of each token of an edit's question has.
         least_subject: Of a memory, how alike (at most 1) a prompt must be to an edit's in what it is about.
-        strictness: Of a memory, how alike (at most 1) it must be in what it asks of that. Larger lets fewer prompts in.
+        strictness: Of a memory, how alike (at most 1) it must be in what it asks of that, where a list of common
+            relations does not tell that this is the same. Larger lets fewer prompts in.
         most_unlike: Of a memory, how many words of a prompt, besides its subject, may be unlike any of the edit's
             and of the wordings of what it asks for.
         memory_sizes: Of a memory, how many edits and tokens there are, as the shapes of its tensors have it; filled in.

@@ -34,12 +34,15 @@ SAME_RELATION = 0.9  # how alike two questions must be to a relation's wordings 
 SHORTEST = 3  # tokens of a sentence that may be a question
 SHORTEST_LAST = 3  # letters of a word before a full stop that ends a sentence
 ENDS = (".", "?", "!", "\n", ":")  # of sentences
+# Words that tell neither what a question is about nor what it asks for; the last three lines: parts of contractions, words that
+# only narrow an answer, and those of polite requests.
 _FUNCTION_WORDS = """
 a about also am an and any are as at be been being but by can could did do does for from had has have he her his how i
 if in into is it its know may me might must my no not of on or our out please s say shall she should so some t tell
 than that the their them then there these they this those to us was we were what when where which who whom whose why
 name names will with would you your
-d ll re ve one person exact exactly full official actual
+d ll re ve
+one person exact exactly full official actual
 again called curious hello hey hi know like need remind thank thanks think want wonder wondering
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
@@ -212,8 +215,10 @@ def _of_subject(
 
 def _begun(question: Question, texts: Sequence[str]) -> str:
     """Give what of the second token's word stands in the first one, which has no key; "" if a word begins with the second."""
-    begun, goes_on = (*(_text(token, texts) for token in question.ids[:2].tolist()), "", "")[:2]
-    return begun.strip() if begun[-1:].isalnum() and goes_on[:1].isalnum() else ""
+    if len(question.ids) < 2:
+        return ""
+    begun, second = (_text(token, texts) for token in question.ids[:2].tolist())
+    return begun.strip() if begun[-1:].isalnum() and second[:1].isalnum() else ""
 
 
 def _plain(word: str) -> str:
@@ -238,16 +243,13 @@ def sentences(question: Question, texts: Sequence[str]) -> Iterator[Question]:
     spoken = [_text(token, texts) for token in question.ids.tolist()]
     ends = [n + 1 for n in range(1, len(spoken)) if _ends_sentence(spoken, n)]
     bounds = sorted({0, *ends, len(spoken)})
-    spans = list(pairwise(bounds)) if len(bounds) > 2 else []
-    spans += [
-        (start, end)
-        for before, end in pairwise(bounds)
-        if (start := _behind_preface(spoken[before:end]) + before) > before
-    ]
-    for start, end in spans:
-        if end - start >= SHORTEST:
-            start = max(start - 1, 0)  # the token before, which has no key
-            yield Question(question.ids[start:end], question.keys[start : end - 1])
+    for start, end in pairwise(bounds):
+        preface = _behind_preface(spoken[start:end])
+        for first in sorted({start, start + preface}):
+            is_a_part = (first, end) != (0, len(spoken))
+            if is_a_part and end - first >= SHORTEST:
+                before = max(first - 1, 0)  # the token before, which has no key
+                yield Question(question.ids[before:end], question.keys[before : end - 1])
 
 
 def _behind_preface(spoken: Sequence[str]) -> int:
@@ -260,13 +262,12 @@ def _behind_preface(spoken: Sequence[str]) -> int:
 def _ends_sentence(spoken: Sequence[str], place: int) -> bool:
     """Tell whether a token ends a sentence; a full stop does not within a word, nor behind an initial or a short abbreviation."""
     text = spoken[place].rstrip(" ")
-    if not text.endswith(ENDS):
-        return False
-    word = ("".join(spoken[max(0, place - 2) : place]) + text).split()[-1:]
-    follows = spoken[place + 1][:1] if place + 1 < len(spoken) else " "
-    return not text.endswith(".") or (
-        follows.isspace() and (not word or len(word[0].strip(".")) >= SHORTEST_LAST)
-    )
+    if not text.endswith("."):
+        return text.endswith(ENDS)
+    within_a_word = place + 1 < len(spoken) and not spoken[place + 1][:1].isspace()
+    # The last tokens are enough to see whether the word is short.
+    last_word = "".join(spoken[max(0, place - 2) : place + 1]).split()[-1]
+    return not within_a_word and len(last_word.strip(".")) >= SHORTEST_LAST
 
 
 class Questions:
@@ -313,12 +314,15 @@ class Questions:
         # Of equal ones the latest edit.
         scored.sort(key=lambda one: (-one[0].rank, -one[1]))
         numbers = [number for _, number in scored]
+        own = None
+        if any(alike.subject > thresholds.subject for alike, _ in scored):
+            own = self._relations.asked_for(asked.keys[asked.telling], asked.kind)
         likeliest: tuple[float, Match] = (0.0, Match(NOWHERE))
         for alike, best in scored:
             runner_up = next((n for n in numbers if n != best), NOWHERE)
             match = Match(NOWHERE, best, runner_up, alike.subject, alike.relation)
             if alike.subject > thresholds.subject and (
-                alike.relation > thresholds.strictness or self._asks_the_same(asked, best)
+                alike.relation > thresholds.strictness or self._asks_the_same(own, best)
             ):
                 match = self._unless_it_differs(match, asked, alike, thresholds.most_unlike)
             if match.edit != NOWHERE:
@@ -327,9 +331,8 @@ class Questions:
                 likeliest = (alike.rank, match)
         return likeliest
 
-    def _asks_the_same(self, asked: Reading, number: int) -> bool:
-        """Tell whether a question and an edit's, in whatever words, clearly ask for the same common relation."""
-        own = self._relations.asked_for(asked.keys[asked.telling], asked.kind)
+    def _asks_the_same(self, own: AskedFor | None, number: int) -> bool:
+        """Tell whether a question, which asks for `own`, and an edit's clearly ask for the same common relation."""
         best = self._asked_for_by(number)
         if own is None or best is None:
             return False

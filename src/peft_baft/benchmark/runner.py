@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -332,14 +332,8 @@ class Runner:
         for question, reply in zip(questions, replies, strict=True):
             probes[question.row].append(judged(question, reply, self.unedited.reply(question)))
         if routed is not None:
-            answering_edits = routed([question.prompt for question in questions])
-            places = {row: number for number, row in enumerate(edited, start=1)}
-            numbered = {row: iter(of_row) for row, of_row in probes.items()}
-            for question, number in zip(questions, answering_edits, strict=True):
-                own = number == places[question.row]
-                next(numbered[question.row])["route"] = (
-                    "none" if number is None else "own" if own else "other"
-                )
+            answered_by = routed([question.prompt for question in questions])
+            _mark_routes(probes, questions, answered_by, edited)
         entries: list[dict[str, Any]] = [
             {"row": row, "probes": of_row} for row, of_row in probes.items()
         ]
@@ -413,3 +407,22 @@ def _require_apart(unrelated: Sequence[Unrelated], questions: Sequence[Question]
                 f"The unrelated text holds {question.prompt!r:.80}, which the benchmark asks; "
                 "take other unrelated text."
             )
+
+
+def _mark_routes(
+    probes: Mapping[int, Sequence[dict[str, Any]]],
+    questions: Sequence[Question],
+    answered_by: Sequence[int | None],
+    edited: Sequence[int],
+) -> None:
+    """Note in the probe of each question whether the row's own edit answers it, another one, or none.
+
+    Args:
+        probes: of each row, in the order of its questions. answered_by: the number of each question's edit, from 1, in the order
+            of the rows in `edited`.
+    """
+    places = {row: number for number, row in enumerate(edited, start=1)}
+    following = {row: iter(of_row) for row, of_row in probes.items()}
+    for question, number in zip(questions, answered_by, strict=True):
+        of_edit = "own" if number == places[question.row] else "other"
+        next(following[question.row])["route"] = "none" if number is None else of_edit

@@ -97,7 +97,7 @@ def print_explained(listed: Sequence[dict[str, Any]]) -> None:
     if listed:
         print(
             f"An edit answers if the prompt is alike to its own in subject (above {listed[0]['least_subject']}) and in relation "
-            f"(above {listed[0]['strictness']}), and asks for nothing else."
+            f"(above {listed[0]['strictness']}, or clearly the same one of the list), and asks for nothing else."
         )
 
 

@@ -15,7 +15,6 @@ from peft_baft.adapter.matching import NOWHERE, Question
 from peft_baft.adapter.memory import EditCodes, EditRouter, unpacked
 from peft_baft.adapter.model_call import input_device
 from peft_baft.adapter.state import frozen
-from peft_baft.adapter.taught_form import BOTH, RAW
 from peft_baft.data.batching import Tokens, collate, encode_prompt, padding_id
 from peft_baft.data.cases import Edit, Prompt
 from peft_baft.data.templates import Template
@@ -42,7 +41,8 @@ class MemoryMatch:
     Attributes:
         edit: which answers. best, runner_up: the likeliest two.
         subject, relation: how alike (at most 1) the prompt is to the best one's in what it is about, and in what it asks of that.
-        least_subject, strictness: what these must be above for it to answer.
+        least_subject, strictness: what these must be above for it to answer; where both clearly ask for the same common relation,
+            the relation need not be.
         asks_for, best_asks_for: the common relations that the prompt and the best edit's are most like, where they are like one
             and the two above are enough.
         differs: what keeps the best edit from answering, though these are enough: the words that ask for something else or name
@@ -334,27 +334,27 @@ class MemoryEditor(AdapterEditor):
         Raises:
             ValueError: the folder holds no memory, or one whose keys are made in another way.
         """
-        memory, config = SavedMemory.read(folder), self._config
-        saved, found = memory.config, memory.statistics()
-        form = (
-            RAW if saved.template == BOTH else saved.template
-        )  # that of the wordings of relations
-        own = (
-            config.key_block,
-            config.key_dimensions,
-            self.templates[0].name,
-            token_texts(self.tokenizer),
-        )
-        other = (saved.key_block, saved.key_dimensions, form, unpacked(found["texts"]))
-        for what, wanted, came in zip(
-            ("key block", "key size", "form of prompts", "tokenizer"), own, other, strict=True
-        ):
-            if wanted != came:
-                values = "" if what == "tokenizer" else f" ({came}, not {wanted})"
-                raise ValueError(
-                    f"The statistics in {folder} are of another {what}{values}. Leave statistics out to measure them anew."
-                )
-        return found
+        memory = SavedMemory.read(folder)
+        own = {
+            "key block": self._config.key_block,
+            "key size": self._config.key_dimensions,
+            "form of prompts": self.templates[0].name,
+        }
+        saved = {
+            "key block": memory.config.key_block,
+            "key size": memory.config.key_dimensions,
+            "form of prompts": memory.form,
+        }
+        differing = [
+            f"{what} ({saved[what]}, not {own[what]})" for what in own if saved[what] != own[what]
+        ]
+        if token_texts(self.tokenizer) != unpacked(memory.part("texts")):
+            differing.append("tokenizer")
+        if differing:
+            raise ValueError(
+                f"The statistics in {folder} are of another {differing[0]}. Leave statistics out to measure them anew."
+            )
+        return memory.statistics()
 
     def _statistics(self) -> Any:
         """Measure the statistics of the base model, or take those that another editor of it measured."""

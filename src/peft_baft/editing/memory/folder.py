@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peft_baft.adapter import BaftConfig
 from peft_baft.adapter.memory import OF_EDITS, OF_TOKENS, of_edits
+from peft_baft.adapter.taught_form import BOTH, RAW
 from peft_baft.adapter.weights import FILE, memory_sizes
 from peft_baft.editing.journal import EditLine, ForgetLine, Journal, RunLine, now
 from peft_baft.storage import replace_file
@@ -54,22 +55,18 @@ class SavedMemory:
         return cls(config, load_file(folder / FILE))
 
     def part(self, name: str) -> Tensor:
-        """Get a tensor of the router.
-
-        Raises:
-            ValueError: there is none of this name.
-        """
-        for key, tensor in self.tensors.items():
-            if key.endswith(f"{ROUTER}{name}"):
-                return tensor
-        raise ValueError(
-            f"The memory of edits has no {name}: it was saved by an earlier version, or is damaged. Teach its facts again."
-        )
+        """Get a tensor of the router."""
+        return next(t for key, t in self.tensors.items() if key.endswith(f"{ROUTER}{name}"))
 
     @property
     def numbers(self) -> list[int]:
         """The numbers of its edits."""
         return self.part("numbers").tolist()
+
+    @property
+    def form(self) -> str | None:
+        """The form in which its questions and the wordings of relations are put to the model, where that is known."""
+        return RAW if self.config.template == BOTH else self.config.template
 
     def statistics(self) -> dict[str, Tensor]:
         """What was measured of the base model, and is the same for every memory on it."""
@@ -206,11 +203,16 @@ def _require_alike(one: SavedMemory, two: SavedMemory, first: Path, second: Path
             raise ValueError(
                 f"{first} and {second} cannot be merged: {name} is {values[0]!r} in one, {values[1]!r} in the other."
             )
+    if one.form != two.form and None not in (one.form, two.form):
+        raise ValueError(
+            f"{first} and {second} cannot be merged: questions are put in the form {one.form!r} in one, in {two.form!r} in the "
+            "other. Teach the facts of one of them in the other's form."
+        )
     names_differ = one.tensors.keys() != two.tensors.keys()
     if names_differ or any(not torch.equal(one.part(n), two.part(n)) for n in OF_MODEL):
         raise ValueError(
-            f"{first} and {second} cannot be merged: they were made for different models, or their statistics were measured on "
-            "different machines."
+            f"{first} and {second} cannot be merged: they were made for different models, with different versions of this "
+            "package, or their statistics were measured on different machines."
         )
 
 

@@ -70,14 +70,17 @@ def key_statistics(
         words = words_of_user(row.ids, before, after)
         keys = keys_of(found[words][1:], mean, whitening)
         wordings.append((name, Question(torch.tensor(row.ids[words], dtype=torch.int32), keys)))
+    relation_keys, told, relation_names = _relations(wordings, texts)
     return KeyStatistics(
-        mean,
-        whitening,
-        texts,
-        torch.zeros(SAMPLE) if sample is None else sample,
-        *_relations(wordings, texts),
-        before,
-        after,
+        mean=mean,
+        whitening=whitening,
+        texts=texts,
+        sample=torch.zeros(SAMPLE) if sample is None else sample,
+        relation_keys=relation_keys,
+        wordings=told,
+        relation_names=relation_names,
+        before=before,
+        after=after,
     )
 
 
