@@ -28,7 +28,6 @@ MODEL, TRAINING, JOURNAL = "The model", "Training", "Journal and checks"  # head
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("single", "continual", "batched")
 FORMS = ("auto", "raw", "chat", "both")  # of prompts
-ONE_FORM = ("raw", "chat")
 ASKED_FORMS = ("auto", "raw", "chat")
 REPORT_FORMS = ("raw", "chat", "both")
 WHEN = ("after_all", "immediate")
@@ -308,8 +307,13 @@ class BenchCommand(TrainingOptions, ModelOptions):
     ] = None
     seeds: Annotated[int, whole_number("repeat with so many seeds")] = 1
     template: Annotated[
-        str, choice(ONE_FORM, "form in which facts are taught and everything is asked")
-    ] = "raw"
+        str,
+        choice(
+            ASKED_FORMS,
+            "form in which facts are taught and everything is asked: raw text, the chat template, or auto: that in which the "
+            "facts of --adapter were taught, else raw text",
+        ),
+    ] = "auto"
     also: Annotated[str, text("NAMES", "further metrics of `baft list`, with commas")] = ""
     piqa: Annotated[
         Path | None, text("FILE", "ask items of PIQA after the last edit of each block (Table 8)")

@@ -90,9 +90,11 @@ def test_a_form_that_an_adapter_was_not_taught_in_is_warned_of(
     assert not warned(*asked)
     assert warned(*asked, "--template", "raw")
     bench = ("bench", "facts", "--data", str(folder / "facts.jsonl"))
-    output = str(folder / "lines.jsonl")
-    assert not warned(*bench, "--output", output, "--template", "chat")
-    assert warned(*bench, "--output", output)  # the protocol's form is raw text
+    output = folder / "lines.jsonl"
+    assert not warned(*bench, "--output", str(output))
+    assert warned(*bench, "--output", str(output), "--template", "raw")
+    forms = [json.loads(line)["protocol"]["template"] for line in output.read_text().splitlines()]
+    assert forms == ["chat", "raw"]
 
 
 def test_an_adapter_without_a_memory_is_asked_in_raw_text(

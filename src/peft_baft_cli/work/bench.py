@@ -11,7 +11,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from peft_baft.adapter.taught_form import warn_of_another
 from peft_baft.benchmark import plan
 from peft_baft.benchmark.methods import methods
 from peft_baft.benchmark.metrics import METRICS, piqa_accuracy
@@ -39,6 +38,7 @@ from peft_baft_cli.screen import progress_shown
 from peft_baft_cli.work.common import (
     Subject,
     attach_adapter,
+    chosen_form,
     chosen_preset,
     chosen_subject,
     chosen_unrelated,
@@ -112,8 +112,7 @@ def _editing(
     unrelated = options.unrelated or task.unrelated
     texts = chosen_unrelated(unrelated)
     base, tokenizer = _loaded(subject, processes)
-    (template,) = chosen_templates(tokenizer, options.template)
-    warn_of_another(subject.adapter, {template.name}, tokenizer)
+    template = chosen_form(options.template, tokenizer, subject.adapter)
     probing = Probing.of_kinds(_further_kinds(options), cases, tokenizer, template)
     protocol = plan.described_protocol(template.name, _also(options), probing.described())
     after_block = None
@@ -160,7 +159,8 @@ def _asking(
     items = read_benchmark(options.benchmark, file)
     first, last = _rows(options.rows, len(items))
     model, tokenizer = _loaded(subject, processes)
-    (template,) = chosen_templates(tokenizer, options.template)
+    # Items that are no facts are asked in raw text, whatever an adapter was taught in.
+    (template,) = chosen_templates(tokenizer, options.template, taught="raw")
     protocol = plan.described_protocol(template.name, _also(options))
     common = _common(options, subject, model, tokenizer, file, (first, last), protocol)
     run = plan.plan_runs(common, [None], [Schedule()], [0])[0]
