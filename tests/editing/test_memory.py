@@ -16,13 +16,22 @@ from torch import Tensor
 
 import facts
 from facts import CAPITALS, MEALS, FactModel, edits
-from peft_baft import BaftConfig, BaftEditor, DescentConfig, Edit, prompt_lengths
+from peft_baft import (
+    NARROW,
+    BaftConfig,
+    BaftEditor,
+    DescentConfig,
+    Edit,
+    Scope,
+    prompt_lengths,
+)
 from peft_baft.adapter.memory import EditRouter, embedding_sample, orthonormal
 from peft_baft.adapter.model_call import call_with_cache
 from peft_baft.adapter.routing import Sequences
 from peft_baft.adapter.weights import FILE
 from peft_baft.data.cases import Message
 from peft_baft.editing.acceleration import cached_texts
+from peft_baft.editing.editor import encode_edits
 from peft_baft.editing.memory import codes
 from peft_baft.editing.memory.editor import MemoryEditor
 from peft_baft.editing.memory.folder import merge_saved
@@ -54,10 +63,10 @@ def toy(fact_model: FactModel) -> FactModel:
     return FactModel(deepcopy(fact_model.base), fact_model.tokenizer)
 
 
-def editor_of(toy: FactModel, **settings: Any) -> MemoryEditor:
+def editor_of(toy: FactModel, scope: Scope = NARROW, **settings: Any) -> MemoryEditor:
     model = get_peft_model(toy.base, BaftConfig(**{**SETTINGS, **settings})).eval()
     assert isinstance(BaftEditor(model, toy.tokenizer), MemoryEditor)
-    return MemoryEditor(model, toy.tokenizer, DESCENT)
+    return MemoryEditor(model, toy.tokenizer, DESCENT, scope=scope)
 
 
 def logits(model: Any, toy: FactModel, prompts: list[str]) -> list[Tensor]:
@@ -122,6 +131,30 @@ def test_a_cache_of_the_tokens_before_gives_what_whole_texts_give(
     plain = editor_of(toy)
     assert plain.edit(edits(0, 3)).steps == steps
     torch.testing.assert_close(codes_of(plain), found, atol=3e-2, rtol=2e-2)
+
+
+def test_an_edit_is_learned_in_each_context_of_the_scope(toy: FactModel) -> None:
+    wide, facts_taught = replace(NARROW, contexts=4), edits(0, 5, 9, 12)
+    surrounded = [
+        [row]
+        for texts in encode_edits(toy.base, toy.tokenizer, facts_taught, scope=wide)
+        for row in texts
+    ]
+
+    def largest_loss(scope: Scope) -> float:
+        editor = editor_of(toy, scope=scope)
+        assert editor.edit(facts_taught).learned
+        learned = codes_of(editor).repeat_interleave(len(surrounded) // len(facts_taught), 0)
+        bases = {name: part.basis(torch.device("cpu")) for name, part in editor._codes().items()}
+        base = editor.model.get_base_model()
+        editor.remove()
+        texts = codes._TextsOfFacts(base, toy.tokenizer, surrounded, bases, 3)
+        return max(texts.losses(list(learned), range(len(surrounded)))).item()
+
+    # An edit ends when the mean over its texts is below the stop.
+    assert largest_loss(wide) < 1.4 * DESCENT.stop_loss < largest_loss(NARROW)
+    with pytest.raises(ValueError, match="cannot hold contrast texts"):
+        editor_of(toy, scope=Scope())
 
 
 def test_a_prompt_that_is_routed_nowhere_is_computed_bit_for_bit_as_before(toy: FactModel) -> None:

@@ -10,6 +10,7 @@ from peft import get_peft_model
 from peft_baft.adapter import BaftConfig
 from peft_baft.editing.memory.editor import MEMORY_DESCENT, MemoryEditor
 from peft_baft.editing.method import EditorSetup, MethodSettings
+from peft_baft.editing.scope import NARROW, Scope
 from peft_baft.editing.train import DescentConfig
 
 
@@ -20,6 +21,7 @@ class Memory(MethodSettings):
     Args:
         r, prompt_positions, key_dimensions, least_subject, strictness, most_unlike: as in `BaftConfig`.
         descent: how a code is learned.
+        scope: in which contexts and wordings facts are taught besides.
 
     Raises:
         TypeError, ValueError: as `BaftConfig`.
@@ -32,6 +34,7 @@ class Memory(MethodSettings):
     strictness: float = 0.4
     most_unlike: int = 1
     descent: DescentConfig = field(default_factory=lambda: MEMORY_DESCENT)
+    scope: Scope = NARROW
     seeded = False
 
     def __post_init__(self) -> None:
@@ -51,4 +54,5 @@ class Memory(MethodSettings):
             processes=setup.processes,
             prepared=setup.prepared,
             template=setup.template,
+            scope=self.scope,
         )

@@ -24,13 +24,13 @@ from peft_baft.editing.editor import EditResult, checked_edits, in_turn
 from peft_baft.editing.memory.codes import learn_codes
 from peft_baft.editing.memory.folder import SavedMemory
 from peft_baft.editing.memory.statistics import key_statistics, token_texts
-from peft_baft.editing.scope import NARROW
+from peft_baft.editing.scope import NARROW, Scope
 from peft_baft.editing.train import DescentConfig
 from peft_baft.processes import Processes
 
 LANES = 64  # edits that learn in the same forwards
 MEMORY_DESCENT = DescentConfig(
-    lr=8.0, max_steps=60, stop_loss=0.1, weight_decay=0.0, learn_end=True
+    lr=8.0, max_steps=60, stop_loss=0.05, weight_decay=0.0, learn_end=True
 )
 
 
@@ -72,6 +72,8 @@ class MemoryEditor(AdapterEditor):
         descent: how a code is learned.
         processes, template, template_options: as for `AdapterEditor`. Of several processes each makes all edits.
         prepared: what editors of the same base model share; by default the model's own.
+        scope: in which contexts and wordings each fact is taught besides its bare prompt; by default in none. Contrast texts are
+            not needed: the router leaves other prompts alone.
         statistics: a folder with another memory on this base model. What was measured of the model is taken from there instead of
             measured anew, where the adapter has none yet.
 
@@ -90,6 +92,7 @@ class MemoryEditor(AdapterEditor):
         prepared: PreparedModel | None = None,
         template: str | Template = "auto",
         template_options: Mapping[str, Any] | None = None,
+        scope: Scope = NARROW,
         statistics: str | Path | None = None,
     ) -> None:
         descent = descent or MEMORY_DESCENT
@@ -101,7 +104,7 @@ class MemoryEditor(AdapterEditor):
             processes=processes,
             template=template,
             template_options=template_options,
-            scope=NARROW,
+            scope=scope,
         )
         config = model.peft_config[self.adapter_name]
         if not isinstance(config, BaftConfig) or not config.memory:
@@ -183,7 +186,7 @@ class MemoryEditor(AdapterEditor):
         """
         facts = checked_edits(edits)
         self._require_in_use()
-        texts = [self._encode([fact], self.descent)[0] for fact in facts]
+        texts = [self._encode([fact], self.descent)[0] for fact in self._with_subjects(facts)]
         if numbers is None:
             first = max(int(self.router.kept()["made"]) + 1, self.next_number or 0)
             numbers = range(first, first + len(facts))
