@@ -79,7 +79,9 @@ class ModelOptions:
 class TrainingOptions:
     """How an edit is trained; None leaves a setting to the preset."""
 
-    preset: Annotated[str, text("NAME", "settings that `baft list` shows", TRAINING)] = "default"
+    preset: Annotated[
+        str, text("NAME", "settings of a plain adapter, that `baft list` shows", TRAINING)
+    ] = "default"
     r: Annotated[int | None, whole_number("rank of a new adapter", panel=TRAINING)] = None
     lr: Annotated[float | None, number_above_zero("LR", "learning rate", TRAINING)] = None
     max_steps: Annotated[

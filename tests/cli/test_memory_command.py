@@ -214,6 +214,7 @@ def test_what_does_not_fit_a_memory_is_refused(folder: Path, memory: Path, capsy
     refused = {
         "is a memory; leave --method out": ["--adapter", str(memory), "--method", "baft"],
         "leave --unrelated out": ["--method", "memory", "--unrelated", "general", "--overwrite"],
+        "leave --preset out": ["--adapter", str(memory), "--preset", "plain"],
         "leave --known out": ["--method", "baft", "--known", "refuse", "--overwrite"],
         "leave --statistics out": ["--adapter", str(memory), "--statistics", str(memory)],
         "needs no statistics": ["--method", "baft", "--statistics", str(memory), "--overwrite"],

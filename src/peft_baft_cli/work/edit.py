@@ -120,11 +120,18 @@ def _is_memory(options: EditCommand, continued: PeftConfig | None, facts: int) -
     if of_continued is not None and wanted != of_continued:
         kind = "a memory" if of_continued else "no memory"
         raise ValueError(f"{options.adapter} is {kind}; leave --method out to continue it.")
+    given = {
+        "--unrelated": options.unrelated is not None,
+        "--preset": options.preset != "default",
+        "--batch-size": options.batch_size > 1,
+    }
+    of_plain = [name for name, is_given in given.items() if is_given]
     if wanted is None:
-        # Unrelated text says that a plain adapter is wanted: a memory takes none.
-        wanted = facts >= MANY and options.batch_size == 1 and options.unrelated is None
-    elif wanted and options.unrelated is not None:
-        raise ValueError("A memory of edits takes no unrelated text: leave --unrelated out.")
+        wanted = facts >= MANY and not of_plain
+    elif wanted and of_plain:
+        raise ValueError(
+            f"A memory teaches each edit by itself, in one way: {of_plain[0]} is for a plain adapter; leave {of_plain[0]} out."
+        )
     if options.statistics is not None and not wanted:
         raise ValueError(
             "A plain adapter needs no statistics of the model: leave --statistics out."
@@ -133,10 +140,6 @@ def _is_memory(options: EditCommand, continued: PeftConfig | None, facts: int) -
         raise ValueError(f"{options.adapter} has statistics of its own: leave --statistics out.")
     if not wanted and options.known != "replace":
         raise ValueError("A plain adapter does not know its questions: leave --known out.")
-    if wanted and options.batch_size > 1:
-        raise ValueError(
-            "The edits of a memory are independent of each other: leave --batch-size out."
-        )
     return wanted
 
 
