@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -131,6 +132,28 @@ class Reading:
     def telling(self) -> Tensor:
         """(n,) bool, the tokens that tell the relation: of words that are neither the subject's nor function words."""
         return self.content & ~self.subject
+
+    # In lists, which are faster to walk through than tensors of so few tokens.
+    @cached_property
+    def said(self) -> frozenset[str]:
+        """All words, with the first token."""
+        return frozenset((*self.words, self.first))
+
+    @cached_property
+    def subject_tokens(self) -> list[tuple[int, str]]:
+        """The places of the subject's tokens, each with its word."""
+        word = self.word.tolist()
+        return [(n, self.words[word[n]]) for n, told in enumerate(self.subject.tolist()) if told]
+
+    @cached_property
+    def relation_tokens(self) -> list[tuple[int, float]]:
+        """The places of the other tokens, each with its weight."""
+        told = zip(self.subject.tolist(), self.content.tolist(), strict=True)
+        return [
+            (n, 1.0 if content else FUNCTION_WEIGHT)
+            for n, (subject, content) in enumerate(told)
+            if not subject
+        ]
 
 
 def read(question: Question, texts: Sequence[str], relations: Relations | None = None) -> Reading:
@@ -414,29 +437,30 @@ def compare(stored: Reading, asked: Reading) -> Likeness:
     if not len(stored.keys):  # a question of one token
         return Likeness(same_words, 0.0, 0.0, torch.zeros(len(asked.keys)))
     similar = stored.keys @ asked.keys.mT.to(stored.keys.device)
-    of_stored, of_asked = similar.amax(1).cpu(), similar.amax(0).cpu()
-    subject = (_about(stored, asked, of_stored) + _about(asked, stored, of_asked)) / 2
-    weight = torch.where(stored.content, 1.0, FUNCTION_WEIGHT) * ~stored.subject
-    of_relation = (of_stored * weight).sum() / weight.sum() if weight.any() else of_stored.mean()
-    relation = min(float(of_relation), 1.0)
+    of_asked = similar.amax(0).cpu()
+    to_stored, to_asked = similar.amax(1).tolist(), of_asked.tolist()
+    subject = (_about(stored, asked, to_stored) + _about(asked, stored, to_asked)) / 2
+    others = stored.relation_tokens or [(n, 1.0) for n in range(len(to_stored))]
+    of_relation = sum(weight * to_stored[n] for n, weight in others)
+    relation = min(of_relation / sum(weight for _, weight in others), 1.0)
     rank = same_words + subject + relation
     if stored.numbers != asked.numbers:  # NGC 6604 is not NGC 634
         subject = 0.0
     return Likeness(rank, subject, relation, of_asked)
 
 
-def _about(own: Reading, other: Reading, similar: Tensor) -> float:
+def _about(own: Reading, other: Reading, similar: Sequence[float]) -> float:
     """Average how similar the tokens of one question's subject are to the other's; the same word is, whatever its capitals."""
-    if not own.subject.any():
+    tokens = own.subject_tokens
+    if not tokens:
         return 0.0
-    same = _in_both(own, other)[own.word]
-    return min(float(torch.where(same, 1.0, similar)[own.subject].mean()), 1.0)
+    alike = sum(1.0 if word in other.said else similar[n] for n, word in tokens)
+    return min(alike / len(tokens), 1.0)
 
 
 def _in_both(own: Reading, other: Reading) -> Tensor:
     """Tell which words (words,) of a question are words of another one, whose first may have no key."""
-    words = {*other.words, other.first}
-    return torch.tensor([word in words for word in own.words], dtype=torch.bool)
+    return torch.tensor([word in other.said for word in own.words], dtype=torch.bool)
 
 
 def _unlike(
