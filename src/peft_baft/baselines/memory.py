@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import get_peft_model
@@ -20,11 +20,11 @@ class Memory(MethodSettings):
 
     Args:
         r, prompt_positions, key_dimensions, least_subject, strictness, most_unlike: as in `BaftConfig`.
+        contexts, wordings: in how many each fact is taught besides, as in `Scope`.
         descent: how a code is learned.
-        scope: in which contexts and wordings facts are taught besides.
 
     Raises:
-        TypeError, ValueError: as `BaftConfig`.
+        TypeError, ValueError: as `BaftConfig` and `Scope`.
     """
 
     r: int = 64
@@ -33,15 +33,21 @@ class Memory(MethodSettings):
     least_subject: float = 0.72
     strictness: float = 0.4
     most_unlike: int = 1
+    contexts: int = 0
+    wordings: int = 0
     descent: DescentConfig = field(default_factory=lambda: MEMORY_DESCENT)
-    scope: Scope = NARROW
     seeded = False
 
     def __post_init__(self) -> None:
         self._config()
+        self._scope()
+
+    def _scope(self) -> Scope:
+        return replace(NARROW, contexts=self.contexts, wordings=self.wordings)
 
     def _config(self) -> BaftConfig:
-        settings = {name: getattr(self, name) for name in self._own_settings()}
+        of_config = set(self._own_settings()) - {"contexts", "wordings"}
+        settings = {name: getattr(self, name) for name in of_config}
         return BaftConfig(task_type="CAUSAL_LM", memory=True, **settings)
 
     def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> MemoryEditor:
@@ -54,5 +60,5 @@ class Memory(MethodSettings):
             processes=setup.processes,
             prepared=setup.prepared,
             template=setup.template,
-            scope=self.scope,
+            scope=self._scope(),
         )

@@ -125,6 +125,7 @@ def _is_memory(options: EditCommand, continued: PeftConfig | None, facts: int) -
         "--preset": options.preset != "default",
         "--batch-size": options.batch_size > 1,
     }
+    # What only a plain adapter takes says that one is wanted.
     of_plain = [name for name, is_given in given.items() if is_given]
     if wanted is None:
         wanted = facts >= MANY and not of_plain
