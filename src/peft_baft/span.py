@@ -59,7 +59,8 @@ def relative_positions_of_input(
     Args:
         real: (batch, tokens) bool, False for padding.
         past: real tokens that the cache holds: one integer, or (batch, 1).
-        positions: (batch, tokens) position ids; where they go back, the next sequence of a packed row begins.
+        positions: (batch, tokens) position ids; where they go back, the next sequence of a packed row begins. Where the
+            first one is above 0, the row is a slice of a longer sequence, and the `prompt_lengths` are those of the whole.
         labels: (batch, tokens), -100 before the answer.
         prompt_lengths: prompt tokens of each sequence, padding not counted: (batch,), or (sequences,) of one packed
             row, or a divisor of the batch, as before beam expansion.
@@ -73,6 +74,8 @@ def relative_positions_of_input(
     index = real.cumsum(1) - 1
     sequence, first = _sequences(index, real, positions)
     index = index - first + past
+    if positions is not None:
+        index = index + torch.where(sequence == 0, tokens_before_slice(real, positions), 0)
     if prompt_lengths is not None:
         prompt = _stated_prompt(prompt_lengths.to(index.device), sequence)
     else:
@@ -80,6 +83,17 @@ def relative_positions_of_input(
         if labels is not None:
             prompt = _before_first_label(index, real & (labels != IGNORED_LABEL), sequence, prompt)
     return torch.where(real, index - prompt, OUTSIDE)
+
+
+def tokens_before_slice(real: Tensor, positions: Tensor) -> Tensor:
+    """Return how many tokens of its sequence precede each row, (batch, 1): above 0 for a slice of a longer sequence.
+
+    A row that begins its sequence has position 0 at its first real token, or that token's column if padding was counted.
+    """
+    columns = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    first = real & (real.cumsum(1) == 1)
+    before = torch.where(first, positions - columns, 0).sum(1, keepdim=True)
+    return before.clamp(min=0)
 
 
 def _sequences(index: Tensor, real: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,10 @@ def watched(model: Any) -> Iterator[list[EditedText]]:
 
     def note(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         (name,) = layer.active_adapters
-        ids, chosen = kwargs["input_ids"], edited(context.relative_positions, PROMPT_POSITIONS)
+        ids, chosen = (
+            kwargs["input_ids"],
+            edited(context.relative_positions, PROMPT_POSITIONS),
+        )
         positions = kwargs.get("position_ids")
         for row in range(len(ids)):
             starts = [] if positions is None else (positions[row] == 0).nonzero()[1:, 0].tolist()

@@ -10,16 +10,28 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from inspect import signature
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter import model_call
-from peft_baft.adapter.model_call import StackCall, StackSignature, UnknownPositionError
-from peft_baft.adapter.routing import Routes, Routing
+from peft_baft.adapter.call import NOT_FOUND, Call, CallsByInput, in_backward
+from peft_baft.adapter.generation import Generation
+from peft_baft.adapter.model_arguments import (
+    ModelArguments,
+    ModelCallReader,
+    labels_tell_answers,
+)
+from peft_baft.adapter.model_call import (
+    StackCall,
+    StackSignature,
+    UnknownPositionError,
+    require_beginning,
+)
+from peft_baft.adapter.routing import Routing
 from peft_baft.span import (
     GenerationSpan,
     integer_lengths,
@@ -62,45 +74,6 @@ class RecordedGates:
     mask: Tensor
 
 
-@dataclass
-class Generation:
-    """One running `generate`.
-
-    Attributes:
-        span: where its prompt lies. seen: how many columns its forwards have passed so far.
-        asked_span: the same for memories of edits, to which a prompt that goes on with a chat is a new question.
-        prompt: (rows, columns) ids, or their embeddings. real: (rows, columns) bool, False for padding.
-        routes: by the name of a memory, which edit each row's prompt asks for, once it has been found.
-    """
-
-    span: GenerationSpan
-    seen: int
-    asked_span: GenerationSpan
-    prompt: Tensor
-    real: Tensor
-    routes: dict[str, list[int]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class CurrentForward:
-    """What the blocks need to know of the forward that they are part of.
-
-    Attributes:
-        relative_positions: (batch, tokens); None edits every token, where the model does not take token sequences.
-        row_adapters: the adapter of each row of a mixed batch (PEFT's `adapter_names`); None where all rows are edited by
-            the active adapters.
-        recorded: where the blocks put their gates; None where nobody asked for them.
-        asked_positions: as relative_positions, for memories of edits. routes: by the name of a memory, which edit each token
-            belongs to; found when its key block has run.
-    """
-
-    relative_positions: Tensor | None
-    row_adapters: list[str] | None
-    recorded: dict[Any, RecordedGates] | None
-    asked_positions: Tensor | None = None
-    routes: dict[str, Routes] = field(default_factory=dict)
-
-
 class _ThreadLocalAttribute:
     """An attribute of `EditContext` with a value for each thread, None until it is set: several threads may serve one model.
 
@@ -129,28 +102,29 @@ class EditContext:
             pass by the model's head.
     """
 
-    # The fields of `CurrentForward`, of the last forward of the thread.
-    relative_positions = _ThreadLocalAttribute()
-    row_adapters = _ThreadLocalAttribute()
-    recorded = _ThreadLocalAttribute()
+    row_adapters = _ThreadLocalAttribute()  # the adapter of each row of a mixed batch
+    recorded = (
+        _ThreadLocalAttribute()
+    )  # where blocks put their gates; None where nobody asked for them
     stated_lengths = _ThreadLocalAttribute()  # (sequences,) set by `prompt_lengths()`
     generation = _ThreadLocalAttribute()  # the `Generation` of `generate`, while it runs
-    asked_positions = _ThreadLocalAttribute()
-    routes = _ThreadLocalAttribute()
-    stack_call = _ThreadLocalAttribute()  # the `StackCall` of the forward
-    past = _ThreadLocalAttribute()  # how many columns precede its tokens
     of_editor = _ThreadLocalAttribute()  # whether it is a forward of an editor, not of a caller
-    # What the base model was called with, and does not pass on to its stack of blocks.
-    _labels = _ThreadLocalAttribute()
-    _passed_lengths = _ThreadLocalAttribute()
-    _wants_last_logits = _ThreadLocalAttribute()
-    _has_run = _ThreadLocalAttribute()  # True once a forward has run in this thread
+    last_call = _ThreadLocalAttribute()  # the `Call` of the last forward
+    # Of the last forward, for whoever finds out what its prompts ask for:
+    stack_call = _ThreadLocalAttribute()  # the `StackCall`
+    past = _ThreadLocalAttribute()  # how many columns precede its tokens
+    step_of = (
+        _ThreadLocalAttribute()
+    )  # the `Generation` that it is a step of; None for a call of its own
+    _running = (
+        _ThreadLocalAttribute()
+    )  # the `Call`s of the forwards that run now, the innermost one last
+    _model_call = _ThreadLocalAttribute()  # what the base model was called with
 
     def __init__(self, model: nn.Module, stack: nn.Module) -> None:
         model_call.warn_if_untested()
         self._thread = threading.local()
-        self._last_training_forward: CurrentForward | None = None
-        self._training_threads: set[int] = set()
+        self._calls = CallsByInput()
         self.manager: Any = (
             None  # of transformers' continuous batching, which runs in a thread of its own
         )
@@ -159,72 +133,89 @@ class EditContext:
         self._warned = False
         self._warned_of_scoring = False
         self._model: Any = model
-        self._model_arguments = tuple(signature(model.forward).parameters)
+        self._reads_model = ModelCallReader(model)
         self._stack = StackSignature.of(stack)
-        self._stack_module = [stack]
+        self._keeps_routes = self._detached = False
         self._handles = [
             model.register_forward_pre_hook(self._read_model_call, with_kwargs=True),
-            stack.register_forward_pre_hook(self._place_tokens, with_kwargs=True),
+            model.register_forward_hook(self._forget_model_call, always_call=True),
+            stack.register_forward_pre_hook(self._begin, with_kwargs=True),
+            stack.register_forward_hook(self._end, always_call=True),
         ]
-        for method in GENERATION:
-            if hasattr(model, method):
+        # What callers had put in place of these methods on the model itself, by name.
+        self._replaced = {name: vars(model)[name] for name in GENERATION if name in vars(model)}
+        for name in GENERATION:
+            if hasattr(model, name):
                 # An attribute of the instance is found before the class's method, by PEFT and by transformers alike.
-                setattr(model, method, getattr(self, method))
+                setattr(model, name, getattr(self, name))
 
     def detach(self) -> None:
-        """Leave the base model as it was before the first adapter came."""
+        """Leave the base model as it was before the first adapter came.
+
+        A method that was replaced again in the meantime stays: it may call ours, which then only passes the call on.
+        """
         for handle in self._handles:
             handle.remove()
-        for method in GENERATION:
-            self._model.__dict__.pop(method, None)
+        self._detached = True
+        for name in GENERATION:
+            if getattr(vars(self._model).get(name), "__self__", None) is self:
+                delattr(self._model, name)
+                if name in self._replaced:
+                    setattr(self._model, name, self._replaced[name])
         self.prepared = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to running calls, threads and queues, which can be neither pickled nor copied."""
-        state = {name: value for name, value in self.__dict__.items() if name != "_thread"}
-        return {
-            **state,
-            "manager": None,
-            "prepared": None,
-            "_last_training_forward": None,
-            "_training_threads": set(),
-        }
+        left_out = {"_thread", "_calls"}
+        state = {name: value for name, value in self.__dict__.items() if name not in left_out}
+        return {**state, "manager": None, "prepared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._thread = threading.local()
+        self._thread, self._calls = threading.local(), CallsByInput()
 
-    def current_forward(self) -> CurrentForward:
-        """Tell the blocks about the forward that they are part of, which is the last one of this thread.
+    @property
+    def relative_positions(self) -> Tensor | None:
+        """Positions of the tokens of this thread's last forward, (rows, tokens) long; None if it took no tokens."""
+        return None if self.last_call is None else self.last_call.relative_positions
 
-        A thread that has run none is one of autograd's own, in which gradient checkpointing runs blocks again on a GPU. It
-        gets the last forward that needed gradients.
+    @property
+    def running_call(self) -> Call | None:
+        """The call of the forward that runs in this thread; None where none does."""
+        return self._running[-1] if self._running else None
+
+    def call_of_block(self, layer: nn.Module, hidden: Tensor | None) -> Call | None:
+        """Return the call that a block is part of, also where autograd runs the block again.
+
+        Args:
+            layer: the block's BaftLayer. hidden: what the block was called with.
+
+        Returns:
+            The call; None where the block runs outside of any.
 
         Raises:
-            ValueError: no forward of the model has run, but one of its blocks.
-            RuntimeError: several threads train the model, so that it cannot be known whose forward is run again.
+            RuntimeError: the block runs again, and it cannot be known for which forward.
         """
-        if self._has_run:
-            return self._forward()
-        if self._last_training_forward is None:
-            raise ValueError(
-                f"A block with a BaFT adapter was called, but not its model, {type(self._model).__name__}, which alone is told "
-                "where prompts end. Call the model."
-            )
-        if len(self._training_threads) > 1:
-            raise RuntimeError(
-                "Several threads train one BaFT model with gradient checkpointing; train it in one thread."
-            )
-        return self._last_training_forward
+        call = self.running_call
+        if in_backward():
+            found = None if hidden is None else self._calls.find(layer, hidden)
+            if found is None and call is None:
+                raise RuntimeError(NOT_FOUND)
+            return found or call
+        if call is not None and hidden is not None and call.may_be_repeated:
+            self._calls.remember(layer, hidden, call)
+        return call
 
-    def _forward(self) -> CurrentForward:
-        return CurrentForward(
-            self.relative_positions,
-            self.row_adapters,
-            self.recorded,
-            self.asked_positions,
-            self.routes,
+    def called_without_model(self) -> str:
+        """Say that a block was called directly."""
+        return (
+            f"A block with a BaFT adapter was called, but not its model, {type(self._model).__name__}, and only the model is "
+            "told where prompts end. Call the model."
         )
+
+    def gates_of(self, call: Call) -> dict[Any, RecordedGates] | None:
+        """Return where the blocks put the gates of a forward; None where nobody asked, or autograd runs a block again."""
+        return self.recorded if call is self.running_call else None
 
     def mask(
         self, relative_positions: Tensor | None, hidden: Tensor, config: BaftConfig
@@ -296,19 +287,30 @@ class EditContext:
         """The base model."""
         return self._model  # type: ignore[no-any-return]
 
-    def after_stack(self, hook: Any) -> None:
-        """Let a function be called after the stack of blocks, as its forward hook; once, however often it is given."""
-        if len(self._handles) == 2:
-            self._handles.append(self._stack_module[0].register_forward_hook(hook))
+    def keep_routes(self) -> None:
+        """From now on, write on each cache which edits of memories the prompts in it ask for."""
+        self._keeps_routes = True
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model's `generate`, and note where the prompt lies until it returns."""
+        method = self._method_of_model("generate")
+        if self._detached:
+            return method(*args, **kwargs)
         lengths = kwargs.pop("prompt_lengths", None)
-        outer, self.generation = self.generation, self._begin_generation(args, kwargs, lengths)
+        outer = self.generation, self.stated_lengths
+        self.generation = self._begin_generation(args, kwargs, lengths)
+        # Stated lengths are those of this prompt, and not of other texts that a logits processor may call the model on.
+        self.stated_lengths = None
         try:
-            return type(self._model).generate(self._model, *args, **kwargs)
+            return method(*args, **kwargs)
         finally:
-            self.generation = outer
+            self.generation, self.stated_lengths = outer
+
+    def _method_of_model(self, name: str) -> Any:
+        """Return the method that stands behind ours: what callers had put on the model itself, or its class's."""
+        if name in self._replaced:
+            return self._replaced[name]
+        return partial(getattr(type(self._model), name), self._model)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model's own (for `generate_batch`, `transformers serve`), and note where its requests' prompts lie.
@@ -316,7 +318,9 @@ class EditContext:
         Raises:
             NotImplementedError: this version of transformers does not tell which token belongs to which request.
         """
-        manager = type(self._model).init_continuous_batching(self._model, *args, **kwargs)
+        manager = self._method_of_model("init_continuous_batching")(*args, **kwargs)
+        if self._detached:
+            return manager
         if self.stated_lengths is not None:
             raise NotImplementedError(model_call.CONTINUOUS_BATCHING)
         model_call.prepare_manager(manager, self.manager)
@@ -327,7 +331,7 @@ class EditContext:
         self, args: tuple, kwargs: dict[str, Any], lengths: Any
     ) -> Generation | None:
         """Note where the prompt of a call of `generate` lies; None where it gets no tokens."""
-        call = model_call.read_generate_call(args, kwargs)
+        call = model_call.read_generate_call(self._model, args, kwargs)
         if call.prompt is None:
             return None
         if call.guided:
@@ -349,6 +353,9 @@ class EditContext:
             GenerationSpan.of_prompt(real, 0, stated),
             call.prompt,
             real,
+            cached=int(cached),
+            cache=call.memory,
+            uses_cache=call.uses_cache,
         )
 
     def _passed_or_stated(self, passed: Any) -> Tensor | None:
@@ -358,38 +365,96 @@ class EditContext:
         self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         """Before the base model's forward: take what its stack of blocks will not be told, labels and prompt lengths."""
-        self._labels = model_call.read_labels(self._model_arguments, args, kwargs)
-        self._passed_lengths = kwargs.get("prompt_lengths")
-        self._wants_last_logits = model_call.wants_last_logits(self._model_arguments, args, kwargs)
+        self._model_call = self._reads_model.read(args, kwargs)
         return args, {k: v for k, v in kwargs.items() if k != "prompt_lengths"}
 
-    def _place_tokens(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _forget_model_call(self, *_: Any) -> None:
+        """After the base model's forward, also one that failed before its stack ran."""
+        self._model_call = None
+
+    def _begin(
+        self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         """Before the stack of blocks runs: find the relative position of every token."""
-        labels, self._labels = self._labels, None
-        lengths, self._passed_lengths = self._passed_or_stated(self._passed_lengths), None
-        wants_last_logits, self._wants_last_logits = self._wants_last_logits, None
-        call = model_call.read_stack_call(self._stack, args, kwargs)
-        self.routes, self.stack_call, self.past = {}, call, 0
-        self.asked_positions = None
-        if call is None:
-            self.relative_positions = None
-        elif call.is_continuous_batch:
-            self.relative_positions = self._positions_of_requests(call)
-        elif self.generation is not None:
-            self.relative_positions = self._positions_in_generate(call, self.generation)
+        running = self._running or ()
+        self._running = (*running, None)  # `_end` takes it off again, whether this succeeds or not
+        given, self._model_call = self._model_call or ModelArguments(), None
+        read = model_call.read_stack_call(self._stack, args, kwargs)
+        call = self._repeated(stack, read, given) or self._new_call(stack, read, given)
+        self._running, self.last_call = (*running, call), call
+        if read is None or torch.compiler.is_compiling():
+            return None
+        self._calls.remember(stack, read.tokens, call)
+        if not read.tokens.is_floating_point():
+            return None
+        # The first block may get the caller's embeddings as they are. An alias belongs to this forward only.
+        alias = read.tokens.view_as(read.tokens)
+        swapped = {id(read.tokens): alias}
+        return (
+            tuple(swapped.get(id(x), x) for x in args),
+            {k: swapped.get(id(x), x) for k, x in kwargs.items()},
+        )
+
+    def _end(self, _module: nn.Module, _args: tuple, output: Any) -> None:
+        """After the stack of blocks has run, or failed."""
+        call, step_of = self.running_call, self.step_of
+        self._running = (self._running or ())[:-1]
+        self.stack_call = self.step_of = None  # which hold the tokens and the cache
+        if call is None or output is None or torch.compiler.is_compiling():
+            return
+        if step_of is not None and step_of.cache is None:
+            step_of.note_output(model_call.caches_in(output))
+        if self._keeps_routes and call.routes and step_of is None and self.past == 0:
+            self.routing.keep(call, model_call.caches_in(output))
+
+    def _repeated(
+        self, stack: nn.Module, read: StackCall | None, given: ModelArguments
+    ) -> Call | None:
+        """Find the forward that autograd runs again, where a part of the model around its blocks is checkpointed.
+
+        Raises:
+            RuntimeError: it cannot be known, and this call does not tell where its prompts end.
+        """
+        if read is None or not in_backward():
+            return None
+        is_told = given.labels is not None or given.prompt_lengths is not None
+        try:
+            found = self._calls.find(stack, read.tokens)
+        except RuntimeError:
+            if is_told:
+                return None
+            raise
+        if found is None and not is_told:
+            raise RuntimeError(NOT_FOUND)
+        return found
+
+    def _new_call(self, stack: nn.Module, read: StackCall | None, given: ModelArguments) -> Call:
+        """Find the relative positions of a forward."""
+        lengths = self._passed_or_stated(given.prompt_lengths)
+        is_told = given.labels is not None or lengths is not None
+        generation = None if is_told or read is None else self.generation
+        if generation is not None and not generation.has_step(read):
+            generation = None
+        self.stack_call, self.past, self.step_of = read, 0, generation
+        asked: Tensor | None = None
+        positions: Tensor | None
+        if read is None:
+            positions = None
+        elif read.is_continuous_batch:
+            positions = self._positions_of_requests(read)
+        elif generation is not None:
+            positions, asked = self._positions_in_generate(read, generation)
+            generation.note_step(read)
         else:
-            if labels is None and lengths is None and self.of_editor in (None, False):
-                if module.training and torch.is_grad_enabled():
-                    self._warn_that_lengths_are_missing()
-                elif not module.training and not wants_last_logits:
-                    self._warn_of_scoring(call)
-            self.relative_positions = self._positions_of_forward(call, labels, lengths)
-        if self.asked_positions is None:
-            self.asked_positions = self.relative_positions
-        self._has_run = True
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._training_threads.add(threading.get_ident())
-            self._last_training_forward = self._forward()
+            if not is_told and self.of_editor in (None, False):
+                self._warn_of_missing_lengths(stack, read, given)
+            positions = self._positions_of_forward(read, given, lengths)
+        return Call(
+            positions,
+            self.row_adapters,
+            asked_positions=positions if asked is None else asked,
+            may_be_repeated=torch.is_grad_enabled() and not torch.compiler.is_compiling(),
+        )
 
     def _positions_of_requests(self, call: StackCall) -> Tensor:
         """Return the relative positions of one continuous batch, (1, tokens)."""
@@ -401,57 +466,72 @@ class EditContext:
         )
         return positions - lengths
 
-    def _positions_in_generate(self, call: StackCall, generation: Generation) -> Tensor:
-        """Return the relative positions, (rows, tokens), of a forward inside `generate`."""
+    def _positions_in_generate(
+        self, call: StackCall, generation: Generation
+    ) -> tuple[Tensor, Tensor]:
+        """Return the relative positions, (rows, tokens), of a step of `generate`, and those for memories of edits."""
         rows, width = call.tokens.shape[:2]
         past = model_call.columns_before_in_generate(self._model, call, generation.seen)
         if isinstance(past, int):
             generation.seen = past + width
         self.past = past
-        self.asked_positions = generation.asked_span.relative_positions(past, rows, width)
-        return generation.span.relative_positions(past, rows, width)
+        spans = generation.span, generation.asked_span
+        positions, asked = (span.relative_positions(past, rows, width) for span in spans)
+        return positions, asked
 
     def _positions_of_forward(
-        self, call: StackCall, labels: Tensor | None, lengths: Tensor | None
+        self, call: StackCall, given: ModelArguments, lengths: Tensor | None
     ) -> Tensor:
-        """Return the relative positions, (rows, tokens), of a forward outside `generate`."""
+        """Return the relative positions, (rows, tokens), of a forward that is no step of `generate`."""
         rows, width = call.tokens.shape[:2]
-        prompt_ends_are_known = labels is not None or lengths is not None
-        past = model_call.columns_before(self._model, call, position_matters=prompt_ends_are_known)
+        labels = given.labels
+        if labels is not None and labels.shape != (rows, width):
+            labels = None
+        is_told = labels is not None or lengths is not None
+        past = model_call.columns_before(self._model, call, position_matters=is_told)
         self.past = past
         real, past = _real_tokens(call.attention_mask, rows, width, past, call.tokens.device)
-        positions = call.position_ids
-        # Position ids may begin several sequences in one row, but only where no cache precedes them.
-        cache_is_empty = isinstance(past, int) and past == 0
-        may_be_packed = (
-            positions is not None and positions.shape == (rows, width) and cache_is_empty
-        )
-        one_label_a_token = labels is not None and labels.shape == (rows, width)
+        positions = None
+        if isinstance(past, int) and past == 0:  # a cache holds one sequence a row
+            positions = call.position_ids
+            if positions is None or positions.shape != (rows, width):
+                positions = call.packing.otherwise(given.packing).positions(rows, width)
+            elif lengths is None:
+                require_beginning(self._model, real, positions)
         return relative_positions_of_input(
             real,
             past,
-            positions=positions if may_be_packed else None,
-            labels=labels if one_label_a_token else None,
+            positions=positions,
+            labels=labels,
             prompt_lengths=lengths,
         )
 
-    def _warn_that_lengths_are_missing(self) -> None:
-        if not self._warned and not torch.compiler.is_compiling():
-            self._warned = True
-            logger.warning(WITHOUT_PROMPT_LENGTHS)
-
-    def _warn_of_scoring(self, call: StackCall) -> None:
-        """Warn once of a call whose logits before the last token may be read, and are not those of an edited answer."""
-        if self._warned_of_scoring or torch.compiler.is_compiling():
+    def _warn_of_missing_lengths(
+        self, stack: nn.Module, call: StackCall, given: ModelArguments
+    ) -> None:
+        """Warn once of a call that may train or score answers, but does not tell where they begin."""
+        if torch.compiler.is_compiling() or not self._may_score_answers:
             return
-        goes_on = model_call.cached_columns(call.memory) != 0
-        if goes_on or call.tokens.shape[1] == 1 or not self._is_edited():
+        if stack.training:
+            if torch.is_grad_enabled() and not self._warned:
+                self._warned = True
+                logger.warning(WITHOUT_PROMPT_LENGTHS)
+            return
+        continues = model_call.cached_columns(call.memory) != 0
+        if given.wants_last_logits or continues or call.tokens.shape[1] == 1:
+            return
+        if self._warned_of_scoring or not self._is_edited():
             return
         self._warned_of_scoring = True
         logger.warning(SCORED_WITHOUT_PROMPT_LENGTHS)
 
+    @property
+    def _may_score_answers(self) -> bool:
+        """Whether the model predicts next tokens, as far as is known: a classifier has no answers."""
+        return not hasattr(self._model, "can_generate") or labels_tell_answers(self._model)
+
     def _is_edited(self) -> bool:
-        """Tell whether a block is edited now: it has an adapter that is not switched off."""
+        """Return whether a block is edited now: it has an adapter that is not switched off."""
         layers = [m for m in self._model.modules() if getattr(m, "context", None) is self]
         return any(layer.active_adapters and not layer.disable_adapters for layer in layers)
 

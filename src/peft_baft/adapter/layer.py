@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -13,8 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from peft_baft.adapter.call import Call, first_tensor
 from peft_baft.adapter.config import BaftConfig
-from peft_baft.adapter.context import CurrentForward, EditContext, RecordedGates
+from peft_baft.adapter.context import EditContext, RecordedGates
 from peft_baft.adapter.memory import EditCodes, EditRouter
 from peft_baft.adapter.parameters import Gate, OrthonormalBasis, stacked_bases, stacked_parameters
 from peft_baft.intervention import update
@@ -60,7 +61,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters, self._active_adapter, self.merged_adapters = False, [], []
         self._layers_kept_unpacked: list[Any] = []
         # Prepended, so that other hooks on the block, such as those that record hidden states, get the edited output.
-        self._handle = block.register_forward_hook(_edit_output, prepend=True)
+        self._handle = block.register_forward_hook(_edit_output, prepend=True, with_kwargs=True)
 
     def attach(self, adapter_name: str, config: BaftConfig, width: int) -> None:
         """Make the parameters of one more adapter for hidden vectors of `width`, and put them on the block's device."""
@@ -89,7 +90,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         self.in_features = self.out_features = width
         router = EditRouter(config, width)
         self._attach_memory("router", adapter_name, router)
-        self.context.routing.keep_with_caches()
+        self.context.keep_routes()
 
     def _attach_memory(self, kind: str, adapter_name: str, part: EditCodes | EditRouter) -> None:
         """Add a part of a memory."""
@@ -141,19 +142,24 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.baft_gate_usage:
             self.baft_gate_usage[adapter_name] = self.baft_gate_usage[adapter_name].to(device)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, call: Call) -> Tensor:
         """Edit the output of the block by all active adapters: each update is computed from the same `hidden`; they add up.
 
         Args:
             hidden: (batch, tokens, d), any floating dtype; updates are computed in the adapter's dtype.
+            call: the forward that the block is part of.
         """
-        call = self.context.current_forward()
-        routers: Any = {n: r for n, r in self.baft_router.items() if n in self._in_use(call)}
+        active = call.active.get(self.name, self.active_adapters)
+        in_use = active if call.row_adapters is None else call.row_adapters
+        routers: Any = {
+            n: r for n, r in self.baft_router.items() if n in in_use and n not in call.routes
+        }
         if routers:
-            self.context.routing.find(routers, hidden)
+            self.context.routing.find(routers, hidden, call)
+        recorded = self.context.gates_of(call)
         if call.row_adapters is not None:
-            return self._edit_rows(hidden, call, call.row_adapters)
-        active = [name for name in self.active_adapters if self.edits(name)]
+            return self._edit_rows(hidden, call, call.row_adapters, recorded)
+        active = [name for name in active if self.edits(name)]
         total: Tensor | None = None
         for adapter_name in active:
             mask = self.context.mask(call.relative_positions, hidden, self.configs[adapter_name])
@@ -161,21 +167,17 @@ class BaftLayer(nn.Module, BaseTunerLayer):
             change = (
                 self._coded(adapter_name, hidden, call)
                 if adapter_name in self.baft_codes
-                else self._update(adapter_name, key, hidden, mask, call.recorded)
+                else self._update(adapter_name, key, hidden, mask, recorded)
             )
             if change is not None:
                 total = change if total is None else total + change
         return hidden if total is None else (hidden + total).to(hidden.dtype)
 
-    def _in_use(self, call: CurrentForward) -> Sequence[str]:
-        """List the adapters that may edit a token of a forward."""
-        return self.active_adapters if call.row_adapters is None else call.row_adapters
-
     def edits(self, adapter_name: str) -> bool:
         """Tell whether an adapter edits the output of this block: the key block of a memory may tell its edits apart alone."""
         return adapter_name in self.baft_basis or adapter_name in self.baft_codes
 
-    def _coded(self, adapter_name: str, hidden: Tensor, call: CurrentForward) -> Tensor | None:
+    def _coded(self, adapter_name: str, hidden: Tensor, call: Call) -> Tensor | None:
         """Compute what the edits of a memory add, (rows, tokens, d); None where none of them is asked for."""
         routes = call.routes.get(adapter_name)
         if routes is None or routes.of_tokens is None:
@@ -189,7 +191,13 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         """Compute Φ(h) - h of one adapter at vectors (m, d) that are all edited, whatever the model last ran on."""
         return self._update(adapter_name, None, h, None, None)
 
-    def _edit_rows(self, hidden: Tensor, call: CurrentForward, row_adapters: list[str]) -> Tensor:
+    def _edit_rows(
+        self,
+        hidden: Tensor,
+        call: Call,
+        row_adapters: list[str],
+        recorded: dict[Any, RecordedGates] | None,
+    ) -> Tensor:
         """Edit row i by adapter `row_adapters[i]` alone: each adapter computes its own rows, and no others."""
         if len(row_adapters) != hidden.shape[0]:
             raise ValueError(
@@ -215,10 +223,10 @@ class BaftLayer(nn.Module, BaseTunerLayer):
             hidden_of_group = hidden[rows]
             if len(group) == 1:
                 key = (self.name, group[0])
-                change = self._update(group[0], key, hidden_of_group, mask, call.recorded)
+                change = self._update(group[0], key, hidden_of_group, mask, recorded)
             else:
                 counts = {name: len(of_name) for name, of_name in rows_of.items()}
-                change = self._update_side_by_side(counts, hidden_of_group, mask, call.recorded)
+                change = self._update_side_by_side(counts, hidden_of_group, mask, recorded)
             edited_rows.append(rows)
             edited_hidden.append(hidden_of_group + change)
         for name in memories:
@@ -315,14 +323,24 @@ CANNOT_MERGE = (
 )
 
 
-def _edit_output(block: nn.Module, _args: tuple, output: Any) -> Any:
+def _edit_output(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Edit the hidden vectors that a block returns, as its forward hook. At module level, so that models can be pickled."""
     layer = block._modules.get(CHILD)
-    if layer is None or layer.disable_adapters:
+    if layer is None:
+        return None
+    call = layer.context.call_of_block(layer, first_tensor(args, kwargs))
+    if call is None:
+        if layer.disable_adapters:
+            return None
+        raise ValueError(layer.context.called_without_model())
+    # A block that is run again for a backward is edited as it was, whatever has been switched since.
+    if layer.name not in call.active:
+        call.active[layer.name] = [] if layer.disable_adapters else list(layer.active_adapters)
+    if not call.active[layer.name]:
         return None
     if isinstance(output, Tensor):
-        return layer(output)
-    return (layer(output[0]), *output[1:])
+        return layer(output, call)
+    return (layer(output[0], call), *output[1:])
 
 
 def _keep_4bit_as_loaded(model: nn.Module) -> list[Any]:

@@ -12,7 +12,7 @@ import inspect
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from peft_baft.span import IGNORED_LABEL
+from peft_baft.adapter.packing import Packing
+from peft_baft.span import IGNORED_LABEL, tokens_before_slice
 
 logger = logging.getLogger(__name__)
 TESTED_TRANSFORMERS = (
@@ -36,6 +37,9 @@ CACHE_NAMES = (
     "past_key_values",
     "cache_params",
 )
+# With which collators for packed rows tell where sequences begin, and the number of each token's sequence.
+BOUNDARIES = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens")
+SEQUENCE_NUMBERS = "seq_idx"
 PAGED = "PagedAttentionCache"  # the cache of continuous batching, which is no `Cache`
 CONTINUOUS_BATCHING = (
     "Continuous batching with a BaFT adapter needs transformers 5.23 or later, a manager that was made after the "
@@ -111,7 +115,7 @@ class StackCall:
         tokens: (rows, width) ids, or (rows, width, d) embeddings.
         attention_mask: (rows, columns) over the new tokens, or over the cached ones as well; None where there is none, or one
             of another form (4-D, or one per layer type), which says nothing about padding that can be read here.
-        position_ids: (rows, width), or None.
+        position_ids: (rows, width), or None. packing: what else tells how sequences are packed into rows.
         memory: what holds the tokens before these: a `Cache`, a recurrent state; None where there is none.
         memories: how many different ones were passed.
     """
@@ -121,6 +125,7 @@ class StackCall:
     position_ids: Tensor | None
     memory: Any
     memories: int
+    packing: Packing = field(default_factory=Packing)
 
     @property
     def is_continuous_batch(self) -> bool:
@@ -135,6 +140,7 @@ class GenerateCall:
     prompt: Tensor | None
     attention_mask: Tensor | None
     memory: Any
+    uses_cache: bool
     guided: bool  # by a second, unconditional prompt (classifier-free guidance)
 
 
@@ -159,15 +165,71 @@ def read_stack_call(
     return StackCall(
         tokens=tokens,
         attention_mask=_two_dimensional(given, "attention_mask", "mask"),
-        position_ids=_two_dimensional(given, "position_ids", "position"),
+        position_ids=_text_positions(given),
         memory=memories[0] if memories else None,
         memories=len(memories),
+        packing=packing_arguments(given),
     )
 
 
-def read_labels(names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Find the labels in a call of the causal language model, whose parameters are `names`."""
-    return bind(names, args, kwargs).get("labels")
+def packing_arguments(given: Mapping[str, Any]) -> Packing:
+    """Read what a call tells about packed sequences besides position ids, as collators and attention kernels call it."""
+    boundaries = [given.get(name) for name in BOUNDARIES]
+    mask = given.get("attention_mask")
+    masks = list(mask.values()) if isinstance(mask, Mapping) else [mask]
+    return Packing(
+        next((x for x in boundaries if isinstance(x, Tensor) and x.ndim == 1), None),
+        numbers if isinstance(numbers := given.get(SEQUENCE_NUMBERS), Tensor) else None,
+        next((x for x in masks if isinstance(x, Tensor) and x.ndim == 4), None),
+    )
+
+
+def _text_positions(given: Mapping[str, Any]) -> Tensor | None:
+    """Find the position ids, (rows, width); of models that also number the places in pictures, those of the text."""
+    positions = given.get("position_ids")
+    if isinstance(positions, Tensor) and positions.ndim == 3 and len(positions) == 4:
+        return positions[0]
+    return _two_dimensional(given, "position_ids", "position")
+
+
+def caches_in(output: Any) -> list[Cache]:
+    """List the caches in what a model or its stack of blocks returns."""
+    values = output.values() if hasattr(output, "values") else output
+    return [value for value in values if isinstance(value, Cache)] if values is not None else []
+
+
+def require_beginning(model: nn.Module, real: Tensor, positions: Tensor) -> None:
+    """Refuse position ids of slices of sequences, as sequence parallelism makes them: where their prompts end is unknown.
+
+    Args:
+        real: (rows, width) bool, False for padding. positions: (rows, width) position ids.
+
+    Raises:
+        UnknownPositionError: a sequence begins above position 0.
+    """
+    continues = real[:, 1:] & real[:, :-1] & (positions[:, 1:] < positions[:, :-1])
+    begins_late = (
+        tokens_before_slice(real, positions).any() | (continues & (positions[:, 1:] > 0)).any()
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(~begins_late, f"{SLICE} {STATE_THE_WHOLE}")
+    elif begins_late:
+        raise UnknownPositionError(model, SLICE, STATE_THE_WHOLE)
+
+
+def answer_labels(given: Mapping[str, Any]) -> Tensor | None:
+    """Find the labels of a causal language model, (rows, tokens): the label of a token is that token, or -100."""
+    labels = given.get("shift_labels")
+    if _is_one_a_token(labels):  # already moved to the tokens from which they are predicted
+        ignored = labels.new_full((len(labels), 1), IGNORED_LABEL)
+        return torch.cat([ignored, labels[:, :-1]], dim=1)
+    labels = given.get("labels")
+    return labels if _is_one_a_token(labels) else None
+
+
+def _is_one_a_token(labels: Any) -> bool:
+    """Return whether labels are integers, (rows, tokens)."""
+    return isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
 
 
 def wants_last_logits(names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]) -> bool:
@@ -230,8 +292,8 @@ def with_loss(output: Any, loss: Tensor) -> Any:
     return output
 
 
-def read_generate_call(args: tuple, kwargs: Mapping[str, Any]) -> GenerateCall:
-    """Read a call of `generate`."""
+def read_generate_call(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> GenerateCall:
+    """Read a call of the model's `generate`."""
     prompt = None
     for name in ("inputs_embeds", "input_ids", "inputs"):
         if prompt is None:
@@ -241,12 +303,35 @@ def read_generate_call(args: tuple, kwargs: Mapping[str, Any]) -> GenerateCall:
     settings = kwargs.get("generation_config")
     scale = kwargs.get("guidance_scale", getattr(settings, "guidance_scale", None))
     memories = _memories(frozenset(name for name in kwargs if MEMORY_NAMES.search(name)), kwargs)
+    mask = _two_dimensional(kwargs, "attention_mask", "mask")
+    if mask is None and kwargs.get("attention_mask") is None and isinstance(prompt, Tensor):
+        mask = _inferred_mask(model, prompt, kwargs)
     return GenerateCall(
         prompt=prompt if isinstance(prompt, Tensor) else None,
-        attention_mask=_two_dimensional(kwargs, "attention_mask", "mask"),
+        attention_mask=mask,
         memory=memories[0] if memories else None,
+        uses_cache=_generation_setting(model, kwargs, "use_cache") is not False,
         guided=scale not in (None, 1, 1.0),
     )
+
+
+def _inferred_mask(model: Any, prompt: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Make the mask that `generate` makes where it is given none: pad tokens are padding, unless they also end texts."""
+    padding = _generation_setting(model, kwargs, "pad_token_id")
+    ends = _generation_setting(model, kwargs, "eos_token_id")
+    ends = [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
+    if prompt.ndim != 2 or prompt.is_floating_point() or padding is None or int(padding) in ends:
+        return None
+    return prompt != int(padding)
+
+
+def _generation_setting(model: Any, kwargs: Mapping[str, Any], name: str) -> Any:
+    """Look a setting of `generate` up where it looks: in its arguments, in the config passed, and in the model's own."""
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    configs = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
+    values = [getattr(config, name, None) for config in configs]
+    return next((value for value in values if value is not None), None)
 
 
 def bind(names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -425,6 +510,12 @@ def _is_static(memory: Any) -> bool:
     return bool(getattr(memory, "is_compileable", False))
 
 
+SLICE = (
+    "without a cache, its position ids begin above 0, as those of a slice of a longer sequence do"
+)
+STATE_THE_WHOLE = (
+    "Pass prompt_lengths, the prompt lengths of the whole sequences; or call it on whole sequences."
+)
 STATE_THE_CACHE = "Pass the cache that holds the earlier tokens as an argument, and a mask over them and the new ones."
 USE_GENERATE = "Use generate(), or pass a 2-D attention_mask that covers the earlier tokens as well, or use_cache=False."
 

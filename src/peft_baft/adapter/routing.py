@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_baft.adapter import model_call
 from peft_baft.adapter.matching import NOWHERE
@@ -20,7 +20,9 @@ from peft_baft.adapter.memory import EditCodes, EditRouter
 from peft_baft.span import OUTSIDE
 
 if TYPE_CHECKING:
-    from peft_baft.adapter.context import EditContext, Generation
+    from peft_baft.adapter.call import Call
+    from peft_baft.adapter.context import EditContext
+    from peft_baft.adapter.generation import Generation
 
 NO_TOKENS = "A memory of edits tells prompts apart by their tokens: call the model with input_ids (rows, tokens), not embeddings."
 PROMPT_IN_PIECES = (
@@ -114,7 +116,7 @@ class Routing:
         finally:
             self._context.of_editor = outer
 
-    def find(self, routers: Mapping[str, EditRouter], hidden: Tensor) -> None:
+    def find(self, routers: Mapping[str, EditRouter], hidden: Tensor, call: Call) -> None:
         """Find which edit of each memory the tokens of the running forward belong to.
 
         Args:
@@ -133,7 +135,7 @@ class Routing:
         for name, router in routers.items():
             if router.count:
                 router.require_model(context.model)
-                context.routes[name] = self._routes(name, router, hidden.detach())
+                call.routes[name] = self._routes(name, router, hidden.detach(), call)
 
     def key_states(self, ids: Tensor, real: Tensor) -> Tensor:
         """Compute what leaves the key block of the active memory, (rows, tokens, d), in a forward that ends there.
@@ -156,22 +158,14 @@ class Routing:
                 return seen[0]
         raise ValueError("No memory of edits is active: use set_adapter, or enable the adapter.")
 
-    def keep_with_caches(self) -> None:
-        """From now on, write on each cache which edits the prompts in it ask for, for forwards that go on from it."""
-        self._context.after_stack(self._keep)
-
-    def _routes(self, name: str, router: EditRouter, hidden: Tensor) -> Routes:
+    def _routes(self, name: str, router: EditRouter, hidden: Tensor, running: Call) -> Routes:
         """Find which edit of a memory each token belongs to."""
-        context = self._context
-        call, generation, positions = (
-            context.stack_call,
-            context.generation,
-            context.asked_positions,
-        )
+        context, positions = self._context, running.asked_positions
+        call, generation = context.stack_call, context.step_of
         if call is None or positions is None:
             raise ValueError(NO_TOKENS)
         if call.is_continuous_batch:
-            return self._of_continuous_batch(name, router, hidden)
+            return self._of_continuous_batch(name, router, hidden, positions[0])
         rows, width = positions.shape
         if generation is not None:
             if name not in generation.routes:
@@ -189,12 +183,14 @@ class Routing:
                 found[row, start:stop] = router.match(question).edit
         return Routes(found if (found != NOWHERE).any() else None)
 
-    def _of_continuous_batch(self, name: str, router: EditRouter, hidden: Tensor) -> Routes:
+    def _of_continuous_batch(
+        self, name: str, router: EditRouter, hidden: Tensor, positions: Tensor
+    ) -> Routes:
         """Find which edit each token belongs to: that of its request, found when its prompt was read."""
         context = self._context
         if self._manager is not context.manager:
             self._manager, self._of_requests = context.manager, {}
-        (positions,), (ids,) = context.asked_positions, _token_ids(context.stack_call.tokens)
+        (ids,) = _token_ids(context.stack_call.tokens)
         found, start = torch.full((1, len(positions)), NOWHERE), 0
         for piece in model_call.pieces_of_requests(context.manager, len(positions)):
             known, end = (name, piece.request), start + piece.prompt
@@ -238,19 +234,15 @@ class Routing:
         states[of_prompt.to(states.device)] = at_prompts[real.to(states.device)]
         return states
 
-    def _keep(self, _module: nn.Module, _args: tuple, output: Any) -> None:
-        """After the stack of blocks: write the routes of a forward outside `generate` on the cache that it gives back."""
-        context = self._context
-        if not context.routes or context.generation is not None or context.past != 0:
-            return
+    def keep(self, call: Call, caches: Sequence[Any]) -> None:
+        """Write the routes of a forward outside `generate` on the caches that it gives back."""
         routes = {}
-        for name, found in context.routes.items():
-            every = found.of_tokens
-            rows = len(context.asked_positions)
+        for name, found in call.routes.items():
+            assert call.asked_positions is not None
+            every, rows = found.of_tokens, len(call.asked_positions)
             routes[name] = [NOWHERE] * rows if every is None else every.amax(1).tolist()
-        for value in output.values() if hasattr(output, "values") else output:
-            if isinstance(value, model_call.Cache):
-                setattr(value, ROUTES_OF_CACHE, routes)
+        for cache in caches:
+            setattr(cache, ROUTES_OF_CACHE, routes)
 
 
 def _token_ids(tokens: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class PromptWatch:
 
     def positions(self, device: torch.device) -> Tensor:
         """Give the position of each token relative to the end of its prompt, (rows, tokens)."""
-        positions = self._context.current_forward().relative_positions
+        positions = self._context.relative_positions
         if positions is None:
             raise ValueError("The method needs a model that is called with tokens, (rows, tokens).")
         return positions.to(device)

@@ -206,7 +206,7 @@ def _adapters(layers: Sequence[BaftLayer]) -> tuple[Adapter, ...]:
 
 def _answering(layer: BaftLayer, name: str, router: Any) -> int | None:
     """Look up which edit of a memory the one row of the last forward was routed to, by its number."""
-    routes = layer.context.routes.get(name)
+    routes = layer.context.last_call.routes.get(name)
     if routes is None or routes.of_tokens is None:
         return None
     return int(router.kept()["numbers"][int(routes.of_tokens.max())])
