@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from conftest import VOCABULARY
+from conftest import VOCABULARY, with_cache
 from side_by_side import METHODS, adapted
 
 NEW = 5
@@ -127,7 +127,7 @@ def test_a_call_with_a_cache_of_its_own_goes_on_from_that() -> None:
         tokens = LONG[:, :5] if cache.get_seq_length() == 0 else next(steps)[None]
         mask = torch.ones(1, cache.get_seq_length() + tokens.shape[1], dtype=torch.long)
         with torch.no_grad():
-            return model(tokens, attention_mask=mask, past_key_values=cache).logits[:, -1]
+            return model(tokens, attention_mask=mask, **with_cache(model, cache)).logits[:, -1]
 
     watcher = Processor(nested)
     generate(model, logits_processor=tr.LogitsProcessorList([watcher]))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peft_baft.adapter.context import RecordedGates
 from peft_baft.adapter.layer import BaftLayer
+from peft_baft.adapter.model_arguments import labels_tell_answers
 from peft_baft.adapter.model_call import TrainingCall, loss_of, read_training_call, with_loss
 from peft_baft.regularisers import load_balance, mean_over_blocks, rescaled
 
@@ -65,7 +66,7 @@ class LoadBalanceTerm:
         """Before a forward that trains: have the blocks record their gates."""
         if not (model.training and torch.is_grad_enabled() and _balanced(model)):
             return
-        call = read_training_call(self._arguments, args, kwargs)
+        call = self._read(model, args, kwargs)
         if call.labels is None:
             self._warn(WITHOUT_LABELS)
             return
@@ -85,10 +86,14 @@ class LoadBalanceTerm:
         loss = loss_of(output)
         if loss is None:
             return None
-        share = _share_of_step(read_training_call(self._arguments, args, kwargs), loss)
+        share = _share_of_step(self._read(model, args, kwargs), loss)
         for term in _terms(model, recorded, loss / share.clamp(min=torch.finfo(loss.dtype).tiny)):
             loss = loss + share * term.to(loss)
         return with_loss(output, loss)
+
+    def _read(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> TrainingCall:
+        shifts = labels_tell_answers(model)
+        return read_training_call(self._arguments, args, kwargs, shifts=shifts)
 
     def _warn(self, reason: str) -> None:
         if not self._warned and not torch.compiler.is_compiling():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_baft.adapter.model_call import StackCall
+from peft_baft.adapter.model_call import StackCall, cached_columns
 from peft_baft.span import GenerationSpan
 
 
@@ -49,7 +49,13 @@ class Generation:
         if torch.compiler.is_compiling():
             return True  # tensors have no values to compare; a compiled forward is the generation's own
         if self.begun and call.memory is not None:
-            return any(call.memory is cache for cache in (self.cache, *self.returned))
+            if any(call.memory is cache for cache in (self.cache, *self.returned)):
+                return True
+            # What ran before without a cache was another call on the same prompt: the first step comes only now.
+            self.begun = self.cache is not None or cached_columns(call.memory) != 0
+            if self.begun:
+                return False
+            self.seen = self.cached
         if self.cache is not None and self.cache is not call.memory:
             return False
         # Where a cache should be and none was seen, what a forward goes on from is hidden: `columns_before_in_generate` raises.

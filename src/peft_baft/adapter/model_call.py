@@ -257,14 +257,19 @@ class TrainingCall:
 
 
 def read_training_call(
-    names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]
+    names: Iterable[str], args: tuple, kwargs: Mapping[str, Any], *, shifts: bool
 ) -> TrainingCall:
-    """Read what concerns the loss in a call of the causal language model, whose parameters are `names`."""
+    """Read what concerns the loss in a call of a model whose parameters are `names`.
+
+    Args:
+        shifts: whether the model predicts the label of a token at the token before it, as causal language models do.
+    """
     given = bind(names, args, kwargs)
     labels, shifted = given.get("labels"), given.get("shift_labels")
     predicted = None
     if labels is not None:
-        predicted = ((labels[..., 1:] if shifted is None else shifted) != IGNORED_LABEL).sum()
+        predicted_labels = labels[..., 1:] if shifts and shifted is None else labels
+        predicted = ((predicted_labels if shifted is None else shifted) != IGNORED_LABEL).sum()
     return TrainingCall(
         labels, predicted, given.get("num_items_in_batch"), bool(given.get("fused_lm_head"))
     )
