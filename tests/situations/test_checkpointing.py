@@ -342,3 +342,21 @@ def test_the_load_balance_of_two_texts_in_one_loss() -> None:
         two_texts(model)
         models.append(model)
     assert_same_gradient(models[1], models[0])
+
+
+def test_the_load_balance_of_a_forward_with_another_one_inside() -> None:
+    """As a probe on a block does that asks the model about another text while it trains."""
+    plain, model = (adapted("baft", balance_weight=0.5).train() for _ in range(2))
+    one_forward(plain)
+    block, seen = model.get_base_model().model.layers[0], []
+
+    def probe(*_: Any) -> None:
+        if not seen:
+            seen.append(True)
+            with torch.no_grad():
+                model(OTHER, labels=labels(OTHER, 3))
+
+    with block.register_forward_hook(probe):
+        one_forward(model)
+    assert seen
+    assert_same_gradient(model, plain)

@@ -49,8 +49,9 @@ class LoadBalanceTerm:
 
     def __init__(self, model: nn.Module) -> None:
         self._arguments = tuple(inspect.signature(model.forward).parameters)
-        # The forwards that run now, by their thread: what ends the recording of their gates, and the gates.
-        self._running: dict[int, tuple[ExitStack, Mapping[Any, RecordedGates]]] = {}
+        # The forwards that run now, by their thread, the innermost one last: what ends the recording of their gates, and the
+        # gates; None for a forward without the term.
+        self._running: dict[int, list[tuple[ExitStack, Mapping[Any, RecordedGates]] | None]] = {}
         self._warned = False
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -63,7 +64,9 @@ class LoadBalanceTerm:
             handle.remove()
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before a forward that trains: have the blocks record their gates."""
+        """Before a forward: if it trains, have the blocks record their gates."""
+        running = self._running.setdefault(threading.get_ident(), [])
+        running.append(None)
         if not (model.training and torch.is_grad_enabled() and _balanced(model)):
             return
         call = self._read(model, args, kwargs)
@@ -74,14 +77,17 @@ class LoadBalanceTerm:
             self._warn(LOSS_UNUSED)
         recording = ExitStack()
         recorded = recording.enter_context(_balanced(model)[0][0].context.recording())
-        self._running[threading.get_ident()] = recording, recorded
+        running[-1] = recording, recorded
 
     def _end(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the forward, whether it succeeded or not: stop recording, and add the term to the loss."""
-        running = self._running.pop(threading.get_ident(), None)
-        if running is None:
+        running = self._running[threading.get_ident()]
+        own = running.pop()
+        if not running:
+            del self._running[threading.get_ident()]
+        if own is None:
             return None
-        recording, recorded = running
+        recording, recorded = own
         recording.close()
         loss = loss_of(output)
         if loss is None:

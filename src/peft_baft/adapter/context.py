@@ -106,6 +106,7 @@ class EditContext:
     recorded = (
         _ThreadLocalAttribute()
     )  # where blocks put their gates; None where nobody asked for them
+    _recording_depth = _ThreadLocalAttribute()  # how many forwards ran when that began
     stated_lengths = _ThreadLocalAttribute()  # (sequences,) set by `prompt_lengths()`
     generation = _ThreadLocalAttribute()  # the `Generation` of `generate`, while it runs
     of_editor = _ThreadLocalAttribute()  # whether it is a forward of an editor, not of a caller
@@ -215,7 +216,9 @@ class EditContext:
 
     def gates_of(self, call: Call) -> dict[Any, RecordedGates] | None:
         """Return where the blocks put the gates of a forward; None where nobody asked, or autograd runs a block again."""
-        return self.recorded if call is self.running_call else None
+        if self.recorded is None or call is not self.running_call:
+            return None
+        return self.recorded if len(self._running) == self._recording_depth + 1 else None
 
     def mask(
         self, relative_positions: Tensor | None, hidden: Tensor, config: BaftConfig
@@ -238,16 +241,17 @@ class EditContext:
 
     @contextmanager
     def recording(self) -> Iterator[dict[Any, RecordedGates]]:
-        """Collect each block's gates in the forwards inside; the last forward counts.
+        """Collect each block's gates in the forwards inside, but not in forwards inside those; the last forward counts.
 
         Their key is the block's name where one adapter is active; (block's name, adapter's name) where several are, or for
         that adapter's rows of a mixed batch.
         """
-        outer, self.recorded = self.recorded, {}
+        outer = self.recorded, self._recording_depth
+        self.recorded, self._recording_depth = {}, len(self._running or ())
         try:
             yield self.recorded
         finally:
-            self.recorded = outer
+            self.recorded, self._recording_depth = outer
 
     @contextmanager
     def rows(self, names: list[str] | None) -> Iterator[None]:
