@@ -66,8 +66,9 @@ HELPERS = (
 MERGING = "cannot be merged"  # what BaFT's own refusal says
 REASONS = {  # of what does not pass: by a piece of its message, or by its name
     MERGING: "BaFT cannot be merged, and says so: its update depends on the hidden vector",
-    "Weights are read from that format alone": "no safetensors beside the configuration (it saves a pickle, or a "
-    "configuration alone), and `BaftConfig.from_pretrained` looks at the weights before anything is loaded",
+    "is read from safetensors only": "saves a pickle, which could not be loaded again: BaFT refuses before it is written",
+    "Weights are read from that format alone": "no safetensors beside the configuration (it saves a configuration only), "
+    "and `BaftConfig.from_pretrained` looks at the weights before anything is loaded",
     "cannot be used: The BaftConfig config": "wants a TypeError; BaFT raises a ValueError that names the file",
 }
 

@@ -1,7 +1,7 @@
 """BaFT for PEFT: an adapter that changes what a language model knows (arXiv 2503.00306).
 
-Importing this package makes PEFT know the adapter type `BAFT`, and lets `PeftModel` write a card of this package's own for models
-that have such an adapter (`integrations/peft_methods.py`); it has no other effect.
+Importing this package makes PEFT know the adapter type `BAFT`. For models that have such an adapter, `PeftModel` writes a card of
+this package's own (`integrations/peft_methods.py`), and loads and saves all of an adapter or nothing (`adapter/peft_model.py`).
 """
 
 from peft_baft.adapter import BaftConfig, BaftModel, prompt_lengths

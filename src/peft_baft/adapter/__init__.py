@@ -4,9 +4,11 @@ from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.context import EditContext, RecordedGates
 from peft_baft.adapter.layer import BaftLayer
 from peft_baft.adapter.model import BaftModel, baft_layers, find_context, prompt_lengths
+from peft_baft.adapter.peft_model import install
 from peft_baft.adapter.registration import register
 
 register(BaftConfig, BaftModel)
+install()
 
 __all__ = [
     "BaftConfig",

@@ -54,6 +54,63 @@ def bare_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def require_new_name(
+    model: nn.Module, adapter_name: str, registered: Mapping[str, PeftConfig]
+) -> None:
+    """Raise a ValueError if a model that is to be wrapped carries an adapter of this name already.
+
+    Args:
+        registered: the configs of other methods' adapters that may not have the name either.
+    """
+    if carried_config(model, adapter_name) is not None:
+        raise ValueError(
+            f"The model carries a BaFT adapter {adapter_name!r} already, and a new one of that name would replace its edits by "
+            "none. Use the PeftModel that was made first (its load_adapter(folder, name) loads other weights into that "
+            "adapter), choose another adapter_name, or remove the first one with unload() or delete_adapter()."
+        )
+    namesake = registered.get(adapter_name)
+    if namesake is not None and not isinstance(namesake, BaftConfig):
+        raise ValueError(
+            f"The model has an adapter {adapter_name!r} of type {namesake.peft_type} already; choose another adapter_name."
+        )
+
+
+def carried_config(model: nn.Module, adapter_name: str) -> BaftConfig | None:
+    """Return the config of the BaFT adapter of this name that a model carries; None where it carries none."""
+    layers = [module for module in model.modules() if isinstance(module, BaftLayer)]
+    configs = (layer.configs.get(adapter_name) for layer in layers)
+    return next((config for config in configs if config is not None), None)
+
+
+def remove_adapter(model: nn.Module, adapter_name: str, config: BaftConfig) -> None:
+    """Take an adapter off a model, for another one of its name: from every block, and its copies of saved modules."""
+    for module in own_modules(model, [config]):
+        if isinstance(module, BaftLayer):
+            for part in (*module.adapter_layer_names, *module.other_param_names):
+                container = getattr(module, part)
+                if adapter_name in container:
+                    container.pop(adapter_name)
+        else:
+            module.delete_adapter(adapter_name, new_active_adapters=None)
+            unwrap_unused(model, module)
+
+
+def unwrap_unused(model: nn.Module, wrapper: AuxiliaryTrainingWrapper) -> None:
+    """Put a saved module back in the place of its wrapper if no adapter saves it any more.
+
+    No config would name the wrapper: it could not be distinguished from those of other methods.
+    """
+    if not wrapper._get_available_adapters():
+        replace_everywhere(model, wrapper, wrapper.original_module)
+
+
+def replace_everywhere(model: nn.Module, module: nn.Module, by: nn.Module) -> None:
+    """Put another module in the place of one, or in all its places where it is shared (as tied embeddings are)."""
+    places = [name for name, one in model.named_modules(remove_duplicate=False) if one is module]
+    for parent, _, child in (name.rpartition(".") for name in places):
+        setattr(model.get_submodule(parent), child, by)
+
+
 def own_modules(
     model: nn.Module, configs: Iterable[PeftConfig]
 ) -> list[BaftLayer | AuxiliaryTrainingWrapper]:

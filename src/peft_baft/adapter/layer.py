@@ -8,7 +8,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -17,7 +16,13 @@ from peft_baft.adapter.call import Call, first_tensor
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.context import EditContext, RecordedGates
 from peft_baft.adapter.memory import EditCodes, EditRouter
-from peft_baft.adapter.parameters import Gate, OrthonormalBasis, stacked_bases, stacked_parameters
+from peft_baft.adapter.parameters import (
+    Counts,
+    Gate,
+    OrthonormalBasis,
+    stacked_bases,
+    stacked_parameters,
+)
 from peft_baft.intervention import update
 
 CHILD = "baft"  # the name of a block's BaftLayer; must not contain PEFT's prefix `baft_`
@@ -54,7 +59,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         self.baft_gate = nn.ModuleDict()
         self.baft_codes = nn.ModuleDict()
         self.baft_router = nn.ModuleDict()
-        self.baft_gate_usage = BufferDict(persistent=True)
+        self.baft_gate_usage = Counts(persistent=True)
         self.configs: dict[str, BaftConfig] = {}
         self.name, self.context = name, context
         self._block = [block]  # in a list: as an attribute it would become a child of its own child
@@ -77,7 +82,9 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         self.baft_source[adapter_name] = source = nn.Linear(width, config.r)
         if config.gate_count:
             self.baft_gate[adapter_name] = Gate(config, width)
-            self.baft_gate_usage[adapter_name] = torch.zeros(config.gate_count + 1)
+            self.baft_gate_usage[adapter_name] = torch.zeros(
+                config.gate_count + 1, dtype=torch.float32
+            )
         if config.init_weights and source.weight.device.type != "meta":
             nn.init.zeros_(source.weight)
             nn.init.zeros_(source.bias)
@@ -140,7 +147,8 @@ class BaftLayer(nn.Module, BaseTunerLayer):
             if adapter_name in part and not any(b.is_meta for b in part[adapter_name].buffers()):
                 part[adapter_name].to(device)
         if adapter_name in self.baft_gate_usage:
-            self.baft_gate_usage[adapter_name] = self.baft_gate_usage[adapter_name].to(device)
+            usage = self.baft_gate_usage[adapter_name]
+            self.baft_gate_usage[adapter_name] = usage.to(device, torch.float32)
 
     def forward(self, hidden: Tensor, call: Call) -> Tensor:
         """Edit the output of the block by all active adapters: each update is computed from the same `hidden`; they add up.

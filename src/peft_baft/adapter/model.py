@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from math import isfinite
 from typing import Any
+from weakref import WeakValueDictionary
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, cast_adapter_dtype
@@ -15,13 +18,37 @@ from torch import Tensor, nn
 
 from peft_baft.adapter.balance import attach_balance, detach_balance
 from peft_baft.adapter.blocks import configured_width, stack_owner
-from peft_baft.adapter.coexistence import bare_model, merged_configs, others_stay, own_modules
+from peft_baft.adapter.coexistence import (
+    bare_model,
+    carried_config,
+    merged_configs,
+    others_stay,
+    own_modules,
+    remove_adapter,
+    replace_everywhere,
+    require_new_name,
+    unwrap_unused,
+)
 from peft_baft.adapter.combination import combined_config, fill_combined
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.context import EditContext
+from peft_baft.adapter.embeddings import in_place
 from peft_baft.adapter.layer import CANNOT_MERGE, CHILD, BaftLayer
+from peft_baft.adapter.mixed_batch import (
+    adapters_by_row,
+    choose_copies_by_row,
+    require_known_names,
+)
 from peft_baft.adapter.preparation import is_target, prepare_config, require_adapter_name
-from peft_baft.adapter.weights import IN_MEMORY, check_tensors
+from peft_baft.adapter.rollback import UNDO, structure_of, undone_on_failure
+from peft_baft.adapter.weights import BASE, IN_MEMORY, check_tensors
+
+logger = logging.getLogger(__name__)
+HELD: WeakValueDictionary[int, Any] = WeakValueDictionary()  # the configs of adapters, by their ids
+REPLACED = (
+    "The model carried a BaFT adapter %r, which the one that is loaded now replaces. A PeftModel that was made for the first one "
+    "uses the new one as well. To have both, load the second one under another adapter_name."
+)
 
 
 class BaftModel(BaseTuner):
@@ -48,23 +75,37 @@ class BaftModel(BaseTuner):
     ) -> None:
         inner_model = bare_model(model)
         registered: dict[str, PeftConfig] = getattr(inner_model, "peft_config", {})
-        namesake = registered.get(adapter_name)
-        if (
-            isinstance(peft_config, PeftConfig)
-            and namesake is not None
-            and not isinstance(namesake, BaftConfig)
-        ):
-            # transformers' own loading throws the tuner away, and then tells adapters apart by their names alone.
-            raise ValueError(
-                f"The model has an adapter {adapter_name!r} of type {namesake.peft_type} already; choose another adapter_name."
-            )
-        super().__init__(inner_model, peft_config, adapter_name, **kwargs)
+        # transformers' own loading keeps no tuner: there, only their names distinguish adapters of different methods.
+        keeps_no_tuner = isinstance(peft_config, PeftConfig)
+        configs = {adapter_name: peft_config} if keeps_no_tuner else dict(peft_config)
+        replaced = None
+        if UNDO.attached is not None:  # a saved adapter is loaded, and may replace one of its name
+            UNDO.attached.append(structure_of(inner_model))
+            replaced = carried_config(inner_model, adapter_name)
+        if replaced is not None:
+            remove_adapter(inner_model, adapter_name, replaced)
+        require_new_name(inner_model, adapter_name, registered if keeps_no_tuner else {})
+        super().__init__(inner_model, configs, adapter_name, **kwargs)
+        if replaced is not None:
+            self._become(adapter_name, replaced)
+            logger.warning(REPLACED, adapter_name)
         earlier = {
             name: config for name, config in registered.items() if isinstance(config, BaftConfig)
         }
         self.peft_config: dict[str, PeftConfig] = {**earlier, **self.peft_config}
         self._outer_model = [model]  # what `unload` returns; in a list, so as not to become a child
         self._register_on_base(registered)
+
+    def _become(self, adapter_name: str, config: BaftConfig) -> None:
+        """Let the config that earlier PeftModels on the base model hold be that of the adapter that replaced theirs."""
+        vars(config).clear()
+        vars(config).update(vars(self.peft_config[adapter_name]))
+        self.peft_config[adapter_name] = config
+        for layer in baft_layers(self.model):
+            if adapter_name in layer.configs:
+                layer.configs[adapter_name] = config
+            if adapter_name in layer.baft_router:
+                layer.baft_router[adapter_name].config = config
 
     def __getattr__(self, name: str) -> Any:
         """Look in the base model, as PEFT does, except for the configs that another tuner left there."""
@@ -156,18 +197,10 @@ class BaftModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = sorted({n for n in names if n != "__base__"} - set(self.peft_config))
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        beams = (
-            kwargs.get("num_beams")
-            or getattr(kwargs.get("generation_config"), "num_beams", None)
-            or 1
-        )
-        names_of_rows = [name for name in names for _ in range(beams)]
+        names = require_known_names(names, self.peft_config)
         context = find_context(self.model)
         assert context is not None, "a BaftModel has at least one edited block"
-        with context.rows(names_of_rows):
+        with adapters_by_row(self.model, context, names):
             yield
 
     # PEFT's versions of the following methods change the adapters of every method on the model.
@@ -204,9 +237,7 @@ class BaftModel(BaseTuner):
         remaining = list(next(layer.active_adapters for layer in baft_layers(self.model)))
         for wrapper in wrappers:
             wrapper.delete_adapter(adapter_name, new_active_adapters=remaining)
-            if not wrapper._get_available_adapters():
-                # No config names it any more: it could not be told from the wrappers of other methods.
-                self._replace_everywhere(wrapper, wrapper.original_module)
+            unwrap_unused(self.model, wrapper)
         self.active_adapter = remaining
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -218,7 +249,16 @@ class BaftModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Attach an adapter as PEFT does, but leave the `requires_grad` flags of other methods' adapters alone."""
+        """Attach an adapter as PEFT does, but leave the `requires_grad` flags of other methods' adapters alone.
+
+        The adapter gets a copy of its config, since what is filled in belongs to this model and adapter only. If this fails,
+        the model is as it was before.
+        """
+        given: Any = self.peft_config[adapter_name]
+        # In `from_pretrained`, PEFT promises its callers that the config they pass is the adapter's.
+        may_keep = UNDO.attached is not None and HELD.get(id(given)) is not given
+        self.peft_config[adapter_name] = config = given if may_keep else deepcopy(given)
+        HELD[id(config)] = config
         if kwargs.get("state_dict"):
             # PEFT takes for the target what stands before the prefix in a tensor's name: leave our child's name out of it.
             kwargs["state_dict"] = {
@@ -229,9 +269,13 @@ class BaftModel(BaseTuner):
             config for name, config in self.peft_config.items() if name != adapter_name
         ]
         earlier = own_modules(model, earlier_configs)
-        with others_stay(model, earlier, warn=not self.peft_config[adapter_name].inference_mode):
+        warn = not self.peft_config[adapter_name].inference_mode
+        with undone_on_failure(model), others_stay(model, earlier, warn=warn):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._register_on_base(getattr(model, "peft_config", {}))
+            context = find_context(model)
+            if context is not None:
+                choose_copies_by_row(self._wrappers_of_saved_modules(), context)
+            self._register_on_base(getattr(model, "peft_config", {}))
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
@@ -244,21 +288,13 @@ class BaftModel(BaseTuner):
             context.detach()
         detach_balance(self.model)
         for wrapper in wrappers:
-            self._replace_everywhere(
-                wrapper, wrapper.unload_and_optionally_merge_module(False, False, None)
+            replace_everywhere(
+                self.model, wrapper, wrapper.unload_and_optionally_merge_module(False, False, None)
             )
         self._set_configs_on_base(
             merged_configs(getattr(self.model, "peft_config", {}), of_baft={})
         )
         return self._outer_model[0]
-
-    def _replace_everywhere(self, module: nn.Module, by: nn.Module) -> None:
-        """Put another module in the place of one, or in all its places where it is shared (as tied embeddings are)."""
-        places = [
-            name for name, one in self.model.named_modules(remove_duplicate=False) if one is module
-        ]
-        for parent, _, child in (name.rpartition(".") for name in places):
-            setattr(self.model.get_submodule(parent), child, by)
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(CANNOT_MERGE)
@@ -304,13 +340,14 @@ class BaftModel(BaseTuner):
         configs: list[Any] = [self.peft_config[name] for name in adapters]
         self.peft_config[adapter_name] = combined_config(configs)
         try:
-            self.inject_adapter(self.model, adapter_name)
+            with undone_on_failure(self.model):
+                self.inject_adapter(self.model, adapter_name)
+                for layer in baft_layers(self.model):
+                    if adapter_name in layer.configs:
+                        fill_combined(layer, adapters, weights, adapter_name)
         except Exception:
             self.peft_config.pop(adapter_name, None)
             raise
-        for layer in baft_layers(self.model):
-            if adapter_name in layer.configs:
-                fill_combined(layer, adapters, weights, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -328,8 +365,17 @@ class BaftModel(BaseTuner):
         renamed = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        check_tensors(_expected_shapes(model, adapter_name), renamed, "the adapter's file")
-        return renamed
+        expected = _expected_shapes(model, adapter_name)
+        check_tensors(expected, renamed, "the adapter's file")
+        unexpected = sorted(
+            n for n in renamed.keys() - expected.keys() if f".{CHILD}.{cls.prefix}" in n
+        )
+        if unexpected:  # PEFT would leave it out
+            raise ValueError(
+                f"The adapter's file holds {unexpected[0]}, and the adapter {adapter_name!r} of the model has no such part. Load "
+                "it with the config that was saved with it."
+            )
+        return in_place(renamed, model.state_dict(), BASE)
 
 
 CANNOT_WEIGHT = (
@@ -374,7 +420,7 @@ def prompt_lengths(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterato
 
 def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int | None, ...]]:
     """Return names and shapes of an attached adapter's tensors, as PEFT names them in memory."""
-    of_adapter = re.compile(rf"\.{CHILD}\.baft_[a-z_]+\.{re.escape(adapter_name)}(\.[a-z]+)?$")
+    of_adapter = re.compile(rf"\.{CHILD}\.baft_[a-z_]+\.{re.escape(adapter_name)}(\.[a-z_]+)?$")
     return {
         # Of a memory of edits, how many edits there are is not known before.
         name: (None,) * tensor.ndim if IN_MEMORY.search(name) else tuple(tensor.shape)

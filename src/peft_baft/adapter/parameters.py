@@ -1,4 +1,4 @@
-"""What an adapter learns in one block: the basis and the gates, alone or stacked with those of other adapters."""
+"""What an adapter has in one block: the basis, the gates and their usage, alone or stacked with those of other adapters."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from peft_baft.intervention import gates, orthonormal_rows, rms_normalise
@@ -24,13 +25,16 @@ class OrthonormalBasis(nn.Module):
 
     def __init__(self, r: int, d: int, pack_ranks: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.pack_ranks = None if pack_ranks is None else list(pack_ranks)
+        self.take_settings(pack_ranks)
         self.weight = nn.Parameter(torch.empty(r, d))
-        self._cached: tuple[tuple, Tensor] | None = (
-            None  # a state of the weight, and R of that state
-        )
         if self.weight.device.type != "meta":
             nn.init.orthogonal_(self.weight)
+
+    def take_settings(self, pack_ranks: Sequence[int] | None) -> None:
+        """Orthonormalise within these packs from now on."""
+        self.pack_ranks = None if pack_ranks is None else list(pack_ranks)
+        # A state of the weight, and R of that state.
+        self._cached: tuple[tuple, Tensor] | None = None
 
     def _orthonormal(self, weight: Tensor) -> Tensor:
         if self.pack_ranks is None:
@@ -53,6 +57,19 @@ class OrthonormalBasis(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}
+
+
+class Counts(BufferDict):
+    """Tensors that count, by the names of adapters. They stay float32 when the model is cast: float16 ends at 65,504."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Counts:
+        before = dict(self.items())
+        super()._apply(fn, recurse)
+        for name, count in before.items():
+            moved = self[name]
+            if moved.dtype != torch.float32:
+                self[name] = count.to(moved.device, torch.float32)
+        return self
 
 
 @dataclass(frozen=True)
@@ -120,8 +137,7 @@ class Gate(nn.Module):
 
     def __init__(self, config: BaftConfig, d: int) -> None:
         super().__init__()
-        self.norm, self.offset = config.gate_norm, config.gate_offset
-        self.shared = WEIGHTINGS[config.weighting].has_shared_gate
+        self.take_settings(config)
         # Of the logits, for a vector of unit root mean square.
         spread = 0.1 if config.init_weights else 5.0
         shapes: dict[str, Any] = gate_shapes(config, d)
@@ -129,6 +145,11 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shapes["bias"])) if "bias" in shapes else None
         for name, initial in GATE_NORMS[self.norm].learned_vectors.items():
             setattr(self, name, nn.Parameter(torch.full(shapes[name], initial)))
+
+    def take_settings(self, config: BaftConfig) -> None:
+        """Follow a config whose gates have the same parameters."""
+        self.norm, self.offset = config.gate_norm, config.gate_offset
+        self.shared = WEIGHTINGS[config.weighting].has_shared_gate
 
     def forward(self, h: Tensor) -> Tensor:
         """Return w(h), each in [0, 1]."""

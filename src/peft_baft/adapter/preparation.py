@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import chain
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
@@ -17,6 +16,7 @@ from peft_baft.adapter.blocks import (
 )
 from peft_baft.adapter.coexistence import own_modules, require_free
 from peft_baft.adapter.config import BaftConfig
+from peft_baft.adapter.embeddings import COPIES, own_shapes, plain_name, require_embeddings
 from peft_baft.adapter.layer import CHILD, BaftLayer
 from peft_baft.adapter.parameters import GATE_NORMS
 from peft_baft.adapter.supported import require_decoder, require_editable
@@ -50,7 +50,7 @@ def prepare_config(
     require_free(model, widths, config, own_modules(model, earlier))
     require_editable(model, list(widths))
     _fit_width(config, widths, model)
-    _require_saved_shapes(config.saved_shapes, widths, model)
+    _require_saved_shapes(config, widths, model)
     chosen_by_expression = isinstance(config.target_modules, str) or config.exclude_modules
     if widths and chosen_by_expression:
         config.target_modules, config.exclude_modules = list(widths), None
@@ -118,30 +118,46 @@ def _fit_width(config: BaftConfig, widths: Mapping[str, int], model: nn.Module) 
         config.hidden_size = next(iter(widths.values()))
 
 
-def _require_saved_shapes(
-    shapes: Mapping[str, tuple[int, ...]], widths: Mapping[str, int], model: nn.Module
-) -> None:
-    """Raise a ValueError unless a model can take tensors of these names and shapes.
+def _require_saved_shapes(config: BaftConfig, widths: Mapping[str, int], model: nn.Module) -> None:
+    """Raise a ValueError unless a model can take the tensors that a config is to be loaded with.
 
     This is checked before the model is touched: PEFT would first attach the adapter.
     """
-    tensors = chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    )
-    # A module that an earlier adapter saves is wrapped by PEFT, and the model's own tensors then lie one name deeper.
-    of_model = {
-        name.replace(".original_module.", "."): tuple(tensor.shape) for name, tensor in tensors
-    }
-    for name, shape in shapes.items():
+    saved = tuple(config.modules_to_save or ())
+    of_model = own_shapes(model)
+    others = {}
+    for name, shape in config.saved_shapes.items():
         block, _, part = name.rpartition(f".{CHILD}.baft_")
         if block:
             # The basis stands for its block: tensors of one adapter whose shapes disagree were refused with the file.
             fits = part != "basis.weight" or shape[1] == widths.get(block)
             fits = fits and (part != "router.mean" or shape[0] == widths.get(block))
-        else:  # the tensor of a module in `modules_to_save`
-            fits = of_model.get(name) == shape
+        elif any(f"{module}." in name for module in saved):
+            fits = of_model.get(plain_name(name)) == shape
+        else:
+            others[name], fits = shape, True
         if not fits:
             raise ValueError(
                 f"The adapter's file holds {name} of shape {shape}, which does not fit {type(model).__name__}. Load it on the "
                 "model that it was made for; if it was, the file is damaged."
             )
+    require_embeddings(model, others)
+    if config.saved_shapes and saved:
+        _require_whole_modules(config.saved_shapes, saved, model)
+
+
+def _require_whole_modules(
+    shapes: Mapping[str, tuple[int, ...]], saved: tuple[str, ...], model: nn.Module
+) -> None:
+    """Raise a ValueError if tensors are missing of modules that an adapter saves."""
+    for module_name, module in model.named_modules():
+        if module_name.endswith(saved) and f".{CHILD}." not in f".{module_name}.":
+            names = [f"{module_name}.{name}" for name in module.state_dict()]
+            # Not the copies of other adapters that save it as well.
+            wanted = {plain_name(name) for name in names if f".{COPIES}." not in name}
+            missing = sorted(wanted - shapes.keys())
+            if missing:
+                raise ValueError(
+                    f"The adapter's file lacks {missing[0]}, which {type(model).__name__} has and modules_to_save names. Load it "
+                    "on the model that it was made for; if it was, the file is damaged."
+                )

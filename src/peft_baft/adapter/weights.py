@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from peft_baft.adapter.embeddings import may_be_embeddings
 from peft_baft.adapter.memory import SAMPLE, SIZES, unpacked
 from peft_baft.adapter.parameters import gate_shapes
 
@@ -76,10 +77,23 @@ def check_folder(folder: Path, config: BaftConfig) -> dict[str, tuple[int, ...]]
         raise ValueError(
             f"{file} cannot be read ({error}). It is damaged: take a good copy, or edit again."
         ) from None
+    check_adapter(tensors, config, str(file))
+    return {name.removeprefix(BASE): tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_adapter(tensors: Mapping[str, Tensor], config: BaftConfig, where: str) -> None:
+    """Raise a ValueError unless tensors, by their names in a file, are the adapter of a config, whole and nothing else.
+
+    PEFT may have added the model's embeddings. Whether they are those of a model is checked with the model; their values are
+    the model's, and not checked.
+
+    Args:
+        config: its blocks are filled in from the tensors where a default or an expression would have chosen them.
+    """
     if any(name.endswith(f".{FORMER_USAGE}") for name in tensors):
-        raise ValueError(f"{file} was {UNNUMBERED}.")
+        raise ValueError(f"{where} was {UNNUMBERED}.")
     if config.memory and not any(name.endswith(".relation_keys") for name in tensors):
-        raise ValueError(f"{file} {WITHOUT_RELATIONS}")
+        raise ValueError(f"{where} {WITHOUT_RELATIONS}")
     blocks = {
         name.rpartition(".baft.baft_")[0].removeprefix(BASE)
         for name in tensors
@@ -89,16 +103,17 @@ def check_folder(folder: Path, config: BaftConfig) -> dict[str, tuple[int, ...]]
     if names_no_blocks or config.exclude_modules:
         config.target_modules, config.exclude_modules = sorted(blocks), None
     expected = _expected_shapes(tensors, blocks, config)
-    check_tensors(expected, tensors, str(file))
+    check_tensors(expected, tensors, where)
     if config.memory:
-        check_memory(tensors, str(file))
-    unexpected = sorted(tensors.keys() - expected.keys())
-    if unexpected:  # PEFT would write it over the model's own tensor of that name
+        check_memory(tensors, where)
+    others = sorted(tensors.keys() - expected.keys())
+    of_adapter = [name for name in others if ".baft.baft_" in name]
+    if of_adapter or not may_be_embeddings(others, tensors):
+        # PEFT would write it over the model's own tensor of that name.
         raise ValueError(
-            f"{file} holds {unexpected[0]!r:.100}, which is no part of its adapter. Modules that are saved beside an adapter are "
-            "named in modules_to_save; embeddings are left out with save_pretrained(..., save_embedding_layers=False)."
+            f"{where} holds {(of_adapter or others)[0]!r:.100}, which is no part of its adapter. Modules that are saved "
+            "alongside an adapter are named in modules_to_save."
         )
-    return {name.removeprefix(BASE): tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def check_tensors(
@@ -133,7 +148,9 @@ def _could_be_trained(name: str, tensor: Tensor) -> bool:
     kind = IN_MEMORY.search(name)
     if kind is not None and INTEGERS.get(kind[1]) is not None:
         return tensor.dtype == INTEGERS[kind[1]]
-    return tensor.is_floating_point() and bool((tensor.float().abs() < LARGEST).all())
+    # Of a tensor that is sharded over processes, this one's part: asking for the others would wait for them.
+    own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.is_floating_point() and bool((own.float().abs() < LARGEST).all())
 
 
 def check_memory(tensors: Mapping[str, Tensor], where: str) -> None:
