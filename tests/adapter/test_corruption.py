@@ -456,7 +456,15 @@ FIELDS += [
     "peft_type",
     "task_type",
 ]
-FIELDS += ["baft_format", "inference_mode", "runtime_config", "unknown", "__class__", "self"]
+FIELDS += [
+    "baft_format",
+    "base_sample",
+    "inference_mode",
+    "runtime_config",
+    "unknown",
+    "__class__",
+    "self",
+]
 
 
 def fields_are_refused_or_harmless(trial: Trial, budget: settings) -> None:

@@ -32,7 +32,7 @@ FROZEN = Path(__file__).parent / "format_1"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings that came to format 1 later: a folder without them remembers nothing, and no forward depends on them. Where
 # `pack_ranks` or `answer_positions` is not empty, on which it does, the format is 2.
-ADDED_LATER = {"template", "template_hash", "pack_ranks", "answer_positions"}
+ADDED_LATER = {"template", "template_hash", "pack_ranks", "answer_positions", "base_sample"}
 PROMPT = [5, 9, 17, 33, 60, 12]
 SETTINGS: dict[str, Any] = {
     "task_type": "CAUSAL_LM",

@@ -161,6 +161,11 @@ def test_second_moments_are_those_of_the_keys_and_change_little_with_more_text(
     assert fingerprint(toy.base) != before  # another model's are not taken
     second_moments(*given, 400, folder=tmp_path, progress=False)
     assert len(list(tmp_path.iterdir())) == 2
+    before = fingerprint(toy.base)
+    toy.base.model.layers[2].mlp.up_proj.weight.data[1, 1] += 0.5  # a single value is enough
+    assert fingerprint(toy.base) == before
+    second_moments(*given, 400, folder=tmp_path, progress=False)
+    assert len(list(tmp_path.iterdir())) == 3
     with pytest.raises(ValueError, match="tokens must be at least 1"):
         second_moments(*given, 0)
 

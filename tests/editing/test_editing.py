@@ -195,7 +195,6 @@ def test_edits_may_come_as_any_iterable(baft: Setting) -> None:
     found = []
     for given in (edits(0, 1), tuple(edits(0, 1)), iter(edits(0, 1))):
         with rolled_back(model):
-            editor.unrelated_used = 0
             found.append(editor.edit(given).losses)
     assert found[0] == found[1] == found[2]
 
@@ -352,7 +351,6 @@ def test_gradient_checkpointing_changes_nothing(baft: Setting, reentrant: bool) 
     model, editor = baft
     with rolled_back(model):
         plain = editor.edit(edits(0))
-    editor.unrelated_used = 0
     base = model.get_base_model()
     enable = (
         getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable

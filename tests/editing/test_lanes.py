@@ -54,10 +54,11 @@ def test_each_adapter_is_what_its_edit_gives_alone(
     model, used = editor.model, editor.unrelated_used
     own = state(model, "default")
     alone = []
-    for fact in FACTS:
+    for number, fact in enumerate(FACTS):
         with rolled_back(model):
+            editor.unrelated_used = used + number * editor.unrelated_per_edit
             alone.append((editor.edit([fact]), state(model, "default")))
-    editor.unrelated_used = used
+    assert editor.unrelated_used == used
     found = list(editor.edit_each(FACTS, parallel))
     assert [name for name, _ in found] == [f"default-{i}" for i in range(5)]
     assert len({outcome.steps for _, outcome in found}) > 1  # lanes that end at different steps

@@ -25,7 +25,8 @@ from peft_baft import (
     Scope,
     prompt_lengths,
 )
-from peft_baft.adapter.memory import EditRouter, embedding_sample, orthonormal
+from peft_baft.adapter.base_identity import embedding_sample
+from peft_baft.adapter.memory import EditRouter, orthonormal
 from peft_baft.adapter.model_call import call_with_cache
 from peft_baft.adapter.routing import Sequences
 from peft_baft.adapter.weights import FILE

@@ -15,6 +15,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import Tensor
 
+from peft_baft.adapter.base_identity import to_sample
 from peft_baft.adapter.parameters import GATE_NORMS, WEIGHTINGS
 from peft_baft.adapter.registration import BAFT
 from peft_baft.adapter.weights import (
@@ -90,6 +91,8 @@ class BaftConfig(PeftConfig):
         template: The form in which the adapter's facts were taught, `raw`, `chat` or `both`, filled in by editors; None where
             that is not known. An editor's `template="auto"` and the commands that ask take it from here.
         template_hash: Identifies the chat template that they were taught in, filled in likewise.
+        base_sample: Some values of the base model's embeddings, filled in when the adapter is made: loading it on another model
+            is then noticed.
         requires: The package to import before an adapter of this type can be loaded.
         baft_format: Number of the saved format, that is of the names and shapes of the tensors and of the settings' meaning.
             Leave it empty for the one that this version writes, as `peft_version`. A folder whose number is missing or
@@ -174,6 +177,9 @@ class BaftConfig(PeftConfig):
     template_hash: str | None = field(
         default=None, metadata={"help": "Identifies the chat template of these, filled in."}
     )
+    base_sample: str | None = field(
+        default=None, metadata={"help": "Identifies the base model, filled in."}
+    )
     requires: str = field(
         default="peft_baft", metadata={"help": "The package to import before loading."}
     )
@@ -185,10 +191,11 @@ class BaftConfig(PeftConfig):
     def __post_init__(self) -> None:
         # PEFT fills `peft_version` in when a config is made, and writes it into every file: a config that comes with one was
         # saved. This is seen here, since transformers and PEFT read a file by `PeftConfig.from_pretrained`, not by ours.
-        comes_from_a_file = self.peft_version is not None
+        # This is no field: it is not saved.
+        self.comes_from_a_file = self.peft_version is not None
         self.baft_format = _readable_format(
             self.baft_format,
-            comes_from_a_file,
+            self.comes_from_a_file,
             of_new=self._least_format,
         )
         super().__post_init__()
@@ -202,6 +209,8 @@ class BaftConfig(PeftConfig):
         _positive_integer("prompt_positions", self.prompt_positions)
         _require_one_of("weighting", self.weighting, WEIGHTINGS)
         _require_one_of("gate_norm", self.gate_norm, GATE_NORMS)
+        if isinstance(self.base_sample, str):
+            to_sample(self.base_sample)
         if self.template is not None:
             _require_one_of("template", self.template, ("raw", "chat", "both"))
         for name, type_ in _field_types().items():
@@ -312,6 +321,8 @@ class BaftConfig(PeftConfig):
         if not self.memory:
             for name in FIELDS_OF_MEMORY:
                 saved.pop(name)
+        if self.base_sample is None:
+            saved.pop("base_sample")
         return saved
 
     def edits(self, relative_positions: Tensor) -> Tensor:

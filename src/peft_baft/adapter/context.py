@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from peft_baft.adapter import model_call
 from peft_baft.adapter.call import NOT_FOUND, Call, CallsByInput, in_backward
+from peft_baft.adapter.cursors import Cursors
 from peft_baft.adapter.generation import Generation
 from peft_baft.adapter.model_arguments import (
     ModelArguments,
@@ -131,6 +132,7 @@ class EditContext:
         )
         self.routing = Routing(self)
         self.prepared: Any = None  # what edits of this model share, such as packed weights; editing/ knows what it is
+        self.cursors = Cursors()  # of the adapters' editors
         self._warned = False
         self._warned_of_scoring = False
         self._model: Any = model

@@ -16,6 +16,7 @@ from peft_baft.adapter.call import Call, first_tensor
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.context import EditContext, RecordedGates
 from peft_baft.adapter.memory import EditCodes, EditRouter
+from peft_baft.adapter.offloading import execution_device, forget_adapter, place_adapter
 from peft_baft.adapter.parameters import (
     Counts,
     Gate,
@@ -67,6 +68,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         self._layers_kept_unpacked: list[Any] = []
         # Prepended, so that other hooks on the block, such as those that record hidden states, get the edited output.
         self._handle = block.register_forward_hook(_edit_output, prepend=True, with_kwargs=True)
+        place_adapter(context._model, f"{name}.{CHILD}", block)
 
     def attach(self, adapter_name: str, config: BaftConfig, width: int) -> None:
         """Make the parameters of one more adapter for hidden vectors of `width`, and put them on the block's device."""
@@ -79,7 +81,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
             self._attach_memory("codes", adapter_name, codes)
             return
         self.baft_basis[adapter_name] = OrthonormalBasis(config.r, width, config.pack_ranks)
-        self.baft_source[adapter_name] = source = nn.Linear(width, config.r)
+        self.baft_source[adapter_name] = source = nn.Linear(width, config.r, dtype=torch.float32)
         if config.gate_count:
             self.baft_gate[adapter_name] = Gate(config, width)
             self.baft_gate_usage[adapter_name] = torch.zeros(
@@ -109,6 +111,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
     def detach(self) -> None:
         """Leave the block as it was before its first adapter."""
         self._handle.remove()
+        forget_adapter(self.context._model, f"{self.name}.{CHILD}")
         del self._block[0]._modules[CHILD]
         for layer in self._layers_kept_unpacked:
             layer.support_avx512bf16_for_cpu = True
@@ -136,6 +139,8 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         """Move an adapter to its block's device, its parameters to the block's dtype. The gates' usage stays in float32."""
         device_of_block, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         device = device_of_block if device is None else device
+        if device is not None and device.type == "meta":
+            device = execution_device(self.get_base_layer())
         if device is None or device.type == "meta":
             return
         for container in (self.baft_basis, self.baft_source, self.baft_gate):
@@ -250,11 +255,16 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         )
 
     def _stackable_groups(self, names: Iterable[str]) -> list[list[str]]:
-        """Group the adapters whose parameters can be stacked: those of the same settings, dtype and device."""
+        """Group the adapters whose parameters can be stacked: those of the same settings, dtype and device.
+
+        Parameters that are offloaded or sharded are there only while their own module runs, so each of these stays by itself.
+        """
         groups: dict[tuple, list[str]] = {}
         for name in names:
             weight = self.baft_source[name].weight
-            key = (self.configs[name].forward_settings, weight.dtype, weight.device)
+            key: tuple = (self.configs[name].forward_settings, weight.dtype, weight.device)
+            if weight.is_meta or not weight.numel():
+                key = (name,)
             groups.setdefault(key, []).append(name)
         return list(groups.values())
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peft_baft.adapter.base_identity import SAMPLE, embedding_sample
 from peft_baft.adapter.matching import INT8, Match, Question, Questions, Thresholds
 from peft_baft.adapter.relations import Relations
 
@@ -33,7 +34,6 @@ SIZES = {
     "tokens": "ids",
     **{n: n for n in ("texts", "relation_keys", "wordings", "relation_names", "before", "after")},
 }
-SAMPLE = 64  # values of a model's embeddings, by which it is told from other models
 OTHER_MODEL = (
     "This memory of edits was made on another base model: what its edits add to hidden vectors, and how it finds them, means "
     "nothing in this one. Load the model that it was made on (base_model_name_or_path of its adapter_config.json), or teach the "
@@ -99,22 +99,6 @@ def of_edits(
         else:
             found[name] = tensor
     return found
-
-
-def embedding_sample(model: nn.Module) -> Tensor | None:
-    """Take values of a model's input embeddings at fixed places, (64,) float32; None where they are not at hand."""
-    try:
-        weight = getattr(model.get_input_embeddings(), "weight", None)
-    except (AttributeError, NotImplementedError):  # a model that does not say which they are
-        return None
-    if weight is None or weight.is_meta or weight.ndim != 2 or not weight.numel():
-        return None  # offloaded, or parted among processes
-    if not weight.is_floating_point():
-        return None  # quantised
-    tokens, width = weight.shape
-    numbers = torch.arange(SAMPLE, device=weight.device)
-    chosen = weight.detach()[5 * numbers % min(tokens, 5 * SAMPLE), 11 * numbers % width]
-    return chosen.float().cpu()
 
 
 def keys_of(states: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:

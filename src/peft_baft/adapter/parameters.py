@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class OrthonormalBasis(nn.Module):
-    """R (r, d) as a free matrix that is orthonormalised on use; the result is cached while no gradient is needed.
+    """R (r, d) as a free matrix that is orthonormalised on use; the result is kept for forwards that need no gradient.
 
     Args:
         pack_ranks: of a combined adapter: how many rows each of its packs has, within which they are orthonormal.
@@ -26,7 +26,9 @@ class OrthonormalBasis(nn.Module):
     def __init__(self, r: int, d: int, pack_ranks: Sequence[int] | None = None) -> None:
         super().__init__()
         self.take_settings(pack_ranks)
-        self.weight = nn.Parameter(torch.empty(r, d))
+        self.weight = nn.Parameter(torch.empty(r, d, dtype=torch.float32))
+        # A copy of the weight, and R of it.
+        self._known: tuple[Tensor, Tensor] | None = None
         if self.weight.device.type != "meta":
             nn.init.orthogonal_(self.weight)
 
@@ -43,20 +45,34 @@ class OrthonormalBasis(nn.Module):
 
     def forward(self) -> Tensor:
         """Return R, (r, d) float32 with orthonormal rows."""
-        # A compiled forward cannot read data pointers, and weights made in inference mode have no version.
-        if torch.compiler.is_compiling() or self.weight.is_inference():
+        needs_gradient = torch.is_grad_enabled() and self.weight.requires_grad
+        if needs_gradient or not _is_comparable(self.weight):
+            self._known = None
             return self._orthonormal(self.weight)
-        if torch.is_grad_enabled() and self.weight.requires_grad:
-            # An optimiser step may follow, and sharded weights change without a new version.
-            self._cached = None
-            return self._orthonormal(self.weight)
-        state = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
-        if self._cached is None or self._cached[0] != state:
-            self._cached = (state, self._orthonormal(self.weight.detach()))
-        return self._cached[1]
+        known = self._known
+        # The values are compared: an averaged or synchronised weight, written through `.data`, has the same address and
+        # version. That takes a tenth of the time of a decomposition.
+        if known is None or not _are_equal(known[0], self.weight):
+            # Outside of inference mode, so that gradients of other tensors can pass through R later.
+            with torch.inference_mode(False):
+                copy = self.weight.detach().clone()
+                known = self._known = (copy, self._orthonormal(copy))
+        return known[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+        return {**self.__dict__, "_known": None}
+
+
+def _is_comparable(weight: Tensor) -> bool:
+    """Tell whether the values of a weight can be looked at now: not in a trace or capture of a forward, nor of a part of it."""
+    if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter):
+        return False
+    capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (weight.is_meta or capturing)
+
+
+def _are_equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 class Counts(BufferDict):
@@ -141,10 +157,13 @@ class Gate(nn.Module):
         # Of the logits, for a vector of unit root mean square.
         spread = 0.1 if config.init_weights else 5.0
         shapes: dict[str, Any] = gate_shapes(config, d)
-        self.weight = nn.Parameter(torch.randn(shapes["weight"]) * spread * d**-0.5)
-        self.bias = nn.Parameter(torch.zeros(shapes["bias"])) if "bias" in shapes else None
+        float32 = torch.float32
+        self.weight = nn.Parameter(torch.randn(shapes["weight"], dtype=float32) * spread * d**-0.5)
+        self.bias = (
+            nn.Parameter(torch.zeros(shapes["bias"], dtype=float32)) if "bias" in shapes else None
+        )
         for name, initial in GATE_NORMS[self.norm].learned_vectors.items():
-            setattr(self, name, nn.Parameter(torch.full(shapes[name], initial)))
+            setattr(self, name, nn.Parameter(torch.full(shapes[name], initial, dtype=float32)))
 
     def take_settings(self, config: BaftConfig) -> None:
         """Follow a config whose gates have the same parameters."""

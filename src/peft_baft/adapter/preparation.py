@@ -8,6 +8,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from peft_baft.adapter.base_identity import identify_base
 from peft_baft.adapter.blocks import (
     block_names,
     configured_width,
@@ -54,6 +55,7 @@ def prepare_config(
     chosen_by_expression = isinstance(config.target_modules, str) or config.exclude_modules
     if widths and chosen_by_expression:
         config.target_modules, config.exclude_modules = list(widths), None
+    identify_base(model, config)
     return config
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peft_baft.adapter.coexistence import adapter_contents, other_adapters
 from peft_baft.adapter.layer import BaftLayer
 from peft_baft.adapter.memory import EditCodes, EditRouter
-from peft_baft.adapter.model import BaftModel
+from peft_baft.adapter.model import BaftModel, find_context
 from peft_baft.adapter.taught_form import remembered_forms
 
 MEMORY_PARTS = (EditCodes, EditRouter)
@@ -76,7 +76,8 @@ def load_adapter_state_dict(
 def snapshot(model: nn.Module) -> Callable[[], None]:
     """Remember the adapters as they are; calling the result puts them back, bit for bit.
 
-    Statistics are included, and the form in which facts were taught, which stands in the adapters' configs.
+    Statistics are included, the form in which facts were taught, which stands in the adapters' configs, and where their editors
+    are in texts that they take in turn: the same edit then gives the same adapter again.
     """
     # Those of a memory of edits are never written into, but replaced.
     memories = [(part, part.kept()) for part in model.modules() if isinstance(part, MEMORY_PARTS)]
@@ -87,6 +88,8 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
         if id(tensor) not in of_memories
     ]
     restore_forms = remembered_forms(getattr(model, "peft_config", {}).values())
+    context = find_context(model)
+    restore_cursors = None if context is None else context.cursors.snapshot()
 
     def restore() -> None:
         with torch.no_grad():
@@ -95,13 +98,15 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
         for part, tensors in memories:
             part.take(tensors)
         restore_forms()
+        if restore_cursors is not None:
+            restore_cursors()
 
     return restore
 
 
 @contextmanager
 def rolled_back(model: nn.Module) -> Iterator[None]:
-    """Put the adapters back, bit for bit, after the code inside: this is single editing."""
+    """Put the adapters back, bit for bit, and their editors to where they were, after the code inside: this is single editing."""
     restore = snapshot(model)
     try:
         yield

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from peft_baft.adapter.base_identity import SAMPLE
 from peft_baft.adapter.embeddings import may_be_embeddings
-from peft_baft.adapter.memory import SAMPLE, SIZES, unpacked
+from peft_baft.adapter.memory import SIZES, unpacked
 from peft_baft.adapter.parameters import gate_shapes
 
 if TYPE_CHECKING:

@@ -52,7 +52,9 @@ def second_moments(
     """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, not {tokens}.")
-    known = {"model": fingerprint(model), "tokens": str(tokens), "seed": str(seed)}
+    # Without a folder nothing is looked up.
+    of_model = "" if folder is None else fingerprint(model, samples=None)
+    known = {"model": of_model, "tokens": str(tokens), "seed": str(seed)}
     file = None if folder is None else Path(folder) / f"moments-{known['model']}.safetensors"
     if file is not None and file.exists():
         with safe_open(file, "pt") as kept:

@@ -121,6 +121,7 @@ class BaftEditor(AdapterEditor):
             form = self.templates[i % len(self.templates)]
             rows.append(encode_fitting(model, tokenizer, text.prompt, text.answer, template=form))
         self._unrelated = rows if self._gated else []
+        self._context.cursors.add(self)
 
     def edit_each(
         self, edits: Iterable[Edit], parallel: int = 16
@@ -185,6 +186,7 @@ class BaftEditor(AdapterEditor):
             torch.enable_grad(),
             evaluating(self.model),
             trainable(self.model),
+            self._context.cursors.restored_on_error(),
         ):
             lanes = []
             for name, rows in facts.items():
@@ -240,16 +242,6 @@ class BaftEditor(AdapterEditor):
         super().load_state_dict(state)
         self.unrelated_used = int(state[UNRELATED_USED])
 
-    def snapshot(self) -> Callable[[], None]:
-        """Remember the adapter, its statistics and the cursor; calling the result puts them back, bit for bit."""
-        restore_adapter, used = super().snapshot(), self.unrelated_used
-
-        def restore() -> None:
-            restore_adapter()
-            self.unrelated_used = used
-
-        return restore
-
     def described(self) -> dict[str, str]:
         """Say what decides how edits come out, besides the adapter's config; unrelated texts as a hash of their tokens."""
         texts = json.dumps([row.ids for row in self._unrelated])
@@ -259,6 +251,15 @@ class BaftEditor(AdapterEditor):
             "unrelated_per_edit": repr(self.unrelated_per_edit),
             "unrelated": hashlib.sha256(texts.encode()).hexdigest()[:16],
         }
+
+    @property
+    def cursor(self) -> int:
+        """How many unrelated texts were used."""
+        return self.unrelated_used
+
+    @cursor.setter
+    def cursor(self, used: int) -> None:
+        self.unrelated_used = used
 
     @property
     def _context(self) -> EditContext:

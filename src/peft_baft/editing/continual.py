@@ -265,7 +265,7 @@ def _facts_of(batch: Sequence[Edit]) -> list[list[Any]]:
 def _settings(editor: AdapterEditor, batch_size: int) -> dict[str, Any]:
     """Collect what decides how the edits come out, in a form that JSON keeps."""
     config = editor.model.peft_config[editor.adapter_name].to_dict() | {"inference_mode": None}
-    for name in FIELDS:  # what edits fill in is no setting
+    for name in (*FIELDS, "base_sample"):  # what is filled in is no setting
         config.pop(name, None)
     text = json.dumps(config, sort_keys=True, default=lambda other: sorted(map(str, other)))
     adapter = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_baft.adapter.base_identity import SAMPLE, embedding_sample
 from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.matching import Question, read
-from peft_baft.adapter.memory import SAMPLE, KeyStatistics, embedding_sample, keys_of, words_of_user
+from peft_baft.adapter.memory import KeyStatistics, keys_of, words_of_user
 from peft_baft.adapter.model_call import input_device
 from peft_baft.data.batching import (
     Tokens,
