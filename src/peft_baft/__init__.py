@@ -1,7 +1,8 @@
 """BaFT for PEFT: an adapter that changes what a language model knows (arXiv 2503.00306).
 
 Importing this package makes PEFT know the adapter type `BAFT`. For models that have such an adapter, `PeftModel` writes a card of
-this package's own (`integrations/peft_methods.py`), and loads and saves all of an adapter or nothing (`adapter/peft_model.py`).
+this package's own (`integrations/peft_methods.py`), and loads and saves all of an adapter or nothing (`adapter/peft_model.py`);
+transformers' `load_adapter` checks such an adapter before it changes the model (`adapter/native.py`).
 """
 
 from peft_baft.adapter import BaftConfig, BaftModel, prompt_lengths

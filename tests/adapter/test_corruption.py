@@ -614,7 +614,7 @@ WHOLE: dict[str, dict[str, Any]] = {
     "expression": {"target_modules": r"model\.layers\.[12]"},
     "exclusion": {"target_modules": r"model\.layers\.\d", "exclude_modules": ["layers.2"]},
     "parts of blocks": {
-        "target_modules": ["mlp"],
+        "target_modules": r".*\.mlp",
         "gate_norm": "scale",
         "weighting": "product",
         "gate_bias": True,

@@ -406,7 +406,7 @@ def test_a_text_without_tokens_is_refused() -> None:
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
-    with pytest.raises(TypeError, match="SimpleNamespace is a slow tokenizer"):
+    with pytest.raises(TypeError, match="not SimpleNamespace, which is none or a slow tokenizer"):
         encode(SimpleNamespace(is_fast=False), "a", "b")
 
 

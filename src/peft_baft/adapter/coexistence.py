@@ -27,13 +27,13 @@ STILL_TRAINABLE = (
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """Return the model below the PeftModels around it, so that a BaFT adapter's names do not depend on them.
+    """Return the model below the PeftModels and tuners around it, so that a BaFT adapter's names do not depend on them.
 
     Raises:
         ValueError: one of them acts in its own forward, which an adapter on the model below would pass by.
     """
-    while isinstance(model, PeftModel | PeftMixedModel):
-        tuner: Any = model.base_model
+    while isinstance(model, PeftModel | PeftMixedModel | BaseTuner):
+        tuner: Any = model if isinstance(model, BaseTuner) else model.base_model
         # AdaLoRA's forward only adds the regulariser of its own training to the loss.
         passable = (BaseTuner.forward, AdaLoraModel.forward)
         is_baft = any(isinstance(config, BaftConfig) for config in model.peft_config.values())

@@ -66,7 +66,9 @@ class BaftConfig(PeftConfig):
         layers_pattern: Name of the `ModuleList` that holds the blocks (`layers`, `decoder.layers`), where it cannot be
             found alone.
         target_modules: Instead of the two above: names (suffixes), or one regular expression, of the modules whose
-            output is edited, as elsewhere in PEFT. Filled with the blocks' full names once the adapter is attached.
+            output is edited, as elsewhere in PEFT. Filled with the blocks' full names once the adapter is attached. Modules
+            inside blocks are edited if they are named one by one or by an expression, with a warning; a suffix that names
+            such modules in several blocks, such as `q_proj`, is refused.
         exclude_modules: Names, or one regular expression, of modules that `target_modules` should pass over.
         modules_to_save: Modules besides the adapter that are trained and saved.
         memory: Whether the adapter is a memory of edits: each edit owns a code of r numbers in a frozen basis of each block, and

@@ -24,6 +24,7 @@ from peft_baft.adapter.parameters import (
     stacked_bases,
     stacked_parameters,
 )
+from peft_baft.adapter.switching import Switch
 from peft_baft.intervention import update
 
 CHILD = "baft"  # the name of a block's BaftLayer; must not contain PEFT's prefix `baft_`
@@ -65,6 +66,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         self.name, self.context = name, context
         self._block = [block]  # in a list: as an attribute it would become a child of its own child
         self._disable_adapters, self._active_adapter, self.merged_adapters = False, [], []
+        self._switch = Switch()
         self._layers_kept_unpacked: list[Any] = []
         # Prepended, so that other hooks on the block, such as those that record hidden states, get the edited output.
         self._handle = block.register_forward_hook(_edit_output, prepend=True, with_kwargs=True)
@@ -115,6 +117,21 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         del self._block[0]._modules[CHILD]
         for layer in self._layers_kept_unpacked:
             layer.support_avx512bf16_for_cpu = True
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the adapters of this block on or off. Those that were frozen stay frozen."""
+        self._disable_adapters = not enabled
+        self._switch.turn(self, on=enabled)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        with self._switch.changing_flags(self):
+            super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def set_requires_grad(
+        self, adapter_names: str | Sequence[str], requires_grad: bool = True
+    ) -> None:
+        with self._switch.changing_flags(self):
+            super().set_requires_grad(adapter_names, requires_grad)
 
     def get_base_layer(self) -> nn.Module:
         return self._block[0]

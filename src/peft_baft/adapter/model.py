@@ -39,8 +39,10 @@ from peft_baft.adapter.mixed_batch import (
     choose_copies_by_row,
     require_known_names,
 )
+from peft_baft.adapter.native import require_whole
 from peft_baft.adapter.preparation import is_target, prepare_config, require_adapter_name
 from peft_baft.adapter.rollback import UNDO, structure_of, undone_on_failure
+from peft_baft.adapter.switching import Switch
 from peft_baft.adapter.weights import BASE, IN_MEMORY, check_tensors
 
 logger = logging.getLogger(__name__)
@@ -207,13 +209,27 @@ class BaftModel(BaseTuner):
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         for module in self.own_modules():
-            module.enable_adapters(enabled)
+            if isinstance(module, BaftLayer):
+                module.enable_adapters(enabled)
+            else:
+                # The wrapper's own method would also make what it saves trainable.
+                AuxiliaryTrainingWrapper.enable_adapters(module, enabled)
+                self._switch_of(module).turn(module, on=enabled)
+
+    def _switch_of(self, wrapper: AuxiliaryTrainingWrapper) -> Switch:
+        """Return what remembers the flags of a wrapper of `modules_to_save` while adapters are off."""
+        switches: dict[nn.Module, Switch] = self.__dict__.setdefault("_switches", {})
+        return switches.setdefault(wrapper, Switch())
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
         for module in self.own_modules():
-            module.set_requires_grad(adapter_names, requires_grad)
+            if isinstance(module, BaftLayer):
+                module.set_requires_grad(adapter_names, requires_grad)
+            else:
+                with self._switch_of(module).changing_flags(module):
+                    module.set_requires_grad(adapter_names, requires_grad)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         for module in self.own_modules():
@@ -223,7 +239,8 @@ class BaftModel(BaseTuner):
                 # A wrapper of `modules_to_save` has one adapter at most; None where none of the chosen ones saves this module.
                 chosen: Any = module.check_set_adapter(adapter_name)
                 present = chosen is not None and chosen in module._get_available_adapters()
-                module.set_adapter(chosen if present else [], inference_mode=inference_mode)
+                with self._switch_of(module).changing_flags(module):
+                    module.set_adapter(chosen if present else [], inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -260,6 +277,8 @@ class BaftModel(BaseTuner):
         self.peft_config[adapter_name] = config = given if may_keep else deepcopy(given)
         HELD[id(config)] = config
         if kwargs.get("state_dict"):
+            _fit_to_tensors(self.peft_config[adapter_name], kwargs["state_dict"])
+            require_whole(model, self.peft_config[adapter_name], adapter_name, kwargs["state_dict"])
             # PEFT takes for the target what stands before the prefix in a tensor's name: leave our child's name out of it.
             kwargs["state_dict"] = {
                 name.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): tensor
@@ -270,12 +289,19 @@ class BaftModel(BaseTuner):
         ]
         earlier = own_modules(model, earlier_configs)
         warn = not self.peft_config[adapter_name].inference_mode
-        with undone_on_failure(model), others_stay(model, earlier, warn=warn):
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            context = find_context(model)
-            if context is not None:
-                choose_copies_by_row(self._wrappers_of_saved_modules(), context)
-            self._register_on_base(getattr(model, "peft_config", {}))
+        are_off = any(layer.disable_adapters for layer in baft_layers(model))
+        if are_off:  # PEFT restores the flags that it finds: let it find those that hold while adapters are on
+            self._enable_adapter_layers(True)
+        try:
+            with undone_on_failure(model), others_stay(model, earlier, warn=warn):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                context = find_context(model)
+                if context is not None:
+                    choose_copies_by_row(self._wrappers_of_saved_modules(), context)
+                self._register_on_base(getattr(model, "peft_config", {}))
+        finally:
+            if are_off:
+                self._enable_adapter_layers(False)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
@@ -386,7 +412,13 @@ CANNOT_WEIGHT = (
 
 
 def baft_layers(model: nn.Module) -> list[BaftLayer]:
-    """Return the BaftLayers of a model, in the order of its blocks."""
+    """Return the BaftLayers of a model, in the order of its blocks.
+
+    Raises:
+        TypeError: it is not a model.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Wanted a model (a torch.nn.Module), not {type(model).__name__}.")
     return [module for module in model.modules() if isinstance(module, BaftLayer)]
 
 
@@ -416,6 +448,13 @@ def prompt_lengths(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterato
         raise ValueError("prompt_lengths() needs a model with a BaFT adapter; this one has none.")
     with context.stating(lengths):
         yield
+
+
+def _fit_to_tensors(config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Let a config that leaves the edited blocks to the default edit those that the tensors are for."""
+    if config.target_modules is None and config.layers_to_transform is None:
+        blocks = {name.partition(f".{CHILD}.baft_")[0] for name in tensors if f".{CHILD}." in name}
+        config.target_modules = sorted(name.removeprefix(BASE) for name in blocks) or None
 
 
 def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int | None, ...]]:

@@ -27,16 +27,14 @@ class OrthonormalBasis(nn.Module):
         super().__init__()
         self.take_settings(pack_ranks)
         self.weight = nn.Parameter(torch.empty(r, d, dtype=torch.float32))
-        # A copy of the weight, and R of it.
-        self._known: tuple[Tensor, Tensor] | None = None
         if self.weight.device.type != "meta":
             nn.init.orthogonal_(self.weight)
 
     def take_settings(self, pack_ranks: Sequence[int] | None) -> None:
         """Orthonormalise within these packs from now on."""
         self.pack_ranks = None if pack_ranks is None else list(pack_ranks)
-        # A state of the weight, and R of that state.
-        self._cached: tuple[tuple, Tensor] | None = None
+        # A copy of the weight, and R of it.
+        self._known: tuple[Tensor, Tensor] | None = None
 
     def _orthonormal(self, weight: Tensor) -> Tensor:
         if self.pack_ranks is None:

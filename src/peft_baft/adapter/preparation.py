@@ -21,6 +21,7 @@ from peft_baft.adapter.embeddings import COPIES, own_shapes, plain_name, require
 from peft_baft.adapter.layer import CHILD, BaftLayer
 from peft_baft.adapter.parameters import GATE_NORMS
 from peft_baft.adapter.supported import require_decoder, require_editable
+from peft_baft.adapter.targets import require_blocks
 
 
 def prepare_config(
@@ -48,6 +49,7 @@ def prepare_config(
             f"({config.base_model_name_or_path or 'of unknown name'}), or target_modules is misspelt."
         )
     widths = _target_widths(model, config)
+    require_blocks(model, config, list(widths))
     require_free(model, widths, config, own_modules(model, earlier))
     require_editable(model, list(widths))
     _fit_width(config, widths, model)

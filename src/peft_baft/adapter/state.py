@@ -23,6 +23,11 @@ from peft_baft.adapter.taught_form import remembered_forms
 MEMORY_PARTS = (EditCodes, EditRouter)
 
 
+def is_baft_peft_model(model: object) -> bool:
+    """Return whether a model is a PeftModel of BaFT adapters, and not one of another method around such a model."""
+    return isinstance(model, PeftModel) and isinstance(model.base_model, BaftModel)
+
+
 def method_modules(model: nn.Module) -> list[nn.Module]:
     """List the modules that hold the adapters of a PeftModel's own method, and of no other method."""
     tuner = getattr(model, "base_model", None)
@@ -78,7 +83,14 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
 
     Statistics are included, the form in which facts were taught, which stands in the adapters' configs, and where their editors
     are in texts that they take in turn: the same edit then gives the same adapter again.
+
+    Raises:
+        TypeError: it is not a model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"Wanted a model with adapters, as get_peft_model makes it, not {type(model).__name__}."
+        )
     # Those of a memory of edits are never written into, but replaced.
     memories = [(part, part.kept()) for part in model.modules() if isinstance(part, MEMORY_PARTS)]
     of_memories = {id(tensor) for _, tensors in memories for tensor in tensors.values()}

@@ -55,7 +55,7 @@ def require_editable(model: nn.Module, names: Sequence[str]) -> None:
     """
     if not _generates(model):
         return
-    config = text_config(model)
+    config, streams = text_config(model), streams_per_token(model)
     for name in names:
         block = model.get_submodule(name)
         if any(getattr(module, "is_decoder", None) is False for module in block.modules()):
@@ -65,19 +65,24 @@ def require_editable(model: nn.Module, names: Sequence[str]) -> None:
                 "AutoModelForCausalLM.from_pretrained(name, is_decoder=True)."
             )
         is_block = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.ModuleList)
-        for field in STREAMS:
-            streams = getattr(config, field, None) or 1
-            if is_block and streams > 1:
-                raise ValueError(
-                    f"The blocks of {type(model).__name__} give {streams} hidden vectors for each token ({field} in its "
-                    "config), but a BaFT adapter edits one. Name modules inside the blocks that give (rows, tokens, d), with "
-                    "target_modules."
-                )
+        if is_block and streams > 1:
+            field = next(field for field in STREAMS if getattr(config, field, None) == streams)
+            raise ValueError(
+                f"The blocks of {type(model).__name__} give {streams} hidden vectors for each token ({field} in its "
+                "config), but a BaFT adapter edits one. Name modules inside the blocks that give (rows, tokens, d), with "
+                "target_modules."
+            )
         if is_block and int(name.rpartition(".")[2]) in blocks_left_out(model):
             raise ValueError(
                 f"{name} of {type(model).__name__} attends to pictures, and is left out of a forward without one. Choose other "
                 "blocks with layers_to_transform."
             )
+
+
+def streams_per_token(model: nn.Module) -> int:
+    """Return how many hidden vectors the blocks of a model give for each token."""
+    config = text_config(model)
+    return max(getattr(config, field, None) or 1 for field in STREAMS)
 
 
 def _generates(model: Any) -> bool:

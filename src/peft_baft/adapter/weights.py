@@ -275,3 +275,9 @@ def _expected_of_memory(blocks: set[str], config: BaftConfig) -> dict[str, tuple
         for block in _expected_blocks(blocks, config)
         for name, shape in of_block.items()
     } | {f"{BASE}{key_block}.baft.baft_router.{name}": shape for name, shape in of_router.items()}
+
+
+def promised_shapes(blocks: set[str], config: BaftConfig) -> dict[str, tuple[int | None, ...]]:
+    """Return names and shapes of the tensors that a config promises for these blocks, as a saved file has them."""
+    shapes = _expected_shapes({}, blocks, config)
+    return {name: shapes[name] for name in sorted(shapes) if ".baft.baft_" in name}

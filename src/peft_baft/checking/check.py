@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft_baft.adapter import BaftConfig, baft_layers
 from peft_baft.adapter.blocks import text_config
 from peft_baft.adapter.registration import BAFT
-from peft_baft.adapter.state import evaluating
+from peft_baft.adapter.state import evaluating, is_baft_peft_model
 from peft_baft.checking.report import CheckReport, Finding, installed_versions
 from peft_baft.checking.tools import flags_kept, in_words
 from peft_baft.checking.trials import findings_of
@@ -116,7 +116,7 @@ def _require_one_baft_adapter(model: Any, adapter: str | None) -> None:
     if adapter is not None:
         raise ValueError("Pass either a PeftModel, or a base model and `adapter`, not both.")
     active = list(model.active_adapters)
-    if len(active) != 1 or not any(active[0] in layer.configs for layer in baft_layers(model)):
+    if len(active) != 1 or not is_baft_peft_model(model):
         raise ValueError(
             f"A check takes a base model, or a PeftModel whose one active adapter is a BaFT adapter; active is {active}. "
             "Use set_adapter, or pass model.unload()."

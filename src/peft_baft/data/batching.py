@@ -171,6 +171,15 @@ def special_ids(tokenizer: Any) -> set[int]:
     }
 
 
+def require_fast(tokenizer: Any) -> None:
+    """Raise a TypeError unless a tokenizer can tell which characters a token stands for."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(
+            f"Wanted the model's fast tokenizer, as AutoTokenizer loads it, not {type(tokenizer).__name__}, which is none or a "
+            "slow tokenizer. Of a processor, pass its `tokenizer`."
+        )
+
+
 def _tokens_and_ends(
     tokenizer: Any, text: str, template: bool
 ) -> tuple[tuple[int, ...], list[int]]:
@@ -178,10 +187,7 @@ def _tokens_and_ends(
 
     template: the text holds its special tokens already, so none are added and those in it count as text.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(
-            f"{type(tokenizer).__name__} is a slow tokenizer; load the model's fast one (AutoTokenizer does)."
-        )
+    require_fast(tokenizer)
     encoded = tokenizer(
         text,
         return_offsets_mapping=True,

@@ -23,7 +23,7 @@ from peft_baft.adapter.state import (
     trainable,
 )
 from peft_baft.adapter.taught_form import remember, taught_form, warn_of_another
-from peft_baft.data.batching import Tokens, padding_id
+from peft_baft.data.batching import Tokens, padding_id, require_fast
 from peft_baft.data.cases import Edit, prompt_words
 from peft_baft.data.templates import Template, chosen_templates, is_chat
 from peft_baft.editing.acceleration.prefix_cache import open_forward
@@ -66,7 +66,7 @@ class AdapterEditor:
         template_options: further arguments of `apply_chat_template`, such as `enable_thinking`.
 
     Raises:
-        TypeError: the model is no PeftModel, or its adapter is one that learns a prompt.
+        TypeError: the model is not a PeftModel, its adapter is one that learns a prompt, or the tokenizer is not a fast one.
         ValueError: not exactly one adapter is active; or a chat template is wanted and the tokenizer has none.
     """
 
@@ -100,6 +100,7 @@ class AdapterEditor:
         self.descent = descent or DescentConfig()
         self.batch_descent = batch_descent or DescentConfig(max_steps=70)
         self.processes = processes or Processes()
+        require_fast(tokenizer)
         config = model.peft_config[self.adapter_name]
         taught = taught_form(config)
         self.templates = chosen_templates(tokenizer, template, template_options, taught)

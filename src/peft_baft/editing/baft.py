@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_baft.adapter import BaftConfig, BaftLayer, EditContext, baft_layers, find_context
-from peft_baft.adapter.state import evaluating, trainable
+from peft_baft.adapter.state import evaluating, is_baft_peft_model, trainable
 from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit, Unrelated
 from peft_baft.data.templates import Template, is_chat
@@ -65,10 +65,10 @@ class BaftEditor(AdapterEditor):
 
     def __new__(cls, model: PeftModel, tokenizer: Any, *args: Any, **settings: Any) -> Any:
         """Make a `MemoryEditor` where the active adapter is a memory of edits, as `pathlib.Path` makes a path of the system."""
-        names = getattr(model, "active_adapters", None) or [None]
-        config = getattr(model, "peft_config", {}).get(names[0])
-        if isinstance(config, BaftConfig) and config.memory:
-            return MemoryEditor(model, tokenizer, *args, **settings)
+        if isinstance(model, PeftModel) and model.active_adapters:
+            config = model.peft_config.get(model.active_adapters[0])
+            if isinstance(config, BaftConfig) and config.memory:
+                return MemoryEditor(model, tokenizer, *args, **settings)
         return super().__new__(cls)
 
     def __init__(
@@ -98,11 +98,11 @@ class BaftEditor(AdapterEditor):
             template_options=template_options,
             scope=DEFAULT.scope if scope is None else scope,
         )
-        self.layers = [layer for layer in baft_layers(model) if self.adapter_name in layer.configs]
-        if not self.layers:
+        if not is_baft_peft_model(model):
             raise ValueError(
                 f"The active adapter {self.adapter_name!r} is not a BaFT adapter; use AdapterEditor for it."
             )
+        self.layers = [layer for layer in baft_layers(model) if self.adapter_name in layer.configs]
         if self.layers[0].configs[self.adapter_name].answer_positions is not None:
             raise ValueError(
                 "BaftEditor trains adapters that edit every answer token. Make one with answer_positions=None, or train this one "

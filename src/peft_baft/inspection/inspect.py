@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_baft.adapter import BaftLayer, baft_layers, prompt_lengths
-from peft_baft.adapter.state import evaluating, without_adapters
+from peft_baft.adapter.state import evaluating, is_baft_peft_model, without_adapters
 from peft_baft.data.batching import Tokens, context_window, encode_prompt
 from peft_baft.data.templates import RAW, Template
 from peft_baft.evaluation.forward import greedy_tokens, logits_of_rows
@@ -164,7 +164,7 @@ def inspect(
 
 
 def _active_layers(model: nn.Module) -> list[BaftLayer]:
-    if not isinstance(model, PeftModel) or not baft_layers(model):
+    if not is_baft_peft_model(model):
         kinds = {
             config.peft_type for config in (getattr(model, "peft_config", None) or {}).values()
         }

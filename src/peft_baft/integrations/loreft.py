@@ -117,7 +117,7 @@ def save_loreft(model: PeftModel, folder: str | Path, adapter_name: str = "defau
         ValueError: the adapter has gates, or was combined from several, or is not at the output of blocks; or the folder
             holds files already.
     """
-    config: Any = model.peft_config.get(adapter_name)
+    config: Any = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, BaftConfig):
         raise ValueError(f"The model has no BaFT adapter {adapter_name!r}.")
     if config.weighting != "none" or config.pack_ranks:

@@ -1,0 +1,151 @@
+"""Check what transformers' own `load_adapter` is given for a BaFT adapter before it changes the model.
+
+It would attach the adapter first, and then only log which tensors were missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from functools import wraps
+from inspect import signature
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.integrations.peft import PeftAdapterMixin
+
+from peft_baft.adapter.config import BaftConfig
+from peft_baft.adapter.preparation import is_target, prepare_config
+from peft_baft.adapter.weights import BASE, check_tensors, promised_shapes
+
+MARK = "_peft_baft_checks"
+OPTIONS = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
+
+
+def install() -> None:
+    """Wrap `load_adapter` of transformers' models, once; what it is given for other PEFT methods passes through."""
+    original = PeftAdapterMixin.load_adapter
+    if hasattr(original, MARK):
+        return
+    parameters = signature(original)
+
+    @wraps(original)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = parameters.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        config = _checked_config(self, {**given.arguments, **given.arguments.get("kwargs", {})})
+        if config is not None:
+            given.arguments["peft_config"] = config
+        return original(*given.args, **given.kwargs)
+
+    setattr(load_adapter, MARK, True)
+    PeftAdapterMixin.load_adapter = load_adapter
+
+
+def _checked_config(model: Any, arguments: Mapping[str, Any]) -> BaftConfig | None:
+    """Return the config of the BaFT adapter that is to be loaded; None for an adapter of another method.
+
+    Args:
+        arguments: of `load_adapter`.
+
+    Raises:
+        ValueError: the adapter is damaged or not whole, or should be swapped for another one.
+    """
+    config, tensors = arguments["peft_config"], arguments["adapter_state_dict"]
+    folder, options = arguments["peft_model_id"], _options_of_files(arguments)
+    if config is None and folder is not None:
+        config = _config_in(folder, options)
+    if not isinstance(config, BaftConfig):
+        return None
+    name = arguments["adapter_name"] or "default"
+    if _is_hotswap(model, arguments.get("hotswap"), name):
+        raise ValueError(
+            f"A BaFT adapter cannot be hot-swapped for the adapter {name!r}: that works between LoRA adapters only. Load it "
+            "under another adapter_name, with hotswap=False."
+        )
+    # With a mapping of weights, it is not known before how a tensor is called in the model.
+    mapping = arguments.get("weight_mapping") or getattr(
+        arguments.get("load_config"), "weight_mapping", None
+    )
+    if tensors is not None and not mapping:
+        require_whole(model, config, name, tensors)
+    elif tensors is None and arguments["peft_config"] is None:
+        config = BaftConfig.from_pretrained(str(folder), **options)
+    return config
+
+
+def _options_of_files(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which files of a repository are meant, as the arguments of `load_adapter` say."""
+    everything = {
+        **(getattr(arguments.get("load_config"), "download_kwargs", None) or {}),
+        **(arguments.get("adapter_kwargs") or {}),
+        **arguments,
+    }
+    return {name: everything[name] for name in OPTIONS if everything.get(name)}
+
+
+def _config_in(folder: Any, options: Mapping[str, Any]) -> PeftConfig | None:
+    """Read an adapter's config; None where that cannot be read, which transformers finds as well."""
+    try:
+        return PeftConfig.from_pretrained(str(folder), **options)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_hotswap(model: Any, hotswap: bool | str | None, name: str) -> bool:
+    """Return whether `load_adapter` would swap the weights of an adapter that the model has."""
+    is_wanted = hotswap is True or (hotswap == "auto" and getattr(model, "_hotswap_enabled", False))
+    return is_wanted and name in (getattr(model, "peft_config", None) or {})
+
+
+def require_whole(
+    model: nn.Module, config: BaftConfig, adapter_name: str, tensors: Mapping[str, Tensor]
+) -> None:
+    """Raise a ValueError unless tensors are all that an adapter of this config needs on the model, in their shapes.
+
+    Args:
+        tensors: by their full names in the model; or without the adapter's name, as in a saved file, and then with more or
+            fewer names before that of the block. These are the names that transformers finds.
+    """
+    prepared = prepare_config(model, deepcopy(config), getattr(model, "peft_config", {}).values())
+    blocks = {name for name, _ in model.named_modules() if name and is_target(prepared, name)}
+    as_saved = {_without_adapter(name, adapter_name): tensor for name, tensor in tensors.items()}
+    wanted = promised_shapes(blocks, prepared) | _shapes_of_saved_modules(model, prepared)
+    found = {_saved_name(name, wanted): tensor for name, tensor in as_saved.items()}
+    check_tensors(wanted, found, "the state dict")
+
+
+def _shapes_of_saved_modules(
+    model: nn.Module, config: BaftConfig
+) -> dict[str, tuple[int | None, ...]]:
+    """Return names and shapes of the tensors of the modules that PEFT takes for those in `modules_to_save`."""
+    ends = tuple(config.modules_to_save or ())
+    shapes: dict[str, tuple[int | None, ...]] = {}
+    for name, module in model.named_modules():
+        if not ends or not name.endswith(ends):
+            continue
+        is_wrapped = isinstance(module, AuxiliaryTrainingWrapper)
+        original: Any = module.original_module if is_wrapped else module
+        for part, tensor in original.state_dict().items():
+            shapes[f"{BASE}{name}.{part}"] = tuple(tensor.shape)
+    return shapes
+
+
+def _without_adapter(name: str, adapter_name: str) -> str:
+    """Return a tensor's full name in the model as a saved file has it, and any other name as it is."""
+    block, mark, part = name.rpartition(".baft_")
+    if not mark or name.startswith(BASE):
+        return name
+    return block + mark + f"{part}.".replace(f".{adapter_name}.", ".").removesuffix(".")
+
+
+def _saved_name(name: str, wanted: Mapping[str, Any]) -> str:
+    """Return the name in `wanted` that a tensor's name stands for, or the name itself where there is none."""
+    bare = f".{name}".removeprefix(f".{BASE.rstrip('.')}")
+    for one in wanted:
+        full = f".{one.removeprefix(BASE)}"
+        if full.endswith(bare) or bare.endswith(full):
+            return one
+    return name

@@ -1,0 +1,42 @@
+"""Freeze parameters while adapters are switched off, and restore which of them needed gradients.
+
+PEFT freezes them as well, but makes every active adapter trainable when it is switched on again, also one that was frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+class Switch:
+    """The `requires_grad` flags that the parameters of one module have while its adapters are on."""
+
+    def __init__(self) -> None:
+        self._is_off = False
+        self._flags: dict[nn.Parameter, bool] = {}
+
+    def turn(self, module: nn.Module, *, on: bool) -> None:
+        """Freeze the parameters of `module`, or restore their flags; nothing happens if they are as wanted already."""
+        if on != self._is_off:
+            return
+        if on:
+            for parameter, flag in self._flags.items():
+                parameter.requires_grad_(flag)
+            self._flags = {}
+        else:
+            self._flags = {parameter: parameter.requires_grad for parameter in module.parameters()}
+            module.requires_grad_(False)
+        self._is_off = not on
+
+    @contextmanager
+    def changing_flags(self, module: nn.Module) -> Iterator[None]:
+        """Let the code inside change the flags that hold while adapters are on, even if they are off."""
+        was_off = self._is_off
+        self.turn(module, on=True)
+        try:
+            yield
+        finally:
+            self.turn(module, on=not was_off)
