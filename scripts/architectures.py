@@ -1,4 +1,4 @@
-"""Which architectures of the installed transformers can be edited: `baft check` on a tiny random model of each.
+"""Which architectures of the installed transformers can be edited: `baft check` and a default edit of a tiny model of each.
 
 Writes docs/architectures.md. A line for each architecture is kept in runs/, so that a survey that was stopped goes on;
 `--again` asks all anew, `--only NAME ...` some of them.
@@ -21,23 +21,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # for tiny_models
+sys.path.insert(0, str(ROOT / "tests"))  # for tiny_models and tiny_tokenizer
 
 import torch
 import transformers
 
 import peft_baft
 from peft_baft.checking.check import ATTACHED
+from peft_baft.checking.report import Finding
 from peft_baft.checking.trials import CACHED, CAUSAL, FAST, LEFT, PLACES, RIGHT
 from tiny_models import NOT_ALONE, model_types, tiny_model
+from tiny_tokenizer import default_edit_lowers_its_loss
 
 DECODER = " (is_decoder=True)"  # a second row for classes that are bidirectional by default
 WHOLE, REFUSED, NOT_BUILT, FAILS = "whole", "refused", "not tried", "FAILS"
+DEFAULT_EDIT = "an edit in its contexts, beside its contrast texts"
 WHOLE_MEANS = """
 **Whole** means: the last prompt tokens and the answer are edited and nothing else, cached generation gives what one full
-forward gives, so does a padded batch, gradient reaches every edited block, an edit's loss falls, the adapter is the same after
-saving and loading, and taking it off leaves the model as it was. Where a note says that the unedited model differs, the
-architecture itself gives a text other logits in a padded batch, say because it takes padding into its state.
+forward gives, so does a padded batch, gradient reaches every edited block, an edit's loss falls, with the default settings too,
+the adapter is the same after saving and loading, and taking it off leaves the model as it was. Where a note says that the
+unedited model differs, the architecture itself gives a text other logits in a padded batch, say because it takes padding into
+its state.
 """.strip()
 FAST_MEANS = """
 **Fast edits**: tokens before the edited ones are computed once an edit instead of once a step. Where an architecture cannot do
@@ -70,6 +74,8 @@ def survey(name: str) -> dict[str, Any]:
         return line | {"result": NOT_BUILT, "reason": _first_line(error)}
     report = peft_baft.check(model)
     failed = [finding for finding in report.findings if finding.holds is False]
+    if not failed:
+        failed = _default_edit_failed(model)
     result = WHOLE
     if failed:
         result = REFUSED if failed[0].name == ATTACHED else FAILS
@@ -79,6 +85,15 @@ def survey(name: str) -> dict[str, Any]:
     if result == REFUSED:
         reason = failed[0].detail.removeprefix("ValueError: ")
     return line | {"result": result, "reason": reason, "report": report.to_dict()}
+
+
+def _default_edit_failed(model: Any) -> list[Finding]:
+    """The finding that an edit with default settings does not work; none where it does."""
+    try:
+        falls = default_edit_lowers_its_loss(model)
+    except Exception as error:
+        return [Finding(DEFAULT_EDIT, False, detail=_first_line(error))]
+    return [] if falls else [Finding(DEFAULT_EDIT, False, detail="The loss does not fall.")]
 
 
 def _first_line(error: BaseException) -> str:
@@ -143,7 +158,8 @@ def table(lines: list[dict[str, Any]]) -> str:
             "# Which architectures can be edited",
             "",
             f"Every class of the causal-LM mapping of transformers {transformers.__version__}, as a tiny random model in "
-            f"float32 on a CPU (torch {torch.__version__.partition('+')[0]}): `baft check` on each, by `make architectures`. "
+            f"float32 on a CPU (torch {torch.__version__.partition('+')[0]}): `baft check` and an edit with the default "
+            f"settings on each, by `make architectures`. "
             f"{counts[WHOLE]} are whole, {counts[REFUSED]} are refused when an adapter is attached, {counts[NOT_BUILT]} could "
             f"not be built here, {counts[FAILS]} fail.",
             "",

@@ -8,11 +8,15 @@ import torch
 from common import alternated, arguments, editor, load, machine, seconds, table
 
 
+def drawn(model, batch: int, width: int, device: str) -> torch.Tensor:
+    """Token ids (batch, width), always the same ones."""
+    size, generator = model.config.vocab_size, torch.Generator().manual_seed(0)
+    return torch.randint(min(100, size // 2), size, (batch, width), generator=generator).to(device)
+
+
 def decode(model, batch: int, device: str) -> float:
     """Seconds for 32 new tokens after a prompt of 12."""
-    ids = torch.randint(100, 40000, (batch, 12), generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
+    ids = drawn(model, batch, 12, device)
     settings = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
     return seconds(
         lambda: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings),
@@ -22,9 +26,7 @@ def decode(model, batch: int, device: str) -> float:
 
 def prefill(model, batch: int, device: str) -> float:
     """Seconds for one forward over 256 tokens."""
-    ids = torch.randint(100, 40000, (batch, 256), generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
+    ids = drawn(model, batch, 256, device)
     with torch.no_grad():
         return seconds(lambda: model(input_ids=ids, logits_to_keep=1), device)
 

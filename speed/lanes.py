@@ -7,6 +7,8 @@ from common import alternated, arguments, editor, facts, load, machine, seconds,
 
 import peft_baft
 
+LANES = (1, 2, 4, 8, 16, 32)
+
 
 def edit_seconds(edited, edits, lanes: int, device: str) -> float:
     """Seconds an edit; the adapters are thrown away afterwards."""
@@ -31,7 +33,7 @@ def main() -> None:
             f"{lanes} lane(s)": lambda edited=edited, lanes=lanes: edit_seconds(
                 edited, edits, lanes, options.device
             )
-            for lanes in (1, 2, 4, 8, 16, 32)
+            for lanes in LANES
         }
         beside = ", an unrelated text beside each" if unrelated else ""
         table(

@@ -28,7 +28,8 @@ def filled(editor: Any, prompts: list[str], count: int) -> None:
         ids = tokens[number % len(tokens)].clone()
         if number >= len(tokens):
             places = torch.randperm(len(ids), generator=generator)[:3]
-            ids[places] = torch.randint(1000, 40_000, (len(places),), generator=generator)
+            size = len(editor.tokenizer)
+            ids[places] = torch.randint(size // 8, size, (len(places),), generator=generator)
         keys = torch.nn.functional.normalize(
             torch.randn(len(ids) - 1, 64, generator=generator), dim=1
         )
@@ -43,7 +44,7 @@ def main() -> None:
     bare, tokenizer = load(options)
     machine(options)
     prompts = [str(fact.prompt) for fact in facts(options, 0, 1000)]
-    asked = [p for p in prompts if len(tokenizer(p)["input_ids"]) == 20][0]
+    asked = next(p for p in prompts if len(tokenizer(p)["input_ids"]) == 20)
     ids = torch.tensor([tokenizer(asked)["input_ids"]], device=options.device)
     config = peft_baft.BaftConfig(memory=True, task_type="CAUSAL_LM")
     empty = get_peft_model(deepcopy(bare), config).eval()

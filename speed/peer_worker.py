@@ -154,11 +154,11 @@ def by_loop(setting, edits: list[dict], rate: float, max_steps: int, stop: float
 def by_this_package(
     model, blocks, method, edits: list[dict], rate: float, max_steps: int, stop: float
 ) -> dict:
-    """The same with this package's editors, given tokens instead of text."""
+    """The same with this package's editors, given numbers of tokens for text."""
     from peft import LoraConfig, get_peft_model
 
     import peft_baft
-    from peft_baft.data.batching import Tokens
+    from peft_baft.checking.made_up_text import NumberTokenizer
 
     found = {"steps": [], "seconds": [], "learned": []}
     settings = peft_baft.DescentConfig(lr=rate, max_steps=max_steps, stop_loss=stop)
@@ -170,11 +170,13 @@ def by_this_package(
     for edit in edits:
         torch.manual_seed(0)
         adapted = get_peft_model(model, reft if method == "peft_baft" else lora)
-        editor = kind(adapted, None, descent=settings)
-        editor.tokenizer = type("Padding", (), {"pad_token_id": 0, "eos_token_id": 0})
-        editor._tokens = lambda _, edit=edit: [Tokens(tuple(edit["ids"]), edit["prompt"])]
+        editor = kind(
+            adapted, NumberTokenizer(), descent=settings, template="raw", scope=peft_baft.NARROW
+        )
+        words = [str(number) for number in edit["ids"]]
+        prompt, answer = words[: edit["prompt"]], words[edit["prompt"] :]
         begin = time.process_time()
-        outcome = editor.edit([peft_baft.Edit("given", "as tokens")])
+        outcome = editor.edit([peft_baft.Edit(" ".join(prompt), " ".join(answer))])
         found["seconds"].append(time.process_time() - begin)
         found["steps"].append(outcome.steps)
         found["learned"].append(outcome.learned)

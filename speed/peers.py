@@ -21,6 +21,7 @@ from pathlib import Path
 from common import arguments, facts, load, machine
 from safetensors.torch import save_file
 
+from peft_baft.adapter.blocks import default_blocks
 from peft_baft.data.batching import encode
 
 WORKER = Path(__file__).with_name("peer_worker.py")
@@ -87,7 +88,7 @@ def prepare(folder: Path, base, tokenizer, options) -> None:
         kind: [{"ids": [*text, *row.ids], "prompt": len(text) + row.prompt_length} for row in rows]
         for kind, rows in coded.items()
     }
-    blocks = [7, 16, 22, 25]  # those of SmolLM2's 30 that this package edits by default
+    blocks = default_blocks(base.config.num_hidden_layers)
     (folder / "task.json").write_text(
         json.dumps({"shape": shape, "edits": edits, "blocks": blocks})
     )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 import transformers as tr
 
 import peft_baft
 from peft_baft.checking.check import ATTACHED
 from peft_baft.checking.trials import FAST
 from tiny_models import model_types, tiny_model
+from tiny_tokenizer import REPLY, default_edit, default_edit_lowers_its_loss, tiny_tokenizer
 
 TABLE = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
 ROW = re.compile(
@@ -41,6 +44,34 @@ def test_the_table_says_what_a_check_finds(name: str) -> None:
         assert row["result"] == "whole" and report.ok, str(report)
     if f"transformers {tr.__version__}," in TABLE and report.ok:
         assert (report[FAST].holds is True) == (row["fast"].strip() == "yes"), str(report)
+
+
+# Plain ones, with windows, with experts, with recurrent states, without max_position_embeddings.
+EDITED = [
+    "llama", "gpt2", "gemma3_text", "gpt_neox", "opt", "mixtral", "deepseek_v3", "qwen3_5", "jamba", "bamba", "minimax", "mamba",
+    "qwen3_next", "zamba2", "mpt",
+]  # fmt: skip
+# Their contrast texts are answered one by one; Dory runs a block several times in each forward.
+WITHOUT_LEFT_PADDING = ["bart", "rwkv", "whisper", "dory"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in WITHOUT_LEFT_PADDING]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # as above
+@pytest.mark.parametrize("name", [*EDITED, *SLOW])
+def test_an_edit_with_default_settings_lowers_its_loss(name: str) -> None:
+    assert default_edit_lowers_its_loss(tiny_model(name))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # as above
+@pytest.mark.parametrize("name", ["llama", "qwen3_5", "jamba", "bamba", "minimax"])
+def test_a_token_whose_hidden_vector_is_zero_stops_no_edit(name: str) -> None:
+    """A recurrent block maps the embedding of a padding token, which is zero, to zero; an attention block does not."""
+    model, tokenizer = tiny_model(name), tiny_tokenizer()
+    reply = tokenizer(REPLY)["input_ids"][0]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[reply] = 0
+    result = default_edit(model)
+    assert all(math.isfinite(loss) for loss in result.losses.values()), result
 
 
 def test_no_architecture_of_the_table_fails() -> None:

@@ -131,7 +131,6 @@ class EditContext:
             None  # of transformers' continuous batching, which runs in a thread of its own
         )
         self.routing = Routing(self)
-        self.prepared: Any = None  # what edits of this model share, such as packed weights; editing/ knows what it is
         self.cursors = Cursors()  # of the adapters' editors
         self._warned = False
         self._warned_of_scoring = False
@@ -165,13 +164,12 @@ class EditContext:
                 delattr(self._model, name)
                 if name in self._replaced:
                     setattr(self._model, name, self._replaced[name])
-        self.prepared = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to running calls, threads and queues, which can be neither pickled nor copied."""
         left_out = {"_thread", "_calls"}
         state = {name: value for name, value in self.__dict__.items() if name not in left_out}
-        return {**state, "manager": None, "prepared": None}
+        return {**state, "manager": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -14,6 +14,8 @@ from peft_baft.data.templates import RAW, Rendering, Template, chat_prompt, chat
 from peft_baft.span import IGNORED_LABEL
 
 RAW_END = "\n"  # what ends an answer in raw text, where it is learned
+# Under these names configs say how many tokens a model reads: most, MPT and DBRX, Whisper and other decoders of speech.
+WINDOW_NAMES = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 
 
 @dataclass(frozen=True)
@@ -234,4 +236,5 @@ def context_window(model: Any) -> int | None:
     config = (
         model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     )
-    return getattr(config, "max_position_embeddings", None)
+    windows = [getattr(config, name, None) for name in WINDOW_NAMES]
+    return next((window for window in windows if isinstance(window, int) and window > 0), None)

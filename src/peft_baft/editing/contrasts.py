@@ -9,14 +9,14 @@ none of them leaves the whole text as it was.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_baft.adapter import BaftLayer
 from peft_baft.adapter.model_call import end_tokens, full_logits, input_device
@@ -25,8 +25,9 @@ from peft_baft.data.batching import Tokens, collate, context_window, encode_prom
 from peft_baft.data.cases import Edit, Prompt, prompt_words
 from peft_baft.data.neighbours import other_subjects, subject_candidates, with_other_subject
 from peft_baft.data.templates import Template, is_chat
-from peft_baft.editing.acceleration.module_patches import logits_only_at
+from peft_baft.editing.acceleration.module_patches import collected_outputs, logits_only_at
 from peft_baft.editing.acceleration.packed_linear import packed_forwards
+from peft_baft.editing.acceleration.padded_prompts import takes_left_padding
 from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.acceleration.shared_prefix import PromptBatch, SharedPrefix, find_prefix
 from peft_baft.editing.scope import Scope
@@ -34,6 +35,8 @@ from peft_baft.editing.scope import Scope
 BATCH_SIZE = 64  # so many contrast texts are answered together
 # Each span that may be the subject is exchanged for so many others, to see what that changes.
 TRIED_SUBJECTS = 2
+# A held vector counts as having at least this share of the median squared length.
+LEAST_SIZE = 1e-3
 TOO_LONG = "%d of the %d contrast texts of %r are too long for the model, and are left out."
 NOT_A_TOKEN_A_STEP = (
     "{} computed {} tokens of a prompt of {} in the first forward of generate(), so where its hidden vectors stand is not known. "
@@ -49,13 +52,17 @@ class HeldVectors:
     Attributes:
         hidden: by the name of the edited block, (m, d) its output at the edited tokens of the contrast texts.
         before: by the same name, (m, d) what the adapter adds to them before the edit.
+        sizes: by the same name, (m,) their squared lengths, by which displacements are divided (`squared_lengths`).
     """
 
     hidden: Mapping[str, Tensor]
     before: Mapping[str, Tensor]
+    sizes: Mapping[str, Tensor]
 
     def displacements(self, layers: Sequence[BaftLayer], adapter_name: str) -> Tensor:
         """Compute how far an adapter moves the vectors now: |Φ(h) - Φ₀(h)|² / |h|², mean over the blocks.
+
+        Where |h| is nearly 0, the quotient is taken with a least length instead.
 
         Returns:
             (m,) with gradient, on the first block's device.
@@ -64,7 +71,7 @@ class HeldVectors:
         for layer in layers:
             h = self.hidden[layer.name]
             moved = layer.change_at(adapter_name, h) - self.before[layer.name]
-            shares.append(moved.float().square().sum(-1) / h.float().square().sum(-1))
+            shares.append(moved.float().square().sum(-1) / self.sizes[layer.name])
         return torch.stack([share.to(shares[0].device) for share in shares]).mean(0)
 
 
@@ -101,34 +108,49 @@ def hold(
     """Let the unedited model answer the prompts, and keep its hidden vectors at the tokens that an adapter edits.
 
     Args:
-        prepared: of the base model; by default what the context of its adapters owns.
+        prepared: of the base model; by default the one that is kept with it.
     """
     prepared = prepared or PreparedModel.of(model)
     packed = packed_forwards(model.get_base_model().modules(), prepared.packed)
     prefix = SharedPrefix()
     parts: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+    last_block, padding = layers[-1].get_base_layer(), padding_id(tokenizer)
     # Texts of like length need little padding.
     ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))
     with without_adapters(model):
-        ids = find_prefix(model, prompts, prompt_positions, prepared.verified_length)
-        if ids:
-            prefix = SharedPrefix.of(model, ids, packed)
-        for start in range(0, len(ordered), BATCH_SIZE):
-            some = ordered[start : start + BATCH_SIZE]
-            batch = PromptBatch.of(some, padding_id(tokenizer), prefix)
+        padded = takes_left_padding(model, last_block, prompts, padding, prompt_positions, prepared)
+        if padded:
+            ids = find_prefix(model, prompts, prompt_positions, prepared.verified_length)
+            prefix = SharedPrefix.of(model, ids, packed) if ids else prefix
+        size = BATCH_SIZE if padded else 1
+        for start in range(0, len(ordered), size):
+            some = ordered[start : start + size]
+            batch = PromptBatch.of(some, padding, prefix)
             with ExitStack() as stack:
                 outputs = {
                     layer.name: stack.enter_context(collected_outputs(layer.get_base_layer()))
                     for layer in layers
                 }
-                answers = batch.answers(model, padding_id(tokenizer), scope.answer_tokens, packed)
+                answers = batch.answers(model, padding, scope.answer_tokens, packed)
             found = _hidden_of_answers(model, outputs, batch.mask, answers, prompt_positions)
             for name, vectors in found.items():
                 parts[name].append(vectors)
     hidden = {name: torch.cat(of_block) for name, of_block in parts.items()}
     with torch.no_grad():
         before = {layer.name: layer.change_at(adapter_name, hidden[layer.name]) for layer in layers}
-    return HeldVectors(hidden, before)
+    sizes = {name: squared_lengths(vectors) for name, vectors in hidden.items()}
+    return HeldVectors(hidden, before, sizes)
+
+
+def squared_lengths(hidden: Tensor) -> Tensor:
+    """Compute |h|² of vectors (m, d), and at least `LEAST_SIZE` of the median: (m,) float32, all above 0.
+
+    A vector may be zero. The embedding of a padding token often is, and a recurrent block maps zero to zero.
+    """
+    sizes = hidden.float().square().sum(-1)
+    real = sizes[sizes > 0]
+    median = real.median() if len(real) else sizes.new_ones(())
+    return sizes.clamp(min=LEAST_SIZE * median)
 
 
 def _hidden_of_answers(
@@ -147,30 +169,24 @@ def _hidden_of_answers(
         ValueError: the model did not compute the prompts in one forward.
     """
     # The first forward has the prompts, which end at its right, and each later one ends with one more token of the answers: it
-    # has that token alone, or, for a model that keeps no cache, all those before it as well.
+    # has only that token, or, for a model that keeps no cache, all those before it as well. A model may run a block several
+    # times in each forward (Dory): then all its outputs count.
     width, positions = mask.shape[1], min(prompt_positions, mask.shape[1])
     of_answer = goes_on(answers.cpu(), end_tokens(model))[:, :-1]
     real = torch.cat([mask[:, -positions:].bool(), of_answer], 1)
     hidden = {}
-    for name, (first, *later) in outputs.items():
-        if first.shape[1] != width:
+    for name, of_block in outputs.items():
+        if of_block[0].shape[1] != width:
             base = type(model.get_base_model()).__name__
-            raise ValueError(NOT_A_TOKEN_A_STEP.format(base, first.shape[1], width))
-        vectors = torch.cat([first[:, -positions:], *(part[:, -1:] for part in later)], 1)
-        hidden[name] = vectors[real.to(vectors.device)]
+            raise ValueError(NOT_A_TOKEN_A_STEP.format(base, of_block[0].shape[1], width))
+        runs = len(of_block) // answers.shape[1]
+        parts = []
+        for run in range(runs):
+            first, *later = of_block[run::runs]
+            vectors = torch.cat([first[:, -positions:], *(part[:, -1:] for part in later)], 1)
+            parts.append(vectors[real.to(vectors.device)])
+        hidden[name] = torch.cat(parts)
     return hidden
-
-
-@contextmanager
-def collected_outputs(block: nn.Module) -> Iterator[list[Tensor]]:
-    """List the hidden vectors (rows, tokens, d) that a block gives in each forward inside."""
-    outputs: list[Tensor] = []
-
-    def collect(_block: nn.Module, _args: tuple, output: Any) -> None:
-        outputs.append((output if isinstance(output, Tensor) else output[0]).detach())
-
-    with block.register_forward_hook(collect):
-        yield outputs
 
 
 def goes_on(answers: Tensor, ends: Sequence[int]) -> Tensor:

@@ -3,8 +3,6 @@
 # mypy: disable-error-code="assignment, index, method-assign, union-attr"
 from __future__ import annotations
 
-import gc
-import weakref
 from typing import Any
 
 import pytest
@@ -84,16 +82,46 @@ def test_autocast_computes_as_it_would() -> None:
         assert forward(h).dtype == layer(h).dtype == torch.bfloat16
 
 
-def test_unloading_the_adapter_frees_the_packed_weights() -> None:
-    model = get_peft_model(make_model("llama"), BaftConfig(task_type="CAUSAL_LM", r=4))
-    forward = CachedPrefix.build(model, [ROW], [0], 0, torch.device("cpu"), prompt_positions=3)
-    packed = [weakref.ref(weight) for weight in PreparedModel.of(model).packed.values()]
-    del forward
-    gc.collect()
-    assert packed and all(reference() is not None for reference in packed)  # kept for the next edit
-    model.unload()
-    gc.collect()
-    assert not any(reference() is not None for reference in packed)
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda weight: weight.data.mul_(2),
+        lambda weight: weight.data.copy_(weight.data.flip(0)),  # the same values in other places
+        lambda weight: weight.data.copy_(weight.data.flip(1)),
+        lambda weight: setattr(weight, "data", weight.data * 2),
+        lambda weight: weight.numpy().__setitem__((3, 5), 7.0),
+    ],
+)
+def test_a_write_that_pointer_and_version_may_not_tell_of_is_seen(write: Any) -> None:
+    layer, h = frozen(), torch.randn(4, 32)
+    packed: dict[nn.Module, PackedWeight] = {}
+    before = packed_forwards([layer], packed)[layer](h)
+    write(layer.weight.detach() if "numpy" in write.__code__.co_names else layer.weight)
+    after = packed_forwards([layer], packed)[layer](h)
+    torch.testing.assert_close(after, layer(h))
+    assert not torch.allclose(after, before)
+
+
+def test_layers_that_are_no_longer_packed_are_dropped() -> None:
+    layer, other = frozen(), frozen()
+    packed: dict[nn.Module, PackedWeight] = {}
+    packed_forwards([layer, other], packed)
+    packed_forwards([layer.requires_grad_(), other], packed)
+    assert set(packed) == {other}
+
+
+def test_a_weight_is_packed_whatever_the_default_dtype() -> None:
+    packed_linear._direction.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = frozen(dtype=torch.float32)
+        assert (
+            packed_forwards([layer], {})[layer](torch.ones(1, 32, dtype=torch.float32))
+            .isfinite()
+            .all()
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_an_edit_uses_them_and_transposes_above_the_first_edited_block_alone() -> None:

@@ -91,6 +91,18 @@ def remembering_outputs(
         yield
 
 
+@contextmanager
+def collected_outputs(block: nn.Module) -> Iterator[list[Tensor]]:
+    """List the hidden vectors (rows, tokens, d) that a block gives in each forward inside."""
+    outputs: list[Tensor] = []
+
+    def collect(_block: nn.Module, _args: tuple, output: Any) -> None:
+        outputs.append((output if isinstance(output, Tensor) else output[0]).detach())
+
+    with block.register_forward_hook(collect):
+        yield outputs
+
+
 def with_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Change the hidden vectors in what a block gives: a tensor, or a tuple that begins with it."""
     return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])

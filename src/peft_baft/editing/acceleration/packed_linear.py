@@ -6,8 +6,9 @@ fetching the weights, and it fetches them about twice as fast from blocks that a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -18,20 +19,22 @@ TOKENS = 8  # the number of tokens that blocks are laid out for; they serve any 
 
 
 class PackedWeight:
-    """A weight (out, in) laid out for products with it, and, once a backward needs it, its transpose.
+    """The weight (out, in) of a layer, laid out for products with it, and, once a backward needs it, its transpose.
 
     Attributes:
-        state: which values of the layer's weight these are.
+        weight: the packed weight. probe: what tells whether the layer's weight has changed since (`probed`).
     """
 
-    def __init__(self, weight: Tensor, state: tuple) -> None:
-        self._weight, self.state = weight, state
-        self.weight = _pack(weight)
+    def __init__(self, layer: nn.Linear, probe: Tensor) -> None:
+        self._layer, self.probe = weakref.ref(layer), probe
+        self.weight = _pack(layer.weight.detach())
 
     @cached_property
     def transposed(self) -> Tensor:
         """The packed transpose, (in, out)."""
-        return _pack(self._weight.t().contiguous())
+        layer = self._layer()
+        assert layer is not None, "a packed weight is used while its layer is"
+        return _pack(layer.weight.detach().t().contiguous())
 
 
 def packed_forwards(
@@ -42,7 +45,7 @@ def packed_forwards(
     They give what the layers' own forwards give, to float noise, and gradients of the layers' inputs alone.
 
     Args:
-        packed: weights that were packed before; new ones are added.
+        packed: weights that were packed before. New ones are added, and those of layers that are not packed now are dropped.
 
     Returns:
         A forward by layer; none where torch has no such product, or there are more than `LARGEST` weights.
@@ -50,7 +53,9 @@ def packed_forwards(
     layers: list[Any] = [module for module in modules if _can_pack(module)]
     count = sum(layer.weight.numel() for layer in layers)
     if not torch.backends.mkldnn.is_available() or count > LARGEST:
-        return {}
+        layers = []
+    for layer in set(packed).difference(layers):
+        del packed[layer]
     return {layer: partial(_linear, layer, packed_weight(layer, packed)) for layer in layers}
 
 
@@ -64,11 +69,26 @@ def _can_pack(module: nn.Module) -> bool:
 
 def packed_weight(layer: Any, packed: dict[nn.Module, PackedWeight]) -> PackedWeight:
     """Pack a layer's weight as it is now, or take it from `packed` if it has not changed since."""
-    weight = layer.weight.detach()
-    state = (weight.data_ptr(), weight._version, weight.shape)
-    if layer not in packed or packed[layer].state != state:
-        packed[layer] = PackedWeight(weight, state)
-    return packed[layer]
+    probe = probed(layer.weight.detach())
+    known = packed.get(layer)
+    if known is None or not torch.equal(known.probe, probe):
+        known = packed[layer] = PackedWeight(layer, probe)
+    return known
+
+
+def probed(weight: Tensor) -> Tensor:
+    """Multiply a weight (out, in) with a vector that is always the same and has no pattern: (out,).
+
+    A pointer and a version do not tell of writes through `.data`. This reads every value, once, at the speed of memory. A change
+    that it does not show is lost in the rounding of other products as well.
+    """
+    return torch.mv(weight, _direction(weight.shape[1]))
+
+
+@cache
+def _direction(size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _pack(weight: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class CachedPrefix:
 
         Args:
             prompt_positions: P, how many of the last prompt tokens are edited. At least one prompt must be longer.
-            prepared: of the base model; by default what the context of its adapters owns.
+            prepared: of the base model; by default the one that is kept with it.
 
         Raises:
             NotImplementedError: the model keeps no cache.
@@ -211,7 +211,7 @@ def open_forward(
         model: a PeftModel. rows: the texts. learned: numbers of the rows whose answers are learned.
         padding: a token id to pad with.
         prompt_positions: P of the adapter; None where tokens before the last P may change as well.
-        prepared: what earlier edits of the base model found out; by default what the context of its adapters owns.
+        prepared: what earlier edits of the base model found out; by default the one that is kept with it.
     """
     device = input_device(model)
     full = FullForward(model, rows, learned, padding, device)
