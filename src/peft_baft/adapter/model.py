@@ -46,6 +46,8 @@ from peft_baft.adapter.switching import Switch
 from peft_baft.adapter.weights import BASE, IN_MEMORY, check_tensors
 
 logger = logging.getLogger(__name__)
+# Tasks for which PEFT names the head in the caller's config only when the adapter is attached: the list is shared with that.
+NAMED_LATE = ("TOKEN_CLS", "QUESTION_ANS")
 HELD: WeakValueDictionary[int, Any] = WeakValueDictionary()  # the configs of adapters, by their ids
 REPLACED = (
     "The model carried a BaFT adapter %r, which the one that is loaded now replaces. A PeftModel that was made for the first one "
@@ -274,7 +276,7 @@ class BaftModel(BaseTuner):
         given: Any = self.peft_config[adapter_name]
         # In `from_pretrained`, PEFT promises its callers that the config they pass is the adapter's.
         may_keep = UNDO.attached is not None and HELD.get(id(given)) is not given
-        self.peft_config[adapter_name] = config = given if may_keep else deepcopy(given)
+        self.peft_config[adapter_name] = config = given if may_keep else _copied(given)
         HELD[id(config)] = config
         if kwargs.get("state_dict"):
             _fit_to_tensors(self.peft_config[adapter_name], kwargs["state_dict"])
@@ -448,6 +450,16 @@ def prompt_lengths(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterato
         raise ValueError("prompt_lengths() needs a model with a BaFT adapter; this one has none.")
     with context.stating(lengths):
         yield
+
+
+def _copied(config: Any) -> Any:
+    """Copy a config, so that what is filled in stays with one model and adapter."""
+    if config.task_type in NAMED_LATE and config.modules_to_save is None:
+        config.modules_to_save = []
+    copied = deepcopy(config)
+    if config.task_type in NAMED_LATE and not config.modules_to_save:
+        copied.modules_to_save = config.modules_to_save
+    return copied
 
 
 def _fit_to_tensors(config: Any, tensors: Mapping[str, Tensor]) -> None:
