@@ -104,6 +104,11 @@ def _with_more_tokens(model: Any) -> nn.Module:
     return model
 
 
+def _with_attribute(model: Any, name: str, value: Any) -> nn.Module:
+    setattr(model, name, value)
+    return model
+
+
 SAME: dict[str, Callable[[Any], nn.Module]] = {
     "bfloat16": lambda model: model.bfloat16(),
     "float16": lambda model: model.half(),
@@ -112,8 +117,8 @@ SAME: dict[str, Callable[[Any], nn.Module]] = {
     "3 bits": lambda model: _rounded(model, 7),
     "trained": _trained_a_little,
     "more tokens": _with_more_tokens,
-    "renamed": lambda model: setattr(model, "name_or_path", "elsewhere") or model,
-    "not at hand": lambda model: setattr(model, "get_input_embeddings", nn.Identity) or model,
+    "renamed": lambda model: _with_attribute(model, "name_or_path", "elsewhere"),
+    "not at hand": lambda model: _with_attribute(model, "get_input_embeddings", nn.Identity),
 }
 
 

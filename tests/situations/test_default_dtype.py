@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,10 +37,11 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def test_an_adapter_is_attached_and_trained(
     method: str, dtype: torch.dtype, of_base: str | torch.dtype, tokens: Tensor
 ) -> None:
-    base = make_model().to(dtype if of_base == "default" else of_base)
+    base: Any = make_model()
+    base.to(dtype if of_base == "default" else of_base)
     expected = base(input_ids=tokens).logits
     with default_dtype(dtype):
-        model = get_peft_model(base, config_of(method)).eval()  # type: ignore[arg-type]
+        model = get_peft_model(base, config_of(method)).eval()
         output = model(input_ids=tokens, labels=tokens)
         output.loss.backward()
     assert torch.equal(output.logits, expected)
@@ -57,7 +59,8 @@ def test_an_adapter_is_loaded_as_under_the_usual_default(
     adapted(method).save_pretrained(str(tmp_path))
     loaded = []
     for default in (torch.float32, dtype):
-        base = make_model().to(dtype)
+        base: Any = make_model()
+        base.to(dtype)
         with default_dtype(default):
             model = PeftModel.from_pretrained(
                 base, str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage

@@ -102,7 +102,7 @@ def test_the_device_map_is_as_it_was_when_the_adapter_is_gone(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
     places: Any = dict(PLACES)
-    model = tr.AutoModelForCausalLM.from_pretrained(
+    model: Any = tr.AutoModelForCausalLM.from_pretrained(
         folders[0], device_map=places, offload_folder=tmp_path / "offload"
     )
     before = dict(model.hf_device_map)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def embedding_sample(model: nn.Module, rows: int = 5 * SAMPLE) -> Tensor | None:
     except (AttributeError, NotImplementedError):  # a model that does not say which they are
         return None
     # An adapter that trains the embeddings has a copy of them.
-    weight = getattr(getattr(embeddings, "original_module", embeddings), "weight", None)
+    weight: Any = getattr(getattr(embeddings, "original_module", embeddings), "weight", None)
     if type(weight) not in (Tensor, nn.Parameter):
         return None  # none, parted among processes, or quantised
     if weight.is_meta or weight.ndim != 2 or not weight.numel() or not weight.is_floating_point():
