@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from peft import get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 import peft_baft
 from conftest import make_model
 from peft_baft import AdapterEditor, BaftConfig, BaftEditor
+from peft_baft.adapter import baft_layers
 from peft_baft.inspection.inspect import inspect
 from peft_baft.integrations.loreft import save_loreft
 from side_by_side import config_of
@@ -101,14 +102,10 @@ def test_an_editor_refuses_what_is_not_a_fast_tokenizer_when_it_is_made(
         editor(baft(), tokenizer)
 
 
-def test_the_tuner_of_another_method_counts_as_the_peft_model_around_it(tokens) -> None:
+def test_the_tuner_of_another_method_counts_as_the_peft_model_around_it(tokens: Tensor) -> None:
     lora = get_peft_model(make_model(), config_of("lora"))
     for given in (lora, lora.base_model):
-        model = get_peft_model(deepcopy(given), BaftConfig(r=4)).eval()
-        assert [*model.peft_config["default"].target_modules] == [
-            "model.layers.0",
-            "model.layers.1",
-            "model.layers.2",
-            "model.layers.3",
-        ]
+        model = get_peft_model(deepcopy(given), BaftConfig(r=4)).eval()  # type: ignore[arg-type]
+        names = [layer.name for layer in baft_layers(model)]
+        assert names == [f"model.layers.{i}" for i in range(4)]
         assert model.generate(input_ids=tokens, max_new_tokens=2).shape == (2, 9)

@@ -279,8 +279,9 @@ class BaftModel(BaseTuner):
         self.peft_config[adapter_name] = config = given if may_keep else _copied(given)
         HELD[id(config)] = config
         if kwargs.get("state_dict"):
-            _fit_to_tensors(self.peft_config[adapter_name], kwargs["state_dict"])
-            require_whole(model, self.peft_config[adapter_name], adapter_name, kwargs["state_dict"])
+            config: Any = self.peft_config[adapter_name]
+            _fit_to_tensors(config, kwargs["state_dict"])
+            require_whole(model, config, adapter_name, kwargs["state_dict"])
             # PEFT takes for the target what stands before the prefix in a tensor's name: leave our child's name out of it.
             kwargs["state_dict"] = {
                 name.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): tensor

@@ -41,7 +41,7 @@ def install() -> None:
         return original(*given.args, **given.kwargs)
 
     setattr(load_adapter, MARK, True)
-    PeftAdapterMixin.load_adapter = load_adapter
+    PeftAdapterMixin.load_adapter = load_adapter  # type: ignore[method-assign]
 
 
 def _checked_config(model: Any, arguments: Mapping[str, Any]) -> BaftConfig | None:
