@@ -1,6 +1,6 @@
 """One config object given to several models or adapters: each gets a copy, and the caller's object stays as it was."""
 
-# mypy: disable-error-code="union-attr, arg-type, attr-defined"
+# mypy: disable-error-code="union-attr, arg-type, attr-defined, index"
 from __future__ import annotations
 
 from collections.abc import Callable

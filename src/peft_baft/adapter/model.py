@@ -80,15 +80,17 @@ class BaftModel(BaseTuner):
         inner_model = bare_model(model)
         registered: dict[str, PeftConfig] = getattr(inner_model, "peft_config", {})
         # transformers' own loading keeps no tuner: there, only their names distinguish adapters of different methods.
-        keeps_no_tuner = isinstance(peft_config, PeftConfig)
-        configs = {adapter_name: peft_config} if keeps_no_tuner else dict(peft_config)
+        if isinstance(peft_config, PeftConfig):
+            configs, foreign = {adapter_name: peft_config}, registered
+        else:
+            configs, foreign = dict(peft_config), {}
         replaced = None
         if UNDO.attached is not None:  # a saved adapter is loaded, and may replace one of its name
             UNDO.attached.append(structure_of(inner_model))
             replaced = carried_config(inner_model, adapter_name)
         if replaced is not None:
             remove_adapter(inner_model, adapter_name, replaced)
-        require_new_name(inner_model, adapter_name, registered if keeps_no_tuner else {})
+        require_new_name(inner_model, adapter_name, foreign)
         super().__init__(inner_model, configs, adapter_name, **kwargs)
         if replaced is not None:
             self._become(adapter_name, replaced)
@@ -109,7 +111,8 @@ class BaftModel(BaseTuner):
             if adapter_name in layer.configs:
                 layer.configs[adapter_name] = config
             if adapter_name in layer.baft_router:
-                layer.baft_router[adapter_name].config = config
+                router: Any = layer.baft_router[adapter_name]
+                router.config = config
 
     def __getattr__(self, name: str) -> Any:
         """Look in the base model, as PEFT does, except for the configs that another tuner left there."""

@@ -38,10 +38,10 @@ def install() -> None:
         original = getattr(PeftModel, name)
         if not hasattr(original, MARK):
             setattr(PeftModel, name, _marked(original, wrapper(original)))
-    original = PeftModel.from_pretrained.__func__
+    original = vars(PeftModel)["from_pretrained"].__func__
     if not hasattr(original, MARK):
         wrapped = _marked(original, _with_rollback(original))
-        PeftModel.from_pretrained = classmethod(wrapped)
+        setattr(PeftModel, "from_pretrained", classmethod(wrapped))  # noqa: B010
 
 
 def _marked(original: Callable, wrapper: Callable) -> Callable:
