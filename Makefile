@@ -27,7 +27,9 @@ PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 VERSION_TESTS = adapter/test_adapter adapter/test_beside_lora adapter/test_corruption adapter/test_model_call adapter/test_native \
 	adapter/test_positions adapter/test_saving editing/test_journal editing/acceleration/test_prefix_cache \
 	editing/acceleration/test_shared_prefix baselines/test_families editing/test_memory \
-	integrations/test_hub integrations/test_run cli/test_cli inspection/test_page
+	integrations/test_hub integrations/test_run cli/test_cli inspection/test_page \
+	situations/test_checkpointing situations/test_nested_calls situations/test_slices_and_packing situations/test_loading_over \
+	situations/test_saved_embeddings situations/test_tensors_in_memory situations/test_mixed_batches
 SELECTION = -m "not slow" $(VERSION_TESTS:%=tests/%.py)
 
 .PHONY: demo test test-slow test-newest test-oldest test-main test-across lock safety conformance architectures mutants check clean
