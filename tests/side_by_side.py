@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import torch
+from packaging.version import Version
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from conftest import make_model
 from peft_baft import BaftConfig
 
+# PEFT 0.20 asks a tuner nothing when it loads tensors into an adapter that is attached: docs/versions.md says what that means.
+OLD_PEFT = Version(peft.__version__) < Version("0.21")
 # How each method's config is made; `settings` are those that PEFT's configs have in common, such as modules_to_save.
 METHODS: dict[str, Callable[..., PeftConfig]] = {
     "lora": lambda **settings: LoraConfig(r=2, target_modules=["q_proj", "down_proj"], **settings),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -188,3 +189,27 @@ def test_a_copy_of_a_model_chooses_by_its_own_rows() -> None:
         assert torch.equal(logits_of(twin, adapter_names=NAMES), expected)
     base = model.unload()
     assert not base.lm_head._forward_pre_hooks
+
+
+def test_threads_that_serve_mixed_batches_do_not_disturb_each_other() -> None:
+    """No hook comes or goes with a call: another thread's forward would stumble over it."""
+    model = model_of("baft", saved=None)
+    asked = [[name, other] for name in NAMES for other in NAMES[:2]]
+
+    def answer(names: list[str]) -> torch.Tensor:
+        settings = {"attention_mask": torch.ones_like(IDS[:2]), "pad_token_id": 0}
+        return model.generate(
+            IDS[:2], adapter_names=names, max_new_tokens=3, do_sample=False, **settings
+        )
+
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    seen: list[list[int]] = []
+    watcher = model.get_base_model().register_forward_hook(
+        lambda *_: seen.append([len(module._forward_pre_hooks) for module in model.modules()])
+    )
+    alone = [answer(names) for names in asked]
+    watcher.remove()
+    assert all(each == hooks for each in seen) and seen
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(answer, asked * 4))
+    assert all(torch.equal(a, b) for a, b in zip(together, alone * 4, strict=True))

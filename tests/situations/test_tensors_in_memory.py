@@ -21,7 +21,7 @@ from adapters import is_bare, logits
 from conftest import make_model
 from peft_baft import BaftConfig
 from peft_baft.adapter import baft_layers
-from side_by_side import METHODS, adapted
+from side_by_side import METHODS, OLD_PEFT, adapted
 
 Tensors = dict[str, Tensor]
 MISSING = r"model\.layers\.2\.baft\.baft_basis.* is missing"
@@ -85,7 +85,13 @@ def test_whole_tensors_give_the_adapter_that_was_saved(
     assert not torch.equal(logits(loaded, tokens), logits(make_model(), tokens))
 
 
-@pytest.mark.parametrize("way", WAYS)
+OF_PEFTMODEL = pytest.param(
+    "set_peft_model_state_dict",
+    marks=pytest.mark.skipif(OLD_PEFT, reason="PEFT 0.20 asks no tuner when it loads tensors"),
+)
+
+
+@pytest.mark.parametrize("way", [*list(WAYS)[:2], OF_PEFTMODEL])
 @pytest.mark.parametrize(
     "method", [pytest.param(m, marks=() if m == "baft" else PEFTS_OWN) for m in METHODS]
 )

@@ -21,6 +21,7 @@ from peft_baft.adapter import model_call
 from peft_baft.adapter.call import NOT_FOUND, Call, CallsByInput, in_backward
 from peft_baft.adapter.cursors import Cursors
 from peft_baft.adapter.generation import Generation
+from peft_baft.adapter.mixed_batch import repeated_names
 from peft_baft.adapter.model_arguments import (
     ModelArguments,
     ModelCallReader,
@@ -103,7 +104,12 @@ class EditContext:
             pass by the model's head.
     """
 
-    row_adapters = _ThreadLocalAttribute()  # the adapter of each row of a mixed batch
+    row_names = (
+        _ThreadLocalAttribute()
+    )  # the adapter of each row of a mixed batch, as the caller names them
+    row_adapters = (
+        _ThreadLocalAttribute()
+    )  # the same of each row of the running forward, which beams repeat
     recorded = (
         _ThreadLocalAttribute()
     )  # where blocks put their gates; None where nobody asked for them
@@ -136,7 +142,7 @@ class EditContext:
         self._warned_of_scoring = False
         self._model: Any = model
         self._reads_model = ModelCallReader(model)
-        self._stack = StackSignature.of(stack)
+        self._stack, self._model_signature = StackSignature.of(stack), StackSignature.of(model)
         self._keeps_routes = self._detached = False
         self._handles = [
             model.register_forward_pre_hook(self._read_model_call, with_kwargs=True),
@@ -256,11 +262,12 @@ class EditContext:
     @contextmanager
     def rows(self, names: list[str] | None) -> Iterator[None]:
         """Let row i of the batches inside be edited by adapter `names[i]` alone."""
-        outer, self.row_adapters = self.row_adapters, names
+        outer = self.row_names, self.row_adapters
+        self.row_names = self.row_adapters = names
         try:
             yield
         finally:
-            self.row_adapters = outer
+            self.row_names, self.row_adapters = outer
 
     @contextmanager
     def stating(self, lengths: Sequence[int] | Tensor) -> Iterator[None]:
@@ -370,6 +377,10 @@ class EditContext:
     ) -> tuple[tuple, dict[str, Any]]:
         """Before the base model's forward: take what its stack of blocks will not be told, labels and prompt lengths."""
         self._model_call = self._reads_model.read(args, kwargs)
+        if self.row_names is not None and self.generation is not None:
+            read = model_call.read_stack_call(self._model_signature, args, kwargs)
+            if read is not None:
+                self.row_adapters = repeated_names(self.row_names, len(read.tokens))
         return args, {k: v for k, v in kwargs.items() if k != "prompt_lengths"}
 
     def _forget_model_call(self, *_: Any) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
 
-from peft_baft.adapter.context import EditContext
-from peft_baft.adapter.model_call import StackSignature, read_stack_call
+if TYPE_CHECKING:
+    from peft_baft.adapter.context import EditContext
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -33,33 +30,14 @@ def require_known_names(names: Any, known: Iterable[str]) -> list[str]:
     return list(names)
 
 
-@contextmanager
-def adapters_by_row(model: nn.Module, context: EditContext, names: list[str]) -> Iterator[None]:
-    """Let row i of this thread's batches inside be computed by adapter `names[i]`.
+def repeated_names(names: list[str], rows: int) -> list[str]:
+    """Return the adapter of each row of a step of `generate`, which repeats each row as often as it has beams or answers.
 
-    `generate` repeats each row as often as it has beams or returned sequences. This is read from each of its forwards, since
-    their number may come from an argument, a generation config or the model's own.
-
-    Args:
-        model: the base model.
+    This is read from the step, since the number may come from an argument, a generation config or the model's own. Where
+    `rows` is no multiple of the names, they are returned as they are, and the blocks raise.
     """
-    thread, signature = threading.get_ident(), StackSignature.of(model)
-
-    def repeat_names(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        # Other threads' forwards pass this hook as well, and so do forwards on another text inside this one.
-        if threading.get_ident() != thread or context.row_adapters is None:
-            return
-        call = read_stack_call(signature, args, kwargs)
-        rows = len(names) if call is None or context.generation is None else len(call.tokens)
-        repeats = rows // len(names) if names and rows % len(names) == 0 else 1
-        context.row_adapters = [name for name in names for _ in range(repeats)]
-
-    handle = model.register_forward_pre_hook(repeat_names, with_kwargs=True, prepend=True)
-    try:
-        with context.rows(names):
-            yield
-    finally:
-        handle.remove()
+    repeats = rows // len(names) if names and rows % len(names) == 0 else 1
+    return [name for name in names for _ in range(repeats)]
 
 
 def choose_copies_by_row(

@@ -35,7 +35,6 @@ from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.embeddings import in_place
 from peft_baft.adapter.layer import CANNOT_MERGE, CHILD, BaftLayer
 from peft_baft.adapter.mixed_batch import (
-    adapters_by_row,
     choose_copies_by_row,
     require_known_names,
 )
@@ -207,7 +206,7 @@ class BaftModel(BaseTuner):
         names = require_known_names(names, self.peft_config)
         context = find_context(self.model)
         assert context is not None, "a BaftModel has at least one edited block"
-        with adapters_by_row(self.model, context, names):
+        with context.rows(names):
             yield
 
     # PEFT's versions of the following methods change the adapters of every method on the model.
