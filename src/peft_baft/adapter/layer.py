@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from peft_baft.adapter.call import Call, first_tensor
 from peft_baft.adapter.config import BaftConfig
@@ -327,13 +325,12 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         ).to(hidden.device)
         sources = [self.baft_source[name] for name in counts]
         bases = [self.baft_basis[name] for name in counts]
-        gates = [self.baft_gate[name] for name in counts if name in self.baft_gate]
+        gates: list[Any] = [self.baft_gate[name] for name in counts if name in self.baft_gate]
         with torch.autocast(hidden.device.type, enabled=False):
             source = stacked_parameters(sources, adapter_of_row)
             h, w = hidden.to(source["weight"].dtype), None
             if gates:
-                gate_of_row = torch.vmap(partial(functional_call, gates[0]))
-                w = gate_of_row(stacked_parameters(gates, adapter_of_row), h)
+                w = torch.vmap(gates[0].weigh)(stacked_parameters(gates, adapter_of_row), h)
                 if mask is not None and recorded is not None:
                     parts = zip(counts, w.split(lengths), mask.split(lengths), strict=True)
                     for name, w_of_adapter, mask_of_adapter in parts:

@@ -170,11 +170,15 @@ class Gate(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Return w(h), each in [0, 1]."""
+        return self.weigh(dict(self.named_parameters()), h)
+
+    def weigh(self, parameters: Mapping[str, Tensor], h: Tensor) -> Tensor:
+        """Return w(h) with other parameters of the same names, which are not put into the module: other threads may run it."""
         gate_norm = GATE_NORMS[self.norm]
-        learned = [getattr(self, name) for name in gate_norm.learned_vectors]
-        return gates(
-            gate_norm.apply(h, *learned), self.weight, self.bias, self.offset, shared=self.shared
-        )
+        learned = [parameters[name] for name in gate_norm.learned_vectors]
+        seen = gate_norm.apply(h, *learned)
+        weight, bias = parameters["weight"], parameters.get("bias")
+        return gates(seen, weight, bias, self.offset, shared=self.shared)
 
 
 def stacked_parameters(modules: Sequence[nn.Module], index: Tensor) -> dict[str, Tensor]:
