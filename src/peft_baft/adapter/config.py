@@ -204,6 +204,8 @@ class BaftConfig(PeftConfig):
         self.peft_type = BAFT
         # Shapes of the tensors that are to be loaded, by name. This is no field: it is not saved.
         self.saved_shapes: dict[str, tuple[int, ...]] = {}
+        # Nor is this: the modules that were chosen for the last model that a reused config was given to.
+        self.chosen_targets: Any = None
         if self.r is None:
             self.r = RANK_OF_MEMORY if self.memory else RANK
         _positive_integer("r", self.r)

@@ -281,7 +281,6 @@ class BaftModel(BaseTuner):
         self.peft_config[adapter_name] = config = given if may_keep else _copied(given)
         HELD[id(config)] = config
         if kwargs.get("state_dict"):
-            config: Any = self.peft_config[adapter_name]
             _fit_to_tensors(config, kwargs["state_dict"])
             require_whole(model, config, adapter_name, kwargs["state_dict"])
             # PEFT takes for the target what stands before the prefix in a tensor's name: leave our child's name out of it.
@@ -307,6 +306,9 @@ class BaftModel(BaseTuner):
         finally:
             if are_off:
                 self._enable_adapter_layers(False)
+        if given.target_modules is None and config.target_modules:
+            # PEFT lets callers read off their config which modules were chosen; another model chooses anew.
+            given.target_modules = given.chosen_targets = list(config.target_modules)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
@@ -460,6 +462,9 @@ def _copied(config: Any) -> Any:
     if config.task_type in NAMED_LATE and config.modules_to_save is None:
         config.modules_to_save = []
     copied = deepcopy(config)
+    if config.target_modules is config.chosen_targets:
+        copied.target_modules = None
+    copied.chosen_targets = None
     if config.task_type in NAMED_LATE and not config.modules_to_save:
         copied.modules_to_save = config.modules_to_save
     return copied
