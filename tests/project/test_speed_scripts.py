@@ -32,7 +32,13 @@ EXPECTED = {
     "shared_facts": (["--rows", "10"], "rows have the same steps"),
     "step": (["--rows", "1"], "| PEFT LoRA r=8 |"),
 }
-SLOW = {"memory", "processes", "shared_facts"}  # over 20 s, mostly for starting processes
+SLOW = {
+    "growth",
+    "lanes",
+    "memory",
+    "processes",
+    "shared_facts",
+}  # over 20 s, some for starting processes
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +48,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     shape: dict[str, Any] = {"hidden_size": 80, "intermediate_size": 96, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = LlamaConfig(
         vocab_size=len(tokenizer), max_position_embeddings=1024, **shape, **heads, **special
     )
@@ -53,7 +59,12 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, fact in enumerate(CAPITALS):
         other = CAPITALS[(i + 8) % len(CAPITALS)].answer
         asked = {"New Question": fact.rephrase, "New Answer": other}
-        row = {"src": fact.prompt, "alt": other, "rephrase": fact.rephrase, "subject": "Arvia"}
+        row: dict[str, Any] = {
+            "src": fact.prompt,
+            "alt": other,
+            "rephrase": fact.rephrase,
+            "subject": "Arvia",
+        }
         row |= {"loc": "nq question: the food of", "loc_ans": "apus", "answers": [fact.answer]}
         rows.append(row | {"portability": asked | {"Recalled Relation": "(a, b, c)"}})
     rows[0]["src"] = " ".join(["the"] * 15 + [CAPITALS[0].prompt])  # of 20 tokens
@@ -81,6 +92,11 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> Any:
     torch.set_num_threads(threads)
 
 
+def once(works: dict[str, Any], rounds: int) -> dict[str, list[float]]:
+    """`alternated` without the round that does not count."""
+    return {name: [work()] for name, work in works.items()}
+
+
 def test_every_script_is_listed_and_tested() -> None:
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert sorted(EXPECTED) == SCRIPTS
@@ -104,6 +120,8 @@ def test_a_script_runs(
     for constant, value in {"SIZES": (1, 10), "STEPS": 2, "BATCH": 5, "LANES": (1, 2)}.items():
         if hasattr(script, constant):
             monkeypatch.setattr(script, constant, value)
+    if hasattr(script, "alternated"):
+        monkeypatch.setattr(script, "alternated", once)
     where = ["--model", str(material / "model"), "--data", str(material / "zsre.json")]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *where, *QUICK, *options])
     script.main()
