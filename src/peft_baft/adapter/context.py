@@ -104,38 +104,29 @@ class EditContext:
             pass by the model's head.
     """
 
-    row_names = (
-        _ThreadLocalAttribute()
-    )  # the adapter of each row of a mixed batch, as the caller names them
-    row_adapters = (
-        _ThreadLocalAttribute()
-    )  # the same of each row of the running forward, which beams repeat
-    recorded = (
-        _ThreadLocalAttribute()
-    )  # where blocks put their gates; None where nobody asked for them
-    _recording_depth = _ThreadLocalAttribute()  # how many forwards ran when that began
+    # The adapter of each row of a mixed batch, as the caller names them, and with the repetitions of beams.
+    row_names = _ThreadLocalAttribute()
+    row_adapters = _ThreadLocalAttribute()
+    # Where blocks put their gates, None where nobody asked for them, and how many forwards ran when that began.
+    recorded = _ThreadLocalAttribute()
+    _recording_depth = _ThreadLocalAttribute()
     stated_lengths = _ThreadLocalAttribute()  # (sequences,) set by `prompt_lengths()`
     generation = _ThreadLocalAttribute()  # the `Generation` of `generate`, while it runs
     of_editor = _ThreadLocalAttribute()  # whether it is a forward of an editor, not of a caller
     last_call = _ThreadLocalAttribute()  # the `Call` of the last forward
-    # Of the last forward, for whoever finds out what its prompts ask for:
-    stack_call = _ThreadLocalAttribute()  # the `StackCall`
-    past = _ThreadLocalAttribute()  # how many columns precede its tokens
-    step_of = (
-        _ThreadLocalAttribute()
-    )  # the `Generation` that it is a step of; None for a call of its own
-    _running = (
-        _ThreadLocalAttribute()
-    )  # the `Call`s of the forwards that run now, the innermost one last
+    # Of the running forward: its `StackCall`, how many columns precede its tokens, and the `Generation` that it is a step of.
+    stack_call = _ThreadLocalAttribute()
+    past = _ThreadLocalAttribute()
+    step_of = _ThreadLocalAttribute()
+    _running = _ThreadLocalAttribute()  # the `Call`s of all running forwards, the innermost last
     _model_call = _ThreadLocalAttribute()  # what the base model was called with
 
     def __init__(self, model: nn.Module, stack: nn.Module) -> None:
         model_call.warn_if_untested()
         self._thread = threading.local()
         self._calls = CallsByInput()
-        self.manager: Any = (
-            None  # of transformers' continuous batching, which runs in a thread of its own
-        )
+        # Of transformers' continuous batching, which runs in a thread of its own.
+        self.manager: Any = None
         self.routing = Routing(self)
         self.cursors = Cursors()  # of the adapters' editors
         self._warned = False
