@@ -1,6 +1,6 @@
 """Activation checkpointing changes no gradient, whatever runs between a forward and its backward."""
 
-# mypy: disable-error-code="attr-defined, operator, union-attr"
+# mypy: disable-error-code="attr-defined, operator, union-attr, index, var-annotated"
 from __future__ import annotations
 
 import copy

@@ -1,6 +1,6 @@
 """A classifier's labels are no prompt boundaries: what is edited is the same in training, evaluation and use."""
 
-# mypy: disable-error-code="attr-defined, operator, union-attr, arg-type"
+# mypy: disable-error-code="attr-defined, operator, union-attr, arg-type, index"
 from __future__ import annotations
 
 import logging

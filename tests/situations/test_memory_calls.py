@@ -1,6 +1,6 @@
 """A memory of edits in the situations of the other files here."""
 
-# mypy: disable-error-code="attr-defined, operator, union-attr"
+# mypy: disable-error-code="attr-defined, operator, union-attr, arg-type"
 from __future__ import annotations
 
 from copy import deepcopy

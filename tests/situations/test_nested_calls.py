@@ -1,6 +1,6 @@
 """A logits processor, a stopping criterion or a streamer that calls the model: it gets what it would get alone."""
 
-# mypy: disable-error-code="attr-defined, operator, union-attr"
+# mypy: disable-error-code="attr-defined, operator, union-attr, arg-type, index, var-annotated"
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """A `generate` or `forward` that was replaced on the base model itself stays in force, and is there again after `unload`."""
 
-# mypy: disable-error-code="attr-defined, operator, union-attr, method-assign"
+# mypy: disable-error-code="attr-defined, operator, union-attr, method-assign, assignment"
 from __future__ import annotations
 
 import copy

@@ -1,6 +1,6 @@
 """Packed rows and slices of sequences: each token is edited as in its own whole sequence, or the call is refused."""
 
-# mypy: disable-error-code="attr-defined, operator, union-attr"
+# mypy: disable-error-code="attr-defined, operator, union-attr, index"
 from __future__ import annotations
 
 from typing import Any

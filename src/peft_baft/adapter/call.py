@@ -102,8 +102,7 @@ class CallsByInput:
     def remember(self, owner: nn.Module, tensor: Tensor, call: Call) -> None:
         """Note that `owner` got `tensor` in a forward."""
         if tensor.grad_fn is not None:
-            calls: dict[int, Call] = tensor.grad_fn.metadata.setdefault(IN_METADATA, {})
-            calls[id(owner)] = call
+            _calls_of_node(tensor)[id(owner)] = call
         place = _place(tensor)
         if place is None:
             return
@@ -141,14 +140,21 @@ class CallsByInput:
         calls = [call for reference, call in entries if reference() is tensor]
         calls = calls or [call for _, call in entries]
         if not calls and tensor.grad_fn is not None:
-            of_owners: dict[int, Call] = tensor.grad_fn.metadata.get(IN_METADATA, {})
-            calls = [of_owners[id(owner)]] if id(owner) in of_owners else []
+            known = _calls_of_node(tensor).get(id(owner))
+            calls = [] if known is None else [known]
         if not calls:
             return None
         last = calls[-1]
         if last is None or not all(c is last or (c and c.edits_like(last)) for c in calls):
             raise RuntimeError(AMBIGUOUS)
         return last
+
+
+def _calls_of_node(tensor: Tensor) -> dict[int, Call]:
+    """Return the calls that the autograd node of a tensor keeps, by the ids of what got the tensor."""
+    node: Any = tensor.grad_fn
+    calls: dict[int, Call] = node.metadata.setdefault(IN_METADATA, {})
+    return calls
 
 
 def _place(tensor: Tensor) -> int | None:

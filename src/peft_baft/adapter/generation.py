@@ -52,7 +52,7 @@ class Generation:
             if any(call.memory is cache for cache in (self.cache, *self.returned)):
                 return True
             # What ran before without a cache was another call on the same prompt: the first step comes only now.
-            self.begun = self.cache is not None or cached_columns(call.memory) != 0
+            self.begun = self.cache is not None or bool(cached_columns(call.memory) != 0)
             if self.begun:
                 return False
             self.seen = self.cached

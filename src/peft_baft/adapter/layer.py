@@ -357,7 +357,7 @@ CANNOT_MERGE = (
 
 def _edit_output(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Edit the hidden vectors that a block returns, as its forward hook. At module level, so that models can be pickled."""
-    layer = block._modules.get(CHILD)
+    layer: Any = block._modules.get(CHILD)
     if layer is None:
         return None
     call = layer.context.call_of_block(layer, first_tensor(args, kwargs))

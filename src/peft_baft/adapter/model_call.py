@@ -219,7 +219,7 @@ def require_beginning(model: nn.Module, real: Tensor, positions: Tensor) -> None
 
 def answer_labels(given: Mapping[str, Any]) -> Tensor | None:
     """Find the labels of a causal language model, (rows, tokens): the label of a token is that token, or -100."""
-    labels = given.get("shift_labels")
+    labels: Any = given.get("shift_labels")
     if _is_one_a_token(labels):  # already moved to the tokens from which they are predicted
         ignored = labels.new_full((len(labels), 1), IGNORED_LABEL)
         return torch.cat([ignored, labels[:, :-1]], dim=1)
