@@ -51,8 +51,8 @@ def require_fitting(model: PeftModel, adapter_name: str, config: Any, where: str
     if differing:
         name = differing[0]
         raise ValueError(
-            f"The adapter in {where} has other parameters than {adapter_name!r} has: {name} is {config.saved_shapes.get(name)} "
-            f"there and {own.get(name)} here. {do}"
+            f"The adapter in {where} has other parameters than {adapter_name!r} has: {name} is "
+            f"{config.saved_shapes.get(name, 'missing')} there and {own.get(name, 'missing')} here. {do}"
         )
     require_embeddings(model.get_base_model(), others)
 
