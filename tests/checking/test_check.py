@@ -22,6 +22,7 @@ from conftest import make_model
 from peft_baft import BaftConfig
 from peft_baft.adapter import config as config_module
 from peft_baft.adapter import context as context_module
+from peft_baft.adapter.call import Call
 from peft_baft.adapter.layer import BaftLayer
 from peft_baft.checking import edit_trials
 from peft_baft.checking.check import ATTACHED, UNLOADS
@@ -146,8 +147,9 @@ def a_wrong_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
 def gradient_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     real = BaftLayer.forward
 
-    def forward(self: BaftLayer, hidden: Tensor) -> Tensor:
-        return real(self, hidden).detach() if self.name.endswith(".3") else real(self, hidden)
+    def forward(self: BaftLayer, hidden: Tensor, call: Call) -> Tensor:
+        edited = real(self, hidden, call)
+        return edited.detach() if self.name.endswith(".3") else edited
 
     monkeypatch.setattr(BaftLayer, "forward", forward)
 
