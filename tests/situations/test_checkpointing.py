@@ -360,3 +360,13 @@ def test_the_load_balance_of_a_forward_with_another_one_inside() -> None:
         one_forward(model)
     assert seen
     assert_same_gradient(model, plain)
+
+
+@torch.no_grad()
+def test_inference_keeps_no_calls() -> None:
+    model = adapted("baft")
+    kept = ONE.clone()
+    model(kept, prompt_lengths=[4, 4])
+    assert entries(model) == 0
+    model.train()(kept, prompt_lengths=[4, 4])  # the control: reentrant checkpointing runs so
+    assert entries(model) == 1

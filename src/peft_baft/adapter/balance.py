@@ -81,7 +81,9 @@ class LoadBalanceTerm:
 
     def _end(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the forward, whether it succeeded or not: stop recording, and add the term to the loss."""
-        running = self._running[threading.get_ident()]
+        running = self._running.get(threading.get_ident())
+        if not running:  # the forward failed before `_begin`
+            return None
         own = running.pop()
         if not running:
             del self._running[threading.get_ident()]

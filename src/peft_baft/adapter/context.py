@@ -388,7 +388,9 @@ class EditContext:
         read = model_call.read_stack_call(self._stack, args, kwargs)
         call = self._repeated(stack, read, given) or self._new_call(stack, read, given)
         self._running, self.last_call = (*running, call), call
-        if read is None or torch.compiler.is_compiling():
+        # Reentrant checkpointing of the stack runs it without gradients first. In inference nothing runs again.
+        may_run_again = stack.training or torch.is_grad_enabled()
+        if read is None or not may_run_again or torch.compiler.is_compiling():
             return None
         self._calls.remember(stack, read.tokens, call)
         if not read.tokens.is_floating_point():

@@ -39,8 +39,11 @@ class ModelCallReader:
     def read(self, args: tuple, kwargs: Mapping[str, Any]) -> ModelArguments:
         """Read a call."""
         given = model_call.bind(self.names, args, kwargs)
+        labels = model_call.answer_labels(given)
+        if labels is not None and not labels_tell_answers(self._model):
+            labels = None
         return ModelArguments(
-            labels=model_call.answer_labels(given) if labels_tell_answers(self._model) else None,
+            labels=labels,
             prompt_lengths=given.get("prompt_lengths"),
             wants_last_logits=model_call.wants_last_logits(self.names, args, kwargs),
             packing=model_call.packing_arguments(given),
