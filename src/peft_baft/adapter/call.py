@@ -19,10 +19,10 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from peft_baft.adapter.routing import Routes
 
-MOST_CALLS = 1000  # that are kept of one input: a loop over one tensor must not fill the memory
-IN_METADATA = (
-    "peft_baft.call"  # where an autograd node keeps the call whose block input it computed
-)
+# How many calls are kept of one input: a loop over one tensor must not fill the memory.
+MOST_CALLS = 1000
+# Where an autograd node keeps the calls whose block inputs it computed.
+IN_METADATA = "peft_baft.call"
 NOT_FOUND = (
     "A block with a BaFT adapter was run again during a backward, as activation checkpointing does, on an input that none of the "
     "model's forwards gave it, so that the tokens to edit are unknown. This happens where saved activations are copied, "
@@ -94,9 +94,8 @@ class CallsByInput:
     """
 
     def __init__(self) -> None:
-        self._lock = (
-            threading.RLock()
-        )  # `forget` may run inside `remember`, by the garbage collector
+        # Reentrant, since the garbage collector may run `forget` inside `remember`.
+        self._lock = threading.RLock()
         self._entries: dict[tuple[int, int], list[tuple[weakref.ref[Tensor], Call | None]]] = {}
 
     def remember(self, owner: nn.Module, tensor: Tensor, call: Call) -> None:
