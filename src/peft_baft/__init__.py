@@ -5,6 +5,8 @@ this package's own (`integrations/peft_methods.py`), and loads and saves all of 
 transformers' `load_adapter` checks such an adapter before it changes the model (`adapter/native.py`).
 """
 
+from importlib.util import find_spec
+
 from peft_baft.adapter import BaftConfig, BaftModel, prompt_lengths
 from peft_baft.adapter.state import rolled_back
 from peft_baft.checking.check import check
@@ -14,6 +16,7 @@ from peft_baft.data.datasets import read_cases, read_unrelated
 from peft_baft.data.unrelated import GENERAL
 from peft_baft.editing.adapter_editor import AdapterEditor
 from peft_baft.editing.baft import BaftEditor, Objective
+from peft_baft.editing.choice import editor_for
 from peft_baft.editing.continual import EditRecord, edit_continually
 from peft_baft.editing.editor import Editor, EditResult
 from peft_baft.editing.journal import Journal
@@ -53,6 +56,7 @@ __all__ = [
     "canary_check",
     "check",
     "edit_continually",
+    "editor_for",
     "load_model",
     "prompt_lengths",
     "push",
@@ -60,3 +64,9 @@ __all__ = [
     "read_unrelated",
     "rolled_back",
 ]
+
+# Kinds of adapters besides plain BaFT, each a folder that can be deleted.
+if find_spec("peft_baft.memory"):
+    from peft_baft.memory import MemoryConfig, MemoryEditor
+
+    __all__ += ["MemoryConfig", "MemoryEditor"]

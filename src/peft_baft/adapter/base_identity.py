@@ -53,10 +53,13 @@ def identify_base(model: nn.Module, config: BaftConfig) -> None:
     """Note in a new adapter's config which base model it is made on; warn where a saved one is put on another.
 
     Configs from before there was such a note, and models whose embeddings are not at hand, pass.
+
+    Raises:
+        ValueError: it is put on another one, and its kind of adapter can only be wrong there.
     """
     # The first tokens stay where they are when others are added.
     sample = embedding_sample(model, rows=FIRST)
-    if config.memory or sample is None or not sample.isfinite().all() or not sample.any():
+    if sample is None or not sample.isfinite().all() or not sample.any():
         return
     if config.base_sample is None:
         if not config.comes_from_a_file:
@@ -64,7 +67,10 @@ def identify_base(model: nn.Module, config: BaftConfig) -> None:
         return
     if torch.cosine_similarity(to_sample(config.base_sample), sample, dim=0) < ALIKE:
         name = getattr(model, "name_or_path", None) or type(model).__name__
-        logger.warning(OTHER_BASE, config.base_model_name_or_path or "of unknown name", name)
+        names = config.base_model_name_or_path or "of unknown name", name
+        if config.kind.needs_same_base:
+            raise ValueError(OTHER_BASE % names)
+        logger.warning(OTHER_BASE, *names)
 
 
 def to_text(sample: Tensor) -> str:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.model_call import takes_tokens
+
+if TYPE_CHECKING:
+    from peft_baft.adapter.config import BaftConfig
 
 # Counted from 1: Sec. 3.1, for a model of 32 blocks.
 PAPER_BLOCKS, PAPER_DEPTH = (
     (9, 18, 24, 28),
     32,
 )
-
-# Whose output tells the edits of a memory apart, counted from 0, of a model of so many blocks: docs/memory.md.
-KEY_BLOCK, KEY_DEPTH = 4, 30
 
 
 def default_blocks(depth: int) -> list[int]:
@@ -162,29 +161,11 @@ def block_names(model: nn.Module, indices: Any, pattern: list[str] | str | None)
     return [f"{stack}.{i}" for i in sorted(indices)]
 
 
-def key_block_before(model: nn.Module, targets: Any) -> str:
-    """Return the name of the block whose output tells which edit of a memory a prompt asks for.
-
-    It is block 4 of 30, scaled to the model, unless an earlier one is edited: no block has been edited when it has run.
-
-    Args:
-        targets: full names of the edited blocks.
-
-    Raises:
-        ValueError: they are not blocks of one list.
-    """
+def last_block(model: nn.Module) -> str:
+    """Return the full name of the last decoder block that runs on text."""
     stack = find_stack(model)
     depth = len(cast(nn.ModuleList, model.get_submodule(stack)))
-    names = [targets] if isinstance(targets, str) else list(targets)
-    numbers = [name.removeprefix(f"{stack}.") for name in names]
-    if not all(number.isdigit() for number in numbers):
-        raise ValueError(
-            f"A memory of edits edits whole decoder blocks, {stack}.0 to {stack}.{depth - 1}, not {', '.join(names)[:80]}. "
-            "Choose them with layers_to_transform, or name key_block and the blocks in full."
-        )
-    first = min(map(int, numbers))
-    wanted = min(round(KEY_BLOCK * depth / KEY_DEPTH), first)
-    return f"{stack}.{_first_not_in(blocks_left_out(model), wanted)}"
+    return f"{stack}.{_first_not_in(blocks_left_out(model), depth - 1)}"
 
 
 def _first_not_in(left_out: frozenset[int], index: int) -> int:

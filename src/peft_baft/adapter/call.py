@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from peft_baft.adapter.routing import Routes
+    from peft_baft.adapter.texts import Texts
 
 # How many calls are kept of one input: a loop over one tensor must not fill the memory.
 MOST_CALLS = 1000
@@ -45,16 +45,14 @@ class Call:
         row_adapters: the adapter of each row of a mixed batch (PEFT's `adapter_names`); None where all rows are edited by
             the active adapters.
         active: the adapters that were active in a block when it first ran, by the block's name.
-        asked_positions: as relative_positions, for memories of edits. routes: by the name of a memory, which edit each token
-            belongs to; found when its key block has run.
+        texts: the tokens of each sequence, wherever they lie; None where no kind of adapter on the model reads them.
         may_be_repeated: whether gradients were enabled, so that blocks may run again in a backward.
     """
 
     relative_positions: Tensor | None
     row_adapters: list[str] | None = None
     active: dict[str, Sequence[str]] = field(default_factory=dict)
-    asked_positions: Tensor | None = None
-    routes: dict[str, Routes] = field(default_factory=dict)
+    texts: Texts | None = None
     may_be_repeated: bool = False
 
     def edits_like(self, other: Call) -> bool:
@@ -63,9 +61,20 @@ class Call:
             _equal(self.relative_positions, other.relative_positions)
             and self.row_adapters == other.row_adapters
             and self.active == other.active
-            and not self.routes
-            and not other.routes
+            and self.texts is other.texts
         )
+
+
+@dataclass(frozen=True)
+class RecordedGates:
+    """The gates of one block in one forward.
+
+    Attributes:
+        w: (rows, tokens, k) with gradient. mask: (rows, tokens) bool, the tokens that are edited.
+    """
+
+    w: Tensor
+    mask: Tensor
 
 
 def _equal(one: Tensor | None, two: Tensor | None) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.layer import BaftLayer
 from peft_baft.adapter.parameters import GATE_NORMS
+from peft_baft.adapter.plain import PLAIN
 
 
 def combined_config(configs: Sequence[BaftConfig]) -> BaftConfig:
@@ -29,9 +30,9 @@ def combined_config(configs: Sequence[BaftConfig]) -> BaftConfig:
         ValueError: the adapters differ in what one adapter has once, or have gates that cannot stand below each other.
     """
     first = configs[0]
-    if any(config.memory for config in configs):
+    if any(config.kind is not PLAIN for config in configs):
         raise ValueError(
-            "A memory of edits cannot be combined so: put two saved ones together with `baft merge`, or make both active, "
+            "add_weighted_adapter combines plain BaFT adapters. Make adapters of other kinds active together instead: "
             "model.base_model.set_adapter([...])."
         )
     for name in (

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import fields as fields_of
+from functools import cache, wraps
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -16,39 +17,73 @@ from peft.utils import CONFIG_NAME
 from torch import Tensor
 
 from peft_baft.adapter.base_identity import to_sample
+from peft_baft.adapter.kinds import KINDS, AdapterKind, newest_format
 from peft_baft.adapter.parameters import GATE_NORMS, WEIGHTINGS
+from peft_baft.adapter.plain import PLAIN
 from peft_baft.adapter.registration import BAFT
-from peft_baft.adapter.weights import (
-    EXTENDED_FORMAT,
-    FORMAT,
-    MEMORY_FORMAT,
-    NEWER,
-    UNNUMBERED,
-    check_folder,
-    memory_sizes,
-)
 from peft_baft.adapter.weights import FILE as WEIGHTS
+from peft_baft.adapter.weights import NEWER, UNNUMBERED, check_folder
 from peft_baft.span import edited
 
 LARGEST_INTEGER, LARGEST_OFFSET = 2**31 - 1, 1000.0
-RANK, RANK_OF_MEMORY = 12, 64
-FIELDS_OF_MEMORY = (
-    "memory",
-    "key_block",
-    "key_dimensions",
-    "least_subject",
-    "strictness",
-    "most_unlike",
-    "memory_sizes",
-)
+RANK = 12  # of plain BaFT, as in the paper
 
 
+def _taking_kinds(config_class: type) -> type:
+    """Let a config be made with the name of a kind as a keyword: `True`, the kind's settings, or these as a dictionary."""
+    make: Any = config_class.__init__
+
+    @wraps(make)
+    def __init__(self: Any, *args: Any, **fields: Any) -> None:
+        for name in [name for name in fields if name in KINDS]:
+            settings = fields.pop(name)
+            if settings is not None and settings is not False:
+                fields["settings"] = _settings_of(KINDS[name], settings, fields)
+        make(self, *args, **fields)
+
+    config_class.__init__ = __init__  # type: ignore[misc]
+    return config_class
+
+
+def _settings_of(kind: AdapterKind, given: Any, fields: Mapping[str, Any]) -> Any:
+    """Return a kind's settings as an instance of its class.
+
+    Args:
+        fields: the other fields of the config, of which the format's number is looked at: a file of another format may have
+            other settings.
+
+    Raises:
+        ValueError: the format is none of the kind's. TypeError: these are not its settings.
+    """
+    number = fields.get("baft_format")
+    if isinstance(number, int) and number < kind.formats[0]:
+        raise ValueError(
+            f"This adapter has a {kind.name} in format {number}, which this version does not read; it reads "
+            f"{kind.formats[0]} to {kind.formats[-1]}. Teach its facts again; `baft log` lists them."
+        )
+    if kind.settings is None:
+        raise TypeError(f"{kind.name} is no keyword: leave it out for a plain adapter.")
+    if given is True:
+        return kind.settings()
+    if isinstance(given, Mapping):
+        known = {field.name for field in fields_of(kind.settings)}
+        if unknown := sorted(given.keys() - known):
+            raise TypeError(f"{kind.name} has no setting {unknown[0]!r}; it has {sorted(known)}.")
+        return kind.settings(**given)
+    if isinstance(given, kind.settings):
+        return given
+    raise TypeError(
+        f"{kind.name} must be True, {kind.settings.__name__}(...) or False, not {given!r:.60}."
+    )
+
+
+@_taking_kinds
 @dataclass
 class BaftConfig(PeftConfig):
     """Configuration of a BaFT adapter (arXiv 2503.00306).
 
     Args:
-        r: Rank of the edited subspace: rows of R, at most the hidden size. None takes the paper's 12, or 64 for a memory.
+        r: Rank of the edited subspace: rows of R, at most the hidden size. None takes the paper's 12.
         prompt_positions: P, how many of the last prompt tokens are edited, besides every answer token. The paper uses 3.
         answer_positions: How many of the first answer tokens are edited. None edits all of them, as the paper does; 0 edits
             prompts alone, as pyreft's LoReFT does.
@@ -71,17 +106,8 @@ class BaftConfig(PeftConfig):
             such modules in several blocks, such as `q_proj`, is refused.
         exclude_modules: Names, or one regular expression, of modules that `target_modules` should pass over.
         modules_to_save: Modules besides the adapter that are trained and saved.
-        memory: Whether the adapter is a memory of edits: each edit owns a code of r numbers in a frozen basis of each block, and
-            a router picks one of them for a prompt, or none. It has no gates, and an editor alone trains it.
-        key_block: Of a memory, the block whose output tells which edit a prompt asks for, by its full name; filled in. It runs
-            before the first edited one has edited anything.
-        key_dimensions: Of a memory, how many numbers the key of each token of an edit's question has.
-        least_subject: Of a memory, how alike (at most 1) a prompt must be to an edit's in what it is about.
-        strictness: Of a memory, how alike (at most 1) it must be in what it asks of that, where a list of common
-            relations does not tell that this is the same. Larger lets fewer prompts in.
-        most_unlike: Of a memory, how many words of a prompt, besides its subject, may be unlike any of the edit's
-            and of the wordings of what it asks for.
-        memory_sizes: Of a memory, how many edits and tokens there are, as the shapes of its tensors have it; filled in.
+        settings: Settings of another kind of adapter than plain BaFT. They may also be given under the kind's name, and are
+            saved under it (`peft_baft.adapter.kinds`).
         balance_weight: Weight of the gates' load balance in the loss that the model returns when it is called in training
             mode with labels, as by Trainer or a loop of your own; at most the loss times this is added. 0 adds nothing. A
             `BaftEditor` has an objective of its own and does not look at this. See docs/training.md.
@@ -139,26 +165,8 @@ class BaftConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules besides the adapter that are trained and saved."}
     )
-    memory: bool = field(
-        default=False, metadata={"help": "Whether the adapter is a memory of edits."}
-    )
-    key_block: str | None = field(
-        default=None, metadata={"help": "Of a memory, the block that tells edits apart, filled in."}
-    )
-    key_dimensions: int = field(
-        default=64, metadata={"help": "Of a memory, numbers of each token's key."}
-    )
-    least_subject: float = field(
-        default=0.72, metadata={"help": "Of a memory, how alike in their subject."}
-    )
-    strictness: float = field(
-        default=0.4, metadata={"help": "Of a memory, how alike in what is asked."}
-    )
-    most_unlike: int = field(
-        default=1, metadata={"help": "Of a memory, words of a prompt that no edit's word is like."}
-    )
-    memory_sizes: dict[str, int] | None = field(
-        default=None, metadata={"help": "Of a memory, sizes of its tensors, filled in."}
+    settings: Any = field(
+        default=None, metadata={"help": "Settings of another kind of adapter than plain BaFT."}
     )
     balance_weight: float = field(
         default=0.0,
@@ -198,7 +206,7 @@ class BaftConfig(PeftConfig):
         self.baft_format = _readable_format(
             self.baft_format,
             self.comes_from_a_file,
-            of_new=self._least_format,
+            of_new=self.kind.saved_format(self),
         )
         super().__post_init__()
         self.peft_type = BAFT
@@ -207,9 +215,8 @@ class BaftConfig(PeftConfig):
         # Nor is this: the modules that were chosen for the last model that a reused config was given to.
         self.chosen_targets: Any = None
         if self.r is None:
-            self.r = RANK_OF_MEMORY if self.memory else RANK
+            self.r = RANK
         _positive_integer("r", self.r)
-        _positive_integer("key_dimensions", self.key_dimensions)
         _positive_integer("prompt_positions", self.prompt_positions)
         _require_one_of("weighting", self.weighting, WEIGHTINGS)
         _require_one_of("gate_norm", self.gate_norm, GATE_NORMS)
@@ -221,15 +228,15 @@ class BaftConfig(PeftConfig):
             value = getattr(self, name, None)
             if not _is_of_type(value, type_):
                 raise TypeError(f"{name} must hold {_in_words(type_)}, not {value!r:.60}.")
-        self._require_settings_of_memory()
         self._require_values_in_range()
         self._require_pack_ranks()
-        assert self.baft_format is not None
-        if self.baft_format < self._least_format:
+        least = self.kind.saved_format(self)
+        if self.baft_format < least:
             raise ValueError(
-                f"An adapter with pack_ranks, answer_positions or a memory has baft_format {self._least_format}, not "
-                f"{self.baft_format}."
+                f"An adapter with these settings has baft_format {least}, not {self.baft_format}: pack_ranks, answer_positions "
+                "and other kinds of adapters came later than the first format."
             )
+        self.kind.check_config(self)
         for name in ("target_modules", "exclude_modules"):
             _require_expression(name, getattr(self, name))
         for module in self.modules_to_save or ():
@@ -253,20 +260,6 @@ class BaftConfig(PeftConfig):
             raise ValueError(
                 f"balance_weight={self.balance_weight} balances several gates, but weighting={self.weighting!r} has "
                 f"{self.gate_count}; use weighting='basis' or 'product' with r >= 2, or balance_weight=0."
-            )
-
-    def _require_settings_of_memory(self) -> None:
-        for name in ("least_subject", "strictness"):
-            if not -1 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be a likeness of -1 to 1, not {getattr(self, name)!r}."
-                )
-        if self.most_unlike < 0:
-            raise ValueError(f"most_unlike must be 0 or more, not {self.most_unlike}.")
-        unused = [name for name in ("pack_ranks", "modules_to_save") if getattr(self, name)]
-        if self.memory and (unused or self.balance_weight):
-            raise ValueError(
-                f"A memory of edits has no {(unused or ['balance_weight'])[0]}: leave it out."
             )
 
     def _require_pack_ranks(self) -> None:
@@ -302,8 +295,6 @@ class BaftConfig(PeftConfig):
             if not folder.is_dir():
                 folder = cls._download_weights(pretrained_model_name_or_path, subfolder, kwargs)
             config.saved_shapes = check_folder(folder, config)
-            if config.memory:
-                config.memory_sizes = memory_sizes(config.saved_shapes)
         return config
 
     @classmethod
@@ -320,30 +311,36 @@ class BaftConfig(PeftConfig):
             ) from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all fields as they are saved; those of a memory of a memory alone, so that other adapters are what they were."""
+        """Return all fields as they are saved: the settings of another kind under its name."""
         saved: dict[str, Any] = super().to_dict()
-        if not self.memory:
-            for name in FIELDS_OF_MEMORY:
-                saved.pop(name)
+        settings = saved.pop("settings")
+        if settings is not None:
+            saved[self.kind.name] = settings
         if self.base_sample is None:
             saved.pop("base_sample")
         return saved
+
+    @property
+    def kind(self) -> AdapterKind:
+        """What the adapter adds to hidden vectors, and what it saves."""
+        settings = self.__dict__.get("settings")
+        found = [kind for kind in KINDS.values() if kind.settings is type(settings)]
+        return found[0] if settings is not None and found else PLAIN
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the settings under the name of a kind; None for the kinds that this adapter is not of."""
+        if name in KINDS:
+            return self.settings if self.kind is KINDS[name] else None
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def edits(self, relative_positions: Tensor) -> Tensor:
         """Return which tokens the adapter edits, from their relative positions (rows, tokens): bool of that shape."""
         return edited(relative_positions, self.prompt_positions, self.answer_positions)
 
     @property
-    def _least_format(self) -> int:
-        """The first saved format that has what these settings use."""
-        if self.memory:
-            return MEMORY_FORMAT
-        return EXTENDED_FORMAT if self.pack_ranks or self.answer_positions is not None else FORMAT
-
-    @property
     def gate_count(self) -> int:
         """The number of gates that weigh the update: the width of w(h)."""
-        return 0 if self.memory else WEIGHTINGS[self.weighting].gate_count(self.r)
+        return WEIGHTINGS[self.weighting].gate_count(self.r) if self.kind.trains else 0
 
     @property
     def forward_settings(self) -> tuple:
@@ -371,8 +368,8 @@ def _readable_format(number: object, comes_from_a_file: bool, of_new: int) -> in
             raise ValueError(f"This adapter was {UNNUMBERED}.")
         return of_new
     number = _positive_integer("baft_format", number)
-    if number > MEMORY_FORMAT:
-        raise ValueError(f"This adapter was {NEWER.format(number)}")
+    if number > newest_format():
+        raise ValueError(f"This adapter was {NEWER.format(number, newest_format())}")
     return number
 
 
@@ -395,6 +392,8 @@ def _field_types() -> dict[str, Any]:
 
 def _is_of_type(value: object, type_: Any) -> bool:
     """Tell whether a field annotated as `type_` may hold `value`; a tuple or a set will do for a list."""
+    if type_ is Any:
+        return True
     if get_origin(type_) in (Union, UnionType):
         return any(_is_of_type(value, option) for option in get_args(type_))
     if get_origin(type_) is list:

@@ -6,11 +6,11 @@ The position of a token relative to the end of its prompt is -1 for the last pro
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter import model_call
-from peft_baft.adapter.call import NOT_FOUND, Call, CallsByInput, in_backward
+from peft_baft.adapter.call import NOT_FOUND, Call, CallsByInput, RecordedGates, in_backward
 from peft_baft.adapter.cursors import Cursors
 from peft_baft.adapter.generation import Generation
 from peft_baft.adapter.mixed_batch import repeated_names
@@ -33,7 +33,13 @@ from peft_baft.adapter.model_call import (
     UnknownPositionError,
     require_beginning,
 )
-from peft_baft.adapter.routing import Routing
+from peft_baft.adapter.texts import (
+    Texts,
+    texts_after_cache,
+    texts_of_input,
+    texts_of_requests,
+    texts_of_step,
+)
 from peft_baft.span import (
     GenerationSpan,
     integer_lengths,
@@ -62,18 +68,26 @@ GENERATION = (
     "generate",
     "init_continuous_batching",
 )
+PREPARATION = "prepare_inputs_for_generation"  # another one, for those who read texts
 
 
-@dataclass(frozen=True)
-class RecordedGates:
-    """The gates of one block in one forward.
+class _PreparationWatch:
+    """Stands in for the base model's `prepare_inputs_for_generation`, and notes what a running `generate` has read and said.
 
-    Attributes:
-        w: (rows, tokens, k) with gradient. mask: (rows, tokens) bool, the tokens that are edited.
+    A step with a cache gets its last token only. `generate` looks at the method's signature, which is the model's own.
     """
 
-    w: Tensor
-    mask: Tensor
+    def __init__(self, context: EditContext) -> None:
+        self.__self__ = context
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__self__.method_of_model(PREPARATION))
+
+    def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.__self__.generation is not None:
+            self.__self__.generation.whole = input_ids
+        return self.__self__.method_of_model(PREPARATION)(input_ids, *args, **kwargs)
 
 
 class _ThreadLocalAttribute:
@@ -112,7 +126,9 @@ class EditContext:
     _recording_depth = _ThreadLocalAttribute()
     stated_lengths = _ThreadLocalAttribute()  # (sequences,) set by `prompt_lengths()`
     generation = _ThreadLocalAttribute()  # the `Generation` of `generate`, while it runs
-    of_editor = _ThreadLocalAttribute()  # whether it is a forward of an editor, not of a caller
+    _is_own_forward = (
+        _ThreadLocalAttribute()
+    )  # whether it is one of this package, and not of a caller
     last_call = _ThreadLocalAttribute()  # the `Call` of the last forward
     # Of the running forward: its `StackCall`, how many columns precede its tokens, and the `Generation` that it is a step of.
     stack_call = _ThreadLocalAttribute()
@@ -127,14 +143,15 @@ class EditContext:
         self._calls = CallsByInput()
         # Of transformers' continuous batching, which runs in a thread of its own.
         self.manager: Any = None
-        self.routing = Routing(self)
+        # Of continuous batching, what readers of texts noted about each request.
+        self._notes_of_requests: dict[Any, dict[Any, Any]] = {}
         self.cursors = Cursors()  # of the adapters' editors
         self._warned = False
         self._warned_of_scoring = False
         self._model: Any = model
         self._reads_model = ModelCallReader(model)
         self._stack, self._model_signature = StackSignature.of(stack), StackSignature.of(model)
-        self._keeps_routes = self._detached = False
+        self._reads_texts = self._detached = False
         self._handles = [
             model.register_forward_pre_hook(self._read_model_call, with_kwargs=True),
             model.register_forward_hook(self._forget_model_call, always_call=True),
@@ -142,11 +159,17 @@ class EditContext:
             stack.register_forward_hook(self._end, always_call=True),
         ]
         # What callers had put in place of these methods on the model itself, by name.
-        self._replaced = {name: vars(model)[name] for name in GENERATION if name in vars(model)}
+        self._replaced: dict[str, Any] = {}
         for name in GENERATION:
-            if hasattr(model, name):
-                # An attribute of the instance is found before the class's method, by PEFT and by transformers alike.
-                setattr(model, name, getattr(self, name))
+            self._stand_in(name, getattr(self, name))
+
+    def _stand_in(self, name: str, method: Any) -> None:
+        """Put a method in the place of one of the base model, if it has such a one."""
+        if name in vars(self._model):
+            self._replaced[name] = vars(self._model)[name]
+        if hasattr(self._model, name):
+            # An attribute of the instance is found before the class's method, by PEFT and by transformers alike.
+            setattr(self._model, name, method)
 
     def detach(self) -> None:
         """Leave the base model as it was before the first adapter came.
@@ -156,7 +179,7 @@ class EditContext:
         for handle in self._handles:
             handle.remove()
         self._detached = True
-        for name in GENERATION:
+        for name in (*GENERATION, PREPARATION):
             if getattr(vars(self._model).get(name), "__self__", None) is self:
                 delattr(self._model, name)
                 if name in self._replaced:
@@ -166,7 +189,7 @@ class EditContext:
         """Leave out what belongs to running calls, threads and queues, which can be neither pickled nor copied."""
         left_out = {"_thread", "_calls"}
         state = {name: value for name, value in self.__dict__.items() if name not in left_out}
-        return {**state, "manager": None}
+        return {**state, "manager": None, "_notes_of_requests": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -280,22 +303,33 @@ class EditContext:
             self._thread.__dict__.clear()
             self._thread.__dict__.update(outer)
 
-    def call_model(self, ids: Tensor, real: Tensor) -> None:
-        """Call the base model on tokens (rows, tokens), without a cache. real: bool, False for padding."""
-        model_call.full_logits(self._model, input_ids=ids, attention_mask=real.long())
-
     @property
     def model(self) -> nn.Module:
         """The base model."""
         return self._model  # type: ignore[no-any-return]
 
-    def keep_routes(self) -> None:
-        """From now on, write on each cache which edits of memories the prompts in it ask for."""
-        self._keeps_routes = True
+    def read_texts(self) -> None:
+        """From now on, tell kinds of adapters what the texts of each forward are (`Call.texts`)."""
+        if not self._reads_texts:
+            self._reads_texts = True
+            self._stand_in(PREPARATION, _PreparationWatch(self))
+
+    @torch.no_grad()
+    def run_base(self, ids: Tensor, real: Tensor, adapter_name: str) -> Tensor:
+        """Run the base model on other texts, also inside a running forward, and return its logits.
+
+        Adapters of this type change nothing in it, but for `adapter_name`; a kind that reads texts is told none.
+
+        Args:
+            ids: (rows, tokens), padded on the right. real: bool, False for padding.
+        """
+        with self.another_call(), self.rows([adapter_name] * len(ids)):
+            self._is_own_forward = True
+            return model_call.full_logits(self._model, input_ids=ids, attention_mask=real.long())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model's `generate`, and note where the prompt lies until it returns."""
-        method = self._method_of_model("generate")
+        method = self.method_of_model("generate")
         if self._detached:
             return method(*args, **kwargs)
         lengths = kwargs.pop("prompt_lengths", None)
@@ -308,7 +342,7 @@ class EditContext:
         finally:
             self.generation, self.stated_lengths = outer
 
-    def _method_of_model(self, name: str) -> Any:
+    def method_of_model(self, name: str) -> Any:
         """Return the method that stands behind ours: what callers had put on the model itself, or its class's."""
         if name in self._replaced:
             return self._replaced[name]
@@ -320,13 +354,14 @@ class EditContext:
         Raises:
             NotImplementedError: this version of transformers does not tell which token belongs to which request.
         """
-        manager = self._method_of_model("init_continuous_batching")(*args, **kwargs)
+        manager = self.method_of_model("init_continuous_batching")(*args, **kwargs)
         if self._detached:
             return manager
         if self.stated_lengths is not None:
             raise NotImplementedError(model_call.CONTINUOUS_BATCHING)
         model_call.prepare_manager(manager, self.manager)
-        self.manager = manager
+        if manager is not self.manager:
+            self.manager, self._notes_of_requests = manager, {}
         return manager
 
     def _begin_generation(
@@ -412,8 +447,9 @@ class EditContext:
             return
         if step_of is not None and step_of.cache is None:
             step_of.note_output(model_call.caches_in(output))
-        if self._keeps_routes and call.routes and step_of is None and self.past == 0:
-            self.routing.keep(call, model_call.caches_in(output))
+        if call.texts is not None and step_of is None:
+            rows = 0 if call.relative_positions is None else len(call.relative_positions)
+            call.texts.leave_notes(model_call.caches_in(output), rows)
 
     def _repeated(
         self, stack: nn.Module, read: StackCall | None, given: ModelArguments
@@ -444,48 +480,68 @@ class EditContext:
         if generation is not None and not generation.has_step(read):
             generation = None
         self.stack_call, self.past, self.step_of = read, 0, generation
-        asked: Tensor | None = None
         positions: Tensor | None
+        requests: list[model_call.Request] = []
         if read is None:
             positions = None
         elif read.is_continuous_batch:
-            positions = self._positions_of_requests(read)
+            positions, requests = self._positions_of_requests(read)
         elif generation is not None:
-            positions, asked = self._positions_in_generate(read, generation)
+            positions = self._positions_in_generate(read, generation)
             generation.note_step(read)
         else:
-            if not is_told and self.of_editor in (None, False):
+            if not is_told and not self._is_own_forward:
                 self._warn_of_missing_lengths(stack, read, given)
             positions = self._positions_of_forward(read, given, lengths)
+        reads = self._reads_texts and not self._is_own_forward and positions is not None
         return Call(
             positions,
             self.row_adapters,
-            asked_positions=positions if asked is None else asked,
+            texts=self._texts(read, positions, requests, given, is_told) if reads else None,
             may_be_repeated=torch.is_grad_enabled() and not torch.compiler.is_compiling(),
         )
 
-    def _positions_of_requests(self, call: StackCall) -> Tensor:
-        """Return the relative positions of one continuous batch, (1, tokens)."""
+    @torch.compiler.disable
+    def _texts(
+        self,
+        read: StackCall,
+        positions: Tensor,
+        requests: Sequence[model_call.Request],
+        given: ModelArguments,
+        is_told: bool,
+    ) -> Texts:
+        """Read the texts of a forward."""
+        if read.is_continuous_batch:
+            return texts_of_requests(requests, positions, self._notes_of_requests)
+        past = self.past
+        if self.step_of is not None:
+            past = int(past)
+            relative = self.step_of.text_span.relative_positions(past, *positions.shape)
+            return texts_of_step(self.step_of, read.tokens, past, relative)
+        ids: Tensor | None = read.tokens if read.tokens.ndim == 2 else given.input_ids
+        if ids is not None and ids.shape != positions.shape:
+            ids = None
+        if isinstance(past, Tensor) or past:
+            return texts_after_cache(ids, positions, read.memory, is_told=is_told)
+        return texts_of_input(ids, positions)
+
+    def _positions_of_requests(self, call: StackCall) -> tuple[Tensor, list[model_call.Request]]:
+        """Return the relative positions of one continuous batch, (1, tokens), and its requests."""
         positions = call.position_ids
         if positions is None:
             raise NotImplementedError(model_call.CONTINUOUS_BATCHING)
-        lengths = model_call.prompt_lengths_of_requests(
-            self.manager, positions.shape[1], positions.device
-        )
-        return positions - lengths
+        requests = model_call.requests_in_batch(self.manager, positions.shape[1])
+        lengths = model_call.prompt_lengths_of_requests(requests, positions.device)
+        return positions - lengths, requests
 
-    def _positions_in_generate(
-        self, call: StackCall, generation: Generation
-    ) -> tuple[Tensor, Tensor]:
-        """Return the relative positions, (rows, tokens), of a step of `generate`, and those for memories of edits."""
+    def _positions_in_generate(self, call: StackCall, generation: Generation) -> Tensor:
+        """Return the relative positions, (rows, tokens), of a step of `generate`."""
         rows, width = call.tokens.shape[:2]
         past = model_call.columns_before_in_generate(self._model, call, generation.seen)
         if isinstance(past, int):
             generation.seen = past + width
         self.past = past
-        spans = generation.span, generation.asked_span
-        positions, asked = (span.relative_positions(past, rows, width) for span in spans)
-        return positions, asked
+        return generation.span.relative_positions(past, rows, width)
 
     def _positions_of_forward(
         self, call: StackCall, given: ModelArguments, lengths: Tensor | None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peft_baft.adapter.model_call import StackCall, cached_columns
-from peft_baft.span import GenerationSpan
+from peft_baft.span import OUTSIDE, GenerationSpan
 
 
 @dataclass
@@ -23,18 +23,18 @@ class Generation:
 
     Attributes:
         span: where its prompt lies. seen: how many columns its forwards have passed so far.
-        asked_span: the same for memories of edits, to which a prompt that goes on with a chat is a new question.
+        text_span: the same where a prompt that goes on with a chat counts as a new prompt, as for those who read texts.
         prompt: (rows, columns) ids, or (rows, columns, d) embeddings. real: (rows, columns) bool, False for padding.
         cached: columns that were in the cache before. cache: what holds the tokens read so far; None while there is none.
         uses_cache: whether `generate` was not told to do without.
         returned: caches that the last step gave back, for models that make their own.
         begun: whether a first step has run.
-        routes: by the name of a memory, which edit each row's prompt asks for, once it has been found.
+        whole: (rows, columns) ids of everything before the next step and in it, as `generate` prepared them; None before.
     """
 
     span: GenerationSpan
     seen: int
-    asked_span: GenerationSpan
+    text_span: GenerationSpan
     prompt: Tensor
     real: Tensor
     cached: int = 0
@@ -42,7 +42,8 @@ class Generation:
     returned: list[Any] = field(default_factory=list)
     uses_cache: bool = True
     begun: bool = False
-    routes: dict[str, list[int]] = field(default_factory=dict)
+    whole: Tensor | None = None
+    _prompt_texts: list[tuple[tuple[int, ...], tuple[int, ...], dict]] = field(default_factory=list)
 
     def has_step(self, call: StackCall) -> bool:
         """Return whether a forward is a step of this generation, and not a call of its own on another text."""
@@ -70,6 +71,16 @@ class Generation:
     def note_output(self, caches: Iterable[Any]) -> None:
         """Remember the caches that a step gives back."""
         self.returned = list(caches)
+
+    def prompt_texts(self) -> list[tuple[tuple[int, ...], tuple[int, ...], dict]]:
+        """Return ids of each prompt and of the reply that it begins, if a shorter prompt was stated, and notes about it."""
+        if not self._prompt_texts:
+            columns = self.text_span.relative_positions(0, *self.prompt.shape[:2])
+            for ids, positions in zip(self.prompt.tolist(), columns.tolist(), strict=True):
+                of_prompt = tuple(i for i, p in zip(ids, positions, strict=True) if OUTSIDE < p < 0)
+                begun = tuple(i for i, p in zip(ids, positions, strict=True) if p >= 0)
+                self._prompt_texts.append((of_prompt, begun, {}))
+        return self._prompt_texts
 
     def _reads_prompt(self, tokens: Tensor) -> bool:
         """Return whether tokens are the beginning of what is to be read, or all of it and what was generated or guessed."""

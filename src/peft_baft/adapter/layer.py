@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,18 +11,11 @@ from torch import Tensor, nn
 
 from peft_baft.adapter.call import Call, first_tensor
 from peft_baft.adapter.config import BaftConfig
-from peft_baft.adapter.context import EditContext, RecordedGates
-from peft_baft.adapter.memory import EditCodes, EditRouter
+from peft_baft.adapter.context import EditContext
+from peft_baft.adapter.kinds import Part
 from peft_baft.adapter.offloading import execution_device, forget_adapter, place_adapter
-from peft_baft.adapter.parameters import (
-    Counts,
-    Gate,
-    OrthonormalBasis,
-    stacked_bases,
-    stacked_parameters,
-)
+from peft_baft.adapter.parameters import Counts
 from peft_baft.adapter.switching import Switch
-from peft_baft.intervention import update
 
 CHILD = "baft"  # the name of a block's BaftLayer; must not contain PEFT's prefix `baft_`
 
@@ -37,8 +29,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
     - `baft_source`: D = A - R (r, d) and b (r,), and not A, so that a fresh adapter (D = 0, b = 0) is the identity exactly, on
       every device and in every dtype, and weight decay pulls towards no edit.
     - `baft_gate`: the gates; nothing for an adapter without gates.
-    - `baft_codes`: instead of all these, of a memory of edits: the codes of its edits in this block.
-    - `baft_router`: of such a memory, in the one block whose output tells which edit a prompt asks for.
+    - `baft_part`: instead of all these, what an adapter of another kind than plain BaFT has in this block.
     - `baft_gate_usage`: (k + 1,) the sum of each of the k gates over the edited tokens of past edits, then how many tokens
       those were. It is float32 whatever the adapter's dtype, since it counts.
 
@@ -50,15 +41,14 @@ class BaftLayer(nn.Module, BaseTunerLayer):
 
     # PEFT looks for adapters under these names: what is trained, and what is saved beside it.
     adapter_layer_names = ("baft_basis", "baft_source", "baft_gate")
-    other_param_names = ("baft_gate_usage", "baft_codes", "baft_router", "configs")
+    other_param_names = ("baft_gate_usage", "baft_part", "configs")
 
     def __init__(self, block: nn.Module, name: str, context: EditContext) -> None:
         super().__init__()
         self.baft_basis = nn.ModuleDict()
         self.baft_source = nn.ModuleDict()
         self.baft_gate = nn.ModuleDict()
-        self.baft_codes = nn.ModuleDict()
-        self.baft_router = nn.ModuleDict()
+        self.baft_part = nn.ModuleDict()
         self.baft_gate_usage = Counts(persistent=True)
         self.configs: dict[str, BaftConfig] = {}
         self.name, self.context = name, context
@@ -75,36 +65,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         self._layers_kept_unpacked += _keep_4bit_as_loaded(self.context._model)
         self.configs[adapter_name] = config
         self.in_features = self.out_features = width
-        if config.memory:
-            number = self.name.rpartition(".")[2]
-            codes = EditCodes(config, int(number) if number.isdigit() else 0, width)
-            self._attach_memory("codes", adapter_name, codes)
-            return
-        self.baft_basis[adapter_name] = OrthonormalBasis(config.r, width, config.pack_ranks)
-        self.baft_source[adapter_name] = source = nn.Linear(width, config.r, dtype=torch.float32)
-        if config.gate_count:
-            self.baft_gate[adapter_name] = Gate(config, width)
-            self.baft_gate_usage[adapter_name] = torch.zeros(
-                config.gate_count + 1, dtype=torch.float32
-            )
-        if config.init_weights and source.weight.device.type != "meta":
-            nn.init.zeros_(source.weight)
-            nn.init.zeros_(source.bias)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters)
-
-    def attach_router(self, adapter_name: str, config: BaftConfig, width: int) -> None:
-        """Make the router of a memory of edits, whose key block this is."""
-        self.configs[adapter_name] = config
-        self.in_features = self.out_features = width
-        router = EditRouter(config, width)
-        self._attach_memory("router", adapter_name, router)
-        self.context.keep_routes()
-
-    def _attach_memory(self, kind: str, adapter_name: str, part: EditCodes | EditRouter) -> None:
-        """Add a part of a memory."""
-        container = self.baft_codes if kind == "codes" else self.baft_router
-        container[adapter_name] = part
+        config.kind.attach(self, adapter_name, config, width)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
@@ -163,9 +124,10 @@ class BaftLayer(nn.Module, BaseTunerLayer):
                 p.is_meta for p in container[adapter_name].parameters()
             ):
                 container[adapter_name].to(device, dtype)
-        for part in (self.baft_codes, self.baft_router):
-            if adapter_name in part and not any(b.is_meta for b in part[adapter_name].buffers()):
-                part[adapter_name].to(device)
+        if adapter_name in self.baft_part and not any(
+            buffer.is_meta for buffer in self.baft_part[adapter_name].buffers()
+        ):
+            self.baft_part[adapter_name].to(device)
         if adapter_name in self.baft_gate_usage:
             usage = self.baft_gate_usage[adapter_name]
             self.baft_gate_usage[adapter_name] = usage.to(device, torch.float32)
@@ -177,167 +139,41 @@ class BaftLayer(nn.Module, BaseTunerLayer):
             hidden: (batch, tokens, d), any floating dtype; updates are computed in the adapter's dtype.
             call: the forward that the block is part of.
         """
-        active = call.active.get(self.name, self.active_adapters)
-        in_use = active if call.row_adapters is None else call.row_adapters
-        routers: Any = {
-            n: r for n, r in self.baft_router.items() if n in in_use and n not in call.routes
-        }
-        if routers:
-            self.context.routing.find(routers, hidden, call)
-        recorded = self.context.gates_of(call)
         if call.row_adapters is not None:
-            return self._edit_rows(hidden, call, call.row_adapters, recorded)
-        active = [name for name in active if self.edits(name)]
+            return self._edit_rows(hidden, call, call.row_adapters)
         total: Tensor | None = None
-        for adapter_name in active:
-            mask = self.context.mask(call.relative_positions, hidden, self.configs[adapter_name])
-            key = self.name if len(active) == 1 else (self.name, adapter_name)
-            change = (
-                self._coded(adapter_name, hidden, call)
-                if adapter_name in self.baft_codes
-                else self._update(adapter_name, key, hidden, mask, recorded)
-            )
+        for adapter_name in call.active.get(self.name, self.active_adapters):
+            if adapter_name not in self.configs:
+                continue
+            kind = self.configs[adapter_name].kind
+            change = kind.change(self, adapter_name, hidden, call)
             if change is not None:
                 total = change if total is None else total + change
         return hidden if total is None else (hidden + total).to(hidden.dtype)
 
-    def edits(self, adapter_name: str) -> bool:
-        """Tell whether an adapter edits the output of this block: the key block of a memory may tell its edits apart alone."""
-        return adapter_name in self.baft_basis or adapter_name in self.baft_codes
+    def parts(self) -> list[Part]:
+        """Return what adapters of other kinds than plain BaFT have in this block."""
+        return [part for part in self.baft_part.values() if isinstance(part, Part)]
 
-    def _coded(self, adapter_name: str, hidden: Tensor, call: Call) -> Tensor | None:
-        """Compute what the edits of a memory add, (rows, tokens, d); None where none of them is asked for."""
-        routes = call.routes.get(adapter_name)
-        if routes is None or routes.of_tokens is None:
-            return None
-        codes: Any = self.baft_codes[adapter_name]
-        mask = self.context.mask(call.asked_positions, hidden, self.configs[adapter_name])
-        assert mask is not None, "a forward with routes has positions"
-        return routes.change(codes, mask, hidden)
-
-    def change_at(self, adapter_name: str, h: Tensor) -> Tensor:
-        """Compute Φ(h) - h of one adapter at vectors (m, d) that are all edited, whatever the model last ran on."""
-        return self._update(adapter_name, None, h, None, None)
-
-    def _edit_rows(
-        self,
-        hidden: Tensor,
-        call: Call,
-        row_adapters: list[str],
-        recorded: dict[Any, RecordedGates] | None,
-    ) -> Tensor:
-        """Edit row i by adapter `row_adapters[i]` alone: each adapter computes its own rows, and no others."""
+    def _edit_rows(self, hidden: Tensor, call: Call, row_adapters: list[str]) -> Tensor:
+        """Edit row i by adapter `row_adapters[i]` only: each adapter computes its own rows, and no others."""
         if len(row_adapters) != hidden.shape[0]:
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(row_adapters)} and {hidden.shape[0]} respectively."
             )
-        present = [name for name in dict.fromkeys(row_adapters) if name in self.baft_basis]
-        memories = [name for name in dict.fromkeys(row_adapters) if name in self.baft_codes]
-        # Else a row is one vector, of a model that does not take tokens.
-        rows_are_sequences = hidden.ndim == 3
-        groups = (
-            self._stackable_groups(present) if rows_are_sequences else [[name] for name in present]
-        )
-        edited_rows, edited_hidden = [], []
-        for group in groups:
-            rows_of = {
-                name: [i for i, of_row in enumerate(row_adapters) if of_row == name]
-                for name in group
-            }
-            rows = torch.tensor(list(chain.from_iterable(rows_of.values())), device=hidden.device)
-            mask = self.context.mask(call.relative_positions, hidden, self.configs[group[0]])
-            mask = None if mask is None else mask[rows]
-            hidden_of_group = hidden[rows]
-            if len(group) == 1:
-                key = (self.name, group[0])
-                change = self._update(group[0], key, hidden_of_group, mask, recorded)
-            else:
-                counts = {name: len(of_name) for name, of_name in rows_of.items()}
-                change = self._update_side_by_side(counts, hidden_of_group, mask, recorded)
-            edited_rows.append(rows)
-            edited_hidden.append(hidden_of_group + change)
-        for name in memories:
-            added = self._coded(name, hidden, call)
-            if added is not None:
-                rows = torch.tensor([i for i, other in enumerate(row_adapters) if other == name])
-                edited_rows.append(rows.to(hidden.device))
-                edited_hidden.append((hidden + added)[edited_rows[-1]])
-        if not edited_rows:
+        rows_of: dict[str, list[int]] = {}
+        for row, name in enumerate(row_adapters):
+            if name in self.configs:
+                rows_of.setdefault(name, []).append(row)
+        changes: list[tuple[Tensor, Tensor]] = []
+        for kind in {id(k): k for k in (self.configs[name].kind for name in rows_of)}.values():
+            rows = {name: of for name, of in rows_of.items() if self.configs[name].kind is kind}
+            changes += kind.change_rows(self, rows, hidden, call)
+        if not changes:
             return hidden
-        return hidden.index_copy(
-            0, torch.cat(edited_rows), torch.cat(edited_hidden).to(hidden.dtype)
-        )
-
-    def _stackable_groups(self, names: Iterable[str]) -> list[list[str]]:
-        """Group the adapters whose parameters can be stacked: those of the same settings, dtype and device.
-
-        Parameters that are offloaded or sharded are there only while their own module runs, so each of these stays by itself.
-        """
-        groups: dict[tuple, list[str]] = {}
-        for name in names:
-            weight = self.baft_source[name].weight
-            key: tuple = (self.configs[name].forward_settings, weight.dtype, weight.device)
-            if weight.is_meta or not weight.numel():
-                key = (name,)
-            groups.setdefault(key, []).append(name)
-        return list(groups.values())
-
-    def _update(
-        self,
-        adapter_name: str,
-        key: Any,
-        hidden: Tensor,
-        mask: Tensor | None,
-        recorded: dict[Any, RecordedGates] | None,
-    ) -> Tensor:
-        """Compute Φ(h) - h of one adapter at every token: (rows, tokens, d), 0 where it does not edit.
-
-        Args:
-            key: what the gates are recorded under. mask: (rows, tokens), or None to edit every vector.
-        """
-        source: Any = self.baft_source[adapter_name]
-        with torch.autocast(hidden.device.type, enabled=False):
-            h = hidden.to(source.weight.dtype)
-            w = self.baft_gate[adapter_name](h) if adapter_name in self.baft_gate else None
-            if w is not None and mask is not None and recorded is not None:
-                recorded[key] = RecordedGates(w, mask)
-            R: Tensor = self.baft_basis[adapter_name]().to(h.dtype)
-            change = update(source(h), R, w)  # the source gives D h + b, which is A h + b - R h
-        # Every token is computed and some are thrown away: to pick them out first would wait for the GPU.
-        return change if mask is None else torch.where(mask[..., None], change, 0)
-
-    def _update_side_by_side(
-        self,
-        counts: dict[str, int],
-        hidden: Tensor,
-        mask: Tensor | None,
-        recorded: dict[Any, RecordedGates] | None,
-    ) -> Tensor:
-        """Compute `_update` of several adapters of the same settings at once, their parameters stacked.
-
-        Args:
-            counts: the adapters, in the order of their rows in `hidden`, and how many rows each has.
-        """
-        lengths = list(counts.values())
-        adapter_of_row = torch.repeat_interleave(
-            torch.arange(len(lengths)), torch.tensor(lengths)
-        ).to(hidden.device)
-        sources = [self.baft_source[name] for name in counts]
-        bases = [self.baft_basis[name] for name in counts]
-        gates: list[Any] = [self.baft_gate[name] for name in counts if name in self.baft_gate]
-        with torch.autocast(hidden.device.type, enabled=False):
-            source = stacked_parameters(sources, adapter_of_row)
-            h, w = hidden.to(source["weight"].dtype), None
-            if gates:
-                w = torch.vmap(gates[0].weigh)(stacked_parameters(gates, adapter_of_row), h)
-                if mask is not None and recorded is not None:
-                    parts = zip(counts, w.split(lengths), mask.split(lengths), strict=True)
-                    for name, w_of_adapter, mask_of_adapter in parts:
-                        recorded[self.name, name] = RecordedGates(w_of_adapter, mask_of_adapter)
-            shift = torch.baddbmm(source["bias"][:, None], h, source["weight"].mT)
-            change = update(shift, stacked_bases(bases)[adapter_of_row].to(h.dtype), w)
-        return change if mask is None else torch.where(mask[..., None], change, 0)
+        edited = [(hidden[rows] + change).to(hidden.dtype) for rows, change in changes]
+        return hidden.index_copy(0, torch.cat([rows for rows, _ in changes]), torch.cat(edited))
 
     def merge(self, *_: Any, **__: Any) -> None:
         raise NotImplementedError(CANNOT_MERGE)

@@ -33,6 +33,7 @@ from peft_baft.adapter.combination import combined_config, fill_combined
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.embeddings import in_place
+from peft_baft.adapter.kinds import SavedTensor
 from peft_baft.adapter.layer import CANNOT_MERGE, CHILD, BaftLayer
 from peft_baft.adapter.mixed_batch import (
     choose_copies_by_row,
@@ -42,7 +43,7 @@ from peft_baft.adapter.native import require_whole
 from peft_baft.adapter.preparation import is_target, prepare_config, require_adapter_name
 from peft_baft.adapter.rollback import UNDO, structure_of, undone_on_failure
 from peft_baft.adapter.switching import Switch
-from peft_baft.adapter.weights import BASE, IN_MEMORY, check_tensors
+from peft_baft.adapter.weights import BASE, check_tensors
 
 logger = logging.getLogger(__name__)
 # Tasks for which PEFT names the head in the caller's config only when the adapter is attached: the list is shared with that.
@@ -109,9 +110,6 @@ class BaftModel(BaseTuner):
         for layer in baft_layers(self.model):
             if adapter_name in layer.configs:
                 layer.configs[adapter_name] = config
-            if adapter_name in layer.baft_router:
-                router: Any = layer.baft_router[adapter_name]
-                router.config = config
 
     def __getattr__(self, name: str) -> Any:
         """Look in the base model, as PEFT does, except for the configs that another tuner left there."""
@@ -182,13 +180,7 @@ class BaftModel(BaseTuner):
             layer = BaftLayer(target, current_key, context)
             target.add_module(CHILD, layer)
             layer._active_adapter = list(self.active_adapters)
-        if not peft_config.memory or current_key != peft_config.key_block:
-            layer.attach(adapter_name, peft_config, width)
-        elif current_key in (peft_config.target_modules or ()):
-            layer.attach(adapter_name, peft_config, width)
-            layer.attach_router(adapter_name, peft_config, width)
-        else:
-            layer.attach_router(adapter_name, peft_config, width)
+        layer.attach(adapter_name, peft_config, width)
         if peft_config.balance_weight:
             attach_balance(self.model)
         if adapter_name not in self.active_adapters:
@@ -398,7 +390,7 @@ class BaftModel(BaseTuner):
         renamed = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        expected = _expected_shapes(model, adapter_name)
+        expected = _expected_tensors(model, config, adapter_name)
         check_tensors(expected, renamed, "the adapter's file")
         unexpected = sorted(
             n for n in renamed.keys() - expected.keys() if f".{CHILD}.{cls.prefix}" in n
@@ -477,12 +469,19 @@ def _fit_to_tensors(config: Any, tensors: Mapping[str, Tensor]) -> None:
         config.target_modules = sorted(name.removeprefix(BASE) for name in blocks) or None
 
 
-def _expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int | None, ...]]:
-    """Return names and shapes of an attached adapter's tensors, as PEFT names them in memory."""
-    of_adapter = re.compile(rf"\.{CHILD}\.baft_[a-z_]+\.{re.escape(adapter_name)}(\.[a-z_]+)?$")
-    return {
-        # Of a memory of edits, how many edits there are is not known before.
-        name: (None,) * tensor.ndim if IN_MEMORY.search(name) else tuple(tensor.shape)
-        for name, tensor in model.state_dict().items()
-        if of_adapter.search(name)
-    }
+def _expected_tensors(
+    model: nn.Module, config: BaftConfig, adapter_name: str
+) -> dict[str, SavedTensor]:
+    """Return an attached adapter's tensors, by the names that they have in the model."""
+    of_adapter = re.compile(
+        rf"(.+)\.{CHILD}\.baft_([a-z_]+)\.{re.escape(adapter_name)}(\.[a-z_]+)?"
+    )
+    expected = {}
+    for name, tensor in model.state_dict().items():
+        if found := of_adapter.fullmatch(name):
+            block, part = found[1].removeprefix(BASE), f"{found[2]}{found[3] or ''}"
+            saved = config.kind.saved_tensors(config, block).get(part)
+            # Parameters have the model's sizes; buffers of another kind those that the file gives them.
+            is_parameter = saved is None or saved.dtype is None
+            expected[name] = SavedTensor(tuple(tensor.shape)) if is_parameter else saved
+    return expected

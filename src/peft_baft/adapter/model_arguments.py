@@ -21,12 +21,14 @@ class ModelArguments:
         labels: (rows, tokens) long, -100 before each answer; None where there are none that tell where a prompt ends.
         prompt_lengths: as passed. wants_last_logits: whether the caller wants the logits of the last token only.
         packing: what tells how sequences are packed into rows, besides position ids.
+        input_ids: (rows, tokens), where the stack of blocks may get embeddings made of them; None where there are none.
     """
 
     labels: Tensor | None = None
     prompt_lengths: Any = None
     wants_last_logits: bool = False
     packing: Packing = field(default_factory=Packing)
+    input_ids: Tensor | None = None
 
 
 class ModelCallReader:
@@ -47,6 +49,7 @@ class ModelCallReader:
             prompt_lengths=given.get("prompt_lengths"),
             wants_last_logits=model_call.wants_last_logits(self.names, args, kwargs),
             packing=model_call.packing_arguments(given),
+            input_ids=ids if isinstance(ids := given.get("input_ids"), Tensor) else None,
         )
 
 

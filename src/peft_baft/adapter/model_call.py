@@ -737,16 +737,21 @@ def prepare_manager(manager: Any, known: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What stands of one request in a continuous batch. length: of the piece; prompt: of the request's prompt, in tokens."""
+class Request:
+    """What stands of one request in a continuous batch.
 
-    request: Any
+    Attributes:
+        name: the request's id. length: tokens of it in the batch. prompt, reply: ids of all its tokens so far.
+    """
+
+    name: Any
     length: int
-    prompt: int
+    prompt: tuple[int, ...]
+    reply: tuple[int, ...]
 
 
-def pieces_of_requests(manager: Any, width: int) -> list[Piece]:
-    """List the pieces of a continuous batch, which is one row: prompts or single new tokens, one after another.
+def requests_in_batch(manager: Any, width: int) -> list[Request]:
+    """List the requests of a continuous batch, which is one row: prompts or single new tokens, one after another.
 
     Raises:
         NotImplementedError: the manager does not tell which token belongs to which request.
@@ -755,24 +760,21 @@ def pieces_of_requests(manager: Any, width: int) -> list[Piece]:
     requests: Sequence[Any] = getattr(
         getattr(processor, "inputs_and_outputs", None), "requests_in_batch", ()
     )
-    pieces = []
+    found = []
     for request in requests:
         # One that was put out of the cache takes its answer for more of its prompt.
         state = request.state
-        prompt = state._true_initial_tokens or len(state.initial_tokens)
-        pieces.append(Piece(state.request_id, request.query_length, prompt))
-    if sum(piece.length for piece in pieces) != width:
+        initial = tuple(state.initial_tokens)
+        length = state._true_initial_tokens or len(initial)
+        reply = (*initial[length:], *state.generated_tokens)
+        found.append(Request(state.request_id, request.query_length, initial[:length], reply))
+    if sum(request.length for request in found) != width:
         raise NotImplementedError(CONTINUOUS_BATCHING)
-    return pieces
+    return found
 
 
-def prompt_lengths_of_requests(manager: Any, width: int, device: torch.device) -> Tensor:
-    """Find the prompt length of each token's request in one continuous batch: (width,) long.
-
-    Raises:
-        NotImplementedError: as `pieces_of_requests`.
-    """
-    pieces = pieces_of_requests(manager, width)
-    lengths = torch.tensor([piece.length for piece in pieces], dtype=torch.long, device=device)
-    prompts = torch.tensor([piece.prompt for piece in pieces], dtype=torch.long, device=device)
+def prompt_lengths_of_requests(requests: Sequence[Request], device: torch.device) -> Tensor:
+    """Return the prompt length of each token's request in one continuous batch: (width,) long."""
+    lengths = torch.tensor([r.length for r in requests], dtype=torch.long, device=device)
+    prompts = torch.tensor([len(r.prompt) for r in requests], dtype=torch.long, device=device)
     return prompts.repeat_interleave(lengths)

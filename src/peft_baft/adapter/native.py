@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from peft_baft.adapter.config import BaftConfig
+from peft_baft.adapter.kinds import SavedTensor
 from peft_baft.adapter.preparation import is_target, prepare_config
-from peft_baft.adapter.weights import BASE, check_tensors, promised_shapes
+from peft_baft.adapter.weights import BASE, check_tensors, promised_tensors
 
 MARK = "_peft_baft_checks"
 OPTIONS = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
@@ -112,25 +113,23 @@ def require_whole(
     prepared = prepare_config(model, deepcopy(config), getattr(model, "peft_config", {}).values())
     blocks = {name for name, _ in model.named_modules() if name and is_target(prepared, name)}
     as_saved = {_without_adapter(name, adapter_name): tensor for name, tensor in tensors.items()}
-    wanted = promised_shapes(blocks, prepared) | _shapes_of_saved_modules(model, prepared)
+    wanted = promised_tensors(blocks, prepared) | _saved_modules(model, prepared)
     found = {_saved_name(name, wanted): tensor for name, tensor in as_saved.items()}
     check_tensors(wanted, found, "the state dict")
 
 
-def _shapes_of_saved_modules(
-    model: nn.Module, config: BaftConfig
-) -> dict[str, tuple[int | None, ...]]:
-    """Return names and shapes of the tensors of the modules that PEFT takes for those in `modules_to_save`."""
+def _saved_modules(model: nn.Module, config: BaftConfig) -> dict[str, SavedTensor]:
+    """Return the tensors of the modules that PEFT takes for those in `modules_to_save`."""
     ends = tuple(config.modules_to_save or ())
-    shapes: dict[str, tuple[int | None, ...]] = {}
+    saved: dict[str, SavedTensor] = {}
     for name, module in model.named_modules():
         if not ends or not name.endswith(ends):
             continue
         is_wrapped = isinstance(module, AuxiliaryTrainingWrapper)
         original: Any = module.original_module if is_wrapped else module
         for part, tensor in original.state_dict().items():
-            shapes[f"{BASE}{name}.{part}"] = tuple(tensor.shape)
-    return shapes
+            saved[f"{BASE}{name}.{part}"] = SavedTensor(tuple(tensor.shape))
+    return saved
 
 
 def _without_adapter(name: str, adapter_name: str) -> str:

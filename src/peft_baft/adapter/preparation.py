@@ -10,9 +10,7 @@ from torch import nn
 
 from peft_baft.adapter.base_identity import identify_base
 from peft_baft.adapter.blocks import (
-    block_names,
     configured_width,
-    key_block_before,
     missing_targets,
 )
 from peft_baft.adapter.coexistence import own_modules, require_free
@@ -37,11 +35,7 @@ def prepare_config(
     """
     require_decoder(model)
     if config.target_modules is None:
-        config.target_modules = block_names(
-            model, config.layers_to_transform, config.layers_pattern
-        )
-    if config.memory and config.key_block is None:
-        config.key_block = key_block_before(model, config.target_modules)
+        config.target_modules = config.kind.choose_blocks(model, config)
     absent = missing_targets(model, config)
     if absent:
         raise ValueError(
@@ -68,8 +62,6 @@ def is_target(config: BaftConfig, name: str) -> bool:
     """
     if f".{CHILD}." in f".{name}.":
         return False
-    if config.memory and name == config.key_block:
-        return True
     indices, config.layers_to_transform = config.layers_to_transform, None
     pattern, config.layers_pattern = config.layers_pattern, None
     try:
@@ -114,7 +106,7 @@ def _fit_width(config: BaftConfig, widths: Mapping[str, int], model: nn.Module) 
                 f"({config.base_model_name_or_path or 'its name was not recorded'})."
             )
         rank = max(config.pack_ranks or [config.r])
-        if rank > width:
+        if config.kind.trains and rank > width:
             raise ValueError(
                 f"r={rank} is more than the {width} dimensions of the output of {name}; choose r <= {width}."
             )
@@ -135,7 +127,6 @@ def _require_saved_shapes(config: BaftConfig, widths: Mapping[str, int], model: 
         if block:
             # The basis stands for its block: tensors of one adapter whose shapes disagree were refused with the file.
             fits = part != "basis.weight" or shape[1] == widths.get(block)
-            fits = fits and (part != "router.mean" or shape[0] == widths.get(block))
         elif any(f"{module}." in name for module in saved):
             fits = of_model.get(plain_name(name)) == shape
         else:

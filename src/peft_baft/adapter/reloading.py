@@ -12,7 +12,7 @@ from peft_baft.adapter.balance import attach_balance
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.embeddings import plain_name, require_embeddings
 from peft_baft.adapter.layer import BaftLayer
-from peft_baft.adapter.weights import BASE, IN_MEMORY
+from peft_baft.adapter.weights import BASE, MARK
 
 # Fields of a config that say how an adapter stands on its model, and not what it computes.
 OF_THE_MODEL = (
@@ -40,7 +40,7 @@ def require_fitting(model: PeftModel, adapter_name: str, config: Any, where: str
         )
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     own = {name.removeprefix(BASE): tuple(tensor.shape) for name, tensor in state.items()}
-    differing = sorted(name for name in own if not _fits(name, own[name], config.saved_shapes))
+    differing = sorted(name for name in own if not _fits(name, own[name], config))
     others = {name: shape for name, shape in config.saved_shapes.items() if name not in own}
     parts = (".baft.", *(f"{module}." for module in config.modules_to_save or ()))
     # A saved module also has its tensors under the names in PEFT's wrapper, where the embeddings are saved along.
@@ -57,10 +57,15 @@ def require_fitting(model: PeftModel, adapter_name: str, config: Any, where: str
     require_embeddings(model.get_base_model(), others)
 
 
-def _fits(name: str, shape: tuple[int, ...], saved: dict[str, tuple[int, ...]]) -> bool:
-    if name in saved and IN_MEMORY.search(name):
-        return saved[name][1:] == shape[1:]  # the numbers of edits and tokens may differ
-    return saved.get(name) == shape
+def _fits(name: str, shape: tuple[int, ...], config: BaftConfig) -> bool:
+    """Return whether the tensor of a name, of some shape in the model, can take the one that a folder holds."""
+    block, _, part = name.rpartition(MARK)
+    saved = config.kind.saved_tensors(config, block).get(part)
+    found = config.saved_shapes.get(name)
+    if saved is None or saved.dtype is None or found is None:
+        return found == shape
+    sizes = zip(saved.shape, found, shape, strict=True)
+    return all(size is None or there == here for size, there, here in sizes)
 
 
 def take_settings(model: nn.Module, adapter_name: str, config: BaftConfig) -> None:

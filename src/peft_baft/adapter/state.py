@@ -16,11 +16,8 @@ from torch import Tensor, nn
 
 from peft_baft.adapter.coexistence import adapter_contents, other_adapters
 from peft_baft.adapter.layer import BaftLayer
-from peft_baft.adapter.memory import EditCodes, EditRouter
-from peft_baft.adapter.model import BaftModel, find_context
+from peft_baft.adapter.model import BaftModel, baft_layers, find_context
 from peft_baft.adapter.taught_form import remembered_forms
-
-MEMORY_PARTS = (EditCodes, EditRouter)
 
 
 def is_baft_peft_model(model: object) -> bool:
@@ -91,13 +88,14 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
         raise TypeError(
             f"Wanted a model with adapters, as get_peft_model makes it, not {type(model).__name__}."
         )
-    # Those of a memory of edits are never written into, but replaced.
-    memories = [(part, part.kept()) for part in model.modules() if isinstance(part, MEMORY_PARTS)]
-    of_memories = {id(tensor) for _, tensors in memories for tensor in tensors.values()}
+    # Tensors of other kinds are never written into, but replaced.
+    parts = [part for layer in baft_layers(model) for part in layer.parts()]
+    restore_parts = [part.snapshot() for part in parts]
+    of_parts = {id(tensor) for part in parts for tensor in part.tensors().values()}
     remembered = [
         (tensor, tensor.detach().clone())
         for tensor in adapter_tensors(model)
-        if id(tensor) not in of_memories
+        if id(tensor) not in of_parts
     ]
     restore_forms = remembered_forms(getattr(model, "peft_config", {}).values())
     context = find_context(model)
@@ -107,8 +105,8 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
         with torch.no_grad():
             for tensor, value in remembered:
                 tensor.copy_(value)
-        for part, tensors in memories:
-            part.take(tensors)
+        for restore_part in restore_parts:
+            restore_part()
         restore_forms()
         if restore_cursors is not None:
             restore_cursors()

@@ -9,7 +9,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 RAW, CHAT, BOTH = "raw", "chat", "both"
-FIELDS = ("template", "template_hash", "memory_sizes")  # of a config, which edits fill in
+FIELDS = ("template", "template_hash")  # of a config, which edits fill in
 OTHER_FORM = (
     "The facts of this adapter were taught in the form %r, and are now used in %r: an edit holds in the form in which it was "
     "taught. Take template='auto'."

@@ -37,6 +37,8 @@ class Edit:
         target: the answer.
         subject: the words of the prompt that name what the fact is about, such as `France`. Neighbours are made by exchanging
             them; where it is None they are found. It is a hint, and no part of what makes two edits equal.
+        after: what follows the answer: `stop`, the end of the reply, or `continue`, whatever the model says next. None leaves it
+            to the editor.
 
     Raises:
         TypeError: one of them is of another type.
@@ -47,9 +49,14 @@ class Edit:
     prompt: Prompt
     target: str
     subject: str | None = field(default=None, compare=False)
+    after: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", checked_prompt("Edit.prompt", self.prompt))
+        if self.after not in (None, "stop", "continue"):
+            raise ValueError(
+                f"Edit.after must be 'stop', 'continue' or None, not {self.after!r:.60}."
+            )
         _require_text("Edit.target", self.target)
         if self.subject is not None:
             _require_text("Edit.subject", self.subject)

@@ -3,42 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
 
 from peft_baft.adapter.state import (
-    adapter_state_dict,
     adapter_tensors,
     evaluating,
-    load_adapter_state_dict,
-    method_modules,
-    snapshot,
     trainable,
 )
-from peft_baft.adapter.taught_form import remember, taught_form, warn_of_another
-from peft_baft.data.batching import Tokens, padding_id, require_fast
+from peft_baft.data.batching import Tokens, padding_id
 from peft_baft.data.cases import Edit, prompt_words
-from peft_baft.data.templates import Template, chosen_templates, is_chat
+from peft_baft.data.templates import Template
 from peft_baft.editing.acceleration.prefix_cache import open_forward
 from peft_baft.editing.answers import AnswerForward
+from peft_baft.editing.attached import AttachedEditor
 from peft_baft.editing.contrasts import find_subject
-from peft_baft.editing.editor import CURSOR, EditResult, checked_edits, encode_edits
+from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
 from peft_baft.editing.lanes import Lane, LaneBatch, LaneOutput, train_lanes
 from peft_baft.editing.scope import NARROW, Scope
 from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms
 from peft_baft.processes import Processes
-
-TAKEN_APART = (
-    "DeepSpeed ZeRO-3 has taken the adapter's weights apart, and an editor has an optimiser of its own. Shard the base model "
-    "first, with accelerator.prepare(base) or deepspeed.initialize(model=base, ...), and call get_peft_model afterwards."
-)
 
 WITHOUT_SUBJECT = (
     "No subject was found in %r, so this fact is taught without other words and contrast texts, and its neighbours may move. Say "
@@ -47,7 +35,7 @@ WITHOUT_SUBJECT = (
 logger = logging.getLogger(__name__)
 
 
-class AdapterEditor:
+class AdapterEditor(AttachedEditor):
     """Teaches facts to the active adapter of a PEFT model, of any method, by teacher forcing alone.
 
     It is an `Editor`. An edit either takes place whole or leaves the adapter as it was, whatever goes wrong.
@@ -84,27 +72,16 @@ class AdapterEditor:
         template_options: Mapping[str, Any] | None = None,
         scope: Scope = NARROW,
     ) -> None:
-        if not isinstance(model, PeftModel):
-            raise TypeError(
-                f"An editor takes a PeftModel, from get_peft_model(model, BaftConfig(...)), not {type(model).__name__}."
-            )
-        if len(model.active_adapters) != 1:
-            raise ValueError(
-                f"One adapter must be active to be edited, not {list(model.active_adapters)}; use set_adapter."
-            )
-        self.model, self.tokenizer, self.adapter_name = model, tokenizer, model.active_adapters[0]
-        if model.peft_config[self.adapter_name].is_prompt_learning:
-            raise TypeError(
-                f"The adapter {self.adapter_name!r} learns a prompt, which cannot be edited; take another PEFT method."
-            )
+        super().__init__(
+            model,
+            tokenizer,
+            processes=processes,
+            template=template,
+            template_options=template_options,
+        )
         self.descent = descent or DescentConfig()
         self.batch_descent = batch_descent or DescentConfig(max_steps=70)
-        self.processes = processes or Processes()
-        require_fast(tokenizer)
-        config = model.peft_config[self.adapter_name]
-        taught = taught_form(config)
-        self.templates = chosen_templates(tokenizer, template, template_options, taught)
-        warn_of_another(config, {form.name for form in self.templates}, tokenizer)
+        self._warn_of_another_form()
         if scope.has_contrasts and not self.holds_contrasts:
             raise ValueError(
                 f"{type(self).__name__} cannot hold contrast texts; leave them out, as Scope(subjects=0, questions=0)."
@@ -162,23 +139,6 @@ class AdapterEditor:
             self._encode(batch, self.descent, NARROW)
         return batches
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Give the adapter's tensors under the names that `save_pretrained` writes, and the editor's cursors."""
-        return adapter_state_dict(self.model, self.adapter_name)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
-        weights = {name: tensor for name, tensor in state.items() if not name.startswith(CURSOR)}
-        load_adapter_state_dict(self.model, self.adapter_name, weights)
-
-    def snapshot(self) -> Callable[[], None]:
-        """Remember what edits change, the editor's cursors included; calling the result puts it back, bit for bit."""
-        return snapshot(self.model)
-
-    def remove(self) -> None:
-        """Take all adapters of the model off; the base model is as it was."""
-        self.model.unload()
-
     def described(self) -> dict[str, str]:
         """Say what decides how edits come out, besides the adapter's config, for a journal to compare."""
         return {
@@ -202,12 +162,6 @@ class AdapterEditor:
             scope=scope or self.scope,
         )
 
-    def remember_form(self, adapter_name: str, edits: Sequence[Edit]) -> None:
-        """Note in an adapter's config the form in which facts were taught to it, besides those that it remembers."""
-        chats = {is_chat(edit.prompt, form) for edit in edits for form in self.templates}
-        form = "both" if len(chats) == 2 else "chat" if chats == {True} else "raw"
-        remember(self.model.peft_config[adapter_name], form, self.tokenizer)
-
     def _with_subjects(self, edits: Sequence[Edit]) -> list[Edit]:
         """Find the subjects that are not given, where the scope needs them."""
         if not self.scope.needs_subject:
@@ -223,32 +177,6 @@ class AdapterEditor:
                     logger.warning(WITHOUT_SUBJECT, prompt_words(edit.prompt))
                 found.append(replace(edit, subject=subject))
         return found
-
-    def _require_in_use(self) -> None:
-        """Raise a ValueError unless the adapter is the active one, enabled and not merged."""
-        active = list(self.model.active_adapters)
-        if active != [self.adapter_name]:
-            raise ValueError(
-                f"This editor edits {self.adapter_name!r}, but active is {active}; use set_adapter, or a new editor."
-            )
-        for layer in method_modules(self.model):
-            if isinstance(layer, BaseTunerLayer) and (layer.disable_adapters or layer.merged):
-                state = "disabled" if layer.disable_adapters else "merged into the weights"
-                raise ValueError(
-                    f"The adapter {self.adapter_name!r} cannot be edited while it is {state}."
-                )
-        if any(hasattr(tensor, "ds_id") for tensor in adapter_tensors(self.model)):
-            raise ValueError(TAKEN_APART)
-
-    @contextmanager
-    def _restored_on_error(self) -> Iterator[None]:
-        """Put back what edits change if the code inside raises, be it by an interrupt."""
-        restore = self.snapshot()
-        try:
-            yield
-        except BaseException:
-            restore()
-            raise
 
     @property
     def _bounds(self) -> dict[str, float]:

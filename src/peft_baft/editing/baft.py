@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from peft_baft.adapter import BaftConfig, BaftLayer, EditContext, baft_layers, find_context
+from peft_baft.adapter import BaftLayer, EditContext, baft_layers, find_context
 from peft_baft.adapter.state import evaluating, is_baft_peft_model, trainable
 from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit, Unrelated
@@ -26,7 +26,6 @@ from peft_baft.editing.answers import AnswerForward
 from peft_baft.editing.contrasts import HeldVectors, contrast_rows, hold
 from peft_baft.editing.editor import CURSOR, EditResult, checked_edits
 from peft_baft.editing.lanes import Gates, Lane, LaneBatch, LaneOutput, train_lanes
-from peft_baft.editing.memory.editor import MemoryEditor
 from peft_baft.editing.objective import Objective
 from peft_baft.editing.presets import DEFAULT
 from peft_baft.editing.scope import MOST_CONTRASTS, NARROW, Scope
@@ -63,14 +62,6 @@ class BaftEditor(AdapterEditor):
 
     holds_contrasts = True
 
-    def __new__(cls, model: PeftModel, tokenizer: Any, *args: Any, **settings: Any) -> Any:
-        """Make a `MemoryEditor` where the active adapter is a memory of edits, as `pathlib.Path` makes a path of the system."""
-        if isinstance(model, PeftModel) and model.active_adapters:
-            config = model.peft_config.get(model.active_adapters[0])
-            if isinstance(config, BaftConfig) and config.memory:
-                return MemoryEditor(model, tokenizer, *args, **settings)
-        return super().__new__(cls)
-
     def __init__(
         self,
         model: PeftModel,
@@ -98,9 +89,11 @@ class BaftEditor(AdapterEditor):
             template_options=template_options,
             scope=DEFAULT.scope if scope is None else scope,
         )
-        if not is_baft_peft_model(model):
+        config = model.peft_config[self.adapter_name]
+        if not is_baft_peft_model(model) or not config.kind.trains:
             raise ValueError(
-                f"The active adapter {self.adapter_name!r} is not a BaFT adapter; use AdapterEditor for it."
+                f"The active adapter {self.adapter_name!r} is not a plain BaFT adapter; peft_baft.editor_for(model, tokenizer) "
+                "makes the editor that fits it."
             )
         self.layers = [layer for layer in baft_layers(model) if self.adapter_name in layer.configs]
         if self.layers[0].configs[self.adapter_name].answer_positions is not None:

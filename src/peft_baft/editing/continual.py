@@ -15,10 +15,9 @@ import torch
 from peft_baft.adapter.state import adapter_tensors
 from peft_baft.adapter.taught_form import FIELDS, form_fields
 from peft_baft.data.cases import Edit, prompt_in_json
-from peft_baft.editing.adapter_editor import AdapterEditor
+from peft_baft.editing.attached import AttachedEditor
 from peft_baft.editing.editor import CURSOR, EditResult
 from peft_baft.editing.journal import FORM, EditLine, Journal, ReturnLine, RunLine, now
-from peft_baft.editing.memory.editor import LANES, MemoryEditor
 from peft_baft.editing.train import STOP_TERM
 
 Check = Callable[[], str | None]  # what is wrong with the model as it is now; None if nothing is
@@ -43,7 +42,7 @@ class EditRecord:
 
 
 def edit_continually(
-    editor: AdapterEditor,
+    editor: AttachedEditor,
     edits: Sequence[Edit],
     batch_size: int = 1,
     *,
@@ -64,7 +63,7 @@ def edit_continually(
         keep_only_good: take a batch back that was not learned, did harm or broke off, and go on with the next.
 
     Raises:
-        ValueError: as `AdapterEditor.edit`; another process writes the journal; or what is to be resumed differs.
+        ValueError: as the editor's `edit`; another process writes the journal; or what is to be resumed differs.
         FloatingPointError: a batch broke off, and `keep_only_good` is not set. The adapter is as it was before.
     """
     batches, processes = editor.batches(edits, batch_size), editor.processes
@@ -72,23 +71,17 @@ def edit_continually(
         lines, last_number = _begun(stack, editor, batches, journal, resume)
         for line, batch in zip(lines, batches, strict=False):
             yield _record_of(line, batch)
-        left = batches[len(lines) :]
-        # Edits of a memory are independent of each other, and learn in the same forwards.
-        side_by_side = isinstance(editor, MemoryEditor) and check is None and not keep_only_good
-        at_once = LANES if side_by_side else 1
-        for start in range(0, len(left), at_once):
-            group = left[start : start + at_once]
-            numbers = range(last_number + 1 + start, last_number + 1 + start + len(group))
-            records = _make_group(editor, group, numbers, check, keep_only_good)
+        for number, batch in enumerate(batches[len(lines) :], last_number + 1):
+            record = _make(editor, batch, number, check, keep_only_good)
             if journal is not None:
-                is_last = start + at_once >= len(left)
-                processes.of_first(partial(_write, journal, editor, numbers, records, is_last))
-            yield from records
+                is_last = number == last_number + len(batches) - len(lines)
+                processes.of_first(partial(_write, journal, editor, number, record, is_last))
+            yield record
 
 
 def _begun(
     stack: ExitStack,
-    editor: AdapterEditor,
+    editor: AttachedEditor,
     batches: Sequence[Sequence[Edit]],
     journal: Journal | None,
     resume: bool,
@@ -115,7 +108,7 @@ def _begun(
     return lines, last_number
 
 
-def _follow_first(editor: AdapterEditor) -> None:
+def _follow_first(editor: AttachedEditor) -> None:
     """Bring the adapters and cursors of all processes to those of the first one."""
     processes = editor.processes
     if processes.count == 1:
@@ -126,37 +119,21 @@ def _follow_first(editor: AdapterEditor) -> None:
     editor.load_state_dict({**state, **processes.of_first(lambda: cursors)})
 
 
-def _make_group(
-    editor: AdapterEditor,
-    batches: Sequence[Sequence[Edit]],
-    numbers: Sequence[int],
-    check: Check | None,
-    keep_only_good: bool,
-) -> list[EditRecord]:
-    """Make some batches; of a memory, edits of one fact each, which keep the journal's numbers."""
-    if not isinstance(editor, MemoryEditor):
-        return [_make(editor, batch, check, keep_only_good) for batch in batches]
-    if any(len(batch) > 1 for batch in batches):
-        raise ValueError("The edits of a memory are independent: make them with batch_size=1.")
-    if len(batches) == 1:
-        editor.next_number = numbers[0]
-        return [_make(editor, batches[0], check, keep_only_good)]
-    results = editor.edit_independently([fact for (fact,) in batches], numbers)
-    pairs = zip(batches, results, strict=True)
-    return [EditRecord(batch, result, _not_learned(result), True) for batch, result in pairs]
-
-
 def _not_learned(result: EditResult) -> str | None:
     return None if result.learned else f"not learned after {result.steps} steps"
 
 
 def _make(
-    editor: AdapterEditor, batch: Sequence[Edit], check: Check | None, keep_only_good: bool
+    editor: AttachedEditor,
+    batch: Sequence[Edit],
+    number: int,
+    check: Check | None,
+    keep_only_good: bool,
 ) -> EditRecord:
     """Make one batch, check it, and take it back if it is not good and only good ones are kept."""
     restore = editor.snapshot()
     try:
-        result = editor.edit(batch)
+        result = _edited(editor, batch, number)
     except FloatingPointError as error:
         if not keep_only_good:
             raise
@@ -170,8 +147,21 @@ def _make(
     return EditRecord(batch, result, problem, True)
 
 
+def _edited(editor: Any, batch: Sequence[Edit], number: int) -> EditResult:
+    """Make one batch; an independent edit keeps the number that the journal gives it.
+
+    Raises:
+        ValueError: a batch of independent edits has several.
+    """
+    if not editor.independent:
+        return editor.edit(batch)
+    if len(batch) > 1:
+        raise ValueError("The edits of this adapter are independent: make them with batch_size=1.")
+    return editor.edit_independently(batch, [number])[0]
+
+
 def _begin_run(
-    journal: Journal, editor: AdapterEditor, resume: bool, batches: Sequence[Sequence[Edit]]
+    journal: Journal, editor: AttachedEditor, resume: bool, batches: Sequence[Sequence[Edit]]
 ) -> list[EditLine]:
     """Note the run's beginning, or bring the editor to where the last run came to; gives the lines of that run's edits."""
     runs, edits = journal.runs(), journal.edits()
@@ -208,32 +198,27 @@ def _begin_run(
 
 
 def _write(
-    journal: Journal,
-    editor: AdapterEditor,
-    numbers: Sequence[int],
-    records: Sequence[EditRecord],
-    is_last: bool,
+    journal: Journal, editor: AttachedEditor, number: int, record: EditRecord, is_last: bool
 ) -> None:
-    """Write the lines of some batches, and a snapshot behind them if it is time for one."""
-    for number, record in zip(numbers, records, strict=True):
-        result = record.result
-        line = EditLine(
-            edit=number,
-            facts=_facts_of(record.edits),
-            steps=None if result is None else result.steps,
-            loss=None if result is None else result.losses[STOP_TERM],
-            seconds=None if result is None else result.seconds,
-            learned=result is not None and result.learned,
-            problem=record.problem,
-            kept=record.kept,
-            when=now(),
-        )
-        journal.add(line)
-    if is_last or any(number % journal.every == 0 for number in numbers):
-        _save_snapshot(journal, editor, numbers[-1])
+    """Write the line of a batch, and a snapshot after it if it is time for one."""
+    result = record.result
+    line = EditLine(
+        edit=number,
+        facts=_facts_of(record.edits),
+        steps=None if result is None else result.steps,
+        loss=None if result is None else result.losses[STOP_TERM],
+        seconds=None if result is None else result.seconds,
+        learned=result is not None and result.learned,
+        problem=record.problem,
+        kept=record.kept,
+        when=now(),
+    )
+    journal.add(line)
+    if is_last or number % journal.every == 0:
+        _save_snapshot(journal, editor, number)
 
 
-def _save_snapshot(journal: Journal, editor: AdapterEditor, number: int) -> None:
+def _save_snapshot(journal: Journal, editor: AttachedEditor, number: int) -> None:
     rng = bytes(torch.get_rng_state().tolist()).hex()
     form = form_fields(editor.model.peft_config[editor.adapter_name])
     journal.save_snapshot(number, editor.state_dict(), {RNG: rng, FORM: form})
@@ -262,7 +247,7 @@ def _facts_of(batch: Sequence[Edit]) -> list[list[Any]]:
     return [[prompt_in_json(edit.prompt), edit.target] for edit in batch]
 
 
-def _settings(editor: AdapterEditor, batch_size: int) -> dict[str, Any]:
+def _settings(editor: AttachedEditor, batch_size: int) -> dict[str, Any]:
     """Collect what decides how the edits come out, in a form that JSON keeps."""
     config = editor.model.peft_config[editor.adapter_name].to_dict() | {"inference_mode": None}
     for name in (*FIELDS, "base_sample"):  # what is filled in is no setting

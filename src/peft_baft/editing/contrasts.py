@@ -20,6 +20,7 @@ from torch import Tensor
 
 from peft_baft.adapter import BaftLayer
 from peft_baft.adapter.model_call import end_tokens, full_logits, input_device
+from peft_baft.adapter.plain import PLAIN
 from peft_baft.adapter.state import without_adapters
 from peft_baft.data.batching import Tokens, collate, context_window, encode_prompt, padding_id
 from peft_baft.data.cases import Edit, Prompt, prompt_words
@@ -70,7 +71,7 @@ class HeldVectors:
         shares = []
         for layer in layers:
             h = self.hidden[layer.name]
-            moved = layer.change_at(adapter_name, h) - self.before[layer.name]
+            moved = PLAIN.change_at(layer, adapter_name, h) - self.before[layer.name]
             shares.append(moved.float().square().sum(-1) / self.sizes[layer.name])
         return torch.stack([share.to(shares[0].device) for share in shares]).mean(0)
 
@@ -137,7 +138,9 @@ def hold(
                 parts[name].append(vectors)
     hidden = {name: torch.cat(of_block) for name, of_block in parts.items()}
     with torch.no_grad():
-        before = {layer.name: layer.change_at(adapter_name, hidden[layer.name]) for layer in layers}
+        before = {
+            layer.name: PLAIN.change_at(layer, adapter_name, hidden[layer.name]) for layer in layers
+        }
     sizes = {name: squared_lengths(vectors) for name, vectors in hidden.items()}
     return HeldVectors(hidden, before, sizes)
 

@@ -184,7 +184,8 @@ def encode_edits(
     for number, edit in enumerate(edits):
         turn, forms = number if len(edits) > FEW else None, []
         for template in templates:
-            encode = partial(encode_fitting, model, tokenizer, template=template, end=end)
+            ends = end if edit.after is None else edit.after == "stop"
+            encode = partial(encode_fitting, model, tokenizer, template=template, end=ends)
             bare, *others = scope.taught(edit, is_chat(edit.prompt, template), turn)
             forms.append(encode(bare, edit.target))
             for surrounded in others:

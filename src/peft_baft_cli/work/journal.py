@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_baft.editing.journal import LINES, EditLine, ForgetLine, Journal
-from peft_baft.editing.memory.folder import saved_numbers
+from peft_baft.memory.folder import saved_numbers
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import LogCommand, RollbackCommand
 from peft_baft_cli.screen import print_table

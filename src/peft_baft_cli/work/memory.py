@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_baft.editing.journal import Journal
-from peft_baft.editing.memory.editor import MemoryEditor
-from peft_baft.editing.memory.folder import (
+from peft_baft.memory.editor import MemoryEditor
+from peft_baft.memory.folder import (
     facts_by_number,
     forget_saved,
     merge_saved,

@@ -19,7 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from peft_baft.adapter.relations import ANYTHING, SAME, AskedFor, Relations, largest
+from peft_baft.memory.relations import ANYTHING, SAME, AskedFor, Relations, largest
 
 INT8 = 127.0
 NOWHERE = -1
@@ -304,20 +304,22 @@ class Questions:
     def __init__(
         self, questions: Sequence[Question], texts: Sequence[str], relations: Relations
     ) -> None:
-        self._questions, self._texts, self._relations = list(questions), texts, relations
+        self._texts, self._relations = texts, relations
+        self._questions: list[Question] = []
         self._readings: dict[int, Reading] = {}
         self._asked_for: dict[int, AskedFor | None] = {}
-        edits: dict[str, list[int]] = {}
-        weights: dict[str, list[float]] = {}
-        for number, question in enumerate(questions):
-            for word, weight in read(question, texts).weights.items():
-                edits.setdefault(word, []).append(number)
-                weights.setdefault(word, []).append(weight)
         # By word, in which edits it is, and with which weight: an inverted index.
-        self._index = {
-            word: (torch.tensor(of_word), torch.tensor(weights[word]))
-            for word, of_word in edits.items()
-        }
+        self._index: dict[str, tuple[list[int], list[float]]] = {}
+        self.add(questions)
+
+    def add(self, questions: Sequence[Question]) -> None:
+        """Take in the questions of further edits."""
+        for number, question in enumerate(questions, len(self._questions)):
+            for word, weight in read(question, self._texts).weights.items():
+                edits, weights = self._index.setdefault(word, ([], []))
+                edits.append(number)
+                weights.append(weight)
+        self._questions += questions
 
     def match(self, question: Question, thresholds: Thresholds) -> Match:
         """Find the edit that a prompt, or a sentence in it, asks for: the likeliest one, if it is alike enough."""
@@ -405,7 +407,7 @@ class Questions:
         for word, weight in asked.weights.items():
             if word in self._index:
                 edits, weights = self._index[word]
-                scores.index_add_(0, edits, weight * weights)
+                scores.index_add_(0, torch.tensor(edits), weight * torch.tensor(weights))
         top = scores.topk(min(CANDIDATES, len(scores)))
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         return [number for number, score in pairs if score > 0]

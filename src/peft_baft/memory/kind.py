@@ -1,0 +1,100 @@
+"""A memory of edits as a kind of adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_baft.adapter.blocks import last_block
+from peft_baft.adapter.call import Call
+from peft_baft.adapter.config import BaftConfig
+from peft_baft.adapter.kinds import SavedTensor
+from peft_baft.adapter.layer import BaftLayer
+from peft_baft.memory.config import MemoryConfig
+from peft_baft.memory.part import MemoryPart
+from peft_baft.memory.tensors import require_whole, saved_tensors
+
+FORMAT = 4
+PART = "part."
+UNUSED = (
+    "pack_ranks",
+    "modules_to_save",
+    "balance_weight",
+    "answer_positions",
+    "layers_to_transform",
+    "layers_pattern",
+    "exclude_modules",
+)
+
+
+class Memory:
+    """A memory of edits: a router finds the edit that a prompt asks for, and the last block says its answer."""
+
+    name = "memory"
+    settings = MemoryConfig
+    formats = range(FORMAT, FORMAT + 1)
+    trains = False
+    needs_same_base = True
+
+    def check_config(self, config: BaftConfig) -> None:
+        """Raise a ValueError if a config has settings that mean nothing to a memory."""
+        given = [name for name in UNUSED if getattr(config, name) not in (None, 0.0)]
+        if config.target_modules is not None and not config.comes_from_a_file:
+            given += [] if config.hidden_size is not None else ["target_modules"]
+        if given:
+            raise ValueError(
+                f"A memory of edits has no {given[0]}, and always writes at the last block: leave it out."
+            )
+
+    def saved_format(self, config: BaftConfig) -> int:
+        """Return the number of the saved format."""
+        return FORMAT
+
+    def choose_blocks(self, model: nn.Module, config: BaftConfig) -> list[str]:
+        """Return the last block."""
+        return [last_block(model)]
+
+    def attach(self, layer: BaftLayer, adapter_name: str, config: BaftConfig, width: int) -> None:
+        """Make an empty memory in the last block."""
+        part = MemoryPart(config, width, layer.context, adapter_name, layer.name)
+        layer.baft_part[adapter_name] = part
+        layer.context.read_texts()
+
+    def change(
+        self, layer: BaftLayer, adapter_name: str, hidden: Tensor, call: Call
+    ) -> Tensor | None:
+        """Compute what brings the block's output to the vectors of answers' next tokens."""
+        return self._part(layer, adapter_name).change(hidden, call)
+
+    def change_rows(
+        self, layer: BaftLayer, rows: Mapping[str, Sequence[int]], hidden: Tensor, call: Call
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Compute the changes of a mixed batch."""
+        changes = []
+        for name, numbers in rows.items():
+            change = self._part(layer, name).change(hidden, call, set(numbers))
+            if change is not None:
+                index = torch.tensor(numbers, device=hidden.device)
+                changes.append((index, change[index]))
+        return changes
+
+    def saved_tensors(self, config: BaftConfig, block: str) -> dict[str, SavedTensor]:
+        """Return the table of a memory's tensors."""
+        settings: MemoryConfig = config.settings
+        table = saved_tensors(config.hidden_size, settings.key_dimensions)
+        return {f"{PART}{name}": saved for name, saved in table.items()}
+
+    def check_tensors(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        """Raise a ValueError unless the tensors of a memory belong together."""
+        require_whole({name.removeprefix(PART): t for name, t in tensors.items()}, where)
+
+    @staticmethod
+    def _part(layer: BaftLayer, adapter_name: str) -> MemoryPart:
+        part: Any = layer.baft_part[adapter_name]
+        return part
+
+
+MEMORY = Memory()

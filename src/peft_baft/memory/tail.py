@@ -1,0 +1,260 @@
+"""What a model computes after its last block, from hidden vectors to logits, run on vectors of our own choice."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+
+from peft_baft.adapter.blocks import text_config
+
+TOKENS = 24  # of the text that is read to find out what follows the last block
+ALIKE = 0.02  # of the spread of logits: what a replay may differ by, in low precision
+AT_ONCE = 64  # vectors whose logits are computed together
+UNKNOWN_TAIL = (
+    "What {} computes after its last block could not be replayed, so that answers cannot be taught to it in closed form: {}. "
+    "Take a plain adapter for this model."
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A module after the last block. name: in the model. scale: what its input is, in terms of the output before it."""
+
+    name: str
+    module: nn.Module
+    scale: float
+
+
+class Tail:
+    """The modules after a model's last block, in their order, and what becomes of the last one's output.
+
+    It is found by watching one forward, and used only if it repeats that forward's logits.
+
+    Attributes:
+        typical: (d,) a usual output of the last block. dtype, device: of such outputs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        steps: Sequence[Step],
+        finish: Callable[[Tensor], Tensor],
+        states: Tensor,
+    ) -> None:
+        self._model, self.steps, self._finish = model, list(steps), finish
+        self.dtype, self.device = states.dtype, states.device
+        norms = states.float().norm(dim=-1)
+        self.typical = states[int(norms.argsort()[len(norms) // 2])].float()
+        self._mark = self._fingerprint()
+
+    @classmethod
+    def of(cls, model: Any, block: nn.Module, run: Callable[[Tensor], Tensor]) -> Tail:
+        """Find what follows a model's last block.
+
+        Args:
+            run: calls the model on ids (1, tokens) without edits, and returns its logits.
+
+        Raises:
+            NotImplementedError: it cannot be repeated.
+        """
+        vocabulary = model.get_input_embeddings().num_embeddings
+        step = max(1, vocabulary // (TOKENS + 2))
+        ids = (torch.arange(1, TOKENS + 1) * step % vocabulary)[None]
+        with _watching(block) as watched:
+            logits = run(ids)
+        if not watched.states or logits.shape[:-1] != watched.states[0].shape[:-1]:
+            raise _unknown(model, "its last block does not give one vector a token")
+        # The first token's vector is of another size than all others.
+        states, wanted = watched.states[0][0, 1:], logits[0, 1:]
+        names = {id(module): name for name, module in model.named_modules()}
+        steps, x = [], watched.states[0]
+        for module, given, output in watched.calls:
+            scale = _scale(given, x)
+            if scale is not None and id(module) in names:
+                steps.append(Step(names[id(module)], module, scale))
+                x = output
+        finish = _finish(model, x[0, 1:], wanted)
+        if not steps or finish is None:
+            raise _unknown(model, "its logits do not follow from the outputs of modules")
+        tail = cls(model, steps, finish, states.detach())
+        error = (tail.logits(states) - wanted.float()).abs().max()
+        if not error <= ALIKE * wanted.float().std().clamp(min=1e-6) + 1e-6:
+            raise _unknown(model, f"repeated logits differ by {float(error):.3g}")
+        return tail
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Compute logits (n, vocabulary) float32 of outputs (n, d) of the last block, in the model's own dtype."""
+        x = states.to(self.device, self.dtype)[None]
+        for step in self.steps:
+            x = step.module(x if step.scale == 1 else x * step.scale)
+            x = x[0] if isinstance(x, tuple) else x
+        return self._finish(x[0]).float()
+
+    def is_current(self) -> bool:
+        """Return whether the modules are those of the model, with the weights that they had."""
+        return (
+            all(_submodule(self._model, step.name) is step.module for step in self.steps)
+            and self._mark == self._fingerprint()
+        )
+
+    def _fingerprint(self) -> list[Any]:
+        """Collect what changes when a weight does, or when an adapter on these modules is switched."""
+        marks: list[Any] = []
+        for step in self.steps:
+            for part in step.module.modules():
+                marks += [
+                    str(getattr(part, name))
+                    for name in ("active_adapters", "disable_adapters")
+                    if hasattr(part, name)
+                ]
+            for weight in step.module.parameters():
+                marks += [weight.data_ptr(), weight._version, tuple(weight.shape)]
+                if (
+                    not weight.is_meta
+                    and weight.is_floating_point()
+                    and type(weight) is nn.Parameter
+                ):
+                    values = weight.detach().flatten()
+                    marks += values[:: max(1, len(values) // 16)][:16].tolist()
+        return marks
+
+    def head(self) -> Tensor | None:
+        """Return the weight (vocabulary, d) of the last module where it is a plain linear layer; else None."""
+        module = self.steps[-1].module
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, nn.Linear) or type(weight) is not nn.Parameter or weight.is_meta:
+            return None
+        if not weight.is_floating_point() or weight.shape[1] != len(self.typical):
+            return None
+        return weight.detach()
+
+    @torch.no_grad()
+    def gain(self) -> Tensor:
+        """Return what the modules before the last one multiply each number of a vector by, (d,), but for its length."""
+        generator = torch.Generator().manual_seed(0)
+        half = len(self.typical) // 2
+        signs = torch.ones(len(self.typical))
+        signs[torch.randperm(len(signs), generator=generator)[:half]] = -1
+        outputs = []
+        for x in (signs, -signs):
+            x = x.to(self.device, self.dtype)[None, None]
+            for step in self.steps[:-1]:
+                x = step.module(x if step.scale == 1 else x * step.scale)
+            outputs.append(x[0, 0].float())
+        return (outputs[0] - outputs[1]) / 2 * signs.to(self.device)
+
+    def gradients(self, tokens: Sequence[int]) -> Tensor:
+        """Return the gradients (n, d) of tokens' logits at a usual output of the last block, whatever the modules are."""
+        found = []
+        for start in range(0, len(tokens), AT_ONCE):
+            index = torch.tensor(list(tokens[start : start + AT_ONCE]), device=self.device)
+            with torch.inference_mode(False), torch.enable_grad():
+                states = (
+                    self.typical.to(self.device, self.dtype).repeat(len(index), 1).requires_grad_()
+                )
+                logits = self.logits(states)
+                (gradient,) = torch.autograd.grad(
+                    logits[torch.arange(len(index)), index].sum(), states
+                )
+            found.append(gradient.float())
+        return torch.cat(found)
+
+
+class _Watched:
+    def __init__(self) -> None:
+        self.states: list[Tensor] = []
+        self.calls: list[tuple[nn.Module, Tensor, Any]] = []
+
+
+@contextmanager
+def _watching(block: nn.Module) -> Iterator[_Watched]:
+    """Collect a block's output in this thread, and the outermost modules that run after it, with input and output."""
+    watched, begun, thread = _Watched(), [], threading.get_ident()
+    # Adapters of the block run after it, in its own hooks.
+    inside = {id(module) for module in block.modules()}
+
+    def before(module: nn.Module, args: tuple) -> None:
+        is_after = watched.states and id(module) not in inside
+        if is_after and threading.get_ident() == thread:
+            begun.append((module, args))
+
+    def after(module: nn.Module, args: tuple, output: Any) -> None:
+        if threading.get_ident() != thread:
+            return
+        if module is block:
+            found = output[0] if isinstance(output, tuple) else output
+            watched.states = [found]
+            begun.clear()
+            watched.calls.clear()
+        elif begun and begun[-1][0] is module:
+            begun.pop()
+            found = output[0] if isinstance(output, tuple) else output
+            if not begun and args and isinstance(args[0], Tensor) and isinstance(found, Tensor):
+                watched.calls.append((module, args[0], found))
+
+    handles = [register_module_forward_pre_hook(before), register_module_forward_hook(after)]
+    try:
+        yield watched
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _scale(given: Tensor, before: Tensor) -> float | None:
+    """Return by what a tensor was multiplied to become another one; None if it did not become that."""
+    if given.shape != before.shape:
+        return None
+    if torch.equal(given, before):
+        return 1.0
+    return _ratio(given, before)
+
+
+def _ratio(one: Tensor, other: Tensor) -> float | None:
+    one, other = one.float(), other.float()
+    ratio = float((one * other).sum() / other.square().sum().clamp(min=1e-30))
+    close = torch.allclose(one, ratio * other, rtol=ALIKE, atol=float(ALIKE * one.std()))
+    return ratio if close and ratio > 0 else None
+
+
+def _finish(model: Any, output: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Find what a model makes of its last module's output (tokens, ...) to get logits: it scales, caps or shifts them."""
+    if output.shape[-1] < logits.shape[-1] or len(output) != len(logits):
+        return None
+    width = logits.shape[-1]
+    output = output[:, :width].float()
+    logits = logits.float()
+    if torch.equal(output, logits):
+        return lambda x: x[..., :width]
+    scale = _ratio(logits, output)
+    if scale is not None:
+        return lambda x: x[..., :width].float() * scale
+    cap = getattr(text_config(model), "final_logit_softcapping", None)
+    if cap:
+        capped = cap * torch.tanh(output / cap)
+        if torch.allclose(capped, logits, rtol=ALIKE, atol=float(ALIKE * logits.std())):
+            return lambda x: cap * torch.tanh(x[..., :width].float() / cap)
+    shift = (logits - output).mean(0)
+    if torch.allclose(output + shift, logits, rtol=ALIKE, atol=float(ALIKE * logits.std())):
+        return lambda x: x[..., :width].float() + shift
+    return None
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _unknown(model: nn.Module, why: str) -> NotImplementedError:
+    return NotImplementedError(UNKNOWN_TAIL.format(type(model).__name__, why))
