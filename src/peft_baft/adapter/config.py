@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME
 from torch import Tensor
 
 from peft_baft.adapter.base_identity import to_sample
-from peft_baft.adapter.kinds import KINDS, AdapterKind, newest_format
+from peft_baft.adapter.kinds import KINDS, AdapterKind
 from peft_baft.adapter.parameters import GATE_NORMS, WEIGHTINGS
 from peft_baft.adapter.plain import PLAIN
 from peft_baft.adapter.registration import BAFT
@@ -206,6 +206,7 @@ class BaftConfig(PeftConfig):
         self.baft_format = _readable_format(
             self.baft_format,
             self.comes_from_a_file,
+            self.kind,
             of_new=self.kind.saved_format(self),
         )
         super().__post_init__()
@@ -357,7 +358,9 @@ class BaftConfig(PeftConfig):
         )
 
 
-def _readable_format(number: object, comes_from_a_file: bool, of_new: int) -> int:
+def _readable_format(
+    number: object, comes_from_a_file: bool, kind: AdapterKind, of_new: int
+) -> int:
     """Return the number of a config's format, this version's for a new config without one.
 
     Raises:
@@ -368,8 +371,8 @@ def _readable_format(number: object, comes_from_a_file: bool, of_new: int) -> in
             raise ValueError(f"This adapter was {UNNUMBERED}.")
         return of_new
     number = _positive_integer("baft_format", number)
-    if number > newest_format():
-        raise ValueError(f"This adapter was {NEWER.format(number, newest_format())}")
+    if number > kind.formats[-1]:
+        raise ValueError(f"This adapter was {NEWER.format(number, kind.formats[-1])}")
     return number
 
 

@@ -160,8 +160,3 @@ KINDS: dict[str, AdapterKind] = {}  # by name
 def register_kind(kind: AdapterKind) -> None:
     """Make a kind of adapter known, for configs and saved adapters."""
     KINDS[kind.name] = kind
-
-
-def newest_format() -> int:
-    """Return the largest number of a saved format that this version reads, of any kind."""
-    return max(kind.formats[-1] for kind in KINDS.values())
