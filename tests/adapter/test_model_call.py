@@ -26,9 +26,9 @@ from peft_baft.adapter import find_context, model_call
 from peft_baft.adapter.model_call import (
     StackSignature,
     UnknownPositionError,
+    cache_arguments,
     cached_columns,
     fork,
-    memory_names,
     read_stack_call,
 )
 
@@ -383,14 +383,14 @@ def test_every_causal_model_of_transformers_takes_a_cache_that_is_understood() -
             unknown.add(name)
             continue
         names = tuple(inspect.signature(found.forward).parameters)
-        signature = StackSignature(names, memory_names(names))
+        signature = StackSignature(names, cache_arguments(names))
         held = read_stack_call(
             signature, (), {"input_ids": torch.ones(1, 2), parameter: tr.DynamicCache()}
         )
-        assert held is not None and isinstance(held.memory, tr.Cache), name
+        assert held is not None and isinstance(held.cache, tr.Cache), name
         memories = {
             other
-            for other in signature.memories
+            for other in signature.caches
             if other not in {parameter, "use_cache", "cache_position"}
         }
         assert not memories, f"{name} has more than one memory: {memories}"
@@ -441,4 +441,4 @@ def test_the_signature_tells_what_may_remember() -> None:
         ): ...
 
     names = StackSignature.of(Stack()).names
-    assert memory_names(names) == {"past_buckets_states", "mems", "state", "use_cache"}
+    assert cache_arguments(names) == {"past_buckets_states", "mems", "state", "use_cache"}

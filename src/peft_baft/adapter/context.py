@@ -373,11 +373,11 @@ class EditContext:
             return None
         if call.guided:
             raise NotImplementedError(model_call.GUIDANCE)
-        cached = model_call.cached_columns(call.memory)
+        cached = model_call.cached_columns(call.cache)
         if cached is None:
             raise UnknownPositionError(
                 self._model,
-                f"generate() was given a {type(call.memory).__name__} that does not tell how many tokens it holds",
+                f"generate() was given a {type(call.cache).__name__} that does not tell how many tokens it holds",
                 "Pass the whole chat as the prompt, without it.",
             )
         real = call.attention_mask
@@ -391,7 +391,7 @@ class EditContext:
             call.prompt,
             real,
             cached=int(cached),
-            cache=call.memory,
+            cache=call.cache,
             uses_cache=call.uses_cache,
         )
 
@@ -522,7 +522,7 @@ class EditContext:
         if ids is not None and ids.shape != positions.shape:
             ids = None
         if isinstance(past, Tensor) or past:
-            return texts_after_cache(ids, positions, read.memory, is_told=is_told)
+            return texts_after_cache(ids, positions, read.cache, is_told=is_told)
         return texts_of_input(ids, positions)
 
     def _positions_of_requests(self, call: StackCall) -> tuple[Tensor, list[model_call.Request]]:
@@ -530,7 +530,7 @@ class EditContext:
         positions = call.position_ids
         if positions is None:
             raise NotImplementedError(model_call.CONTINUOUS_BATCHING)
-        requests = model_call.requests_in_batch(self.manager, positions.shape[1])
+        requests = model_call.requests_of_batch(self.manager, positions.shape[1])
         lengths = model_call.prompt_lengths_of_requests(requests, positions.device)
         return positions - lengths, requests
 
@@ -581,7 +581,7 @@ class EditContext:
                 self._warned = True
                 logger.warning(WITHOUT_PROMPT_LENGTHS)
             return
-        continues = model_call.cached_columns(call.memory) != 0
+        continues = model_call.cached_columns(call.cache) != 0
         if given.wants_last_logits or continues or call.tokens.shape[1] == 1:
             return
         if self._warned_of_scoring or not self._is_edited():

@@ -49,15 +49,15 @@ class Generation:
         """Return whether a forward is a step of this generation, and not a call of its own on another text."""
         if torch.compiler.is_compiling():
             return True  # tensors have no values to compare; a compiled forward is the generation's own
-        if self.begun and call.memory is not None:
-            if any(call.memory is cache for cache in (self.cache, *self.returned)):
+        if self.begun and call.cache is not None:
+            if any(call.cache is cache for cache in (self.cache, *self.returned)):
                 return True
             # What ran before without a cache was another call on the same prompt: the first step comes only now.
-            self.begun = self.cache is not None or bool(cached_columns(call.memory) != 0)
+            self.begun = self.cache is not None or bool(cached_columns(call.cache) != 0)
             if self.begun:
                 return False
             self.seen = self.cached
-        if self.cache is not None and self.cache is not call.memory:
+        if self.cache is not None and self.cache is not call.cache:
             return False
         # Where a cache should be and none was seen, what a forward goes on from is hidden: `columns_before_in_generate` raises.
         return self._reads_prompt(call.tokens) or (self.begun and self.uses_cache)
@@ -65,8 +65,8 @@ class Generation:
     def note_step(self, call: StackCall) -> None:
         """Remember the cache that a step reads."""
         self.begun = True
-        if call.memory is not None:
-            self.cache = call.memory
+        if call.cache is not None:
+            self.cache = call.cache
 
     def note_output(self, caches: Iterable[Any]) -> None:
         """Remember the caches that a step gives back."""

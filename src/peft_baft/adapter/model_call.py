@@ -8,12 +8,12 @@ cannot be read raises `UnknownPositionError`. A wrong guess here would train and
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ TESTED_TRANSFORMERS = (
     "5.24.0"  # the newest that the tests have passed with, as requirements/tested.txt has it
 )
 # As in `past_buckets_states`, `cache_params`.
-MEMORY_NAMES = re.compile(r"(^|_)(past|cache|mems|state)(_|$)")
+CACHE_ARGUMENT = re.compile(r"(^|_)(past|cache|mems|state)(_|$)")
 # In the order in which a signature is searched.
 CACHE_NAMES = (
     "cache",
@@ -64,7 +64,7 @@ def newer_than_tested(version: str) -> bool:
     return numbers(version) > numbers(TESTED_TRANSFORMERS)
 
 
-@cache
+@functools.cache
 def warn_if_untested(version: str = transformers.__version__) -> None:
     """Warn, once a process, where transformers is newer than the newest tested one."""
     if newer_than_tested(version):
@@ -86,12 +86,12 @@ class StackSignature:
     """What the stack of decoder blocks can be called with.
 
     Attributes:
-        names: its parameters, in order. memories: those that may hold a memory of earlier tokens, by their names.
+        names: its parameters, in order. caches: those that may hold earlier tokens, by their names.
         has_embedding: whether integers can be ids of tokens; to a model without an embedding they are numbers.
     """
 
     names: tuple[str, ...]
-    memories: frozenset[str]
+    caches: frozenset[str]
     has_embedding: bool = True
 
     @classmethod
@@ -99,12 +99,12 @@ class StackSignature:
         """Read the signature of the module's forward."""
         names = tuple(inspect.signature(module.forward).parameters)
         has_embedding = any(isinstance(part, nn.Embedding) for part in module.modules())
-        return cls(names, memory_names(names), has_embedding)
+        return cls(names, cache_arguments(names), has_embedding)
 
 
-def memory_names(names: Iterable[str]) -> frozenset[str]:
-    """Find those of a forward's parameters that, by their names, may hold a memory of earlier tokens."""
-    return frozenset(name for name in names if MEMORY_NAMES.search(name))
+def cache_arguments(names: Iterable[str]) -> frozenset[str]:
+    """Find those of a forward's parameters that, by their names, may hold earlier tokens."""
+    return frozenset(name for name in names if CACHE_ARGUMENT.search(name))
 
 
 @dataclass(frozen=True)
@@ -116,21 +116,21 @@ class StackCall:
         attention_mask: (rows, columns) over the new tokens, or over the cached ones as well; None where there is none, or one
             of another form (4-D, or one per layer type), which says nothing about padding that can be read here.
         position_ids: (rows, width), or None. packing: what else tells how sequences are packed into rows.
-        memory: what holds the tokens before these: a `Cache`, a recurrent state; None where there is none.
-        memories: how many different ones were passed.
+        cache: what holds the tokens before these: a `Cache`, a recurrent state; None where there is none.
+        caches: how many different ones were passed.
     """
 
     tokens: Tensor
     attention_mask: Tensor | None
     position_ids: Tensor | None
-    memory: Any
-    memories: int
+    cache: Any
+    caches: int
     packing: Packing = field(default_factory=Packing)
 
     @property
     def is_continuous_batch(self) -> bool:
         """Tell whether this is continuous batching: pieces of several requests in one row."""
-        return _is_paged(self.memory)
+        return _is_paged(self.cache)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class GenerateCall:
 
     prompt: Tensor | None
     attention_mask: Tensor | None
-    memory: Any
+    cache: Any
     uses_cache: bool
     guided: bool  # by a second, unconditional prompt (classifier-free guidance)
 
@@ -149,7 +149,7 @@ def read_stack_call(
 ) -> StackCall | None:
     """Read a call of the stack of decoder blocks; None where it gets no sequence of tokens.
 
-    Tokens are `input_ids` or `inputs_embeds`, else the first argument if it holds integers. The memory is the argument that is
+    Tokens are `input_ids` or `inputs_embeds`, else the first argument if it holds integers. The cache is the argument that is
     a cache, whatever it is called, or one whose name says that it remembers.
     """
     given = bind(signature.names, args, kwargs)
@@ -161,13 +161,13 @@ def read_stack_call(
         tokens = first if isinstance(first, Tensor) and not first.is_floating_point() else None
     if not isinstance(tokens, Tensor) or tokens.ndim < 2:
         return None
-    memories = _memories(signature.memories, given)
+    caches = _caches_passed(signature.caches, given)
     return StackCall(
         tokens=tokens,
         attention_mask=_two_dimensional(given, "attention_mask", "mask"),
         position_ids=_text_positions(given),
-        memory=memories[0] if memories else None,
-        memories=len(memories),
+        cache=caches[0] if caches else None,
+        caches=len(caches),
         packing=packing_arguments(given),
     )
 
@@ -307,14 +307,16 @@ def read_generate_call(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> Ge
         prompt = args[0]
     settings = kwargs.get("generation_config")
     scale = kwargs.get("guidance_scale", getattr(settings, "guidance_scale", None))
-    memories = _memories(frozenset(name for name in kwargs if MEMORY_NAMES.search(name)), kwargs)
+    caches = _caches_passed(
+        frozenset(name for name in kwargs if CACHE_ARGUMENT.search(name)), kwargs
+    )
     mask = _two_dimensional(kwargs, "attention_mask", "mask")
     if mask is None and kwargs.get("attention_mask") is None and isinstance(prompt, Tensor):
         mask = _inferred_mask(model, prompt, kwargs)
     return GenerateCall(
         prompt=prompt if isinstance(prompt, Tensor) else None,
         attention_mask=mask,
-        memory=memories[0] if memories else None,
+        cache=caches[0] if caches else None,
         uses_cache=_generation_setting(model, kwargs, "use_cache") is not False,
         guided=scale not in (None, 1, 1.0),
     )
@@ -344,7 +346,7 @@ def bind(names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]) -> dict[s
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _memories(named: frozenset[str], given: Mapping[str, Any]) -> list[Any]:
+def _caches_passed(named: frozenset[str], given: Mapping[str, Any]) -> list[Any]:
     """Find the arguments that hold earlier tokens, each once."""
     found: list[Any] = []
     for name, value in given.items():
@@ -380,22 +382,22 @@ def _two_dimensional(given: Mapping[str, Any], name: str, part: str) -> Tensor |
 # ---------------------------------------------------------------------------------------------- how much is cached
 
 
-def cached_columns(memory: Any) -> int | Tensor | None:
-    """Count the columns of tokens that a memory holds.
+def cached_columns(cache: Any) -> int | Tensor | None:
+    """Count the columns of tokens that a cache holds.
 
     Returns:
-        An integer, a 0-d tensor for a static cache, or None for a filled memory that does not count: recurrent states.
+        An integer, a 0-d tensor for a static cache, or None for a filled one that does not count: recurrent states.
     """
-    if memory is None:
+    if cache is None:
         return 0
-    if not hasattr(memory, "get_seq_length"):
+    if not hasattr(cache, "get_seq_length"):
         return None
     try:
-        columns = memory.get_seq_length()
+        columns = cache.get_seq_length()
     except (ValueError, NotImplementedError):  # a `Cache` of recurrent layers alone
         columns = 0
     if isinstance(columns, int) and columns == 0:
-        return _columns_of_layers(memory)
+        return _columns_of_layers(cache)
     return columns
 
 
@@ -422,15 +424,15 @@ def columns_before(model: nn.Module, call: StackCall, *, position_matters: bool)
     """Count the columns before the new tokens of a forward outside `generate`.
 
     Args:
-        position_matters: whether prompt lengths or labels are known. Without them every new token after a filled memory is
+        position_matters: whether prompt lengths or labels are known. Without them every new token after a filled cache is
             edited, however much it holds.
 
     Raises:
-        UnknownPositionError: there is a memory that cannot be counted, or a mask that covers tokens which are nowhere.
+        UnknownPositionError: there is a cache that cannot be counted, or a mask that covers tokens which are nowhere.
     """
     _require_one_memory(model, call)
-    counted, masked = cached_columns(call.memory), _masked_columns(call)
-    if call.memory is None:
+    counted, masked = cached_columns(call.cache), _masked_columns(call)
+    if call.cache is None:
         if masked:
             raise UnknownPositionError(model, _hidden(call, masked), STATE_THE_CACHE)
         return 0
@@ -438,9 +440,9 @@ def columns_before(model: nn.Module, call: StackCall, *, position_matters: bool)
         if masked or not position_matters:
             return masked or 1
         raise UnknownPositionError(
-            model, f"its {type(call.memory).__name__} does not tell how much it holds", USE_GENERATE
+            model, f"its {type(call.cache).__name__} does not tell how much it holds", USE_GENERATE
         )
-    if isinstance(counted, int) and masked and masked != counted and not _is_static(call.memory):
+    if isinstance(counted, int) and masked and masked != counted and not _is_static(call.cache):
         raise UnknownPositionError(model, _contradiction(call, counted, masked), STATE_THE_CACHE)
     return counted
 
@@ -456,11 +458,11 @@ def columns_before_in_generate(model: nn.Module, call: StackCall, seen: int) -> 
     """
     _require_one_memory(model, call)
     counted, masked, width = (
-        cached_columns(call.memory),
+        cached_columns(call.cache),
         _masked_columns(call),
         call.tokens.shape[1],
     )
-    if call.memory is None:
+    if call.cache is None:
         if masked:
             raise UnknownPositionError(model, _hidden(call, masked), STATE_THE_CACHE)
         if seen and width <= seen:
@@ -474,9 +476,9 @@ def columns_before_in_generate(model: nn.Module, call: StackCall, seen: int) -> 
         return counted
     if counted is not None and masked in (None, counted):
         return counted
-    if counted is not None and _is_static(call.memory):
+    if counted is not None and _is_static(call.cache):
         return counted
-    # The memory does not count, or counts otherwise than the mask: what was passed so far decides.
+    # The cache does not count, or counts otherwise than the mask: what was passed so far decides.
     if masked in (None, seen):
         return seen
     raise UnknownPositionError(
@@ -487,14 +489,14 @@ def columns_before_in_generate(model: nn.Module, call: StackCall, seen: int) -> 
 
 
 def _require_one_memory(model: nn.Module, call: StackCall) -> None:
-    if call.memories > 1:
+    if call.caches > 1:
         raise UnknownPositionError(
-            model, f"{call.memories} caches were passed at once", "Pass one of them."
+            model, f"{call.caches} caches were passed at once", "Pass one of them."
         )
     if (
-        isinstance(call.memory, (tuple, list))
-        and call.memory
-        and isinstance(call.memory[0], (tuple, list))
+        isinstance(call.cache, (tuple, list))
+        and call.cache
+        and isinstance(call.cache[0], (tuple, list))
     ):
         raise UnknownPositionError(
             model,
@@ -510,9 +512,9 @@ def _masked_columns(call: StackCall) -> int | None:
     return max(call.attention_mask.shape[1] - call.tokens.shape[1], 0)
 
 
-def _is_static(memory: Any) -> bool:
+def _is_static(cache: Any) -> bool:
     """Tell whether a cache has room for more tokens than it holds, so that a mask may be as wide as the room."""
-    return bool(getattr(memory, "is_compileable", False))
+    return bool(getattr(cache, "is_compileable", False))
 
 
 SLICE = (
@@ -532,7 +534,7 @@ def _hidden(call: StackCall, masked: int) -> str:
 
 def _contradiction(call: StackCall, counted: int | None, masked: int | None) -> str:
     found = "holds an unknown number of tokens" if counted is None else f"holds {counted} tokens"
-    return f"its {type(call.memory).__name__} {found}, but its mask covers {masked} before the {call.tokens.shape[1]} new ones"
+    return f"its {type(call.cache).__name__} {found}, but its mask covers {masked} before the {call.tokens.shape[1]} new ones"
 
 
 # ------------------------------------------------------------------------------------------------ how we call a model
@@ -750,7 +752,7 @@ class Request:
     reply: tuple[int, ...]
 
 
-def requests_in_batch(manager: Any, width: int) -> list[Request]:
+def requests_of_batch(manager: Any, width: int) -> list[Request]:
     """List the requests of a continuous batch, which is one row: prompts or single new tokens, one after another.
 
     Raises:

@@ -31,7 +31,7 @@ UNKNOWN_PROMPT = (
 )
 UNKNOWN_REPLY = (
     "An adapter on this model reads the tokens of prompts and replies, and this step of generate() does not tell what its rows "
-    "said before: prepare_inputs_for_generation was replaced, or gave other tokens than the step has. Pass use_cache=False."
+    "said before: prepare_inputs_for_generation was replaced, or gave other tokens than the step has. Generate without a cache."
 )
 
 
