@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -55,8 +59,9 @@ def load_model(
         kwargs = _dequantised() | kwargs
         dtype = torch.float32 if dtype == "auto" else dtype
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **source)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **source, **kwargs)
+        with nullcontext() if gguf is None else _gguf_read_once():
+            tokenizer = AutoTokenizer.from_pretrained(folder, **source)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **source, **kwargs)
     except SafetensorError as error:
         raise ValueError(
             f"The weights of {name} cannot be read ({error}): take a good copy."
@@ -68,6 +73,26 @@ def load_model(
     if gguf is not None and not stays_packed:
         _forget_quantiser(model)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Let transformers parse a GGUF file once inside: it does so three times, of which each takes seconds."""
+    import gguf
+
+    readers, names = gguf.GGUFReader, gguf.get_tensor_name_map
+
+    class Reader(readers):  # type: ignore[misc, valid-type]
+        def _get(self, *args: Any, **kwargs: Any) -> Any:
+            # Slices of a memmap cost four times those of the array below it, and a vocabulary takes a million.
+            self.data = self.data.view(np.ndarray)
+            return super()._get(*args, **kwargs)
+
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(Reader), cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = readers, names
 
 
 def _dequantised() -> dict[str, Any]:
