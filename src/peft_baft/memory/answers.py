@@ -74,7 +74,7 @@ class Answers:
             for start in range(0, len(new), AT_ONCE):
                 self._learn(new[start : start + AT_ONCE])
         vectors, likely = zip(*(self._known[token] for token in tokens), strict=True)
-        while len(self._known) > KEPT:
+        while len(self._known) > max(KEPT, len(new)):
             self._known.pop(next(iter(self._known)))
         return torch.stack(vectors), torch.tensor(likely)
 

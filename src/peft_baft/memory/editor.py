@@ -110,6 +110,8 @@ class MemoryEditor(AttachedEditor):
         # The number of the next edit, where a record of the edits has given some to edits that were taken back.
         self.next_number: int | None = None
         self._base = model.get_base_model()
+        layers = [layer for layer in baft_layers(model) if self.adapter_name in layer.configs]
+        self._layer = layers[0]
         self._prepared = prepared or PreparedModel.of(model)
         self._require_in_use()
         if not self.part.is_measured:
@@ -121,8 +123,7 @@ class MemoryEditor(AttachedEditor):
     @property
     def part(self) -> MemoryPart:
         """The memory in the model's last block."""
-        parts = [layer.baft_part for layer in baft_layers(self.model)]
-        (part,) = (of[self.adapter_name] for of in parts if self.adapter_name in of)
+        part = self._layer.baft_part[self.adapter_name]
         assert isinstance(part, MemoryPart)
         return part
 
@@ -152,8 +153,7 @@ class MemoryEditor(AttachedEditor):
             raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
         facts = checked_edits(edits)
         self._require_in_use()
-        for fact in facts:
-            self._answer(fact)
+        self._learn(facts)
         return [facts[i : i + batch_size] for i in range(0, len(facts), batch_size)]
 
     def edit_independently(
@@ -169,15 +169,15 @@ class MemoryEditor(AttachedEditor):
         """
         facts = checked_edits(edits)
         self._require_in_use()
+        answers = self._learn(facts)
         if numbers is None:
             first = max(largest_number(self.part.tensors()) + 1, self.next_number or 0)
             numbers = range(first, first + len(facts))
         stored: dict[Ids, StoredEdit] = {}
         results = []
-        for fact, number in zip(facts, numbers, strict=True):
+        for fact, number, (spaced, bare) in zip(facts, numbers, answers, strict=True):
             begun = time.perf_counter()
-            spaced, bare = self._answer(fact)
-            loss = self._loss(spaced, bare)
+            loss = self._loss((*spaced, *bare))
             question = self._question(fact.prompt)
             (keys,) = self.part.make_keys([question])
             stops = (fact.after or self._settings.after) == "stop"
@@ -219,16 +219,23 @@ class MemoryEditor(AttachedEditor):
         turn = encode(self.tokenizer, words, fact.target, template=chat)
         return spaced, turn.ids[turn.prompt_length + turn.lead :]
 
-    def _loss(self, *answers: Ids) -> float:
-        """Return the mean cross entropy of answers' tokens, once each is said in its place.
+    def _learn(self, facts: Sequence[Edit]) -> list[tuple[Ids, Ids]]:
+        """Find what says the answers of edits, all tokens of all answers at once; return the tokens as `_answer` does.
 
         Raises:
             ValueError: one of them cannot be said.
         """
+        answers = [self._answer(fact) for fact in facts]
+        tokens = dict.fromkeys(token for both in answers for ids in both for token in ids)
         try:
-            _, likely = self.part.answers().vectors([token for ids in answers for token in ids])
+            self.part.answers().vectors(list(tokens))
         except Unsayable as error:
             raise Unsayable(error.token, self.tokenizer.decode([error.token])) from None
+        return answers
+
+    def _loss(self, ids: Ids) -> float:
+        """Return the mean cross entropy of an answer's tokens, each said in its place."""
+        _, likely = self.part.answers().vectors(ids)
         return sum(-math.log(max(chance, 1e-30)) for chance in likely.tolist()) / len(likely)
 
     def _places(self) -> dict[Ids, int]:

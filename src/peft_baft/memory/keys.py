@@ -50,7 +50,9 @@ def key_states(
     Args:
         batch_size: questions of a forward. With one, a question's states do not depend on other questions in any bit.
     """
-    block, found = key_block(context.model), []
+    block, found = key_block(context.model), {}
+    # Texts of like length need little padding.
+    order = sorted(range(len(questions)), key=lambda number: len(questions[number]))
     thread, seen = threading.get_ident(), []
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -61,7 +63,8 @@ def key_states(
     handle = block.register_forward_hook(keep)
     try:
         for start in range(0, len(questions), batch_size):
-            batch = questions[start : start + batch_size]
+            numbers = order[start : start + batch_size]
+            batch = [questions[number] for number in numbers]
             longest = max(map(len, batch))
             device = input_device(context.model)
             ids = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -73,10 +76,11 @@ def key_states(
                 context.run_base(ids.to(device), real.to(device), adapter_name)
             except _BlockHasRun:
                 states = seen.pop()
-            found += [states[row, : len(question)].float() for row, question in enumerate(batch)]
+            for row, (number, question) in enumerate(zip(numbers, batch, strict=True)):
+                found[number] = states[row, : len(question)].float()
     finally:
         handle.remove()
-    return found
+    return [found[number] for number in range(len(questions))]
 
 
 def keys_of(states: Tensor, mean: Tensor, whitening: Tensor) -> Tensor:
