@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PEFT_BAFT_CACHE", "")  # each test measures its own models
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on several threads
 
 import pytest

@@ -32,7 +32,8 @@ ASKED_FORMS = ("auto", "raw", "chat")
 REPORT_FORMS = ("raw", "chat", "both")
 WHEN = ("after_all", "immediate")
 SPLITS = ("blocks", "facts")
-EDIT_METHODS = ("auto", "baft", "memory")
+EDIT_METHODS = ("auto", "plain", "memory")
+AFTER = ("stop", "continue")
 KNOWN = ("replace", "refuse")
 
 ASKED_FORM = "form of the prompts: raw text, the chat template, or auto: the form in which the adapter was taught"
@@ -114,8 +115,9 @@ class EditCommand(TrainingOptions, ModelOptions):
         str,
         choice(
             EDIT_METHODS,
-            "baft: one adapter for all facts; memory: a code of its own for each, found by its question, and removable; "
-            "auto: that of the continued adapter, else memory from 10 facts on, without --unrelated",
+            "memory: each fact is found by its question and its answer is said as taught, and each can be taken out; plain: one "
+            "trained adapter for all facts, as in the paper; auto: that of the continued adapter, else memory, unless an option "
+            "asks for a plain adapter",
         ),
     ] = "auto"
     known: Annotated[
@@ -133,7 +135,19 @@ class EditCommand(TrainingOptions, ModelOptions):
             "a memory on the same model, from which a new one takes what was measured of the model (by default it measures)",
         ),
     ] = None
-    batch_size: Annotated[int, whole_number("facts learned at once; 1 is one after another")] = 1
+    after: Annotated[
+        str | None,
+        choice(
+            AFTER,
+            "what follows an answer of a memory: the end of the reply (stop, the default), or what the model says next",
+        ),
+    ] = None
+    batch_size: Annotated[
+        int | None, whole_number("facts that a plain adapter learns at once; by default all")
+    ] = None
+    one_by_one: Annotated[
+        bool, flag("--one-by-one", "let a plain adapter learn the facts one after another")
+    ] = False
     template: Annotated[
         str,
         choice(
@@ -157,8 +171,13 @@ class EditCommand(TrainingOptions, ModelOptions):
         bool, flag("--resume", "go on with the output folder's interrupted run", JOURNAL)
     ] = False
     snapshot_every: Annotated[
-        int, whole_number("keep the adapter after every K edits", metavar="K", panel=JOURNAL)
-    ] = 1
+        int | None,
+        whole_number(
+            "keep the adapter after every K edits; by default after each, of more than 100 facts a hundred times",
+            metavar="K",
+            panel=JOURNAL,
+        ),
+    ] = None
     min_agreement: Annotated[
         float | None,
         share("A", "an edit does harm if canaries agree less than this, 0 to 1", JOURNAL),

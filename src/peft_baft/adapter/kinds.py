@@ -125,6 +125,10 @@ class Part(nn.Module):
     def changed(self) -> None:
         """Forget what was computed from the tensors: they are others now."""
 
+    def answering(self, prompt: Sequence[int]) -> int | None:
+        """Return the number of the edit that answers a prompt of these tokens, if the kind has edits; else None."""
+        return None
+
     def snapshot(self) -> Callable[[], None]:
         """Remember the tensors; calling the result puts them back."""
         tensors = self.tensors()

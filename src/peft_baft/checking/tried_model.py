@@ -33,7 +33,7 @@ class TriedModel:
         self.layers: list[BaftLayer] = baft_layers(model)
         self.adapter_name = model.active_adapters[0]
         config = self.layers[0].configs[self.adapter_name]
-        if config.memory:
+        if not config.kind.trains:
             raise ValueError(
                 "A check trains the adapter that it tries, and a memory of edits has nothing to train. Check the base model."
             )

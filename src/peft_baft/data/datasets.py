@@ -9,7 +9,16 @@ from typing import Any
 from peft_baft.data.cases import Case, Edit, Message, Probe, Unrelated, prompt_words
 from peft_baft.data.files import listed, placed, records, require_known, require_object, text, texts
 
-FACT_FIELDS = ("prompt", "messages", "target", "subject", "rephrase", "unrelated", "portability")
+FACT_FIELDS = (
+    "prompt",
+    "messages",
+    "target",
+    "subject",
+    "after",
+    "rephrase",
+    "unrelated",
+    "portability",
+)
 FACT_COLUMNS = ("prompt", "target", "rephrase", "unrelated_prompt", "unrelated_answer")
 UNRELATED_FIELDS = ("prompt", "answer", "ground_truth")
 
@@ -103,6 +112,8 @@ def _case(record: Any) -> Case:
     edit = _conversation(record) if "messages" in record else _text_edit(record)
     if record.get("subject") is not None:
         edit = replace(edit, subject=text(record, "subject"))
+    if record.get("after") is not None:
+        edit = replace(edit, after=text(record, "after"))
     probes = [Probe("generality", rephrase, edit.target) for rephrase in texts(record, "rephrase")]
     for field, kind in (("unrelated", "locality"), ("portability", "portability")):
         probes += [_probe(kind, field, item) for item in listed(record.get(field))]

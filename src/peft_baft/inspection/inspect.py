@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +18,6 @@ from peft_baft.data.templates import RAW, Template
 from peft_baft.evaluation.forward import greedy_tokens, logits_of_rows
 from peft_baft.evaluation.scoring import first_line, greedy_answers
 from peft_baft.inspection.token_text import token_text
-
-MEMORY = "memory"
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Cell:
     Attributes:
         size: norm of Φ(h) - h over the norm of h, of all adapters together; 0 where none acts.
         gates: the gates w(h), each in [0, 1], of each adapter that acts here, by its name; r ones for an adapter without
-            gates (ReFT); for a memory of edits one, 1 if an edit of it answers and 0 if none does. Empty where the token is not
+            gates (ReFT); a single one for an adapter of another kind, where it changes the token. Empty where the token is not
             edited.
     """
 
@@ -80,8 +78,8 @@ class Adapter:
     """An active adapter and the settings that a reader of its gates needs.
 
     Attributes:
-        weighting: as in `BaftConfig`; `MEMORY` of a memory of edits.
-        edit: of such a memory, the number of the edit that answers; None if none does.
+        weighting: as in `BaftConfig`; of an adapter of another kind than plain BaFT, the kind's name.
+        edit: of a kind whose edits answer prompts, the number of the one that answers; None if none does.
     """
 
     name: str
@@ -142,10 +140,9 @@ def inspect(
         text = Tokens(tuple(ids), row.prompt_length)
         with _watching(layers) as seen, prompt_lengths(model, [row.prompt_length]):
             logits = _logits(model, tokenizer, text)
-        # Where tokens stand, and which edit answers, is known until the next forward.
-        adapters = _adapters(layers)
-        edits = {adapter.name: adapter.edit for adapter in adapters}
-        blocks = tuple(_block(layer, seen, edits) for layer in layers if _edited_by(layer))
+        # Where tokens stand is known until the next forward.
+        blocks = tuple(_block(layer, seen) for layer in layers)
+        adapters = _adapters(layers, row.ids)
         with without_adapters(model):
             plain = _logits(model, tokenizer, text)
             before = greedy_answers(model, tokenizer, [prompt], limit, template=template)[0]
@@ -187,29 +184,18 @@ def _active(layer: BaftLayer) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.configs]
 
 
-def _edited_by(layer: BaftLayer) -> list[str]:
-    """List the active adapters that edit a block; the key block of a memory is only read."""
-    return [name for name in _active(layer) if layer.edits(name)]
-
-
-def _adapters(layers: Sequence[BaftLayer]) -> tuple[Adapter, ...]:
-    """Describe the active adapters, in the last forward."""
+def _adapters(layers: Sequence[BaftLayer], prompt: Sequence[int]) -> tuple[Adapter, ...]:
+    """Describe the active adapters. prompt: token ids."""
     configs = {name: layer.configs[name] for layer in layers for name in _active(layer)}
-    routers = {name: layer.baft_router[name] for layer in layers for name in layer.baft_router}
+    parts: dict[str, Any] = {
+        name: part for layer in layers for name, part in layer.baft_part.items()
+    }
     adapters = []
     for name, c in configs.items():
-        weighting = MEMORY if c.memory else c.weighting
-        edit = _answering(layers[0], name, routers[name]) if c.memory else None
+        weighting = c.weighting if c.kind.trains else c.kind.name
+        edit = parts[name].answering(prompt) if name in parts else None
         adapters.append(Adapter(name, c.r, weighting, c.prompt_positions, c.answer_positions, edit))
     return tuple(adapters)
-
-
-def _answering(layer: BaftLayer, name: str, router: Any) -> int | None:
-    """Look up which edit of a memory the one row of the last forward was routed to, by its number."""
-    routes = layer.context.last_call.routes.get(name)
-    if routes is None or routes.of_tokens is None:
-        return None
-    return int(router.kept()["numbers"][int(routes.of_tokens.max())])
 
 
 def _encoded(
@@ -269,30 +255,23 @@ def _watching(layers: Iterable[BaftLayer]) -> Iterator[dict[nn.Module, tuple[Ten
             handle.remove()
 
 
-def _block(
-    layer: BaftLayer,
-    seen: dict[nn.Module, tuple[Tensor, Tensor]],
-    edits: Mapping[str, int | None],
-) -> Block:
-    """Measure sizes and gates of one block, from what was seen of it in one forward.
-
-    Args:
-        edits: of memories of edits, by name, the one that answers.
-    """
+def _block(layer: BaftLayer, seen: dict[nn.Module, tuple[Tensor, Tensor]]) -> Block:
+    """Measure sizes and gates of one block, from what was seen of it in one forward."""
     h, out = (x.float() for x in seen[layer])
     sizes = (out - h).norm(dim=-1) / h.norm(dim=-1).clamp_min(torch.finfo(h.dtype).tiny)
     relative_positions = layer.context.relative_positions
     assert relative_positions is not None, "the model was given tokens"
     gates: list[dict[str, tuple[float, ...]]] = [{} for _ in sizes]
-    for name in _edited_by(layer):
+    for name in _active(layer):
         config = layer.configs[name]
+        edited = config.edits(relative_positions[0])
         if name in layer.baft_gate:
             w = seen[layer.baft_gate[name]][1]
-        elif config.memory:
-            w = torch.full((len(h), 1), float(edits[name] is not None))
-        else:
+        elif config.kind.trains:
             w = torch.ones(len(h), config.r)
-        for i in config.edits(relative_positions[0]).nonzero()[:, 0].tolist():
+        else:
+            w, edited = torch.ones(len(h), 1), (sizes > 0).to(edited.device)
+        for i in edited.nonzero()[:, 0].tolist():
             gates[i][name] = tuple(w[i].tolist())
     cells = [
         Cell(size, gates_of_token)

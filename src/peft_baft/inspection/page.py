@@ -10,7 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from peft_baft.inspection.inspect import MEMORY, Adapter, Inspection, Token
+from peft_baft.adapter.parameters import WEIGHTINGS
+from peft_baft.inspection.inspect import Adapter, Inspection, Token
 from peft_baft.inspection.token_text import visible
 
 NOTHING = "(nothing: it stops at once)"
@@ -21,7 +22,7 @@ GATES = (
 )
 NO_GATES = "has no gates, as in ReFT: its updates pass whole, which is drawn as gates that are always fully open."
 
-OF_MEMORY = "is a memory of edits: one bar, of the one gate that is open (1), or of none (0)."
+OF_OTHERS = "is a {} of edits: one full bar where it sets what the model says next."
 
 
 def page(inspection: Inspection) -> str:
@@ -97,15 +98,17 @@ def _strongest(inspection: Inspection) -> str:
 
 
 def _what_gates_are(inspection: Inspection) -> str:
-    memories = [adapter for adapter in inspection.adapters if adapter.weighting == MEMORY]
-    others = [adapter for adapter in inspection.adapters if adapter.weighting != MEMORY]
+    memories = [adapter for adapter in inspection.adapters if adapter.weighting not in WEIGHTINGS]
+    others = [adapter for adapter in inspection.adapters if adapter.weighting in WEIGHTINGS]
     free = [adapter.name for adapter in others if adapter.weighting == "none"]
     sentences = [GATES] if len(free) < len(others) else []
     if free:
         which = ", ".join(free) if len(inspection.adapters) > 1 else "This adapter"
         sentences.append(f"{which} {NO_GATES}")
     for memory in memories:
-        sentences.append(f"{memory.name} {OF_MEMORY} Here {_answering(memory)}.")
+        sentences.append(
+            f"{memory.name} {OF_OTHERS.format(memory.weighting)} Here {_answering(memory)}."
+        )
     return " ".join(sentences)
 
 

@@ -24,7 +24,7 @@ def subspaces(model: nn.Module) -> list[Subspace]:
     blocks: list[Subspace] = []
     for layer in baft_layers(model):
         if not layer.disable_adapters:
-            # A memory of edits has codes instead of a subspace that all edits share.
+            # Adapters of other kinds have no subspace.
             blocks += [(layer, name) for name in layer.active_adapters if name in layer.baft_basis]
     return blocks
 

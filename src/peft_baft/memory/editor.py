@@ -25,6 +25,7 @@ from peft_baft.editing.editor import EditResult, checked_edits, in_turn
 from peft_baft.editing.train import STOP_TERM
 from peft_baft.memory.answers import Unsayable
 from peft_baft.memory.config import MemoryConfig
+from peft_baft.memory.kept import keep, kept_file, load_kept
 from peft_baft.memory.keys import key_block
 from peft_baft.memory.matching import NOWHERE
 from peft_baft.memory.part import MemoryPart
@@ -369,16 +370,16 @@ class MemoryEditor(AttachedEditor):
             repr(self._options),
         )
         if known not in self._prepared.computed:
-            found = measured(
-                context,
-                self.adapter_name,
-                self.tokenizer,
-                self._settings.key_dimensions,
-                self._options,
-            )
-            self._prepared.computed[known] = found | {
-                "reading": self._sayable_ends(found["reading"])
-            }
+            dimensions = self._settings.key_dimensions
+            file = kept_file(self._base, self.tokenizer, dimensions, self._options)
+            found = load_kept(file)
+            if found is None:
+                found = measured(
+                    context, self.adapter_name, self.tokenizer, dimensions, self._options
+                )
+                found["reading"] = self._sayable_ends(found["reading"])
+                keep(file, found)
+            self._prepared.computed[known] = found
         return self._prepared.computed[known]
 
     def _sayable_ends(self, tensor: Tensor) -> Tensor:

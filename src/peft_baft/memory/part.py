@@ -138,6 +138,11 @@ class MemoryPart(Part):
         ids = index.reading.reply(asked, edit.spaced, edit.bare, stops=edit.stops)
         return Reply(ids, self.answers().vectors(ids)[0]) if ids else None
 
+    def answering(self, prompt: Sequence[int]) -> int | None:
+        """Return the number of the edit that answers a prompt of these tokens; None where none does."""
+        (match,) = self.find([self.index().reading.read(prompt).question])
+        return None if match.edit == NOWHERE else self.numbers()[match.edit]
+
     def answers(self) -> Answers:
         """Return what says tokens, for the model as it is now.
 

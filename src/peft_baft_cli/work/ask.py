@@ -17,7 +17,6 @@ from peft_baft_cli.work.common import (
     chosen_form,
     chosen_subject,
 )
-from peft_baft_cli.work.memory import explained, print_explained, require_memory_editor
 
 
 def ask(options: AskCommand) -> int:
@@ -37,6 +36,8 @@ def ask(options: AskCommand) -> int:
         model = attach_adapter(base, options.adapter, options.adapter_revision)
         why = None
         if options.explain:
+            from peft_baft_cli.work.memory import explained, require_memory_editor
+
             editor = require_memory_editor(model, tokenizer, template, options.adapter)
             folder = adapter_folder(options.adapter, options.adapter_revision)
             why = explained(editor, options.prompts, folder)
@@ -64,5 +65,7 @@ def ask(options: AskCommand) -> int:
                 print(f"sent: {shown(text)}")
         print_table(("prompt", "without the edits", "with the edits"), rows)
         if why is not None:
+            from peft_baft_cli.work.memory import print_explained
+
             print_explained(why)
     return DONE

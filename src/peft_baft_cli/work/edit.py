@@ -15,17 +15,16 @@ from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, get_peft_model
 from tqdm import tqdm
 
-from peft_baft import BaftConfig, BaftEditor
+from peft_baft import BaftConfig, editor_for
 from peft_baft.adapter.registration import BAFT
 from peft_baft.adapter.weights import FILE as WEIGHTS
-from peft_baft.data.cases import Case, prompt_words
+from peft_baft.data.cases import Case, Edit, prompt_words
 from peft_baft.data.datasets import read_cases, read_unrelated
 from peft_baft.data.unrelated import CANARIES
-from peft_baft.editing.adapter_editor import AdapterEditor
+from peft_baft.editing.attached import AttachedEditor
 from peft_baft.editing.baft import UNRELATED_USED
 from peft_baft.editing.continual import EditRecord, edit_continually
 from peft_baft.editing.journal import LINES, Journal
-from peft_baft.editing.memory.editor import MEMORY_DESCENT, MemoryEditor
 from peft_baft.editing.presets import Preset
 from peft_baft.evaluation.guard import canary_check
 from peft_baft.evaluation.report import Report, watch
@@ -50,7 +49,7 @@ from peft_baft_cli.work.common import (
 )
 from peft_baft_cli.work.edit_report import print_report, summary
 
-MANY = 10  # facts, from which on they go into a memory
+SNAPSHOTS = 100  # of a run, at most, unless the command line says how many
 EDIT_FILE = "a .jsonl, .json or .csv file of facts, each with prompt and target"
 CANARY_FILE = "a .jsonl or .json file of questions, each with prompt and answer"
 
@@ -87,7 +86,10 @@ def _edit(options: EditCommand, device: str, processes: Processes) -> dict[str, 
         raise ValueError(
             f"baft edit continues BaFT adapters, but {options.adapter} is of type {continued.peft_type}."
         )
-    memory = _is_memory(options, continued, len(cases))
+    memory, reason = _chosen_method(options, continued)
+    if processes.first:
+        method = "memory" if memory else "plain"
+        print(f"Method: {method}, {reason}.", file=sys.stderr if options.json else sys.stdout)
     locate_model(options.model, options.revision)  # raises before anything is written
     with processes.together():
         if processes.first:
@@ -109,39 +111,69 @@ def _edit(options: EditCommand, device: str, processes: Processes) -> dict[str, 
         )
 
 
-def _is_memory(options: EditCommand, continued: PeftConfig | None, facts: int) -> bool:
-    """Tell whether the edits go into a memory.
+def _chosen_method(options: EditCommand, continued: PeftConfig | None) -> tuple[bool, str]:
+    """Choose between a memory and a plain adapter.
+
+    Returns:
+        Whether the edits go into a memory, and why, in words.
 
     Raises:
-        ValueError: the options do not fit a memory, or the adapter that is continued.
+        ValueError: the options do not fit the method, or the adapter that is continued.
     """
-    of_continued = None if continued is None else bool(getattr(continued, "memory", False))
-    wanted = {"auto": of_continued, "baft": False, "memory": True}[options.method]
-    if of_continued is not None and wanted != of_continued:
-        kind = "a memory" if of_continued else "no memory"
-        raise ValueError(f"{options.adapter} is {kind}; leave --method out to continue it.")
-    given = {
-        "--unrelated": options.unrelated is not None,
-        "--preset": options.preset != "default",
-        "--batch-size": options.batch_size > 1,
-    }
-    # What only a plain adapter takes says that one is wanted.
-    of_plain = [name for name, is_given in given.items() if is_given]
-    if wanted is None:
-        wanted = facts >= MANY and not of_plain
-    elif wanted and of_plain:
-        raise ValueError(
-            f"A memory teaches each edit by itself, in one way: {of_plain[0]} is for a plain adapter; leave {of_plain[0]} out."
-        )
-    if options.statistics is not None and not wanted:
-        raise ValueError(
-            "A plain adapter needs no statistics of the model: leave --statistics out."
-        )
-    if options.statistics is not None and of_continued:
+    of_plain = _given(
+        {
+            "--unrelated": options.unrelated is not None,
+            "--preset": options.preset != "default",
+            "--batch-size": options.batch_size is not None,
+            "--one-by-one": options.one_by_one,
+            "--r": options.r is not None,
+            "--lr": options.lr is not None,
+            "--max-steps": options.max_steps is not None,
+        }
+    )
+    of_memory = _given(
+        {
+            "--statistics": options.statistics is not None,
+            "--known": options.known != "replace",
+            "--after": options.after is not None,
+        }
+    )
+    if options.one_by_one and options.batch_size is not None:
+        raise ValueError("--one-by-one is --batch-size 1: leave one of them out.")
+    is_memory, reason = _wanted_method(options, continued, of_plain)
+    unfit = of_plain if is_memory else of_memory
+    if unfit:
+        this, other = ("memory", "plain adapter") if is_memory else ("plain adapter", "memory")
+        raise ValueError(f"{unfit[0]} is for a {other}, and this is a {this}: leave it out.")
+    if options.statistics is not None and continued is not None:
         raise ValueError(f"{options.adapter} has statistics of its own: leave --statistics out.")
-    if not wanted and options.known != "replace":
-        raise ValueError("A plain adapter does not know its questions: leave --known out.")
-    return wanted
+    return is_memory, reason
+
+
+def _wanted_method(
+    options: EditCommand, continued: PeftConfig | None, of_plain: Sequence[str]
+) -> tuple[bool, str]:
+    wanted = {"auto": None, "plain": False, "memory": True}[options.method]
+    if continued is not None:
+        is_memory = not continued.kind.trains  # type: ignore[attr-defined]
+        if wanted not in (None, is_memory):
+            what = "a memory" if is_memory else "a plain adapter"
+            raise ValueError(f"{options.adapter} is {what}; leave --method out to continue it.")
+        return is_memory, f"as {options.adapter}, which is continued"
+    if wanted is not None:
+        return wanted, "as --method says"
+    if of_plain:
+        return False, f"since {of_plain[0]} is for a plain adapter"
+    return True, "since no option asks for a plain adapter"
+
+
+def _given(options: Mapping[str, bool]) -> list[str]:
+    return [name for name, is_given in options.items() if is_given]
+
+
+def _batch_size(options: EditCommand, memory: bool, facts: int) -> int:
+    """Return how many facts are taught at once: all of them to a plain adapter, unless the command line says otherwise."""
+    return 1 if memory or options.one_by_one else options.batch_size or facts
 
 
 def _editor(
@@ -151,38 +183,26 @@ def _editor(
     preset: Preset,
     unrelated: Sequence[Any],
     processes: Processes,
-) -> AdapterEditor:
-    """Make the editor of an adapter, or of a memory."""
-    if getattr(model.peft_config[model.active_adapters[0]], "memory", False):
-        descent = replace(
-            MEMORY_DESCENT,
-            lr=options.lr or MEMORY_DESCENT.lr,
-            max_steps=options.max_steps or MEMORY_DESCENT.max_steps,
-        )
-        return MemoryEditor(
-            model,
-            tokenizer,
-            descent,
-            processes=processes,
-            template=options.template,
-            statistics=options.statistics,
-        )
-    return BaftEditor(
+) -> Any:
+    """Make the editor of an adapter."""
+    settings: dict[str, Any] = {"processes": processes, "template": options.template}
+    if not model.peft_config[model.active_adapters[0]].kind.trains:
+        return editor_for(model, tokenizer, statistics=options.statistics, **settings)
+    return editor_for(
         model,
         tokenizer,
         unrelated,
         preset.objective,
         preset.descent,
         preset.batch_descent,
-        processes=processes,
         unrelated_used=_unrelated_used(options.adapter, options.adapter_revision),
-        template=options.template,
         scope=preset.scope,
+        **settings,
     )
 
 
 def _earlier_edits(
-    options: EditCommand, editor: AdapterEditor, cases: Sequence[Case]
+    options: EditCommand, editor: Any, cases: Sequence[Case]
 ) -> dict[str, list[Any]]:
     """Find the edits in a memory that answer the questions of new ones.
 
@@ -193,7 +213,7 @@ def _earlier_edits(
     Raises:
         ValueError: there are some, and they are not to be replaced.
     """
-    if not isinstance(editor, MemoryEditor) or not editor.numbers:
+    if not editor.independent or not editor.numbers:
         return {"replaced": [], "reworded": []}
     facts = [case.edit for case in cases]
     known, reworded = editor.known(facts), editor.reworded(facts)
@@ -215,21 +235,24 @@ def _earlier_edits(
 
 
 def _make_edits(
-    options: EditCommand, editor: AdapterEditor, cases: Sequence[Case], check: Any
+    options: EditCommand, editor: AttachedEditor, cases: Sequence[Case], check: Any
 ) -> list[EditRecord]:
     """Make the edits, or go on with a run of them; return a record of each.
 
     Raises:
         Interrupted: The user stopped it once its journal had begun.
     """
-    processes, journal = editor.processes, Journal(options.output, options.snapshot_every)
+    processes, batch_size = editor.processes, _batch_size(options, editor.independent, len(cases))
+    batch_count = -(-len(cases) // batch_size)
+    every = options.snapshot_every or max(1, -(-batch_count // SNAPSHOTS))
+    journal = Journal(options.output, every)
     if options.overwrite and not options.resume and processes.first:
         journal.begin_anew()
     runs_before = _runs(journal)
     batches = edit_continually(
         editor,
-        [case.edit for case in cases],
-        options.batch_size,
+        _edits(options, cases),
+        batch_size,
         journal=journal,
         resume=options.resume,
         check=check,
@@ -237,13 +260,17 @@ def _make_edits(
     )
     shown = processes.first and progress_shown()
     try:
-        return _with_progress(
-            batches, -(-len(cases) // options.batch_size), options.batch_size, shown
-        )
+        return _with_progress(batches, batch_count, batch_size, shown)
     except KeyboardInterrupt:
         if _runs(journal) > runs_before or (options.resume and runs_before):
             raise Interrupted from None
         raise
+
+
+def _edits(options: EditCommand, cases: Sequence[Case]) -> list[Edit]:
+    """List the edits of the records, with what `--after` says where a record says nothing."""
+    edits = [case.edit for case in cases]
+    return [e if e.after else replace(e, after=options.after) for e in edits]
 
 
 def _runs(journal: Journal) -> int:
@@ -252,7 +279,7 @@ def _runs(journal: Journal) -> int:
 
 def _saved(
     options: EditCommand,
-    editor: AdapterEditor,
+    editor: AttachedEditor,
     result: Report,
     records: Sequence[EditRecord],
     earlier: Mapping[str, Any],
@@ -273,7 +300,7 @@ def _saved(
         "sha256": sha256((output / WEIGHTS).read_bytes()).hexdigest(),
         **summary(result, records),
         **earlier,
-        "method": "memory" if isinstance(editor, MemoryEditor) else "baft",
+        "method": "memory" if editor.independent else "plain",
         "unrelated_used": getattr(editor, "unrelated_used", 0),
     }
     (output / REPORT).write_text(
@@ -305,7 +332,7 @@ def _edited_model(
         ), tokenizer
     torch.manual_seed(options.seed)
     with type_errors_as_bad_input():
-        settings: dict[str, Any] = {"memory": True, "r": options.r} if memory else preset.config
+        settings: dict[str, Any] = {"memory": True} if memory else preset.config
         config = BaftConfig(task_type="CAUSAL_LM", **settings)
     return get_peft_model(base, config, revision=revision).eval(), tokenizer
 

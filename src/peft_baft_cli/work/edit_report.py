@@ -99,9 +99,11 @@ def print_report(report: Mapping[str, Any]) -> None:
             "Answers close to an edited fact move with it. --unrelated FILE trains beside answers that should stay."
         )
     size, seconds = report["bytes"] / 1000, report["seconds"]
-    print(
-        f"\nSaved in {shown(report['adapter'])}: an adapter of {size:.0f} kB, {report['steps']} steps, {seconds:.1f} s."
-    )
+    if report.get("method") == "memory":
+        what = f"a memory of {size:.0f} kB, taught in {seconds:.1f} s"
+    else:
+        what = f"an adapter of {size:.0f} kB, {report['steps']} steps, {seconds:.1f} s"
+    print(f"\nSaved in {shown(report['adapter'])}: {what}.")
     print("The model's own weights are as they were. Compare for yourself:\n")
     question = report["answers"][0]["prompt"]
     words = ["baft", "ask", "--model", report["model"], "--adapter", report["adapter"]]
@@ -135,9 +137,9 @@ def _lost(report: Mapping[str, Any]) -> list[str]:
     lost = sum(
         answer["learned"] and answer["kept"] and not answer["known"] for answer in report["answers"]
     )
-    if not lost or report["batches"] == 1:
+    if not lost or report["batches"] == 1 or report.get("method") == "memory":
         return []
     return [
         "Edits that follow each other in one adapter overwrite each other. Learn facts that are known together at once "
-        f"(--batch-size {report['facts']}), or give each an adapter of its own."
+        "(without --one-by-one and --batch-size), or keep them in a memory (--method memory)."
     ]

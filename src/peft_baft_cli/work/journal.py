@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from json import dumps
 from pathlib import Path
 from typing import Any
 
 from peft_baft.editing.journal import LINES, EditLine, ForgetLine, Journal
-from peft_baft.memory.folder import saved_numbers
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import LogCommand, RollbackCommand
 from peft_baft_cli.screen import print_table
@@ -20,7 +20,7 @@ def log(options: LogCommand) -> int:
     journal = _journal(folder)
     snapshots = set(journal.snapshots())
     edits = [_described(line, snapshots) for line in journal.edits()]
-    numbers = saved_numbers(folder)
+    numbers = _numbers_in(folder)
     if numbers is not None:  # what its own file holds is what it is
         forgotten = {line.forgotten for line in journal.lines() if isinstance(line, ForgetLine)}
         for edit in edits:
@@ -34,6 +34,15 @@ def log(options: LogCommand) -> int:
             [_row(edit) for edit in edits],
         )
     return DONE
+
+
+def _numbers_in(folder: Path) -> list[int] | None:
+    """Read the numbers of the edits that a memory in a folder holds; None for another adapter."""
+    if find_spec("peft_baft.memory") is None:
+        return None
+    from peft_baft.memory.folder import saved_numbers
+
+    return saved_numbers(folder)
 
 
 def _described(line: EditLine, snapshots: set[int]) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def require_memory_editor(model: Any, tokenizer: Any, template: Any, adapter: st
         ValueError: the adapter is no memory of edits.
     """
     config = model.peft_config[model.active_adapters[0]]
-    if not getattr(config, "memory", False):
+    if getattr(config, "memory", None) is None:
         raise ValueError(NO_MEMORY.format(adapter))
     return MemoryEditor(model, tokenizer, template=template)
 
