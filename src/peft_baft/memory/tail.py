@@ -120,7 +120,9 @@ class Tail:
                     if hasattr(part, name)
                 ]
             for weight in step.module.parameters():
-                marks += [weight.data_ptr(), weight._version, tuple(weight.shape)]
+                # Of a model that was made in inference mode nobody counts changes.
+                version = None if weight.is_inference() else weight._version
+                marks += [weight.data_ptr(), version, tuple(weight.shape)]
                 if (
                     not weight.is_meta
                     and weight.is_floating_point()
