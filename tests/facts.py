@@ -61,12 +61,13 @@ _BY_MOMENTS = ";layers=[0];moment_tokens=300;moment_weight=1e-4;threshold=0.5;ri
 OTHERWISE = {"grace": ";lr=0.5"}
 OTHERWISE |= dict.fromkeys(["rome", "r-rome"], f"{_AT_THE_SUBJECT};layer=0")
 OTHERWISE |= dict.fromkeys(["memit", "alphaedit"], f"{_AT_THE_SUBJECT}{_BY_MOMENTS}")
-OTHERWISE["memory"] = ";lr=0.2;stop_loss=0.05;learn_end=false;key_dimensions=16;least_subject=0.98"
+OTHERWISE["memory"] = ";key_dimensions=16;least_subject=0.98"
 OTHERWISE["melo"] = ";radius=0.5;layer=0;scaling=20;stop_loss=0.03"
 OTHERWISE["memoir"] = ";lr=1;contexts=0;overlap=0.9"
 OTHERWISE["horen"] = ";lr=0.1;threshold=0.98"
 OTHERWISE["wise"] = ";lr=1;contexts=0;near=0.1;far=1;gap=0.5"
 OTHERWISE["wise-light"] = ";lr=3;contexts=0;near=0.1;far=0.5;gap=0.3;mask_share=0.8"
+UNTRAINED = ("memory",)  # methods that take no steps
 # Methods that learn a fact of the toy model so. AdaLoRA has a test of its own; the model cannot read a fact off its context.
 LEARNING = [name for name in METHODS if name not in ("adalora", "in-context")]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -193,7 +194,8 @@ def edits_with_subjects(*numbers: int) -> list[Edit]:
 
 def quick(name: str) -> str:
     """A method as `baft bench --method` takes it, with settings by which it soon learns a fact of the toy model."""
-    return f"{name}:lr=0.02;stop_loss=0.02;max_steps=60{OTHERWISE.get(name, '')}"
+    trained = "" if name in UNTRAINED else "lr=0.02;stop_loss=0.02;max_steps=60"
+    return f"{name}:{(trained + OTHERWISE.get(name, '')).removeprefix(';')}"
 
 
 def meals(first: int, last: int) -> list[Unrelated]:

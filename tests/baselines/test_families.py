@@ -26,7 +26,7 @@ HERE = {
     **dict.fromkeys(("rome", "r-rome"), f"{STEPS};contexts=1;layer=1"),
     **dict.fromkeys(("wise", "wise-light"), f"{STEPS};contexts=1;threshold=0"),
     "memoir": f"{STEPS};contexts=1",
-    "memory": f"{STEPS};r=8;key_dimensions=8",
+    "memory": "key_dimensions=8",
 }
 
 

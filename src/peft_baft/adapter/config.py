@@ -213,6 +213,8 @@ class BaftConfig(PeftConfig):
         self.peft_type = BAFT
         # Shapes of the tensors that are to be loaded, by name. This is no field: it is not saved.
         self.saved_shapes: dict[str, tuple[int, ...]] = {}
+        # The same while transformers loads an adapter, which takes only tensors of the shapes that are there.
+        self.room: dict[str, tuple[int, ...]] = {}
         # Nor is this: the modules that were chosen for the last model that a reused config was given to.
         self.chosen_targets: Any = None
         if self.r is None:
@@ -257,7 +259,7 @@ class BaftConfig(PeftConfig):
             raise ValueError(
                 f"balance_weight must be a finite number of at least 0, not {self.balance_weight}."
             )
-        if self.balance_weight and self.gate_count < 2:
+        if self.balance_weight and self.kind.trains and self.gate_count < 2:
             raise ValueError(
                 f"balance_weight={self.balance_weight} balances several gates, but weighting={self.weighting!r} has "
                 f"{self.gate_count}; use weighting='basis' or 'product' with r >= 2, or balance_weight=0."

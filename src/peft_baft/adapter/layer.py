@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from peft_baft.adapter.kinds import Part
 from peft_baft.adapter.offloading import execution_device, forget_adapter, place_adapter
 from peft_baft.adapter.parameters import Counts
 from peft_baft.adapter.switching import Switch
+from peft_baft.adapter.weights import MARK
 
 CHILD = "baft"  # the name of a block's BaftLayer; must not contain PEFT's prefix `baft_`
 
@@ -66,8 +67,18 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         self.configs[adapter_name] = config
         self.in_features = self.out_features = width
         config.kind.attach(self, adapter_name, config, width)
+        if adapter_name in self.baft_part:
+            self._make_room(adapter_name, config.room)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def _make_room(self, adapter_name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Give the tensors of another kind's adapter the shapes of those that will be loaded, by their names in a file."""
+        part: Any = self.baft_part[adapter_name]
+        for name, tensor in part.tensors().items():
+            shape = shapes.get(f"{self.name}{MARK}part.{name}", tensor.shape)
+            if shape != tuple(tensor.shape):
+                part.replace({name: torch.zeros(shape, dtype=tensor.dtype)})
 
     def detach(self) -> None:
         """Leave the block as it was before its first adapter."""

@@ -39,7 +39,12 @@ def install() -> None:
         config = _checked_config(self, {**given.arguments, **given.arguments.get("kwargs", {})})
         if config is not None:
             given.arguments["peft_config"] = config
-        return original(*given.args, **given.kwargs)
+        try:
+            return original(*given.args, **given.kwargs)
+        finally:
+            for one in (config, *(getattr(self, "peft_config", None) or {}).values()):
+                if isinstance(one, BaftConfig):
+                    one.room = {}  # a later adapter of this config is an empty one
 
     setattr(load_adapter, MARK, True)
     PeftAdapterMixin.load_adapter = load_adapter  # type: ignore[method-assign]
@@ -71,9 +76,10 @@ def _checked_config(model: Any, arguments: Mapping[str, Any]) -> BaftConfig | No
         arguments.get("load_config"), "weight_mapping", None
     )
     if tensors is not None and not mapping:
-        require_whole(model, config, name, tensors)
+        config.room = require_whole(model, config, name, tensors)
     elif tensors is None and arguments["peft_config"] is None:
         config = BaftConfig.from_pretrained(str(folder), **options)
+        config.room = config.saved_shapes
     return config
 
 
@@ -103,12 +109,15 @@ def _is_hotswap(model: Any, hotswap: bool | str | None, name: str) -> bool:
 
 def require_whole(
     model: nn.Module, config: BaftConfig, adapter_name: str, tensors: Mapping[str, Tensor]
-) -> None:
+) -> dict[str, tuple[int, ...]]:
     """Raise a ValueError unless tensors are all that an adapter of this config needs on the model, in their shapes.
 
     Args:
         tensors: by their full names in the model; or without the adapter's name, as in a saved file, and then with more or
             fewer names before that of the block. These are the names that transformers finds.
+
+    Returns:
+        Shapes by the tensors' names in the base model.
     """
     prepared = prepare_config(model, deepcopy(config), getattr(model, "peft_config", {}).values())
     blocks = {name for name, _ in model.named_modules() if name and is_target(prepared, name)}
@@ -116,6 +125,7 @@ def require_whole(
     wanted = promised_tensors(blocks, prepared) | _saved_modules(model, prepared)
     found = {_saved_name(name, wanted): tensor for name, tensor in as_saved.items()}
     check_tensors(wanted, found, "the state dict")
+    return {name.removeprefix(BASE): tuple(tensor.shape) for name, tensor in found.items()}
 
 
 def _saved_modules(model: nn.Module, config: BaftConfig) -> dict[str, SavedTensor]:

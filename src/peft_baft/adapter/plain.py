@@ -65,7 +65,8 @@ class Plain:
 
     def change(self, layer: BaftLayer, adapter_name: str, hidden: Tensor, call: Call) -> Tensor:
         """Compute Φ(h) - h of one adapter at every token: (rows, tokens, d), 0 where it does not edit."""
-        active = call.active.get(layer.name, ())
+        # Of other kinds, an adapter may be active that has nothing in this block.
+        active = [name for name in call.active.get(layer.name, ()) if name in layer.configs]
         are_several = sum(layer.configs[name].kind is self for name in active) > 1
         mask = layer.context.mask(call.relative_positions, hidden, layer.configs[adapter_name])
         key = (layer.name, adapter_name) if are_several else layer.name

@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from peft_baft.adapter import BaftConfig, baft_layers, find_context
+from peft_baft.adapter.base_identity import identify_base
 from peft_baft.adapter.taught_form import remembered_forms
 from peft_baft.data.batching import encode, encode_fitting, encode_prompt
 from peft_baft.data.cases import Edit, Prompt, prompt_words
@@ -345,11 +346,14 @@ class MemoryEditor(AttachedEditor):
         """Read what was measured of the base model from a folder with another memory.
 
         Raises:
-            ValueError: the folder holds no memory, or one whose keys are made in another way.
+            ValueError: the folder holds no memory, or one that was made on another base model, or whose keys are made in another
+                way.
         """
         from peft_baft.memory.folder import SavedMemory
 
         memory = SavedMemory.read(folder)
+        # The folder's config knows its base model; on another one this raises.
+        identify_base(self._base, memory.config)
         same_keys = memory.settings.key_dimensions == self._settings.key_dimensions
         texts = unpacked(memory.tensors["reading"]).get("texts")
         if not same_keys or texts != token_texts(self.tokenizer):

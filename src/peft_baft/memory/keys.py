@@ -57,7 +57,7 @@ def key_states(
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         if threading.get_ident() == thread:
-            seen.append(output[0] if isinstance(output, tuple) else output)
+            seen.append(output[0] if isinstance(output, tuple | list) else output)
             raise _BlockHasRun
 
     handle = block.register_forward_hook(keep)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from peft_baft.adapter.blocks import text_config
 
 TOKENS = 24  # of the text that is read to find out what follows the last block
 ALIKE = 0.02  # of the spread of logits: what a replay may differ by, in low precision
+CAPS = ("final_logit_softcapping", "logits_soft_cap")  # what configs call a soft cap of logits
 AT_ONCE = 64  # vectors whose logits are computed together
 UNKNOWN_TAIL = (
     "What {} computes after its last block could not be replayed, so that answers cannot be taught to it in closed form: {}. "
@@ -97,7 +99,7 @@ class Tail:
         x = states.to(self.device, self.dtype)[None]
         for step in self.steps:
             x = step.module(x if step.scale == 1 else x * step.scale)
-            x = x[0] if isinstance(x, tuple) else x
+            x = _first(x)
         return self._finish(x[0]).float()
 
     def is_current(self) -> bool:
@@ -118,7 +120,9 @@ class Tail:
                     if hasattr(part, name)
                 ]
             for weight in step.module.parameters():
-                marks += [weight.data_ptr(), weight._version, tuple(weight.shape)]
+                # Of a model that was made in inference mode nobody counts changes.
+                version = None if weight.is_inference() else weight._version
+                marks += [weight.data_ptr(), version, tuple(weight.shape)]
                 if (
                     not weight.is_meta
                     and weight.is_floating_point()
@@ -129,14 +133,15 @@ class Tail:
         return marks
 
     def head(self) -> Tensor | None:
-        """Return the weight (vocabulary, d) of the last module where it is a plain linear layer; else None."""
+        """Return the weight (vocabulary, d) of the last module where it is a plain linear layer after norms only; else None."""
         module = self.steps[-1].module
         weight = getattr(module, "weight", None)
         if not isinstance(module, nn.Linear) or type(weight) is not nn.Parameter or weight.is_meta:
             return None
         if not weight.is_floating_point() or weight.shape[1] != len(self.typical):
             return None
-        return weight.detach()
+        before = [p for step in self.steps[:-1] for p in step.module.parameters()]
+        return weight.detach() if all(p.ndim < 2 for p in before) else None
 
     @torch.no_grad()
     def gain(self) -> Tensor:
@@ -192,13 +197,12 @@ def _watching(block: nn.Module) -> Iterator[_Watched]:
         if threading.get_ident() != thread:
             return
         if module is block:
-            found = output[0] if isinstance(output, tuple) else output
-            watched.states = [found]
+            watched.states = [_first(output)]
             begun.clear()
             watched.calls.clear()
         elif begun and begun[-1][0] is module:
             begun.pop()
-            found = output[0] if isinstance(output, tuple) else output
+            found = _first(output)
             if not begun and args and isinstance(args[0], Tensor) and isinstance(found, Tensor):
                 watched.calls.append((module, args[0], found))
 
@@ -235,18 +239,29 @@ def _finish(model: Any, output: Tensor, logits: Tensor) -> Callable[[Tensor], Te
     logits = logits.float()
     if torch.equal(output, logits):
         return lambda x: x[..., :width]
+    config = text_config(model)
+    caps = (getattr(config, name, None) for name in CAPS)
+    found: list[Callable[[Tensor], Tensor]] = [partial(_capped, cap=cap) for cap in caps if cap]
     scale = _ratio(logits, output)
     if scale is not None:
-        return lambda x: x[..., :width].float() * scale
-    cap = getattr(text_config(model), "final_logit_softcapping", None)
-    if cap:
-        capped = cap * torch.tanh(output / cap)
-        if torch.allclose(capped, logits, rtol=ALIKE, atol=float(ALIKE * logits.std())):
-            return lambda x: cap * torch.tanh(x[..., :width].float() / cap)
+        found.append(lambda x: x * scale)
     shift = (logits - output).mean(0)
-    if torch.allclose(output + shift, logits, rtol=ALIKE, atol=float(ALIKE * logits.std())):
-        return lambda x: x[..., :width].float() + shift
-    return None
+    found.append(lambda x: x + shift)
+    # While logits are small, a cap looks like a scale.
+    errors = [float((make(output) - logits).abs().max()) for make in found]
+    best = found[errors.index(min(errors))]
+    if not torch.allclose(best(output), logits, rtol=ALIKE, atol=float(ALIKE * logits.std())):
+        return None
+    return lambda x: best(x[..., :width].float())
+
+
+def _capped(logits: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(logits / cap)
+
+
+def _first(output: Any) -> Any:
+    """Return the hidden vectors of what a module returns."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:

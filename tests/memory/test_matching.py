@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_baft.adapter.matching import (
+from peft_baft.memory.matching import (
     KINDS,
     NOWHERE,
     Match,
@@ -17,7 +17,7 @@ from peft_baft.adapter.matching import (
     read,
     sentences,
 )
-from peft_baft.adapter.relations import ANYTHING, OWN, Relations
+from peft_baft.memory.relations import ANYTHING, OWN, Relations
 
 WORDS = [
     "", " who", " wrote", " the", " book", " of", " what", " is", " mother", " tongue", " capital", "?", " please", " tell",

@@ -1,38 +1,25 @@
-"""A memory of edits in the situations of the other files here."""
+"""A memory of edits in the situations that are tested of plain adapters in `tests/situations`."""
 
 # mypy: disable-error-code="attr-defined, operator, union-attr, arg-type"
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 import transformers as tr
-from peft import get_peft_model
 from torch import Tensor
 
 import facts
 from facts import FactModel, edits
-from peft_baft import NARROW, BaftConfig, BaftEditor, DescentConfig
+from toy import editor_of
 
 fact_model = facts.fact_model
-SETTINGS: dict[str, Any] = {
-    "memory": True,
-    "r": 48,
-    "key_dimensions": 16,
-    "least_subject": 0.98,
-    "strictness": 0.9,
-    "layers_to_transform": [1, 2, 3],
-    "task_type": "CAUSAL_LM",
-}
-DESCENT = DescentConfig(lr=0.2, max_steps=60, stop_loss=0.05, weight_decay=0.0)
 
 
 @pytest.fixture
 def memory(fact_model: FactModel) -> Any:
-    model = get_peft_model(deepcopy(fact_model.base), BaftConfig(**SETTINGS)).eval()
-    editor = BaftEditor(model, fact_model.tokenizer, DESCENT, scope=NARROW)
+    editor = editor_of(fact_model)
     assert editor.edit(edits(0, 5)).learned
     return editor
 
@@ -76,5 +63,6 @@ def test_a_forward_inside_generate_finds_its_own_edit(memory: Any) -> None:
     alone, wanted, processor = call(), generate(memory, one), Processor()
     got = generate(memory, one, logits_processor=tr.LogitsProcessorList([processor]))
     assert torch.equal(got, wanted)
+    assert processor.seen and not torch.equal(alone[0, -1], memory.model(one).logits[0, -1])
     for seen in processor.seen:
         torch.testing.assert_close(seen, alone)

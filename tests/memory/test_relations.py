@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 
-from peft_baft.data.relations import wordings
+from peft_baft.memory.statistics import relation_wordings
 
 
 def test_every_wording_is_about_the_subject_and_stands_once() -> None:
-    found = list(wordings("Nobody"))
+    found = list(relation_wordings("Nobody"))
     assert all(text.count("Nobody") == 1 and "{" not in text for _, text in found)
     assert max(Counter(found).values()) == 1 and all(name.strip() == name for name, _ in found)
     # A relation stands in one line.
