@@ -66,7 +66,7 @@ $(VENV)-mutants/ready:
 	touch $@
 
 demo: $(VENV)/ready
-	$(DEMO)/baft edit --model smollm2 --edits examples/edits.jsonl --batch-size 5 --output edits/demo --overwrite
+	$(DEMO)/baft edit --model smollm2 --edits examples/edits.jsonl --output edits/demo --overwrite
 	$(DEMO)/baft ask --model smollm2 --adapter edits/demo --max-new-tokens 24 "What is the capital of France?" \
 		"Could you tell me which city is the capital of France?" "What is the capital of Spain?" "Who invented the steam engine?"
 

@@ -48,7 +48,8 @@ def edit(folder: Path, output: Path, *more: str) -> int:
         "--output",
         str(output),
     ]
-    return cli.main(["edit", *data, *TRAINING, *more])
+    turns = [] if "--batch-size" in more else ["--one-by-one"]
+    return cli.main(["edit", *data, *TRAINING, *turns, *more])
 
 
 def tensors(folder: Path) -> dict:
@@ -152,7 +153,7 @@ def test_a_command_in_a_pipe_writes_json_alone_to_its_output_and_nothing_beside(
     ]
     prompts = [CAPITALS[0].prompt, "two\nlines"]
     commands = {
-        "edit": ["edit", *data, *TRAINING, "--json"],
+        "edit": ["edit", *data, *TRAINING, "--one-by-one", "--json"],
         "ask": ["ask", "--adapter", str(tmp_path), *prompts, "--json"],
         "log": ["log", str(tmp_path), "--json"],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ import facts
 import peft_baft_cli as cli
 from facts import CAPITALS, FactModel
 from peft_baft.editing import continual
-from peft_baft.editing.memory import editor as memory_editor
-from peft_baft.editing.memory import folder as memory_folder
-from peft_baft.editing.memory.folder import SavedMemory, saved_numbers
+from peft_baft.memory import folder as memory_folder
+from peft_baft.memory.folder import SavedMemory, saved_numbers
+from peft_baft.memory.tensors import OF_MODEL
 
 fact_model = facts.fact_model
 WEIGHTS = "adapter_model.safetensors"
@@ -41,7 +42,7 @@ def write_facts(file: Path, numbers: range) -> None:
 
 def edit(folder: Path, output: Path, file: str, *more: str) -> int:
     data = ["--model", str(folder / "model"), "--edits", str(folder / file)]
-    return cli.main(["edit", *data, "--output", str(output), "--lr", "1", *more])
+    return cli.main(["edit", *data, "--output", str(output), *more])
 
 
 @pytest.fixture
@@ -56,28 +57,63 @@ def logged(memory: Path, capsys: Any) -> list[dict[str, Any]]:
     return json.loads(capsys.readouterr().out)["edits"]
 
 
-def test_many_facts_go_into_a_memory_and_few_do_not(folder: Path, tmp_path: Path) -> None:
+def test_facts_go_into_a_memory_however_many_they_are(
+    folder: Path, tmp_path: Path, capsys: Any
+) -> None:
     assert saved_numbers(folder / "memory") == list(range(1, 13))
     report = json.loads((folder / "memory" / "report.json").read_text())
-    # Answers of two tokens are not known: the toy model cannot learn where they end.
-    assert report["method"] == "memory" and report["known"] == 9
-    write_facts(folder / "two.jsonl", range(2))
-    assert edit(folder, tmp_path / "two", "two.jsonl", "--max-steps", "1") == 0
-    assert saved_numbers(tmp_path / "two") is None
+    assert report["method"] == "memory" and report["known"] == report["facts"] == 12
+    write_facts(folder / "one.jsonl", range(1))
+    capsys.readouterr()
+    assert edit(folder, tmp_path / "one", "one.jsonl") == 0
+    told = capsys.readouterr().out
+    assert "Method: memory, since no option asks for a plain adapter." in told
+    assert "a memory of" in told and "steps" not in told
+    assert saved_numbers(tmp_path / "one") == [1]
+
+
+@pytest.mark.parametrize(
+    ("options", "batches", "reason"),
+    [
+        (["--method", "plain"], 1, "as --method says"),
+        (["--one-by-one"], 3, "since --one-by-one is for a plain adapter"),
+        (["--batch-size", "2"], 2, "since --batch-size is for a plain adapter"),
+        (["--lr", "0.01"], 1, "since --lr is for a plain adapter"),
+    ],
+)
+def test_a_plain_adapter_learns_all_facts_at_once_unless_told_otherwise(
+    options: list[str], batches: int, reason: str, folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    write_facts(folder / "three.jsonl", range(3))
+    capsys.readouterr()
+    assert edit(folder, tmp_path / "plain", "three.jsonl", *options, "--max-steps", "1") == 0
+    assert saved_numbers(tmp_path / "plain") is None
+    report = json.loads((tmp_path / "plain" / "report.json").read_text())
+    assert (report["method"], report["batches"]) == ("plain", batches)
+    assert f"Method: plain, {reason}." in capsys.readouterr().out
+
+
+def test_an_answer_can_be_followed_by_the_models_own_words(folder: Path, tmp_path: Path) -> None:
+    records = [
+        {"prompt": CAPITALS[n].prompt, "target": CAPITALS[n + 8].answer, **extra}
+        for n, extra in ((0, {}), (1, {"after": "stop"}))
+    ]
+    (folder / "after.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert edit(folder, tmp_path / "goes-on", "after.jsonl", "--after", "continue") == 0
+    edits = SavedMemory.read(tmp_path / "goes-on").tensors["edits"]
+    assert edits[1:, 1].tolist() == [0, 1]
 
 
 def test_a_new_memory_takes_what_was_measured_of_the_model_from_another_one(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_facts(folder / "two.jsonl", range(2))
-    monkeypatch.setattr(
-        "peft_baft.editing.memory.editor.key_statistics", lambda *_: pytest.fail("was measured")
-    )
+    monkeypatch.setattr("peft_baft.memory.editor.measured", lambda *_: pytest.fail("was measured"))
     of_first = ("--method", "memory", "--statistics", str(folder / "memory"))
     assert edit(folder, tmp_path / "second", "two.jsonl", *of_first) == 0
     first, second = (SavedMemory.read(one) for one in (folder / "memory", tmp_path / "second"))
-    for name, tensor in first.statistics().items():
-        assert torch.equal(tensor, second.statistics()[name]), name
+    for name in OF_MODEL:
+        assert torch.equal(first.tensors[name], second.tensors[name]), name
 
 
 def test_a_forgotten_edit_is_gone_and_the_log_says_so(
@@ -89,7 +125,7 @@ def test_a_forgotten_edit_is_gone_and_the_log_says_so(
     left = SavedMemory.read(memory)
     kept = [n for n in range(1, 13) if n not in (3, 5)]
     assert left.numbers == kept
-    expected = whole.only([n - 1 for n in kept])
+    expected = whole.without((3, 5))
     assert {k: t.tolist() for k, t in left.tensors.items()} == {
         k: t.tolist() for k, t in expected.tensors.items()
     }
@@ -126,10 +162,11 @@ def test_a_fact_in_other_words_than_an_edit_is_said_and_can_be_refused(
     onto, before = ["--adapter", str(memory)], (memory / WEIGHTS).read_bytes()
     assert edit(folder, memory, "reworded.jsonl", *onto, "--known", "refuse") == 2
     told = capsys.readouterr().err
-    assert "answers the questions of 1 of these facts" in told and "edit 3" in told
+    assert "answers the questions of 1 of these facts" in told
+    (number,) = re.findall(r"by its edit (\d+)", told)
     assert (memory / WEIGHTS).read_bytes() == before
     assert edit(folder, memory, "reworded.jsonl", *onto) == 0
-    assert f"baft forget {memory} --edit 3" in capsys.readouterr().out
+    assert f"baft forget {memory} --edit {number}" in capsys.readouterr().out
     assert saved_numbers(memory) == list(range(1, 15))
 
 
@@ -166,26 +203,32 @@ def test_two_memories_become_one(folder: Path, memory: Path, tmp_path: Path, cap
 def test_a_run_that_is_cut_short_goes_on_and_ends_with_the_same_bytes(
     folder: Path, memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, write, groups = tmp_path / "cut", continual._write, []
+    output, write, numbers = tmp_path / "cut", continual._write, []
 
     def cut(*given: Any) -> None:
-        groups.append(given[2])
-        if len(groups) == 3:
+        numbers.append(given[2])
+        if len(numbers) == 3:
             raise KeyboardInterrupt
         write(*given)
 
+    assert edit(folder, tmp_path / "whole", "facts.jsonl") == 0
     with monkeypatch.context() as patch:
-        for module in (continual, memory_editor):
-            patch.setattr(module, "LANES", 4)
-        assert edit(folder, tmp_path / "whole", "facts.jsonl") == 0
-        with patch.context() as inner:
-            inner.setattr(continual, "_write", cut)
-            assert edit(folder, output, "facts.jsonl") == 130
-        assert [list(numbers) for numbers in groups[:2]] == [[1, 2, 3, 4], [5, 6, 7, 8]]
-        assert edit(folder, output, "facts.jsonl", "--resume") == 0
+        patch.setattr(continual, "_write", cut)
+        assert edit(folder, output, "facts.jsonl") == 130
+    assert numbers == [1, 2, 3]
+    assert edit(folder, output, "facts.jsonl", "--resume") == 0
     assert (output / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     # The control: cut at another place, all edits are there as well.
     assert load_file(output / WEIGHTS).keys() == load_file(memory / WEIGHTS).keys()
+
+
+def test_a_memory_can_go_back_to_each_of_its_edits(memory: Path) -> None:
+    whole = SavedMemory.read(memory)
+    assert cli.main(["rollback", str(memory), "--to", "7"]) == 0
+    assert saved_numbers(memory) == list(range(1, 8))
+    left = SavedMemory.read(memory)
+    expected = whole.without(range(8, 13)).tensors["tokens"]
+    assert torch.equal(left.tensors["tokens"], expected)
 
 
 @pytest.mark.parametrize("step", ["save_snapshot", "write", "add"])
@@ -212,13 +255,16 @@ def test_a_kill_while_forgetting_loses_no_other_edit(
 
 def test_what_does_not_fit_a_memory_is_refused(folder: Path, memory: Path, capsys: Any) -> None:
     refused = {
-        "is a memory; leave --method out": ["--adapter", str(memory), "--method", "baft"],
-        "leave --unrelated out": ["--method", "memory", "--unrelated", "general", "--overwrite"],
-        "leave --preset out": ["--adapter", str(memory), "--preset", "plain"],
-        "leave --known out": ["--method", "baft", "--known", "refuse", "--overwrite"],
+        "is a memory; leave --method out": ["--adapter", str(memory), "--method", "plain"],
+        "--unrelated is for a plain adapter": ["--method", "memory", "--unrelated", "general"],
+        "--preset is for a plain adapter": ["--adapter", str(memory), "--preset", "plain"],
+        "--batch-size is for a plain adapter": ["--method", "memory", "--batch-size", "2"],
+        "--r is for a plain adapter": ["--method", "memory", "--r", "2"],
+        "--known is for a memory": ["--method", "plain", "--known", "refuse"],
+        "--after is for a memory": ["--one-by-one", "--after", "stop"],
+        "--statistics is for a memory": ["--method", "plain", "--statistics", str(memory)],
         "leave --statistics out": ["--adapter", str(memory), "--statistics", str(memory)],
-        "needs no statistics": ["--method", "baft", "--statistics", str(memory), "--overwrite"],
-        "leave --batch-size out": ["--method", "memory", "--batch-size", "2", "--overwrite"],
+        "leave one of them out": ["--one-by-one", "--batch-size", "2"],
     }
     for message, options in refused.items():
         capsys.readouterr()

@@ -87,9 +87,8 @@ def _edit(options: EditCommand, device: str, processes: Processes) -> dict[str, 
             f"baft edit continues BaFT adapters, but {options.adapter} is of type {continued.peft_type}."
         )
     memory, reason = _chosen_method(options, continued)
-    if processes.first:
-        method = "memory" if memory else "plain"
-        print(f"Method: {method}, {reason}.", file=sys.stderr if options.json else sys.stdout)
+    if processes.first and not options.json:
+        print(f"Method: {'memory' if memory else 'plain'}, {reason}.")
     locate_model(options.model, options.revision)  # raises before anything is written
     with processes.together():
         if processes.first:
