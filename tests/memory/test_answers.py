@@ -181,7 +181,9 @@ def with_bias(model: Any) -> Any:
 def resized(model: Any) -> Any:
     model.resize_token_embeddings(VOCABULARY + 9)
     with torch.no_grad():  # rows that were trained: new ones are the mean of all
-        model.lm_head.weight[VOCABULARY:].normal_(generator=torch.Generator().manual_seed(2)).mul_(0.1)
+        model.lm_head.weight[VOCABULARY:].normal_(generator=torch.Generator().manual_seed(2)).mul_(
+            0.1
+        )
     return model
 
 

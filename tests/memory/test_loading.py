@@ -14,7 +14,6 @@ from peft_baft import BaftConfig
 from peft_baft.adapter import baft_layers
 
 
-
 def memory(**settings: Any) -> PeftModel:
     of_memory = {"key_dimensions": 16, **settings}
     return get_peft_model(make_model(), BaftConfig(memory=of_memory, task_type="CAUSAL_LM"))

@@ -41,9 +41,7 @@ def editor() -> MemoryEditor:
 
 def wanted(toy: FactModel, number: int, count: int = COUNT) -> list[int]:
     (fact,) = edits(number)
-    return reply(
-        toy.base, ids_of(toy, str(fact.prompt)), ids_of(toy, f" {fact.target}"), count
-    )
+    return reply(toy.base, ids_of(toy, str(fact.prompt)), ids_of(toy, f" {fact.target}"), count)
 
 
 def test_the_reference_is_another_reply_than_the_unedited_one(fact_model: FactModel) -> None:
@@ -139,9 +137,7 @@ def test_a_reply_that_begins_in_other_words_is_unedited_from_there(
     other = ids_of(fact_model, " apus")[0]
     for begun in ([other], [first, other], [other, first], [first]):
         forced = tr.LogitsProcessorList([Forced(len(ids), begun)])
-        said = generated(
-            editor.model, ids, COUNT, logits_processor=forced, use_cache=use_cache
-        )
+        said = generated(editor.model, ids, COUNT, logits_processor=forced, use_cache=use_cache)
         answer = [first, second] if begun == [first] else begun
         assert said == reply(fact_model.base, ids, answer, COUNT)
 
@@ -164,13 +160,14 @@ def test_padding_changes_no_reply(fact_model: FactModel, editor: MemoryEditor, s
         said = int(logits[number, last].argmax())
         single = generated(editor.model, row, 1)
         assert [said] == single
-    assert int(logits[0, -1 if side == "left" else int(lengths[0]) - 1].argmax()) == wanted(
-        fact_model, 0
-    )[0]
+    assert (
+        int(logits[0, -1 if side == "left" else int(lengths[0]) - 1].argmax())
+        == wanted(fact_model, 0)[0]
+    )
     if side == "left":
-        out = editor.model.generate(
-            **batch, max_new_tokens=COUNT, do_sample=False, pad_token_id=0
-        )[:, batch["input_ids"].shape[1] :].tolist()
+        out = editor.model.generate(**batch, max_new_tokens=COUNT, do_sample=False, pad_token_id=0)[
+            :, batch["input_ids"].shape[1] :
+        ].tolist()
         assert out[:2] == [wanted(fact_model, 0), wanted(fact_model, 3)]
         assert out[2] == continued(fact_model.base, rows[2], COUNT)
 
@@ -253,9 +250,7 @@ def test_a_loop_over_the_models_cache_says_the_answer(
             scores, cache = call_with_cache(editor.model, base, {"input_ids": ids})
             for _ in range(COUNT):
                 said.append(scores[:, -1:].argmax(-1))
-                scores, cache = call_with_cache(
-                    editor.model, base, {"input_ids": said[-1]}, cache
-                )
+                scores, cache = call_with_cache(editor.model, base, {"input_ids": said[-1]}, cache)
         assert torch.cat(said, 1)[0].tolist() == wanted(fact_model, number)
 
 
@@ -376,7 +371,10 @@ def test_the_last_message_of_the_user_is_the_question(chat: FactModel) -> None:
     for messages in chats:
         ids = asked_in_chat(chat, *messages)
         assert generated(editor.model, ids, 3) == reply(chat.base, ids, bare, 3)
-    for messages in ((question(0), assistant, question(7)), (("system", question(0)[1]), question(7))):
+    for messages in (
+        (question(0), assistant, question(7)),
+        (("system", question(0)[1]), question(7)),
+    ):
         ids = asked_in_chat(chat, *messages)  # what was asked before is no question now
         assert generated(editor.model, ids, 3) == continued(chat.base, ids, 3)
 
