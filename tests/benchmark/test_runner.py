@@ -528,7 +528,7 @@ def test_a_block_tells_what_its_edits_take_and_what_is_asked_after_the_last(benc
 def test_independent_edits_are_made_together_and_come_out_as_in_turn(
     bench: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    MemoryEditor = pytest.importorskip("peft_baft.memory").MemoryEditor  # noqa: N806
+    MemoryEditor = pytest.importorskip("peft_baft.memory").MemoryEditor
     memory = method(facts.quick("memory"), PRESETS["plain"])
     sizes: list[int] = []
     edit_independently = MemoryEditor.edit_independently

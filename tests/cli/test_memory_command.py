@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft_baft.editing.memory import editor as memory_editor
+from peft_baft.editing.memory import folder as memory_folder
+from peft_baft.editing.memory.folder import SavedMemory, saved_numbers
 from safetensors.torch import load_file
 
 import facts
 import peft_baft_cli as cli
 from facts import CAPITALS, FactModel
 from peft_baft.editing import continual
-from peft_baft.editing.memory import editor as memory_editor
-from peft_baft.editing.memory import folder as memory_folder
-from peft_baft.editing.memory.folder import SavedMemory, saved_numbers
 
 fact_model = facts.fact_model
 WEIGHTS = "adapter_model.safetensors"

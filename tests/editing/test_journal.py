@@ -19,7 +19,6 @@ import facts
 from facts import DESCENT, OBJECTIVE, FactModel, adapted, edits, meals
 from peft_baft import NARROW, BaftConfig, BaftEditor, DescentConfig, Edit, editor_for
 from peft_baft.adapter.state import adapter_state_dict
-from peft_baft.editing import continual
 from peft_baft.editing.continual import EditRecord, edit_continually
 from peft_baft.editing.journal import LINES, SNAPSHOTS, Journal
 from peft_baft.evaluation.guard import canary_check

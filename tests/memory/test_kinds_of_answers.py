@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from kinds_of_answers import KINDS
 from peft import get_peft_model
 
 import peft_baft
-from kinds_of_answers import KINDS
 from peft_baft import BaftConfig, Edit, MemoryEditor
 from peft_baft.data.batching import encode_prompt
 from peft_baft.data.templates import RAW, Template

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from peft_baft.adapter.texts import Texts
 
-# How many calls are kept of one input: a loop over one tensor must not fill the memory.
+# How many calls are kept of one input: a loop over one tensor must not keep more and more.
 MOST_CALLS = 1000
 # Where an autograd node keeps the calls whose block inputs it computed.
 IN_METADATA = "peft_baft.call"
@@ -97,7 +97,7 @@ class CallsByInput:
     """The calls of forwards whose blocks may be run again, by the input of each block.
 
     A call is found by the tensor itself or by where its values lie: reentrant checkpointing passes a detached alias. An entry
-    goes when the tensor does, and no two living tensors share their memory unless one is an alias of the other. Where the
+    goes when the tensor does, and no two living tensors share their storage unless one is an alias of the other. Where the
     values were moved away and back in between (`torch.autograd.graph.save_on_cpu`), the autograd node that computed them
     still tells the call.
     """

@@ -120,7 +120,7 @@ def _check_writable(
             tensors = get_peft_model_state_dict(
                 model, state_dict=state_dict, adapter_name=name, save_embedding_layers=False
             )
-            check_adapter(tensors, _as_read(config), "memory")
+            check_adapter(tensors, _as_read(config), "the model")
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"The adapter {name!r} could not be loaded again, so it was not saved, and {save_directory} is as it was: {error}"

@@ -1,7 +1,7 @@
 """Make PEFT know the type `BAFT`: the only file that touches PEFT's tables of types.
 
 `peft.register_peft_method` is public, but accepts only names that are members of the closed enum `peft.PeftType`. The
-enum is therefore given one more member, in memory. If a future PEFT has a BAFT of its own, ours steps aside with an error.
+enum is therefore given one more member, while it runs. If a future PEFT has a BAFT of its own, ours steps aside with an error.
 """
 
 from __future__ import annotations

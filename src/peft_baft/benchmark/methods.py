@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig
@@ -21,7 +22,6 @@ from peft_baft.baselines.in_context import InContext
 from peft_baft.baselines.melo import Melo
 from peft_baft.baselines.memit import ALPHA_EDIT, Memit
 from peft_baft.baselines.memoir import Memoir
-from peft_baft.baselines.memory import Memory
 from peft_baft.baselines.rome import Rome
 from peft_baft.baselines.wise import Wise
 from peft_baft.editing.method import MethodSettings
@@ -70,8 +70,12 @@ METHODS: dict[str, Callable[[Preset], MethodSettings]] = {
     "memoir": lambda preset: Memoir(),
     "horen": lambda preset: Horen(),
     "in-context": lambda preset: InContext(),
-    "memory": lambda preset: Memory(),
 }
+# The memory of edits is a folder that can be deleted.
+if find_spec("peft_baft.baselines.memory"):
+    from peft_baft.baselines.memory import Memory
+
+    METHODS["memory"] = lambda preset: Memory()
 GROUPS = {
     "table4": ("reft", "ss-w", "ba-w", "ss-w-lr", "baft"),  # the paper's ablation
     # What the paper compares with.
@@ -91,6 +95,7 @@ GROUPS = {
     "leaders": ("memoir", "horen", "alphaedit", "ft-m", "lora", "in-context", "baft"),
 }
 GROUPS["all"] = tuple(dict.fromkeys((*GROUPS["paper"], *GROUPS["leaders"], "r-rome", "memory")))
+GROUPS = {group: tuple(n for n in names if n in METHODS) for group, names in GROUPS.items()}
 UNEDITED = "none"
 
 

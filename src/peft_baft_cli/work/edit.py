@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft_baft.editing.memory.editor import MEMORY_DESCENT, MemoryEditor
 from tqdm import tqdm
 
 from peft_baft import BaftConfig, BaftEditor
@@ -25,7 +26,6 @@ from peft_baft.editing.adapter_editor import AdapterEditor
 from peft_baft.editing.baft import UNRELATED_USED
 from peft_baft.editing.continual import EditRecord, edit_continually
 from peft_baft.editing.journal import LINES, Journal
-from peft_baft.editing.memory.editor import MEMORY_DESCENT, MemoryEditor
 from peft_baft.editing.presets import Preset
 from peft_baft.evaluation.guard import canary_check
 from peft_baft.evaluation.report import Report, watch
