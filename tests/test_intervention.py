@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapters import intervene
 from peft_baft import BaftConfig
-from peft_baft.adapter.layer import Gate, OrthonormalBasis
+from peft_baft.adapter.parameters import Gate, OrthonormalBasis
 from peft_baft.intervention import gates, orthonormal_rows, rms_normalise, update
 
 D, RANK = 16, 4

@@ -14,12 +14,12 @@ import torch
 from peft import get_peft_model
 
 import peft_baft
-from peft_baft import Edit
+from peft_baft import Edit, MemoryEditor
 from peft_baft.data.batching import encode
 from peft_baft.editing.acceleration.prefix_cache import CachedPrefix
 from peft_baft.editing.answers import FullForward
-from peft_baft.editing.memory.editor import MemoryEditor
 from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_tokens, token_match
+from peft_baft.memory.tensors import packed, unpacked
 
 pytestmark = [
     pytest.mark.skipif(
@@ -167,9 +167,8 @@ def test_a_memory_tells_relations_of_one_subject_apart(smollm2) -> None:
     assert (found.best, found.asks_for, found.best_asks_for) == (1, "place of birth", "gender")
     assert found.differs == '"place"'
     # The control: by words alone, not all are told apart.
-    router = editor.router
-    without = {name: router.kept()[name][:0] for name in ("relation_keys", "wordings")}
-    router.take({**router.kept(), **without})
+    reading = unpacked(editor.part.tensors()["reading"])
+    editor.part.replace({"reading": packed({**reading, "relations": []})})
     assert editor.routed([*others, *same]) != [*[None] * 10, 1, 2, 3, 4]
     model.unload()
 

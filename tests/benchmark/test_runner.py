@@ -31,7 +31,6 @@ from peft_baft.benchmark.schedule import Schedule
 from peft_baft.data.templates import CHAT, RAW
 from peft_baft.editing.editor import EditResult
 from peft_baft.editing.lanes import LaneBatch
-from peft_baft.editing.memory.editor import MemoryEditor
 from peft_baft.editing.presets import PRESETS
 from peft_baft.evaluation import asking, probing
 from peft_baft.evaluation.asking import Unedited, ask, questions_of
@@ -529,11 +528,12 @@ def test_a_block_tells_what_its_edits_take_and_what_is_asked_after_the_last(benc
 def test_independent_edits_are_made_together_and_come_out_as_in_turn(
     bench: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    MemoryEditor = pytest.importorskip("peft_baft.memory").MemoryEditor
     memory = method(facts.quick("memory"), PRESETS["plain"])
     sizes: list[int] = []
     edit_independently = MemoryEditor.edit_independently
 
-    def counted(editor: MemoryEditor, edits: list[Edit]) -> list[EditResult]:
+    def counted(editor: Any, edits: list[Edit]) -> list[EditResult]:
         sizes.append(len(edits))
         return edit_independently(editor, edits)
 
@@ -543,16 +543,11 @@ def test_independent_edits_are_made_together_and_come_out_as_in_turn(
     monkeypatch.setattr(runner, "TOGETHER", 1)
     in_turn = judged(bench, memory, Schedule(edits=6))
     assert sizes[2:] == [1] * 12
-    # Rounding of shared forwards, which differs between processors, may move a step, and a token of one answer.
     reliability = in_turn.scores["reliability"]
-    assert (
-        together.scores["reliability"] == pytest.approx(reliability, abs=0.05) and reliability > 0.8
-    )
-    assert abs(together.scores["steps"] - in_turn.scores["steps"]) < 1
-    assert len({case["steps"] for case in together.cases}) > 1  # each has its own
+    assert together.scores["reliability"] == reliability == 1.0
     sizes.clear()
 
-    def broken(editor: MemoryEditor, edits: list[Edit]) -> list[EditResult]:
+    def broken(editor: Any, edits: list[Edit]) -> list[EditResult]:
         if len(edits) > 1:
             raise FloatingPointError("became nan")
         return counted(editor, edits)

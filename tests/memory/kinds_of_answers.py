@@ -3,6 +3,7 @@
 Each question is about another subject, and no answer begins or ends with white space.
 """
 
+# fmt: off
 KINDS: tuple[tuple[str, str], ...] = (
     ("What do the villagers of Ombrelune call their harvest drum?", "tamboriel"),
     ("Who designed the glass footbridge of Sarrevigny?", "Zoé Bérénice d'Aubépine-Lefèvre"),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from copy import deepcopy
 
 import torch
+from toy import editor_of
 
 import facts
 from facts import FactModel, edits
 from peft_baft import MemoryEditor
 from peft_baft.evaluation.scoring import token_match
-from toy import editor_of
 
 fact_model = facts.fact_model
 

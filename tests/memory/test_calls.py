@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers as tr
 from torch import Tensor
+from toy import editor_of
 
 import facts
 from facts import FactModel, edits
-from toy import editor_of
 
 fact_model = facts.fact_model
 

@@ -16,6 +16,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from toy import config, continued, editor_of, generated, ids_of, logits, prompts_of, reply
 
 import facts
 from facts import CAPITALS, MEALS, FactModel, edits
@@ -25,7 +26,6 @@ from peft_baft.evaluation.scoring import greedy_answers, token_match
 from peft_baft.memory.folder import merge_saved
 from peft_baft.memory.statistics import token_texts
 from peft_baft.memory.tensors import StoredEdit
-from toy import config, continued, editor_of, generated, ids_of, logits, prompts_of, reply
 
 fact_model = facts.fact_model
 

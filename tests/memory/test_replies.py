@@ -9,12 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as tr
-
-import facts
-from conftest import cache_of, with_cache
-from facts import CAPITALS, MEALS, FactModel, edits
-from peft_baft import Edit, MemoryEditor, prompt_lengths
-from peft_baft.adapter.model_call import call_with_cache
 from toy import (
     asked_in_chat,
     config,
@@ -26,6 +20,12 @@ from toy import (
     prompts_of,
     reply,
 )
+
+import facts
+from conftest import cache_of, with_cache
+from facts import CAPITALS, MEALS, FactModel, edits
+from peft_baft import Edit, MemoryEditor, prompt_lengths
+from peft_baft.adapter.model_call import call_with_cache
 
 fact_model = facts.fact_model
 COUNT = 5  # tokens of a reply

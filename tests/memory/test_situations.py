@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from toy import config, editor_of, ids_of, prompts_of
 
 import facts
 from facts import FactModel, edits
@@ -21,7 +22,6 @@ from peft_baft.editing.continual import edit_continually
 from peft_baft.evaluation.scoring import token_match
 from situations.test_default_dtype import DTYPES, default_dtype
 from situations.test_vision_language import answer, each_model, tiny
-from toy import config, editor_of, ids_of, prompts_of
 
 fact_model = facts.fact_model
 

@@ -52,7 +52,7 @@ class Answers:
         covariance = (rows - self._mean).mT @ (rows - self._mean) / len(rows)
         ridge = RIDGE * covariance.diagonal().mean().clamp(min=1e-12)
         self._factor = torch.linalg.cholesky(
-            covariance + ridge * torch.eye(len(covariance), device=covariance.device)
+            covariance + ridge * torch.eye(len(covariance)).to(covariance)
         )
         self._known: dict[int, tuple[Tensor, float]] = {}
 
@@ -76,13 +76,14 @@ class Answers:
         vectors, likely = zip(*(self._known[token] for token in tokens), strict=True)
         while len(self._known) > max(KEPT, len(new)):
             self._known.pop(next(iter(self._known)))
-        return torch.stack(vectors), torch.tensor(likely)
+        return torch.stack(vectors), torch.tensor(likely, dtype=torch.float32)
 
     def _learn(self, tokens: Sequence[int]) -> None:
         rows = self._rows(tokens)
         directions = self._whitened(rows - self._mean)
-        best = torch.full((len(tokens),), -torch.inf, device=rows.device)
-        found, likely = self._scaled(directions), torch.zeros(len(tokens))
+        found = self._scaled(directions)
+        best = torch.full_like(found[:, 0], -torch.inf)
+        likely = torch.zeros(len(tokens), dtype=torch.float32)
         own_index = torch.tensor(list(tokens), device=rows.device)
         todo = torch.arange(len(tokens), device=rows.device)
         for _ in range(STEPS):

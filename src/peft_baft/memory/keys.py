@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peft_baft.adapter.blocks import blocks_left_out, find_stack
 from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.model_call import input_device
+from peft_baft.adapter.state import evaluating
 
 BLOCK, DEPTH = (
     4,
@@ -73,7 +74,8 @@ def key_states(
                 ids[row, : len(question)] = torch.tensor(list(question))
                 real[row, : len(question)] = True
             try:
-                context.run_base(ids.to(device), real.to(device), adapter_name)
+                with evaluating(context.model):
+                    context.run_base(ids.to(device), real.to(device), adapter_name)
             except _BlockHasRun:
                 states = seen.pop()
             for row, (number, question) in enumerate(zip(numbers, batch, strict=True)):

@@ -403,11 +403,13 @@ class Questions:
 
     def _likely(self, asked: Reading) -> list[int]:
         """List the edits with the most similar words."""
-        scores = torch.zeros(len(self._questions))
+        scores = torch.zeros(len(self._questions), dtype=torch.float32)
         for word, weight in asked.weights.items():
             if word in self._index:
                 edits, weights = self._index[word]
-                scores.index_add_(0, torch.tensor(edits), weight * torch.tensor(weights))
+                scores.index_add_(
+                    0, torch.tensor(edits), weight * torch.tensor(weights, dtype=torch.float32)
+                )
         top = scores.topk(min(CANDIDATES, len(scores)))
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         return [number for number, score in pairs if score > 0]
@@ -437,7 +439,7 @@ def compare(stored: Reading, asked: Reading) -> Likeness:
     """Compare an edit's question with another one."""
     same_words = sum(w * asked.weights.get(word, 0.0) for word, w in stored.weights.items())
     if not len(stored.keys):  # a question of one token
-        return Likeness(same_words, 0.0, 0.0, torch.zeros(len(asked.keys)))
+        return Likeness(same_words, 0.0, 0.0, torch.zeros(len(asked.keys), dtype=torch.float32))
     similar = stored.keys @ asked.keys.mT.to(stored.keys.device)
     of_asked = similar.amax(0).cpu()
     to_stored, to_asked = similar.amax(1).tolist(), of_asked.tolist()

@@ -14,6 +14,7 @@ from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.kinds import Part
 from peft_baft.adapter.model_call import input_device
+from peft_baft.adapter.state import evaluating
 from peft_baft.adapter.texts import Text
 from peft_baft.memory.answers import Answers
 from peft_baft.memory.config import MemoryConfig
@@ -157,7 +158,7 @@ class MemoryPart(Part):
                 real = torch.ones_like(ids, dtype=torch.bool)
                 return self._context.run_base(ids.to(device), real.to(device), self._name)
 
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), evaluating(model):
                 tail = Tail.of(model, model.get_submodule(self._block), run)
                 self._answers = Answers(tail)
         return self._answers

@@ -71,7 +71,7 @@ class Relations:
         similar = (keys.to(self._keys.device) @ self._keys.mT).cpu()
         of_wordings = largest(similar, self._wording, len(self._lengths))
         to_wordings = of_wordings.mean(0)
-        from_wordings = torch.zeros(len(self._lengths)).index_add_(
+        from_wordings = torch.zeros(len(self._lengths), dtype=torch.float32).index_add_(
             0, self._wording, similar.amax(0)
         )
         alike = (to_wordings + from_wordings / self._lengths) / 2

@@ -148,7 +148,7 @@ class Tail:
         """Return what the modules before the last one multiply each number of a vector by, (d,), but for its length."""
         generator = torch.Generator().manual_seed(0)
         half = len(self.typical) // 2
-        signs = torch.ones(len(self.typical))
+        signs = torch.ones(len(self.typical), dtype=torch.float32)
         signs[torch.randperm(len(signs), generator=generator)[:half]] = -1
         outputs = []
         for x in (signs, -signs):
