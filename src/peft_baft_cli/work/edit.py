@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft_baft.editing.memory.editor import MEMORY_DESCENT, MemoryEditor
 from tqdm import tqdm
 
 from peft_baft import BaftConfig, editor_for
