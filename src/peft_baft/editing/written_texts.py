@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from peft_baft.adapter.model_call import generate_sampled, input_device
+from peft_baft.adapter.model_call import generate_sampled
 from peft_baft.data.batching import Tokens, collate, context_window, padding_id
 
 ROWS, LENGTH = 32, 128  # of the texts that are written at once
 BEGINNINGS = ("The", "Therefore", "Because", "I", "You")
-
-
-def written_texts(model: Any, tokenizer: Any, seed: int = 0) -> list[Tokens]:
-    """Let a model write some texts. seed: of the random numbers, which leave those of the caller as they were."""
-    device = input_device(model)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(seed)
-        return written_now(model, tokenizer)
 
 
 def written_now(model: Any, tokenizer: Any) -> list[Tokens]:
