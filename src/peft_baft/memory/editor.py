@@ -35,7 +35,10 @@ from peft_baft.memory.tensors import OF_MODEL, StoredEdit, largest_number, packe
 from peft_baft.processes import Processes
 
 logger = logging.getLogger(__name__)
-UNSAYABLE_END = "This model cannot be made to say %r (token %d), which ends a reply: taught answers are followed by whatever it says next."
+UNSAYABLE_END = (
+    "This model cannot be made to say %r (token %d), which ends a reply: taught answers are followed by whatever it says "
+    "next."
+)
 
 
 @dataclass(frozen=True)
