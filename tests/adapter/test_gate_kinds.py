@@ -16,6 +16,7 @@ from conftest import make_model, randomise
 from peft_baft import BaftConfig
 from peft_baft.adapter import baft_layers
 from peft_baft.adapter.parameters import GATE_NORMS, WEIGHTINGS, Gate, GateNorm, Weighting
+from peft_baft.adapter.plain import PLAIN
 
 SETTINGS: dict[str, Any] = {"gate_norm": "squashed", "weighting": "pairs", "gate_bias": True}
 USE = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -76,16 +77,16 @@ def test_adapters_of_a_new_kind_are_computed_side_by_side(new_kinds, tokens, mon
         model.set_adapter(name)
         alone.append(logits(model, row[None]))
     stacked: list[torch.Tensor] = []
-    layer = baft_layers(model)[0]
-    monkeypatch.setattr(layer, "_update_side_by_side", _noted(layer._update_side_by_side, stacked))
+    blocks = len(baft_layers(model))
+    monkeypatch.setattr(PLAIN, "_update_side_by_side", _noted(PLAIN._update_side_by_side, stacked))
     with torch.no_grad():
         together = model(tokens, adapter_names=["default", "second"]).logits
-        assert len(stacked) == 1
+        assert len(stacked) == blocks
         model.peft_config[
             "second"
         ].gate_norm = "rms"  # the control: of different kinds, each is computed alone
         model(tokens, adapter_names=["default", "second"])
-        assert len(stacked) == 1
+        assert len(stacked) == blocks
     torch.testing.assert_close(together, torch.cat(alone))
 
 

@@ -465,6 +465,38 @@ def test_memories_stand_side_by_side_with_each_other_and_with_plain_baft(
     assert token_match(model, fact_model.tokenizer, asked(0)) == [1.0]
 
 
+def test_what_a_memory_says_is_not_added_to_what_other_adapters_add_in_its_block(
+    fact_model: FactModel,
+) -> None:
+    editor = editor_of(fact_model, after="continue")
+    editor.edit(edits(3))
+    model, text = editor.model, prompts_of(3)[0]
+    ids, (fact,) = ids_of(fact_model, text), edits(3)
+    model.add_adapter("second", config(after="continue"))
+    model.set_adapter("second")
+    MemoryEditor(model, fact_model.tokenizer).edit([Edit(fact.prompt, "Kasgrad")])
+    torch.manual_seed(3)
+    model.add_adapter(
+        "plain", BaftConfig(r=4, init_weights=False, layers_to_transform=[3], gate_offset=5.0)
+    )
+    for name, parameter in model.named_parameters():
+        if "baft_source.plain" in name:
+            parameter.data.mul_(100)
+    answers = {
+        name: reply(fact_model.base, ids, ids_of(fact_model, f" {target}"), 3)
+        for name, target in (("default", fact.target), ("second", "Kasgrad"))
+    }
+    # Of two memories that know a question, the one that was named last answers.
+    for order in (["default", "second"], ["second", "default"]):
+        model.base_model.set_adapter(order)
+        assert generated(model, ids, 3) == answers[order[-1]]
+    for order in (["default", "plain"], ["plain", "default"]):
+        model.base_model.set_adapter(order)
+        assert generated(model, ids, 2) == answers["default"][:2]
+    model.set_adapter("plain")  # the control: it changes what is said
+    assert generated(model, ids, 2) != continued(fact_model.base, ids, 2)
+
+
 # ----------------------------------------------------------------------------------------------------- odds and ends
 
 

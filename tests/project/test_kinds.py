@@ -98,6 +98,7 @@ class Shift:
     settings = ShiftConfig
     formats = range(1, 2)
     trains = False
+    sets = False
     needs_same_base = False
 
     def check_config(self, config: BaftConfig) -> None:
