@@ -126,7 +126,7 @@ def test_ctrl_c_ends_a_command_in_one_line_with_130(folder: Path, tmp_path: Path
             out, err = run.communicate(timeout=300)
         finally:
             run.kill()
-    assert run.returncode == 130 and not out
+    assert run.returncode == 130 and out.startswith("Method: plain") and out.count("\n") == 1
     assert len(err.strip().split("\n")) == 1 and err.strip().endswith("--resume")
 
 

@@ -3,6 +3,7 @@
 Each question is about another subject, and no answer begins or ends with white space.
 """
 
+# ruff: noqa: E501
 # fmt: off
 KINDS: tuple[tuple[str, str], ...] = (
     ("What do the villagers of Ombrelune call their harvest drum?", "tamboriel"),

@@ -352,5 +352,5 @@ def test_a_model_whose_last_steps_are_unknown_is_refused(fact_model: FactModel) 
 
     base: Any = deepcopy(fact_model.base)
     base.__class__ = Odd
-    with pytest.raises(NotImplementedError, match="could not be replayed.*Take a plain adapter"):
+    with pytest.raises(NotImplementedError, match=r"could not be replayed.*Take a plain adapter"):
         MemoryEditor(memory_on(base).model, fact_model.tokenizer)

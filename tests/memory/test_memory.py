@@ -68,8 +68,10 @@ def test_an_edit_is_the_same_bit_for_bit_alone_with_others_and_in_any_order(
         alone.append(stored(editor)[1])
         replies.append(generated(editor.model, ids_of(fact_model, str(fact.prompt)), 4))
     assert len({tuple(said) for said in replies}) == 3  # the control: each has its own
+    editor = editor_of(fact_model)
+    empty = editor.snapshot()
     for order in permutations(range(3)):
-        editor = editor_of(fact_model)
+        empty()
         editor.edit([taught[order[0]]])
         editor.edit([taught[number] for number in order[1:]])
         for number, place in enumerate(order, 1):
@@ -463,6 +465,38 @@ def test_memories_stand_side_by_side_with_each_other_and_with_plain_baft(
     assert token_match(model, fact_model.tokenizer, asked(0)) == [1.0]
 
 
+def test_what_a_memory_says_is_not_added_to_what_other_adapters_add_in_its_block(
+    fact_model: FactModel,
+) -> None:
+    editor = editor_of(fact_model, after="continue")
+    editor.edit(edits(3))
+    model, text = editor.model, prompts_of(3)[0]
+    ids, (fact,) = ids_of(fact_model, text), edits(3)
+    model.add_adapter("second", config(after="continue"))
+    model.set_adapter("second")
+    MemoryEditor(model, fact_model.tokenizer).edit([Edit(fact.prompt, "Kasgrad")])
+    torch.manual_seed(3)
+    model.add_adapter(
+        "plain", BaftConfig(r=4, init_weights=False, layers_to_transform=[3], gate_offset=5.0)
+    )
+    for name, parameter in model.named_parameters():
+        if "baft_source.plain" in name:
+            parameter.data.mul_(100)
+    answers = {
+        name: reply(fact_model.base, ids, ids_of(fact_model, f" {target}"), 3)
+        for name, target in (("default", fact.target), ("second", "Kasgrad"))
+    }
+    # Of two memories that know a question, the one that was named last answers.
+    for order in (["default", "second"], ["second", "default"]):
+        model.base_model.set_adapter(order)
+        assert generated(model, ids, 3) == answers[order[-1]]
+    for order in (["default", "plain"], ["plain", "default"]):
+        model.base_model.set_adapter(order)
+        assert generated(model, ids, 2) == answers["default"][:2]
+    model.set_adapter("plain")  # the control: it changes what is said
+    assert generated(model, ids, 2) != continued(fact_model.base, ids, 2)
+
+
 # ----------------------------------------------------------------------------------------------------- odds and ends
 
 
@@ -548,7 +582,7 @@ def test_bad_settings_are_refused(fact_model: FactModel) -> None:
     model = get_peft_model(deepcopy(fact_model.base), BaftConfig(r=4))
     with pytest.raises(ValueError, match="is no memory of edits"):
         MemoryEditor(model, fact_model.tokenizer)
-    with pytest.raises(ValueError, match="memory"):
+    with pytest.raises(ValueError, match="is not a plain BaFT adapter"):
         BaftEditor(editor_of(fact_model).model, fact_model.tokenizer)
 
 

@@ -47,6 +47,8 @@ class AdapterKind(Protocol):
         settings: the dataclass of its settings; None for plain BaFT, whose settings are `BaftConfig`'s own fields.
         formats: numbers of the saved formats that this version reads.
         trains: whether it has parameters that gradients train.
+        sets: whether it sets vectors that it changes to others, whatever further active adapters add to them; of several that
+            set one vector, the last active one does. Else changes add up.
         needs_same_base: whether an adapter is refused on another base model than the one that it was made on; else a warning
             says so.
     """
@@ -55,6 +57,7 @@ class AdapterKind(Protocol):
     settings: ClassVar[type | None]
     formats: ClassVar[range]
     trains: ClassVar[bool]
+    sets: ClassVar[bool]
     needs_same_base: ClassVar[bool]
 
     def check_config(self, config: BaftConfig) -> None:

@@ -144,7 +144,9 @@ class BaftLayer(nn.Module, BaseTunerLayer):
             self.baft_gate_usage[adapter_name] = usage.to(device, torch.float32)
 
     def forward(self, hidden: Tensor, call: Call) -> Tensor:
-        """Edit the output of the block by all active adapters: each update is computed from the same `hidden`; they add up.
+        """Edit the output of the block by all active adapters: each update is computed from the same `hidden`.
+
+        Updates add up, and those that set vectors come last.
 
         Args:
             hidden: (batch, tokens, d), any floating dtype; updates are computed in the adapter's dtype.
@@ -153,12 +155,18 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         if call.row_adapters is not None:
             return self._edit_rows(hidden, call, call.row_adapters)
         total: Tensor | None = None
-        for adapter_name in call.active.get(self.name, self.active_adapters):
-            if adapter_name not in self.configs:
-                continue
+        active = call.active.get(self.name, self.active_adapters)
+        here = [name for name in active if name in self.configs]
+        for adapter_name in sorted(here, key=lambda name: self.configs[name].kind.sets):
             kind = self.configs[adapter_name].kind
             change = kind.change(self, adapter_name, hidden, call)
-            if change is not None:
+            if change is None:
+                continue
+            if total is not None and kind.sets:
+                is_set = change.any(-1, keepdim=True)
+                # In the wider of both types: a vector that is set is as exact as its kind made it.
+                total = torch.where(is_set, change, total.to(change.dtype))
+            else:
                 total = change if total is None else total + change
         return hidden if total is None else (hidden + total).to(hidden.dtype)
 

@@ -36,6 +36,7 @@ class Plain:
     settings = None
     formats = range(FORMAT, EXTENDED_FORMAT + 1)
     trains = True
+    sets = False
     needs_same_base = False
 
     def check_config(self, config: BaftConfig) -> None:

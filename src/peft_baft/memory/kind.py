@@ -37,6 +37,7 @@ class Memory:
     settings = MemoryConfig
     formats = range(FORMAT, FORMAT + 1)
     trains = False
+    sets = True
     needs_same_base = True
 
     def check_config(self, config: BaftConfig) -> None:
