@@ -16,6 +16,7 @@ LEVELS = [
     {"intervention", "regularisers", "span", "storage", "processes"},
     {"losses", "adapter", "data", "loading"},
     {"editing"},
+    {"memory"},
     {"baselines", "evaluation"},
     {"benchmark", "checking", "inspection"},
     {"reporting"},

@@ -79,36 +79,49 @@ class Answers:
         return torch.stack(vectors), torch.tensor(likely, dtype=torch.float32)
 
     def _learn(self, tokens: Sequence[int]) -> None:
+        """Find vectors of some tokens, all at once."""
         rows = self._rows(tokens)
         directions = self._whitened(rows - self._mean)
-        found = self._scaled(directions)
-        best = torch.full_like(found[:, 0], -torch.inf)
-        likely = torch.zeros(len(tokens), dtype=torch.float32)
+        best = torch.full_like(directions[:, 0], -torch.inf)
+        likely = torch.zeros_like(best)
         own_index = torch.tensor(list(tokens), device=rows.device)
         todo = torch.arange(len(tokens), device=rows.device)
+        rivals: list[list[int]] = [[] for _ in tokens]
+        chosen = [0] * len(tokens)  # after how many steps each was best
         for _ in range(STEPS):
-            vectors = self._scaled(directions[todo])
-            logits = self.tail.logits(vectors).to(rows.device)
+            logits = self.tail.logits(self._scaled(directions[todo])).to(rows.device)
             own = logits.gather(1, own_index[todo][:, None])[:, 0]
             chance = (own - logits.logsumexp(1)).exp()
             rival, which = logits.scatter(1, own_index[todo][:, None], -torch.inf).max(1)
             margin = own - rival
             better = margin > best[todo]
             improved = todo[better]
-            best[improved], found[improved] = margin[better], vectors[better]
-            likely[improved.cpu()] = chance[better].cpu()
+            best[improved], likely[improved] = margin[better], chance[better]
+            for place in improved.tolist():
+                chosen[place] = len(rivals[place])
             short = own <= FACTOR * rival.clamp(min=0) + MARGIN
             if not short.any():
                 break
-            against = self._rows(which[short].tolist())
-            todo = todo[short]
-            away = self._whitened(rows[todo] - against)
+            todo, against = todo[short], which[short].tolist()
+            for place, other in zip(todo.tolist(), against, strict=True):
+                rivals[place].append(other)
+            away = self._whitened(rows[todo] - self._rows(against))
             directions[todo] = torch.nn.functional.normalize(directions[todo] + STEP * away, dim=1)
         beaten = [token for token, most in zip(tokens, best.tolist(), strict=True) if not most > 0]
         if beaten:
             raise Unsayable(beaten[0])
-        for token, vector, chance in zip(tokens, found, likely.tolist(), strict=True):
-            self._known[token] = vector, chance
+        for place, token in enumerate(tokens):
+            vector = self._vector(token, rivals[place][: chosen[place]])
+            self._known[token] = vector, float(likely[place])
+
+    def _vector(self, token: int, rivals: Sequence[int]) -> Tensor:
+        """Compute a token's vector after steps against rivals, by itself: other tokens change no bit of it."""
+        row = self._rows([token])
+        direction = self._whitened(row - self._mean)
+        for rival in rivals:
+            away = self._whitened(row - self._rows([rival]))
+            direction = torch.nn.functional.normalize(direction + STEP * away, dim=1)
+        return self._scaled(direction)[0]
 
     def _whitened(self, rows: Tensor) -> Tensor:
         solved = torch.cholesky_solve(rows.mT, self._factor).mT

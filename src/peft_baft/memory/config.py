@@ -7,7 +7,7 @@ from dataclasses import dataclass
 AFTER = ("stop", "continue")
 
 
-@dataclass
+@dataclass(frozen=True)
 class MemoryConfig:
     """Settings of a memory of edits.
 
