@@ -77,7 +77,7 @@ def test_without_the_memory_all_the_rest_works(tmp_path: Path) -> None:
         "print(peft_baft.__file__, *KINDS, *METHODS)",
     )
     assert str(tmp_path) in names and "memory" not in names.split()[1:] and "baft" in names
-    quick = ("tests/adapter/test_blocks.py", "tests/adapter/test_taught_form.py")
+    quick = ("tests/adapter/test_base_identity.py", "tests/adapter/test_counts.py")
     run("-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", *quick)
 
 
