@@ -512,7 +512,13 @@ class EditContext:
     ) -> Texts:
         """Read the texts of a forward."""
         if read.is_continuous_batch:
-            return texts_of_requests(requests, positions, self._notes_of_requests)
+            texts = texts_of_requests(requests, positions, self._notes_of_requests)
+            # Of requests that have ended nothing is kept; one that was only put out of the cache is read again.
+            names = {request.name for request in requests}
+            self._notes_of_requests = {
+                name: notes for name, notes in self._notes_of_requests.items() if name in names
+            }
+            return texts
         past = self.past
         if self.step_of is not None:
             past = int(past)

@@ -379,13 +379,13 @@ def _edit(editor: Editor, cases: Sequence[Case]) -> dict[str, Any]:
 def _edit_independently(
     editor: IndependentEditor, cases: Sequence[Case]
 ) -> list[dict[str, Any]] | None:
-    """Make independent edits at once; None if one diverged."""
+    """Make independent edits at once; None if one could not be made."""
     device = input_device(editor.model)
     begin_peak(device)
     begin = time.perf_counter()
     try:
         results = editor.edit_independently([case.edit for case in cases])
-    except FloatingPointError:
+    except (FloatingPointError, ValueError):
         return None
     seconds = (time.perf_counter() - begin) / len(cases)
     held = peak(device)

@@ -120,12 +120,15 @@ class MemoryPart(Part):
         found: list[tuple[int, Tensor]] = []
         if reply is None:
             return found
-        for number, vector in enumerate(reply.vectors):
-            if text.reply[:number] != reply.ids[:number]:
+        start = max(0, text.first + 1)
+        if text.reply[:start] != reply.ids[:start]:
+            return found
+        for number in range(start, min(len(reply.ids), last + 2)):
+            if number > start and text.reply[number - 1] != reply.ids[number - 1]:
                 break
             column = text.column(number - 1)
             if column is not None:
-                found.append((column, vector))
+                found.append((column, reply.vectors[number]))
         return found
 
     def reply_to(self, prompt: Sequence[int]) -> Reply | None:
