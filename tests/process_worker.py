@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -318,10 +318,10 @@ def editing(toy: FactModel, processes: Processes, folder: Path) -> Found:
     ]
     output, write = str(folder / f"edit{processes.count}"), continual._write
 
-    def cut(journal: Any, editor: Any, numbers: Sequence[int], *more: Any) -> None:
-        if 2 in numbers:
+    def cut(journal: Any, editor: Any, number: int, *more: Any) -> None:
+        if number == 2:
             raise OSError("the disk is full")
-        write(journal, editor, numbers, *more)
+        write(journal, editor, number, *more)
 
     continual._write = cut
     found: Found = {"cut": cli.main([*begin, output])}

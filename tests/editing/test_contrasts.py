@@ -12,6 +12,7 @@ import facts
 from facts import CAPITALS, COUNTRIES, DESCENT, OBJECTIVE, FactModel, adapted
 from peft_baft import NARROW, AdapterEditor, BaftEditor, Edit, Scope
 from peft_baft.adapter import baft_layers
+from peft_baft.adapter.plain import PLAIN
 from peft_baft.data.templates import RAW
 from peft_baft.editing.acceleration import shared_prefix
 from peft_baft.editing.acceleration.prepared import PreparedModel
@@ -124,7 +125,7 @@ def test_nothing_is_displaced_before_an_edit_and_a_change_of_the_adapter_is(
         source: Any = layers[0].baft_source["default"]
         source.bias += 1.0
     h, first = held.hidden[layers[0].name], layers[0]
-    moved = first.change_at("default", h) - held.before[first.name]
+    moved = PLAIN.change_at(first, "default", h) - held.before[first.name]
     expected = moved.norm(dim=-1).square() / h.norm(dim=-1).square() / len(layers)
     displaced = held.displacements(layers, "default")
     torch.testing.assert_close(displaced, expected)

@@ -494,7 +494,7 @@ def test_editors_refuse_what_they_cannot_edit(lora, fact_model: FactModel) -> No
     model, _ = lora
     with pytest.raises(TypeError, match=r"takes a PeftModel, .* not LlamaForCausalLM"):
         AdapterEditor(fact_model.base, fact_model.tokenizer)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="not a BaFT adapter"):
+    with pytest.raises(ValueError, match="not a plain BaFT adapter"):
         BaftEditor(model, fact_model.tokenizer, scope=NARROW)
 
 
