@@ -16,12 +16,12 @@ from torch import Tensor
 from toy import config, editor_of, ids_of, prompts_of
 
 import facts
+from default_dtypes import DTYPES, default_dtype
 from facts import FactModel, edits
 from peft_baft import BaftConfig, Edit, MemoryEditor, rolled_back
 from peft_baft.editing.continual import edit_continually
 from peft_baft.evaluation.scoring import token_match
-from situations.test_default_dtype import DTYPES, default_dtype
-from situations.test_vision_language import answer, each_model, tiny
+from vision_models import answer, each_model, tiny
 
 fact_model = facts.fact_model
 

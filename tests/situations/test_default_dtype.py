@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from conftest import make_model
+from default_dtypes import DTYPES, default_dtype
 from side_by_side import METHODS, adapted, config_of
-
-DTYPES = [torch.bfloat16, torch.float16, torch.float64]
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("of_base", ["default", torch.float32])
