@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -78,11 +79,12 @@ def load_model(
 @contextmanager
 def _gguf_read_once() -> Iterator[None]:
     """Let transformers parse a GGUF file once inside: it does so three times, of which each takes seconds."""
-    import gguf
-
+    gguf: Any = importlib.import_module("gguf")
     readers, names = gguf.GGUFReader, gguf.get_tensor_name_map
 
-    class Reader(readers):  # type: ignore[misc, valid-type]
+    class Reader(readers):
+        data: Any
+
         def _get(self, *args: Any, **kwargs: Any) -> Any:
             # Slices of a memmap cost four times those of the array below it, and a vocabulary takes a million.
             self.data = self.data.view(np.ndarray)

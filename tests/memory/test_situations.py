@@ -1,5 +1,6 @@
 """A memory of edits in further situations: other default dtypes, accelerate, models of pictures and text, edits rolled back."""
 
+# mypy: disable-error-code="attr-defined, operator, union-attr, arg-type, index, call-arg, var-annotated"
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

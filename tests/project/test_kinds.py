@@ -1,6 +1,6 @@
 """Kinds of adapters: plain BaFT knows of no other, the memory can be deleted, and a third one is a file."""
 
-# mypy: disable-error-code="arg-type, attr-defined, union-attr"
+# mypy: disable-error-code="attr-defined, operator, union-attr, arg-type, index, call-arg, var-annotated"
 from __future__ import annotations
 
 import os

@@ -9,7 +9,7 @@ from dataclasses import fields as fields_of
 from functools import cache, wraps
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig
@@ -29,7 +29,7 @@ LARGEST_INTEGER, LARGEST_OFFSET = 2**31 - 1, 1000.0
 RANK = 12  # of plain BaFT, as in the paper
 
 
-def _taking_kinds(config_class: type) -> type:
+def _taking_kinds(config_class: Any) -> Any:
     """Let a config be made with the name of a kind as a keyword: `True`, the kind's settings, or these as a dictionary."""
     make: Any = config_class.__init__
 
@@ -41,7 +41,7 @@ def _taking_kinds(config_class: type) -> type:
                 fields["settings"] = _settings_of(KINDS[name], settings, fields)
         make(self, *args, **fields)
 
-    config_class.__init__ = __init__  # type: ignore[misc]
+    config_class.__init__ = __init__
     return config_class
 
 
@@ -197,6 +197,10 @@ class BaftConfig(PeftConfig):
         default=None,
         metadata={"help": "Number of the saved format; leave empty for this version's."},
     )
+
+    if TYPE_CHECKING:  # names of kinds are keywords as well
+
+        def __init__(self, **fields: Any) -> None: ...
 
     def __post_init__(self) -> None:
         # PEFT fills `peft_version` in when a config is made, and writes it into every file: a config that comes with one was

@@ -482,6 +482,7 @@ def _expected_tensors(
             block, part = found[1].removeprefix(BASE), f"{found[2]}{found[3] or ''}"
             saved = config.kind.saved_tensors(config, block).get(part)
             # Parameters have the model's sizes; buffers of another kind those that the file gives them.
-            is_parameter = saved is None or saved.dtype is None
-            expected[name] = SavedTensor(tuple(tensor.shape)) if is_parameter else saved
+            if saved is None or saved.dtype is None:
+                saved = SavedTensor(tuple(tensor.shape))
+            expected[name] = saved
     return expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,12 @@ FORMAT, EXTENDED_FORMAT = 1, 2
 class Plain:
     """Plain BaFT, and with `weighting="none"` ReFT."""
 
-    name = "baft"
-    settings = None
-    formats = range(FORMAT, EXTENDED_FORMAT + 1)
-    trains = True
-    sets = False
-    needs_same_base = False
+    name: ClassVar[str] = "baft"
+    settings: ClassVar[type | None] = None
+    formats: ClassVar[range] = range(FORMAT, EXTENDED_FORMAT + 1)
+    trains: ClassVar[bool] = True
+    sets: ClassVar[bool] = False
+    needs_same_base: ClassVar[bool] = False
 
     def check_config(self, config: BaftConfig) -> None:
         """Accept every config: its own checks are those of plain BaFT."""

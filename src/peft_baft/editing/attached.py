@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from peft_baft.adapter.taught_form import remember, taught_form, warn_of_another
 from peft_baft.data.batching import require_fast
 from peft_baft.data.cases import Edit
 from peft_baft.data.templates import Template, chosen_templates, is_chat
-from peft_baft.editing.editor import CURSOR
+from peft_baft.editing.editor import CURSOR, EditResult
 from peft_baft.processes import Processes
 
 TAKEN_APART = (
@@ -75,6 +75,18 @@ class AttachedEditor:
         require_fast(tokenizer)
         taught = taught_form(config)
         self.templates = chosen_templates(tokenizer, template, template_options, taught)
+
+    def edit(self, edits: Iterable[Edit]) -> EditResult:
+        """Make the edits at once, as `Editor.edit`."""
+        raise NotImplementedError
+
+    def batches(self, edits: Iterable[Edit], batch_size: int) -> list[list[Edit]]:
+        """List the edits, `batch_size` at a time, once all are found usable."""
+        raise NotImplementedError
+
+    def described(self) -> dict[str, str]:
+        """Say what decides how edits come out, besides the adapter's config, for a journal to compare."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
         """Give the adapter's tensors under the names that `save_pretrained` writes, and the editor's cursors."""

@@ -89,7 +89,7 @@ class BaftEditor(AdapterEditor):
             template_options=template_options,
             scope=DEFAULT.scope if scope is None else scope,
         )
-        config = model.peft_config[self.adapter_name]
+        config: Any = model.peft_config[self.adapter_name]
         if not is_baft_peft_model(model) or not config.kind.trains:
             raise ValueError(
                 f"The active adapter {self.adapter_name!r} is not a plain BaFT adapter; peft_baft.editor_for(model, tokenizer) "

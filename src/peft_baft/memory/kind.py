@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,12 @@ UNUSED = (
 class Memory:
     """A memory of edits: a router finds the edit that a prompt asks for, and the last block says its answer."""
 
-    name = "memory"
-    settings = MemoryConfig
-    formats = range(FORMAT, FORMAT + 1)
-    trains = False
-    sets = True
-    needs_same_base = True
+    name: ClassVar[str] = "memory"
+    settings: ClassVar[type | None] = MemoryConfig
+    formats: ClassVar[range] = range(FORMAT, FORMAT + 1)
+    trains: ClassVar[bool] = False
+    sets: ClassVar[bool] = True
+    needs_same_base: ClassVar[bool] = True
 
     def check_config(self, config: BaftConfig) -> None:
         """Raise a ValueError if a config has settings that mean nothing to a memory."""

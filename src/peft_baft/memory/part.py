@@ -197,9 +197,11 @@ class MemoryPart(Part):
                 return self._index
         reading = Reading.from_json(unpacked(tensors["reading"]))
         edits = stored_edits(tensors)
-        known = len(tensors["wordings"]) if reading.relations else 0
-        keys = tensors["relation_keys"][: known and None].cpu().float() / INT8
-        relations = Relations(keys, tensors["wordings"][:known], reading.relations)
+        count = (
+            None if reading.relations else 0
+        )  # all of them, or none before the model is measured
+        keys = tensors["relation_keys"][:count].cpu().float() / INT8
+        relations = Relations(keys, tensors["wordings"][:count], reading.relations)
         questions = Questions([_question(edit) for edit in edits], reading.texts, relations)
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
         self._index = _Index(copies, edits, reading, questions, {})

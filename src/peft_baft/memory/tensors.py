@@ -19,7 +19,7 @@ from peft_baft.adapter.kinds import SavedTensor
 NUMBER, STOPS, QUESTION, SPACED, BARE = range(5)  # columns of `edits`
 FEW = 1  # entries before the first edit's: of `edits` the largest number that was ever given, else zeros
 # By name: dtype (None: floating point), and the sizes: d of the model, k of a key, None for what their number decides.
-TABLE: dict[str, tuple[torch.dtype | None, tuple[str | int | None, ...]]] = {
+TABLE: dict[str, tuple[torch.dtype | None, tuple[Any, ...]]] = {
     # One row an edit: its number, whether its answer ends the reply, and how many tokens its question and its answer have, the
     # latter after a space and without.
     "edits": (torch.int32, (None, 5)),
@@ -41,9 +41,11 @@ OF_MODEL = tuple(name for name in TABLE if name not in OF_EDITS)
 
 def saved_tensors(width: int | None, key_dimensions: int) -> dict[str, SavedTensor]:
     """Return the table for a model of `width` d and keys of k numbers."""
-    sizes: dict[Any, int | None] = {"d": width, "k": key_dimensions}
+    sizes: dict[str, int | None] = {"d": width, "k": key_dimensions}
     return {
-        name: SavedTensor(tuple(sizes.get(size, size) for size in shape), dtype)
+        name: SavedTensor(
+            tuple(sizes[size] if isinstance(size, str) else size for size in shape), dtype
+        )
         for name, (dtype, shape) in TABLE.items()
     }
 

@@ -154,7 +154,8 @@ def _wanted_method(
 ) -> tuple[bool, str]:
     wanted = {"auto": None, "plain": False, "memory": True}[options.method]
     if continued is not None:
-        is_memory = not continued.kind.trains  # type: ignore[attr-defined]
+        kind: Any = getattr(continued, "kind", None)
+        is_memory = not kind.trains
         if wanted not in (None, is_memory):
             what = "a memory" if is_memory else "a plain adapter"
             raise ValueError(f"{options.adapter} is {what}; leave --method out to continue it.")
@@ -185,7 +186,8 @@ def _editor(
 ) -> Any:
     """Make the editor of an adapter."""
     settings: dict[str, Any] = {"processes": processes, "template": options.template}
-    if not model.peft_config[model.active_adapters[0]].kind.trains:
+    config: Any = model.peft_config[model.active_adapters[0]]
+    if not config.kind.trains:
         return editor_for(model, tokenizer, statistics=options.statistics, **settings)
     return editor_for(
         model,
