@@ -82,7 +82,7 @@ def _gguf_read_once() -> Iterator[None]:
     gguf: Any = importlib.import_module("gguf")
     readers, names = gguf.GGUFReader, gguf.get_tensor_name_map
 
-    class Reader(readers):
+    class Reader(readers):  # type: ignore[misc, valid-type]
         data: Any
 
         def _get(self, *args: Any, **kwargs: Any) -> Any:
