@@ -81,7 +81,10 @@ def warn_of_another(config: Any, forms: set[str], tokenizer: Any) -> None:
     taught = taught_form(config)
     if taught is None:
         return
-    known = {RAW, CHAT} if taught == BOTH else {taught}
+    kind = getattr(config, "kind", None)  # absent from configs of other methods
+    # Only training ties a fact to a form.
+    holds_in_all = taught == BOTH or (kind is not None and not kind.trains)
+    known = {RAW, CHAT} if holds_in_all else {taught}
     if not forms <= known:
         logger.warning(OTHER_FORM, taught, " and ".join(sorted(forms)))
     own, of_adapter = template_hash(tokenizer), getattr(config, "template_hash", None)
