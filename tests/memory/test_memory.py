@@ -581,6 +581,8 @@ def test_bad_settings_are_refused(fact_model: FactModel) -> None:
         BaftConfig(memory=True, layers_to_transform=[1])
     with pytest.raises(ValueError, match="a memory in format 1"):
         BaftConfig(memory=True, baft_format=1)
+    with pytest.raises(ValueError, match=r"newer peft_baft \(format 5\)"):
+        BaftConfig(memory={"a setting of tomorrow": 1}, baft_format=5)
     with pytest.raises(ValueError, match="has no target_modules"):
         BaftConfig(memory=True, target_modules=["mlp"])
     model = get_peft_model(deepcopy(fact_model.base), BaftConfig(r=4))

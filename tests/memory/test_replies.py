@@ -26,6 +26,7 @@ from conftest import cache_of, with_cache
 from facts import CAPITALS, MEALS, FactModel, edits
 from peft_baft import Edit, MemoryEditor, prompt_lengths
 from peft_baft.adapter.model_call import call_with_cache
+from tiny_models import tiny_model
 
 fact_model = facts.fact_model
 COUNT = 5  # tokens of a reply
@@ -254,6 +255,41 @@ def test_a_loop_over_the_models_cache_says_the_answer(
         assert torch.cat(said, 1)[0].tolist() == wanted(fact_model, number)
 
 
+def test_rows_of_a_cache_that_a_loop_reorders_are_refused(
+    fact_model: FactModel, editor: MemoryEditor
+) -> None:
+    base = editor.model.get_base_model()
+    ids = torch.tensor([ids_of(fact_model, text) for text in prompts_of(*NUMBERS[:2])])
+
+    def step(order: list[int] | None) -> list[int]:
+        with torch.no_grad():
+            scores, cache = call_with_cache(editor.model, base, {"input_ids": ids})
+            said = scores[:, -1:].argmax(-1)
+            if order is not None:
+                cache.reorder_cache(torch.tensor(order))
+                said = said[order]
+            scores, _ = call_with_cache(editor.model, base, {"input_ids": said}, cache)
+        return scores[:, -1].argmax(-1).tolist()
+
+    second = [wanted(fact_model, number)[1] for number in NUMBERS[:2]]
+    assert step(None) == step([0, 1]) == second  # the control
+    with pytest.raises(ValueError, match="with the same rows"):
+        step([1, 0])
+
+
+def test_a_prompt_may_fill_the_models_window(fact_model: FactModel) -> None:
+    base = tiny_model("gpt2", vocab_size=len(fact_model.tokenizer), n_embd=64).eval()
+    window = base.config.max_position_embeddings
+    editor = editor_of(FactModel(base, fact_model.tokenizer))
+    editor.edit(edits(0))
+    ids = torch.tensor([(ids_of(fact_model, prompts_of(0)[0]) * window)[:window]])
+    with torch.no_grad():
+        logits = editor.model(ids).logits
+        with editor.model.disable_adapter():
+            unedited = editor.model(ids).logits
+    assert torch.equal(logits[:, :-1], unedited[:, :-1])
+
+
 def test_a_loop_without_a_cache_says_the_answer(
     fact_model: FactModel, editor: MemoryEditor
 ) -> None:
@@ -377,6 +413,17 @@ def test_the_last_message_of_the_user_is_the_question(chat: FactModel) -> None:
     ):
         ids = asked_in_chat(chat, *messages)  # what was asked before is no question now
         assert generated(editor.model, ids, 3) == continued(chat.base, ids, 3)
+
+
+def test_a_template_that_puts_nothing_after_a_message_is_warned_of(
+    chat: FactModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    editor_of(chat)
+    assert "as the question" not in caplog.text  # the control
+    plain = deepcopy(chat.tokenizer)
+    plain.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    editor_of(FactModel(chat.base, plain))
+    assert "reads the whole prompt as the question" in caplog.text
 
 
 def test_a_chat_goes_on_over_the_cache_of_its_turns(chat: FactModel) -> None:

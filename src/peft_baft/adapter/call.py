@@ -58,7 +58,7 @@ class Call:
     def edits_like(self, other: Call) -> bool:
         """Return whether two calls edit the same tokens by the same adapters."""
         return (
-            _equal(self.relative_positions, other.relative_positions)
+            equal(self.relative_positions, other.relative_positions)
             and self.row_adapters == other.row_adapters
             and self.active == other.active
             and self.texts is other.texts
@@ -77,7 +77,8 @@ class RecordedGates:
     mask: Tensor
 
 
-def _equal(one: Tensor | None, two: Tensor | None) -> bool:
+def equal(one: Tensor | None, two: Tensor | None) -> bool:
+    """Return whether both are None, or tensors of the same shape and values."""
     if one is None or two is None:
         return one is two
     return one.shape == two.shape and torch.equal(one, two)

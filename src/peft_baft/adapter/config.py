@@ -61,6 +61,8 @@ def _settings_of(kind: AdapterKind, given: Any, fields: Mapping[str, Any]) -> An
             f"This adapter has a {kind.name} in format {number}, which this version does not read; it reads "
             f"{kind.formats[0]} to {kind.formats[-1]}. Teach its facts again; `baft log` lists them."
         )
+    if isinstance(number, int) and number > kind.formats[-1]:
+        raise ValueError(f"This adapter was {NEWER.format(number, kind.formats[-1])}")
     if kind.settings is None:
         raise TypeError(f"{kind.name} is no keyword: leave it out for a plain adapter.")
     if given is True:

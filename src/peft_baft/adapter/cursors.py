@@ -11,6 +11,21 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 
+@contextmanager
+def restored_on_error(snapshot: Callable[[], Callable[[], None]]) -> Iterator[None]:
+    """Put something back if the code inside raises, be it by an interrupt.
+
+    Args:
+        snapshot: remembers how it is, and returns what puts it back.
+    """
+    restore = snapshot()
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+
+
 class HasCursor(Protocol):
     """Something with a position that edits move."""
 
@@ -37,16 +52,6 @@ class Cursors:
                 owner.cursor = remembered.get(owner, beginning)
 
         return restore
-
-    @contextmanager
-    def restored_on_error(self) -> Iterator[None]:
-        """Put all cursors back if the code inside raises."""
-        restore = self.snapshot()
-        try:
-            yield
-        except BaseException:
-            restore()
-            raise
 
     def __reduce__(self) -> tuple[type[Cursors], tuple[()]]:
         return Cursors, ()

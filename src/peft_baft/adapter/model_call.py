@@ -401,6 +401,18 @@ def cached_columns(cache: Any) -> int | Tensor | None:
     return columns
 
 
+def row_marks(cache: Any) -> Tensor | None:
+    """Return numbers of each row of a cache, (rows, columns, 2), that differ where the rows' tokens do.
+
+    They are keys of the first layer, which follow from a token and its position only. None where there is one row, or that layer
+    keeps no keys.
+    """
+    keys = getattr(next(iter(getattr(cache, "layers", ())), None), "keys", None)
+    if not isinstance(keys, Tensor) or keys.ndim != 4 or len(keys) == 1:
+        return None
+    return keys[:, 0, :, :2].clone()
+
+
 def _columns_of_layers(cache: Any) -> int | None:
     """Count the columns of a cache whose first layer is empty: 0 for a fresh one.
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peft_baft.adapter.model_call import Request, cached_columns
+from peft_baft.adapter.call import equal
+from peft_baft.adapter.model_call import Request, cached_columns, row_marks
 from peft_baft.span import OUTSIDE
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Texts:
         if self.problem or len(self.known) != rows:  # of packed rows, a cache is of no use
             return
         for cache in caches:
-            setattr(cache, NOTE, (cached_columns(cache), self.known))
+            setattr(cache, NOTE, (cached_columns(cache), row_marks(cache), self.known))
 
 
 def texts_of_input(ids: Tensor | None, relative: Tensor) -> Texts:
@@ -122,9 +123,10 @@ def texts_after_cache(ids: Tensor | None, relative: Tensor, cache: Any, *, is_to
     """
     if ids is None:
         return Texts(problem=NO_TOKENS)
-    columns_noted, notes = getattr(cache, NOTE, (None, ()))
-    # One that was cropped, or read in between by another model, holds another number of columns.
-    if len(notes) != len(ids) or columns_noted != cached_columns(cache):
+    columns_noted, marks, notes = getattr(cache, NOTE, (None, None, ()))
+    # One that was cropped, reordered, or read in between by another model holds something else.
+    is_same = columns_noted == cached_columns(cache) and equal(marks, row_marks(cache))
+    if len(notes) != len(ids) or not is_same:
         return Texts(problem=UNKNOWN_PROMPT)
     found = []
     for row, note in enumerate(notes):

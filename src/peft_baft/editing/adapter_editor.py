@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from peft_baft.adapter.state import (
     evaluating,
     trainable,
 )
+from peft_baft.adapter.taught_form import warn_of_another
 from peft_baft.data.batching import Tokens, padding_id
 from peft_baft.data.cases import Edit, prompt_words
 from peft_baft.data.templates import Template
@@ -81,7 +82,8 @@ class AdapterEditor(AttachedEditor):
         )
         self.descent = descent or DescentConfig()
         self.batch_descent = batch_descent or DescentConfig(max_steps=70)
-        self._warn_of_another_form()
+        config = model.peft_config[self.adapter_name]
+        warn_of_another(config, {form.name for form in self.templates}, tokenizer)
         if scope.has_contrasts and not self.holds_contrasts:
             raise ValueError(
                 f"{type(self).__name__} cannot hold contrast texts; leave them out, as Scope(subjects=0, questions=0)."
@@ -120,24 +122,9 @@ class AdapterEditor(AttachedEditor):
         self.remember_form(self.adapter_name, batch)
         return result
 
-    def edit_in_turn(self, edits: Iterable[Edit], batch_size: int = 1) -> Iterator[EditResult]:
-        """Teach `edits` one after another, `batch_size` at a time; yields the result of each batch as it is done.
-
-        All edits are checked, as by `edit`, when this is called: before the first one is made. An edit is made when its
-        result is asked for.
-        """
-        return (self.edit(batch) for batch in self.batches(edits, batch_size))
-
-    def batches(self, edits: Iterable[Edit], batch_size: int) -> list[list[Edit]]:
-        """List the edits, `batch_size` at a time, once all are found usable, as by `edit`."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
-        facts = checked_edits(edits)
-        self._require_in_use()
-        batches = [facts[i : i + batch_size] for i in range(0, len(facts), batch_size)]
+    def _require_usable(self, batches: Sequence[Sequence[Edit]]) -> None:
         for batch in batches:
             self._encode(batch, self.descent, NARROW)
-        return batches
 
     def described(self) -> dict[str, str]:
         """Say what decides how edits come out, besides the adapter's config, for a journal to compare."""

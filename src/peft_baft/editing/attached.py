@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from peft_baft.adapter.cursors import restored_on_error
 from peft_baft.adapter.state import (
     adapter_state_dict,
     adapter_tensors,
@@ -17,11 +19,11 @@ from peft_baft.adapter.state import (
     method_modules,
     snapshot,
 )
-from peft_baft.adapter.taught_form import remember, taught_form, warn_of_another
+from peft_baft.adapter.taught_form import remember, taught_form
 from peft_baft.data.batching import require_fast
 from peft_baft.data.cases import Edit
 from peft_baft.data.templates import Template, chosen_templates, is_chat
-from peft_baft.editing.editor import CURSOR, EditResult
+from peft_baft.editing.editor import CURSOR, EditResult, checked_edits
 from peft_baft.processes import Processes
 
 TAKEN_APART = (
@@ -30,7 +32,7 @@ TAKEN_APART = (
 )
 
 
-class AttachedEditor:
+class AttachedEditor(ABC):
     """Edits the active adapter of a PEFT model; the base of editors of any method.
 
     Args:
@@ -76,17 +78,35 @@ class AttachedEditor:
         taught = taught_form(config)
         self.templates = chosen_templates(tokenizer, template, template_options, taught)
 
+    @abstractmethod
     def edit(self, edits: Iterable[Edit]) -> EditResult:
         """Make the edits at once, as `Editor.edit`."""
-        raise NotImplementedError
+
+    def edit_in_turn(self, edits: Iterable[Edit], batch_size: int = 1) -> Iterator[EditResult]:
+        """Teach `edits` one after another, `batch_size` at a time; yields the result of each batch as it is done.
+
+        All edits are checked, as by `edit`, when this is called: before the first one is made. An edit is made when its
+        result is asked for.
+        """
+        return (self.edit(batch) for batch in self.batches(edits, batch_size))
 
     def batches(self, edits: Iterable[Edit], batch_size: int) -> list[list[Edit]]:
-        """List the edits, `batch_size` at a time, once all are found usable."""
-        raise NotImplementedError
+        """List the edits, `batch_size` at a time, once all are found usable, as by `edit`."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
+        facts = checked_edits(edits)
+        self._require_in_use()
+        batches = [facts[i : i + batch_size] for i in range(0, len(facts), batch_size)]
+        self._require_usable(batches)
+        return batches
 
+    @abstractmethod
+    def _require_usable(self, batches: Sequence[Sequence[Edit]]) -> None:
+        """Raise what `edit` would raise for one of these batches, before any is made."""
+
+    @abstractmethod
     def described(self) -> dict[str, str]:
         """Say what decides how edits come out, besides the adapter's config, for a journal to compare."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
         """Give the adapter's tensors under the names that `save_pretrained` writes, and the editor's cursors."""
@@ -111,10 +131,6 @@ class AttachedEditor:
         form = "both" if len(chats) == 2 else "chat" if chats == {True} else "raw"
         remember(self.model.peft_config[adapter_name], form, self.tokenizer)
 
-    def _warn_of_another_form(self) -> None:
-        config = self.model.peft_config[self.adapter_name]
-        warn_of_another(config, {form.name for form in self.templates}, self.tokenizer)
-
     def _require_in_use(self) -> None:
         """Raise a ValueError unless the adapter is the active one, enabled and not merged."""
         active = list(self.model.active_adapters)
@@ -131,12 +147,6 @@ class AttachedEditor:
         if any(hasattr(tensor, "ds_id") for tensor in adapter_tensors(self.model)):
             raise ValueError(TAKEN_APART)
 
-    @contextmanager
-    def _restored_on_error(self) -> Iterator[None]:
+    def _restored_on_error(self) -> AbstractContextManager[None]:
         """Put back what edits change if the code inside raises, be it by an interrupt."""
-        restore = self.snapshot()
-        try:
-            yield
-        except BaseException:
-            restore()
-            raise
+        return restored_on_error(self.snapshot)

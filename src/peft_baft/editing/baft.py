@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_baft.adapter import BaftLayer, EditContext, baft_layers, find_context
+from peft_baft.adapter.cursors import restored_on_error
 from peft_baft.adapter.state import evaluating, is_baft_peft_model, trainable
 from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit, Unrelated
@@ -179,7 +180,7 @@ class BaftEditor(AdapterEditor):
             torch.enable_grad(),
             evaluating(self.model),
             trainable(self.model),
-            self._context.cursors.restored_on_error(),
+            restored_on_error(self._context.cursors.snapshot),
         ):
             lanes = []
             for name, rows in facts.items():

@@ -26,10 +26,8 @@ SAMPLE = 8192  # tokens whose rows tell how rows are spread; at least four for e
 RIDGE = 1e-2  # of the mean variance, added to each
 LENGTH = 3.0  # of a vector, in lengths of usual outputs; a norm takes it out again
 LARGEST = 3e4  # number in a vector: float16 ends at 65,504
-MARGIN, FACTOR = (
-    8.0,
-    1.35,
-)  # nats, and a factor (a repetition penalty divides logits), that no rival may be within
+# Nats, and a factor (a repetition penalty divides logits), that no rival may be within.
+MARGIN, FACTOR = 8.0, 1.35
 STEPS, STEP = 60, 0.2  # against rivals, and the length of one
 KEPT = 8192  # vectors that are kept to be used again
 

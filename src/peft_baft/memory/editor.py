@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from peft_baft.editing.editor import EditResult, checked_edits, in_turn
 from peft_baft.editing.train import STOP_TERM
 from peft_baft.memory.answers import Unsayable
 from peft_baft.memory.config import MemoryConfig
+from peft_baft.memory.folder import SavedMemory
 from peft_baft.memory.kept import keep, kept_file, load_kept
-from peft_baft.memory.keys import key_block
 from peft_baft.memory.matching import NOWHERE
 from peft_baft.memory.part import MemoryPart
 from peft_baft.memory.reading import Ids, Reading
@@ -37,6 +36,11 @@ from peft_baft.processes import Processes
 
 logger = logging.getLogger(__name__)
 UNSAYABLE_END = "This model cannot be made to say %r (token %d), which ends a reply: what follows an answer is the model's own."
+
+UNMARKED = (
+    "This tokenizer's chat template puts no token between a user's message and the reply, so that a memory cannot tell a chat "
+    "from raw text: it reads the whole prompt as the question, and may not find its edit."
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class MemoryEditor(AttachedEditor):
 
     Raises:
         TypeError, ValueError: as `AdapterEditor`, or the active adapter is no memory, or the statistics do not fit this model.
+        NotImplementedError: what the model computes after its last block could not be replayed.
     """
 
     independent = True
@@ -109,11 +114,11 @@ class MemoryEditor(AttachedEditor):
                 f"The active adapter {self.adapter_name!r} is no memory of edits; make one with BaftConfig(memory=True)."
             )
         self._settings, self._options = config.settings, template_options
-        # The number of the next edit, where a record of the edits has given some to edits that were taken back.
-        self.next_number: int | None = None
         self._base = model.get_base_model()
-        layers = [layer for layer in baft_layers(model) if self.adapter_name in layer.configs]
-        self._layer = layers[0]
+        # A memory is in one block.
+        (self._layer,) = (
+            layer for layer in baft_layers(model) if self.adapter_name in layer.configs
+        )
         self._prepared = prepared or PreparedModel.of(model)
         self._require_in_use()
         if not self.part.is_measured:
@@ -121,6 +126,8 @@ class MemoryEditor(AttachedEditor):
                 self.part.replace(
                     self._measure() if statistics is None else self._saved(Path(statistics))
                 )
+        if getattr(tokenizer, "chat_template", None) and not self.part.index().reading.after:
+            logger.warning(UNMARKED)
 
     @property
     def part(self) -> MemoryPart:
@@ -145,18 +152,8 @@ class MemoryEditor(AttachedEditor):
         loss = sum(result.losses[STOP_TERM] for result in results) / len(results)
         return replace(in_turn(results), losses={STOP_TERM: loss})
 
-    def edit_in_turn(self, edits: Iterable[Edit], batch_size: int = 1) -> Iterator[EditResult]:
-        """Put edits into the memory one after another, `batch_size` at a time; yields the result of each batch."""
-        return (self.edit(batch) for batch in self.batches(edits, batch_size))
-
-    def batches(self, edits: Iterable[Edit], batch_size: int) -> list[list[Edit]]:
-        """List the edits, `batch_size` at a time, once all are found usable, as by `edit`."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
-        facts = checked_edits(edits)
-        self._require_in_use()
-        self._learn(facts)
-        return [facts[i : i + batch_size] for i in range(0, len(facts), batch_size)]
+    def _require_usable(self, batches: Sequence[Sequence[Edit]]) -> None:
+        self._learn([fact for batch in batches for fact in batch])
 
     def edit_independently(
         self, edits: Sequence[Edit], numbers: Sequence[int] | None = None
@@ -171,9 +168,11 @@ class MemoryEditor(AttachedEditor):
         """
         facts = checked_edits(edits)
         self._require_in_use()
+        begun = time.perf_counter()
         answers = self._learn(facts)
+        together = (time.perf_counter() - begun) / len(facts)
         if numbers is None:
-            first = max(largest_number(self.part.tensors()) + 1, self.next_number or 0)
+            first = largest_number(self.part.tensors()) + 1
             numbers = range(first, first + len(facts))
         stored: dict[Ids, StoredEdit] = {}
         results = []
@@ -185,7 +184,7 @@ class MemoryEditor(AttachedEditor):
             stops = (fact.after or self._settings.after) == "stop"
             stored.pop(question, None)
             stored[question] = StoredEdit(number, stops, question, keys, spaced, bare)
-            seconds = time.perf_counter() - begun
+            seconds = together + time.perf_counter() - begun
             results.append(EditResult(0, {STOP_TERM: loss}, seconds, learned=True))
         with self._restored_on_error():
             here = self._places()
@@ -333,15 +332,6 @@ class MemoryEditor(AttachedEditor):
         """Say what decides how edits come out, besides the adapter's config, for a journal to compare."""
         return {"templates": repr(self.templates)}
 
-    @contextmanager
-    def _restored_on_error(self) -> Iterator[None]:
-        restore = self.snapshot()
-        try:
-            yield
-        except BaseException:
-            restore()
-            raise
-
     def _saved(self, folder: Path) -> dict[str, Tensor]:
         """Read what was measured of the base model from a folder with another memory.
 
@@ -349,8 +339,6 @@ class MemoryEditor(AttachedEditor):
             ValueError: the folder holds no memory, or one that was made on another base model, or whose keys are made in another
                 way.
         """
-        from peft_baft.memory.folder import SavedMemory
-
         memory = SavedMemory.read(folder)
         # The folder's config knows its base model; on another one this raises.
         identify_base(self._base, memory.config)
@@ -367,14 +355,9 @@ class MemoryEditor(AttachedEditor):
         """Measure the base model, or take what another editor of it measured."""
         context = find_context(self.model)
         assert context is not None, "a memory has a context"
-        known = (
-            "memory",
-            id(key_block(self._base)),
-            self._settings.key_dimensions,
-            repr(self._options),
-        )
+        dimensions = self._settings.key_dimensions
+        known = ("memory", dimensions, repr(self._options), len(self.tokenizer))
         if known not in self._prepared.computed:
-            dimensions = self._settings.key_dimensions
             file = kept_file(self._base, self.tokenizer, dimensions, self._options)
             found = load_kept(file)
             if found is None:

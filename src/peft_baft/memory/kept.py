@@ -13,11 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from peft_baft.loading import fingerprint
+from peft_baft.memory.statistics import texts_read
 from peft_baft.storage import load_with_header, save_with_header
 
 logger = logging.getLogger(__name__)
 FOLDER = "PEFT_BAFT_CACHE"  # an environment variable: where to keep it; empty to keep nothing
-VERSION = 1  # of how it is measured
+VERSION = 1  # of how keys are made of what is read
 
 
 def kept_file(
@@ -36,6 +37,7 @@ def kept_file(
         return None
     known = [
         VERSION,
+        sha256("\n".join(texts_read()).encode()).hexdigest(),
         fingerprint(model),
         sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest(),
         repr(getattr(tokenizer, "chat_template", None)),

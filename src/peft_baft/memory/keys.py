@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -19,10 +20,8 @@ from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.model_call import input_device
 from peft_baft.adapter.state import evaluating
 
-BLOCK, DEPTH = (
-    4,
-    30,
-)  # whose states are keys, counted from 0, of a model of that many blocks: docs/memory.md
+# The block whose states are keys, counted from 0, of a model of that many blocks: docs/memory.md.
+BLOCK, DEPTH = 4, 30
 INT8 = 127.0
 
 
@@ -62,26 +61,24 @@ def key_states(
             raise _BlockHasRun
 
     handle = block.register_forward_hook(keep)
-    try:
+    device = input_device(context.model)
+    with ExitStack() as stack:
+        stack.callback(handle.remove)
+        stack.enter_context(evaluating(context.model))
         for start in range(0, len(questions), batch_size):
             numbers = order[start : start + batch_size]
             batch = [questions[number] for number in numbers]
             longest = max(map(len, batch))
-            device = input_device(context.model)
             ids = torch.zeros(len(batch), longest, dtype=torch.long)
             real = torch.zeros(len(batch), longest, dtype=torch.bool)
             for row, question in enumerate(batch):
                 ids[row, : len(question)] = torch.tensor(list(question))
                 real[row, : len(question)] = True
-            try:
-                with evaluating(context.model):
-                    context.run_base(ids.to(device), real.to(device), adapter_name)
-            except _BlockHasRun:
-                states = seen.pop()
+            with suppress(_BlockHasRun):
+                context.run_base(ids.to(device), real.to(device), adapter_name)
+            states = seen.pop()
             for row, (number, question) in enumerate(zip(numbers, batch, strict=True)):
                 found[number] = states[row, : len(question)].float()
-    finally:
-        handle.remove()
     return [found[number] for number in range(len(questions))]
 
 

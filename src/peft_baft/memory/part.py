@@ -16,6 +16,7 @@ from peft_baft.adapter.kinds import Part
 from peft_baft.adapter.model_call import input_device
 from peft_baft.adapter.state import evaluating
 from peft_baft.adapter.texts import Text
+from peft_baft.data.batching import context_window
 from peft_baft.memory.answers import Answers
 from peft_baft.memory.config import MemoryConfig
 from peft_baft.memory.keys import INT8, key_states, keys_of
@@ -173,6 +174,7 @@ class MemoryPart(Part):
         index = self.index()
         settings: MemoryConfig = self._config.settings
         thresholds = Thresholds(settings.least_subject, settings.strictness, settings.most_unlike)
+        questions = [self._fitting(question) for question in questions]
         new = [question for question in dict.fromkeys(questions) if question not in index.found]
         if len(index.found) > MOST_FOUND:
             index.found.clear()
@@ -181,6 +183,12 @@ class MemoryPart(Part):
             ids = torch.tensor(question, dtype=torch.int32)
             index.found[question] = index.questions.match(Question(ids, keys), thresholds)
         return [index.found[question] for question in questions]
+
+    def _fitting(self, question: tuple[int, ...]) -> tuple[int, ...]:
+        """Return a question without the tokens before its last ones that the model can read at once: a prompt may fill it."""
+        window = context_window(self._context.model) or len(question)
+        excess = len(question) - window
+        return question if excess <= 0 else (question[0], *question[1 + excess :])
 
     def make_keys(self, questions: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Make the keys (n - 1, k) int8 of questions' tokens."""

@@ -80,6 +80,11 @@ def measured(
     }
 
 
+def texts_read() -> list[str]:
+    """List all texts that a model is measured on."""
+    return [*_neutral_texts(), *(wording for _, wording in relation_wordings(NAME))]
+
+
 def _question(tokenizer: Any, reading: Reading, text: str) -> Ids:
     return reading.read(encode_prompt(tokenizer, text).ids).question
 

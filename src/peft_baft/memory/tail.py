@@ -17,6 +17,7 @@ from torch.nn.modules.module import (
 )
 
 from peft_baft.adapter.blocks import text_config
+from peft_baft.data.batching import context_window
 
 TOKENS = 24  # of the text that is read to find out what follows the last block
 ALIKE = 0.02  # of the spread of logits: what a replay may differ by, in low precision
@@ -70,8 +71,8 @@ class Tail:
             NotImplementedError: it cannot be repeated.
         """
         vocabulary = model.get_input_embeddings().num_embeddings
-        step = max(1, vocabulary // (TOKENS + 2))
-        ids = (torch.arange(1, TOKENS + 1) * step % vocabulary)[None]
+        count = min(TOKENS, context_window(model) or TOKENS)
+        ids = (torch.arange(1, count + 1) * max(1, vocabulary // (count + 2)) % vocabulary)[None]
         with _watching(block) as watched:
             logits = run(ids)
         if not watched.states or logits.shape[:-1] != watched.states[0].shape[:-1]:
@@ -96,11 +97,13 @@ class Tail:
 
     def logits(self, states: Tensor) -> Tensor:
         """Compute logits (n, vocabulary) float32 of outputs (n, d) of the last block, in the model's own dtype."""
+        return self._finish(self._run(self.steps, states)).float()
+
+    def _run(self, steps: Sequence[Step], states: Tensor) -> Tensor:
         x = states.to(self.device, self.dtype)[None]
-        for step in self.steps:
-            x = step.module(x if step.scale == 1 else x * step.scale)
-            x = _first(x)
-        return self._finish(x[0]).float()
+        for step in steps:
+            x = _first(step.module(x if step.scale == 1 else x * step.scale))
+        return x[0]
 
     def is_current(self) -> bool:
         """Return whether the modules are those of the model, with the weights that they had."""
@@ -150,13 +153,9 @@ class Tail:
         half = len(self.typical) // 2
         signs = torch.ones(len(self.typical), dtype=torch.float32)
         signs[torch.randperm(len(signs), generator=generator)[:half]] = -1
-        outputs = []
-        for x in (signs, -signs):
-            x = x.to(self.device, self.dtype)[None, None]
-            for step in self.steps[:-1]:
-                x = step.module(x if step.scale == 1 else x * step.scale)
-            outputs.append(x[0, 0].float())
-        return (outputs[0] - outputs[1]) / 2 * signs.to(self.device)
+        # Of both signs: a norm's bias cancels out.
+        up, down = self._run(self.steps[:-1], torch.stack([signs, -signs])).float()
+        return (up - down) / 2 * signs.to(self.device)
 
     def gradients(self, tokens: Sequence[int]) -> Tensor:
         """Return the gradients (n, d) of tokens' logits at a usual output of the last block, whatever the modules are."""

@@ -100,7 +100,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         )
     size, seconds = report["bytes"] / 1000, report["seconds"]
     if report.get("method") == "memory":
-        what = f"a memory of {size:.0f} kB, taught in {seconds:.1f} s"
+        what = f"a memory of {size:.0f} kB"
     else:
         what = f"an adapter of {size:.0f} kB, {report['steps']} steps, {seconds:.1f} s"
     print(f"\nSaved in {shown(report['adapter'])}: {what}.")
