@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("PEFT_BAFT_CACHE", "")  # each test measures its own models
+# What memories measure of a base model is kept for the run, apart from the user's own.
+os.environ["PEFT_BAFT_CACHE"] = _KEPT = tempfile.mkdtemp(prefix="peft_baft-tests-")
+atexit.register(shutil.rmtree, _KEPT, ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on several threads
 
 import pytest

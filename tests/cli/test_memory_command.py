@@ -108,6 +108,7 @@ def test_a_new_memory_takes_what_was_measured_of_the_model_from_another_one(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_facts(folder / "two.jsonl", range(2))
+    monkeypatch.setenv("PEFT_BAFT_CACHE", "")
     monkeypatch.setattr("peft_baft.memory.editor.measured", lambda *_: pytest.fail("was measured"))
     of_first = ("--method", "memory", "--statistics", str(folder / "memory"))
     assert edit(folder, tmp_path / "second", "two.jsonl", *of_first) == 0

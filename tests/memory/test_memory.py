@@ -375,6 +375,7 @@ def test_what_was_measured_of_the_model_is_taken_from_another_memory(
     first = editor_of(fact_model)
     first.edit(edits(0, 5))
     first.model.save_pretrained(str(tmp_path))
+    monkeypatch.setenv("PEFT_BAFT_CACHE", "")
     monkeypatch.setattr("peft_baft.memory.editor.measured", lambda *_: pytest.fail("was measured"))
     model = get_peft_model(deepcopy(fact_model.base), config()).eval()
     second = MemoryEditor(model, fact_model.tokenizer, statistics=tmp_path)

@@ -122,6 +122,7 @@ class MemoryEditor(AttachedEditor):
         self._prepared = prepared or PreparedModel.of(model)
         self._require_in_use()
         if not self.part.is_measured:
+            self.part.answers()  # what a model cannot be made to say is found out before anything is taught
             with self._restored_on_error():
                 self.part.replace(
                     self._measure() if statistics is None else self._saved(Path(statistics))
