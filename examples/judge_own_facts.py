@@ -11,7 +11,7 @@ import sys
 from peft import get_peft_model
 
 import peft_baft
-from peft_baft.evaluation.report import watch
+from peft_baft.evaluation.before_after import watch
 
 # The edit in other words.
 CASES = [

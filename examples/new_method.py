@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from peft_baft import PRESETS, DescentConfig, Edit, Editor, EditResult, load_model
-from peft_baft.benchmark.methods import METHODS, method
 from peft_baft.data.batching import collate, encode_fitting, padding_id
-from peft_baft.editing.method import EditorSetup, MethodSettings
 from peft_baft.editing.train import Descent, descend
+from peft_baft_bench.methods.method import EditorSetup, MethodSettings
+from peft_baft_bench.methods.methods import METHODS, method
 
 
 class NormEditor:  # follows the protocol peft_baft.Editor

@@ -27,9 +27,9 @@ import torch
 import transformers
 
 import peft_baft
-from peft_baft.checking.check import ATTACHED
-from peft_baft.checking.report import Finding
-from peft_baft.checking.trials import CACHED, CAUSAL, FAST, LEFT, PLACES, RIGHT
+from peft_baft.tools.check.check import ATTACHED
+from peft_baft.tools.check.findings import Finding
+from peft_baft.tools.check.trials import CACHED, CAUSAL, FAST, LEFT, PLACES, RIGHT
 from tiny_models import NOT_ALONE, model_types, tiny_model
 from tiny_tokenizer import default_edit_lowers_its_loss
 

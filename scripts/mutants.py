@@ -42,7 +42,6 @@ REPORT, EXPLANATIONS = ROOT / "docs" / "mutants.md", ROOT / "docs" / "mutants.js
 # below tests.
 FILES: dict[str, list[str]] = {
     "intervention.py": ["test_intervention.py"],
-    "regularisers.py": ["test_losses.py", "test_intervention.py"],
     "losses.py": ["test_losses.py"],
     "span.py": ["test_prompt_lengths.py", "test_span.py", "adapter/test_positions.py"],
     "adapter/context.py": [
@@ -67,7 +66,7 @@ FILES: dict[str, list[str]] = {
     ],
     "adapter/blocks.py": ["adapter/test_blocks.py", "adapter/test_adapter.py"],
     "adapter/state.py": ["editing/test_editing.py", "adapter/test_beside_lora.py"],
-    "editing/answers.py": ["editing/test_lanes.py", "editing/acceleration/test_prefix_cache.py"],
+    "editing/answers.py": ["editing/test_lanes.py", "editing/acceleration/test_repeated_texts.py"],
     "editing/train.py": ["editing/test_train.py", "editing/test_editing.py"],
     "editing/lanes.py": ["editing/test_lanes.py", "editing/test_editing.py"],
     "editing/objective.py": [
@@ -79,7 +78,7 @@ FILES: dict[str, list[str]] = {
     "editing/baft.py": [
         "editing/test_editing.py",
         "editing/test_lanes.py",
-        "benchmark/test_parallel.py",
+        "bench/run/test_parallel.py",
     ],
     "editing/adapter_editor.py": [
         "editing/test_presets.py",

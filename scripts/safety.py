@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[1]
 TESTS = [
     "tests/editing/test_journal.py",
-    "tests/benchmark/test_runner.py",
+    "tests/bench/run/test_runner.py",
     "tests/adapter/test_corruption.py",
     "tests/data/test_fuzz_files.py",
     "tests/test_processes.py",

@@ -23,10 +23,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_baft
-from peft_baft.benchmark.tasks import read_benchmark
 from peft_baft.editing import baft
 from peft_baft.editing.acceleration.packed_linear import packed_weight, product
-from peft_baft.editing.acceleration.prefix_cache import open_forward
+from peft_baft.editing.acceleration.repeated_texts import open_forward
+from peft_baft_bench.tasks.tasks import read_benchmark
 
 # Fewest steps on ZsRE rows 900-909, `peers.py --sweep`.
 BEST_LR = {

@@ -158,7 +158,7 @@ def by_this_package(
     from peft import LoraConfig, get_peft_model
 
     import peft_baft
-    from peft_baft.checking.made_up_text import NumberTokenizer
+    from peft_baft.tools.check.made_up_text import NumberTokenizer
 
     found = {"steps": [], "seconds": [], "learned": []}
     settings = peft_baft.DescentConfig(lr=rate, max_steps=max_steps, stop_loss=stop)

@@ -22,7 +22,7 @@ from common import (
 )
 
 import peft_baft
-from peft_baft.editing.acceleration.prefix_cache import open_forward
+from peft_baft.editing.acceleration.repeated_texts import open_forward
 from peft_baft.editing.editor import encode_edits
 
 STEPS = 10

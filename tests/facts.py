@@ -19,8 +19,8 @@ from peft import PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from peft_baft import BaftConfig, DescentConfig, Edit, Objective, Unrelated
-from peft_baft.benchmark.methods import METHODS
 from peft_baft.data.batching import collate, encode
+from peft_baft_bench.methods.methods import METHODS
 
 COUNTRIES = [
     a + b

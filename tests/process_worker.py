@@ -34,13 +34,13 @@ from peft_baft import (
     load_model,
 )
 from peft_baft.adapter.state import adapter_tensors
-from peft_baft.baselines.adapters import AdapterMethod
-from peft_baft.benchmark import plan
-from peft_baft.benchmark.methods import Method
-from peft_baft.benchmark.runner import Runner
-from peft_baft.benchmark.schedule import Schedule
 from peft_baft.editing import continual
 from peft_baft.processes import Processes
+from peft_baft_bench.methods.adapters import AdapterMethod
+from peft_baft_bench.methods.methods import Method
+from peft_baft_bench.run import plan
+from peft_baft_bench.run.runner import Runner
+from peft_baft_bench.run.schedule import Schedule
 
 Found = dict[str, Any]
 

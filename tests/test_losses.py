@@ -7,8 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_baft.losses import answer_losses, locality_margin
-from peft_baft.regularisers import load_balance, mean_over_blocks, rescaled
+from peft_baft.losses import (
+    answer_losses,
+    load_balance,
+    locality_margin,
+    mean_over_blocks,
+    rescaled,
+)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -18,9 +18,9 @@ import facts
 import peft_baft_cli as cli
 import process_worker as worker
 from facts import CAPITALS, MEALS, FactModel, edits
-from peft_baft.benchmark.results import read_results
 from peft_baft.loading import load_model
 from peft_baft.processes import Processes
+from peft_baft_bench.run.results import read_results
 
 fact_model = facts.fact_model
 LIMIT = 150  # seconds for all cases of one launch

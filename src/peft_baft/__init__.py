@@ -9,8 +9,6 @@ from importlib.util import find_spec
 
 from peft_baft.adapter import BaftConfig, BaftModel, prompt_lengths
 from peft_baft.adapter.state import rolled_back
-from peft_baft.checking.check import check
-from peft_baft.checking.report import CheckReport, Finding
 from peft_baft.data.cases import Case, Edit, Probe, Unrelated
 from peft_baft.data.datasets import read_cases, read_unrelated
 from peft_baft.data.unrelated import GENERAL
@@ -27,6 +25,8 @@ from peft_baft.evaluation.guard import canary_check
 from peft_baft.integrations.hub import push
 from peft_baft.integrations.peft_methods import install
 from peft_baft.loading import load_model
+from peft_baft.tools.check.check import check
+from peft_baft.tools.check.findings import CheckReport, Finding
 
 __version__ = "0.1.0"
 install()

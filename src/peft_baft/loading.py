@@ -198,3 +198,8 @@ def fingerprint(model: Any, samples: int | None = 64) -> str:
             chosen = torch.arange(min(samples, flat.numel())) * (flat.numel() // samples or 1)
             digest.update(flat[chosen.to(flat.device)].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:DIGITS]
+
+
+def short_hash(data: bytes) -> str:
+    """Hash some bytes: enough digits to tell files and runs apart."""
+    return sha256(data).hexdigest()[:DIGITS]

@@ -1,6 +1,8 @@
-"""Teacher forcing and locality (arXiv 2503.00306, Sec. 2.4); the load balance is in `regularisers.py`. Torch only."""
+"""The losses of arXiv 2503.00306 (Sec. 2.4): teacher forcing, locality, load balance, and their scale (Eq. 4). Torch only."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,3 +35,39 @@ def locality_margin(
     """
     gap = w.amax(-1)[:, None] - w_unrelated.amax(-1)[None, :]
     return F.relu(w_unrelated - alpha).mean() + F.relu(beta - w).mean() + F.relu(gamma - gap).mean()
+
+
+def load_balance(w: Tensor, past_sum: Tensor, past_count: Tensor) -> Tensor:
+    """Compute the incremental load balance R_bal: the spread of the gates' mean use over all edits so far, this one included.
+
+    As printed in the paper: Σ_k (w̄_k - w̄)² / ((r - 1) w̄). Only the present edit's share carries a gradient.
+
+    Args:
+        w: (n, r) gates at the edited tokens of the present edit.
+        past_sum: (r,) sum of the gates over the edited tokens of past edits.
+        past_count: () how many tokens those were.
+
+    Returns:
+        () >= 0, and 0 where there is a single gate.
+    """
+    if w.shape[-1] < 2:
+        return w.sum() * 0
+    use = (past_sum.detach() + w.sum(0)) / (past_count.detach() + w.shape[0])
+    mean = use.mean()
+    return (use - mean).square().sum() / ((use.numel() - 1) * mean.clamp(min=1e-6))
+
+
+def mean_over_blocks(terms: Sequence[Tensor]) -> Tensor:
+    """Average one scalar per edited block, on the first one's device."""
+    return torch.stack([term.to(terms[0].device) for term in terms]).mean()
+
+
+def rescaled(term: Tensor, reference: Tensor, ceiling: float) -> Tensor:
+    """Bring `term` to the magnitude of `reference` (Eq. 4), by a factor that is a constant to the gradient.
+
+    The factor is reference / term, at most `ceiling`: a regulariser that is nearly met is not blown up without bound.
+    """
+    factor = reference.detach().to(term.device) / term.detach().clamp(
+        min=torch.finfo(term.dtype).tiny
+    )
+    return term * factor.clamp(max=ceiling)

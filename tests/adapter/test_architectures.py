@@ -11,8 +11,8 @@ import torch
 import transformers as tr
 
 import peft_baft
-from peft_baft.checking.check import ATTACHED
-from peft_baft.checking.trials import FAST
+from peft_baft.tools.check.check import ATTACHED
+from peft_baft.tools.check.trials import FAST
 from tiny_models import model_types, tiny_model
 from tiny_tokenizer import REPLY, default_edit, default_edit_lowers_its_loss, tiny_tokenizer
 

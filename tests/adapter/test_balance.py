@@ -20,7 +20,7 @@ from conftest import make_model, randomise
 from peft_baft import BaftConfig
 from peft_baft.adapter import baft_layers, find_context
 from peft_baft.adapter.balance import LoadBalanceTerm
-from peft_baft.regularisers import load_balance, mean_over_blocks
+from peft_baft.losses import load_balance, mean_over_blocks
 
 WEIGHT = 0.5
 

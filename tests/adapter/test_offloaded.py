@@ -16,11 +16,11 @@ import peft_baft
 from conftest import randomise
 from facts import CAPITALS
 from peft_baft import BaftConfig, Case, Edit
-from peft_baft.evaluation.fluency import sampled_texts
 from peft_baft.evaluation.likelihood import log_probabilities
 from peft_baft.evaluation.scoring import greedy_answers, predicted_tokens
-from peft_baft.inspection.inspect import inspect
-from peft_baft.inspection.subspace import mean_gates, removal_ladder
+from peft_baft.tools.inspect.inspect import inspect
+from peft_baft_bench.metrics.fluency import sampled_texts
+from peft_baft_bench.metrics.subspace import mean_gates, removal_ladder
 
 TOKENIZER = facts.make_tokenizer()
 PROMPT, ANSWER = CAPITALS[0].prompt, CAPITALS[0].answer

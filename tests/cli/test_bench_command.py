@@ -11,9 +11,9 @@ import pytest
 import facts
 import peft_baft_cli as cli
 from facts import CAPITALS, MEALS, FactModel
-from peft_baft.benchmark.results import read_results
-from peft_baft.evaluation import asking
 from peft_baft.evaluation.frames import RAW_FRAMES
+from peft_baft_bench.questions import asking
+from peft_baft_bench.run.results import read_results
 
 fact_model = facts.fact_model
 TRAINING = ["--lr", "0.02", "--max-steps", "40", "--unrelated", "none"]

@@ -21,17 +21,17 @@ from typer.models import OptionInfo
 
 import peft_baft_cli as cli
 from peft_baft.adapter.weights import FILE as WEIGHTS
-from peft_baft.benchmark.methods import GROUPS, METHODS, UNEDITED
-from peft_baft.benchmark.metrics import METRICS
-from peft_baft.benchmark.runner import SPLITS
-from peft_baft.benchmark.schedule import WHEN
-from peft_baft.benchmark.tasks import TASKS
 from peft_baft.data.cases import Edit
 from peft_baft.data.templates import FORMS
 from peft_baft.editing.continual import EditRecord
 from peft_baft.editing.editor import EditResult
 from peft_baft.editing.presets import PRESETS
-from peft_baft.evaluation.report import Answered, Report
+from peft_baft.evaluation.before_after import Answered, Report
+from peft_baft_bench.methods.methods import GROUPS, METHODS, UNEDITED
+from peft_baft_bench.metrics.metrics import METRICS
+from peft_baft_bench.run.runner import SPLITS
+from peft_baft_bench.run.schedule import WHEN
+from peft_baft_bench.tasks.tasks import TASKS
 from peft_baft_cli import options, screen
 from peft_baft_cli.work import bench as bench_command
 from peft_baft_cli.work import common

@@ -21,8 +21,8 @@ import facts
 import peft_baft_cli as cli
 from facts import CAPITALS, MEALS, FactModel
 from peft_baft import BaftEditor
-from peft_baft.benchmark.results import read_results
 from peft_baft.editing.journal import LINES
+from peft_baft_bench.run.results import read_results
 
 fact_model = facts.fact_model
 TRAINING = ["--preset", "plain", "--lr", "0.02", "--unrelated", "none"]

@@ -15,7 +15,6 @@ from peft_baft.adapter import baft_layers
 from peft_baft.adapter.plain import PLAIN
 from peft_baft.data.templates import RAW
 from peft_baft.editing.acceleration import shared_prefix
-from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.acceleration.shared_prefix import find_prefix
 from peft_baft.editing.contrasts import (
     contrast_rows,
@@ -23,6 +22,7 @@ from peft_baft.editing.contrasts import (
     goes_on,
     hold,
 )
+from peft_baft.editing.edit_cache import EditCache
 from peft_baft.evaluation.scoring import greedy_answers
 
 fact_model = facts.fact_model
@@ -185,8 +185,8 @@ def test_a_beginning_that_is_computed_once_gives_the_same_vectors(
     monkeypatch.setattr(shared_prefix, "SHORTEST", 2)  # these texts share three tokens
     prompts = contrast_rows(model, fact_model.tokenizer, FACT, RAW, SCOPE)
     arguments = (model, fact_model.tokenizer, layers, prompts, SCOPE, 1, "default")
-    apart = hold(*arguments, PreparedModel())
-    prepared = PreparedModel(verified_length=16)
+    apart = hold(*arguments, EditCache())
+    prepared = EditCache(verified_length=16)
     assert len(find_prefix(model, prompts, 1, prepared.verified_length)) == 3
     together = hold(*arguments, prepared)
     for name, hidden in apart.hidden.items():

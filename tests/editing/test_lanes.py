@@ -12,7 +12,7 @@ import facts
 from facts import DESCENT, OBJECTIVE, FactModel, adapted, edits, meals
 from peft_baft import NARROW, BaftEditor, DescentConfig, Edit, rolled_back
 from peft_baft.adapter import baft_layers
-from peft_baft.editing.acceleration import prefix_cache
+from peft_baft.editing.acceleration import repeated_texts as prefix_cache
 from peft_baft.evaluation.scoring import token_match
 
 fact_model = facts.fact_model

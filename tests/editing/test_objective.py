@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from peft_baft import Objective
-from peft_baft.losses import locality_margin
-from peft_baft.regularisers import load_balance
+from peft_baft.losses import load_balance, locality_margin
 
 GENERATOR = torch.Generator().manual_seed(0)
 GATES = {

@@ -15,15 +15,15 @@ import facts
 from conftest import randomise
 from facts import CAPITALS, MEALS, FactModel, adapted, questions
 from peft_baft import Case, Edit
-from peft_baft.benchmark.metrics import METRICS, piqa_cases
-from peft_baft.benchmark.scores import scores
 from peft_baft.data.batching import encode
-from peft_baft.data.formats import ConvSentCase, PiqaItem
 from peft_baft.data.templates import CHAT, RAW, Template
-from peft_baft.evaluation import piqa, sentiment
 from peft_baft.evaluation.likelihood import log_probabilities
-from peft_baft.evaluation.piqa import right_choices
-from peft_baft.evaluation.sentiment import edit_success
+from peft_baft_bench.metrics import piqa, sentiment
+from peft_baft_bench.metrics.metrics import METRICS, piqa_cases
+from peft_baft_bench.metrics.piqa import right_choices
+from peft_baft_bench.metrics.sentiment import edit_success
+from peft_baft_bench.run.scores import scores
+from peft_baft_bench.tasks.formats import ConvSentCase, PiqaItem
 
 fact_model = facts.fact_model
 PAIRS = [*questions(CAPITALS[:8]), ("the", "capital of"), (" ".join(["the"] * 20), "food of a")]

@@ -19,15 +19,15 @@ import facts
 from facts import CAPITALS, MEALS, FactModel
 from peft_baft import Case, Edit
 from peft_baft.adapter.parameters import GATE_NORMS, WEIGHTINGS
-from peft_baft.baselines.ft_m import FineTuning
-from peft_baft.benchmark.methods import METHODS, method
-from peft_baft.benchmark.progress import Progress
-from peft_baft.benchmark.results import read_results
-from peft_baft.benchmark.runner import Runner
-from peft_baft.benchmark.schedule import Schedule
-from peft_baft.benchmark.tasks import TASKS, Task
-from peft_baft.data.formats import read_knowedit
 from peft_baft.editing.presets import PRESETS
+from peft_baft_bench.methods.ft_m import FineTuning
+from peft_baft_bench.methods.methods import METHODS, method
+from peft_baft_bench.run.progress import Progress
+from peft_baft_bench.run.results import read_results
+from peft_baft_bench.run.runner import Runner
+from peft_baft_bench.run.schedule import Schedule
+from peft_baft_bench.tasks.formats import read_knowedit
+from peft_baft_bench.tasks.tasks import TASKS, Task
 from peft_baft_cli import main
 
 fact_model = facts.fact_model
@@ -59,7 +59,7 @@ def no_new_tasks() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", ["wiki_recent", "wiki_counterfact", "wikibio", "knowedit_zsre"])
 def test_a_benchmark_in_the_shape_of_knowedit_stands_in_one_file(name: str) -> None:
-    assert name in TASKS and files_that_name(name) == ["peft_baft/benchmark/tasks.py"]
+    assert name in TASKS and files_that_name(name) == ["peft_baft_bench/tasks/tasks.py"]
 
 
 def test_the_count_of_files_would_notice_another(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_the_documented_benchmark_runs_as_it_stands(
 
 
 def test_a_method_stands_in_its_file_and_in_the_table() -> None:
-    files = ["peft_baft/baselines/ft_m.py", "peft_baft/benchmark/methods.py"]
+    files = ["peft_baft_bench/methods/ft_m.py", "peft_baft_bench/methods/methods.py"]
     assert "ft-m" in METHODS
     assert files_that_name("FineTuning") == files and set(files_that_name("ft-m")) == set(files)
     # The control: what the package itself is about stands in many.

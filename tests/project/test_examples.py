@@ -13,7 +13,7 @@ import torch
 import facts
 import peft_baft
 from facts import FactModel, saved
-from peft_baft.benchmark.methods import METHODS
+from peft_baft_bench.methods.methods import METHODS
 
 fact_model = facts.fact_model
 FOLDER = Path(__file__).parents[2] / "examples"

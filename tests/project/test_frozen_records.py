@@ -17,7 +17,7 @@ CHANGING = {
     "BaftConfig": "PEFT sets fields of a config, as inference_mode",
     "Lane": "an edit under way",
     "Conversation": "a conversation under way",
-    "PreparedModel": "filled by the edits that share it",
+    "EditCache": "filled by the edits that share it",
     "Generation": "one call of generate under way",
     "Progress": "a run under way",
 }

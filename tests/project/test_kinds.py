@@ -31,7 +31,7 @@ from peft_baft.adapter.layer import BaftLayer
 ROOT = Path(__file__).parents[2]
 OF_THE_MEMORY = (
     "src/peft_baft/memory",
-    "src/peft_baft/baselines/memory.py",
+    "src/peft_baft_bench/methods/memory.py",
     "src/peft_baft_cli/work/memory.py",
     "tests/memory",
 )
@@ -73,7 +73,7 @@ def test_without_the_memory_all_the_rest_works(tmp_path: Path) -> None:
         "-c",
         "import peft_baft, peft_baft_cli\n"
         "from peft_baft.adapter.kinds import KINDS\n"
-        "from peft_baft.benchmark.methods import METHODS\n"
+        "from peft_baft_bench.methods.methods import METHODS\n"
         "print(peft_baft.__file__, *KINDS, *METHODS)",
     )
     assert str(tmp_path) in names and "memory" not in names.split()[1:] and "baft" in names

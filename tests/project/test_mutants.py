@@ -35,7 +35,6 @@ def test_the_formula_the_positions_the_adapter_and_the_training_are_among_them()
     files = set(constant("FILES"))
     parts = [
         "intervention.py",
-        "regularisers.py",
         "losses.py",
         "span.py",
         "adapter/layer.py",

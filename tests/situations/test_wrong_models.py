@@ -16,8 +16,8 @@ import peft_baft
 from conftest import make_model
 from peft_baft import AdapterEditor, BaftConfig, BaftEditor
 from peft_baft.adapter import baft_layers
-from peft_baft.inspection.inspect import inspect
 from peft_baft.integrations.loreft import save_loreft
+from peft_baft.tools.inspect.inspect import inspect
 from side_by_side import config_of
 
 # By PEFT, at every second adapter.

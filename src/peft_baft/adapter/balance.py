@@ -19,7 +19,7 @@ from peft_baft.adapter.context import RecordedGates
 from peft_baft.adapter.layer import BaftLayer
 from peft_baft.adapter.model_arguments import labels_tell_answers
 from peft_baft.adapter.model_call import TrainingCall, loss_of, read_training_call, with_loss
-from peft_baft.regularisers import load_balance, mean_over_blocks, rescaled
+from peft_baft.losses import load_balance, mean_over_blocks, rescaled
 
 logger = logging.getLogger(__name__)
 CEILING = 1.0  # of the rescaling to the loss, as in the editor's objective

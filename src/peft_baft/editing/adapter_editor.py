@@ -19,7 +19,7 @@ from peft_baft.adapter.taught_form import warn_of_another
 from peft_baft.data.batching import Tokens, padding_id
 from peft_baft.data.cases import Edit, prompt_words
 from peft_baft.data.templates import Template
-from peft_baft.editing.acceleration.prefix_cache import open_forward
+from peft_baft.editing.acceleration.repeated_texts import open_forward
 from peft_baft.editing.answers import AnswerForward
 from peft_baft.editing.attached import AttachedEditor
 from peft_baft.editing.contrasts import find_subject

@@ -20,11 +20,11 @@ from peft_baft.adapter.state import evaluating, is_baft_peft_model, trainable
 from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit, Unrelated
 from peft_baft.data.templates import Template, is_chat
-from peft_baft.editing.acceleration.prefix_cache import open_forward
-from peft_baft.editing.acceleration.prepared import PreparedModel
+from peft_baft.editing.acceleration.repeated_texts import open_forward
 from peft_baft.editing.adapter_editor import AdapterEditor
 from peft_baft.editing.answers import AnswerForward
 from peft_baft.editing.contrasts import HeldVectors, contrast_rows, hold
+from peft_baft.editing.edit_cache import EditCache
 from peft_baft.editing.editor import CURSOR, EditResult, checked_edits
 from peft_baft.editing.lanes import Gates, Lane, LaneBatch, LaneOutput, train_lanes
 from peft_baft.editing.objective import Objective
@@ -75,7 +75,7 @@ class BaftEditor(AdapterEditor):
         *,
         processes: Processes | None = None,
         unrelated_used: int = 0,
-        prepared: PreparedModel | None = None,
+        prepared: EditCache | None = None,
         template: str | Template = "auto",
         template_options: Mapping[str, Any] | None = None,
         scope: Scope | None = None,

@@ -29,8 +29,8 @@ from peft_baft.data.templates import Template, is_chat
 from peft_baft.editing.acceleration.module_patches import collected_outputs, logits_only_at
 from peft_baft.editing.acceleration.packed_linear import packed_forwards
 from peft_baft.editing.acceleration.padded_prompts import takes_left_padding
-from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.acceleration.shared_prefix import PromptBatch, SharedPrefix, find_prefix
+from peft_baft.editing.edit_cache import EditCache
 from peft_baft.editing.scope import Scope
 
 BATCH_SIZE = 64  # so many contrast texts are answered together
@@ -104,14 +104,14 @@ def hold(
     scope: Scope,
     prompt_positions: int,
     adapter_name: str,
-    prepared: PreparedModel | None = None,
+    prepared: EditCache | None = None,
 ) -> HeldVectors:
     """Let the unedited model answer the prompts, and keep its hidden vectors at the tokens that an adapter edits.
 
     Args:
         prepared: of the base model; by default the one that is kept with it.
     """
-    prepared = prepared or PreparedModel.of(model)
+    prepared = prepared or EditCache.of(model)
     packed = packed_forwards(model.get_base_model().modules(), prepared.packed)
     prefix = SharedPrefix()
     parts: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}

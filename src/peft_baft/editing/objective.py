@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from peft_baft.editing.train import STOP_TERM, Terms
-from peft_baft.losses import locality_margin
-from peft_baft.regularisers import load_balance, mean_over_blocks, rescaled
+from peft_baft.losses import load_balance, locality_margin, mean_over_blocks, rescaled
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ What is said freely is judged by three rules, from strict to lenient, all on wor
               sense: "It is not Lyon" holds Lyon.
 
 `exact` and `prefix` are read off as many tokens as the wanted answer has, and `EXTRA_TOKENS`; `contains` needs a whole statement
-(`evaluation/asking.py` says how long).
+(`peft_baft_bench/questions/asking.py` says how long).
 """
 
 from __future__ import annotations
@@ -231,3 +231,8 @@ def _words_anywhere(text: str) -> list[str]:
         if any(mark.isalnum() for mark in text)
         else text
     )
+
+
+STATEMENT_TOKENS = (
+    24  # of a free answer in which the wanted one may stand anywhere: enough for a sentence
+)

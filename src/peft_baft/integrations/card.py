@@ -14,18 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftConfig
 
 from peft_baft.adapter.weights import FILE as WEIGHTS
-from peft_baft.benchmark.results import ResultLine
 from peft_baft.data.cases import prompt_words
 from peft_baft.editing.journal import Journal
 from peft_baft.integrations.base_model import base_model_on_hub, local_name
-from peft_baft.reporting.folder import pictures_of
-from peft_baft.reporting.taught import TaughtFact, facts_of_journal
+from peft_baft.tools.report.folder import pictures_of
+from peft_baft.tools.report.taught import TaughtFact, facts_of_journal
 
 CARD = "README.md"
 REPORT = "report.json"  # what `baft edit` measured
@@ -76,6 +75,26 @@ class Measured:
         return self.data if self.rows is None else f"{self.data}, rows {self.rows}"
 
 
+class AdapterResult(Protocol):
+    """What a card reads of a benchmark's result: `peft_baft_bench`'s result lines have it.
+
+    Attributes:
+        benchmark: its name. data: file, its hash, and rows, the last excluded. scores: by name of `SCORES`.
+        protocol: how questions were asked. settings: of the adapter, with the hash of its weights.
+    """
+
+    @property
+    def benchmark(self) -> str: ...
+    @property
+    def data(self) -> Mapping[str, Any]: ...
+    @property
+    def scores(self) -> Mapping[str, float]: ...
+    @property
+    def protocol(self) -> Mapping[str, Any]: ...
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class CardSource:
     """What a card is made from, besides the files of the adapter's folder.
@@ -95,7 +114,7 @@ class CardSource:
     repo_id: str | None = None
     facts: bool = True
     subfolder: str | None = None
-    results: Sequence[ResultLine] = ()
+    results: Sequence[AdapterResult] = ()
     tags: Sequence[str] = ()
     weights_are_saved: bool = True
 
@@ -343,7 +362,7 @@ def _of_report(report: Mapping[str, Any]) -> list[Measured]:
     ]
 
 
-def _of_line(line: ResultLine) -> Measured:
+def _of_line(line: AdapterResult) -> Measured:
     first, last = line.data["rows"]
     scores = {name: line.scores[name] for name in SCORES if name in line.scores}
     form, data = line.protocol.get("template", "raw"), line.data

@@ -19,12 +19,20 @@ from peft.utils import CONFIG_NAME
 from safetensors.torch import load_file, save
 
 from peft_baft.adapter.weights import FILE as WEIGHTS
-from peft_baft.benchmark.results import ResultLine, short_hash
 from peft_baft.editing.journal import LINES, Journal
 from peft_baft.integrations.base_model import require_on_hub
-from peft_baft.integrations.card import CARD, REPORT, CardSource, card_in, own_text, write_card
-from peft_baft.reporting.folder import pictures_of
-from peft_baft.reporting.taught import facts_of_journal
+from peft_baft.integrations.card import (
+    CARD,
+    REPORT,
+    AdapterResult,
+    CardSource,
+    card_in,
+    own_text,
+    write_card,
+)
+from peft_baft.loading import short_hash
+from peft_baft.tools.report.folder import pictures_of
+from peft_baft.tools.report.taught import facts_of_journal
 
 logger = logging.getLogger(__name__)
 REPORT_PAGE = "report.html"
@@ -50,7 +58,7 @@ def push(
     facts: bool = True,
     base_model: str | None = None,
     base_revision: str | None = None,
-    results: Sequence[ResultLine] = (),
+    results: Sequence[AdapterResult] = (),
     message: str = "Upload adapter",
 ) -> str:
     """Upload the adapter in a folder, with its journal, its report and its card.
@@ -163,7 +171,7 @@ def _require_adapter(folder: Path) -> None:
         )
 
 
-def _require_about(results: Sequence[ResultLine], folder: Path) -> None:
+def _require_about(results: Sequence[AdapterResult], folder: Path) -> None:
     """Raise a ValueError unless result lines are about the adapter in a folder as it is now."""
     if not results:
         return

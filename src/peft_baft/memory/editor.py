@@ -19,8 +19,8 @@ from peft_baft.adapter.taught_form import remembered_forms
 from peft_baft.data.batching import encode, encode_fitting, encode_prompt
 from peft_baft.data.cases import Edit, Prompt, prompt_words
 from peft_baft.data.templates import Template
-from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.attached import AttachedEditor
+from peft_baft.editing.edit_cache import EditCache
 from peft_baft.editing.editor import EditResult, checked_edits, in_turn
 from peft_baft.editing.train import STOP_TERM
 from peft_baft.memory.answers import Unsayable
@@ -96,7 +96,7 @@ class MemoryEditor(AttachedEditor):
         tokenizer: Any,
         *,
         processes: Processes | None = None,
-        prepared: PreparedModel | None = None,
+        prepared: EditCache | None = None,
         template: str | Template = "auto",
         template_options: Mapping[str, Any] | None = None,
         statistics: str | Path | None = None,
@@ -119,7 +119,7 @@ class MemoryEditor(AttachedEditor):
         (self._layer,) = (
             layer for layer in baft_layers(model) if self.adapter_name in layer.configs
         )
-        self._prepared = prepared or PreparedModel.of(model)
+        self._prepared = prepared or EditCache.of(model)
         self._require_in_use()
         if not self.part.is_measured:
             self.part.answers()  # what a model cannot be made to say is found out before anything is taught

@@ -11,27 +11,27 @@ from typing import Any
 
 from tqdm import tqdm
 
-from peft_baft.benchmark import plan
-from peft_baft.benchmark.methods import methods
-from peft_baft.benchmark.metrics import METRICS, piqa_accuracy
-from peft_baft.benchmark.report.tables import tables
-from peft_baft.benchmark.results import (
+from peft_baft.data.templates import chosen_templates
+from peft_baft.editing.presets import find_preset
+from peft_baft.loading import locate_model
+from peft_baft.processes import Processes
+from peft_baft.storage import append_line
+from peft_baft_bench.methods.methods import methods
+from peft_baft_bench.metrics.metrics import METRICS, piqa_accuracy
+from peft_baft_bench.questions.neighbour_questions import Neighbours
+from peft_baft_bench.questions.probing import FURTHER_KINDS, NEIGHBOUR, Probing
+from peft_baft_bench.report.tables import tables
+from peft_baft_bench.run import plan
+from peft_baft_bench.run.results import (
     ResultLine,
     described_file,
     described_model,
     in_order,
     versions,
 )
-from peft_baft.benchmark.runner import Runner
-from peft_baft.benchmark.schedule import Schedule
-from peft_baft.benchmark.tasks import locate, read_benchmark, task_of
-from peft_baft.data.templates import chosen_templates
-from peft_baft.editing.presets import find_preset
-from peft_baft.evaluation.neighbour_questions import Neighbours
-from peft_baft.evaluation.probing import FURTHER_KINDS, NEIGHBOUR, Probing
-from peft_baft.loading import locate_model
-from peft_baft.processes import Processes
-from peft_baft.storage import append_line
+from peft_baft_bench.run.runner import Runner
+from peft_baft_bench.run.schedule import Schedule
+from peft_baft_bench.tasks.tasks import locate, read_benchmark, task_of
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import BenchCommand
 from peft_baft_cli.screen import progress_shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from json import dumps
 
-from peft_baft.checking.check import check as check_model
+from peft_baft.tools.check.check import check as check_model
 from peft_baft_cli.errors import DONE, NOT_SO
 from peft_baft_cli.options import CheckCommand
 from peft_baft_cli.screen import doing

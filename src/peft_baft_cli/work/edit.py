@@ -26,8 +26,8 @@ from peft_baft.editing.baft import UNRELATED_USED
 from peft_baft.editing.continual import EditRecord, edit_continually
 from peft_baft.editing.journal import LINES, Journal
 from peft_baft.editing.presets import Preset
+from peft_baft.evaluation.before_after import Report, watch
 from peft_baft.evaluation.guard import canary_check
-from peft_baft.evaluation.report import Report, watch
 from peft_baft.integrations.card import REPORT
 from peft_baft.loading import locate_model
 from peft_baft.processes import Processes

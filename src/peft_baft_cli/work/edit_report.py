@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from peft_baft.editing.continual import EditRecord
-from peft_baft.evaluation.report import Report
+from peft_baft.evaluation.before_after import Report
 from peft_baft_cli.screen import print_table, shortened, shown
 
 NOTHING = "(nothing)"

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from peft_baft.adapter.registration import BAFT
-from peft_baft.inspection import figure, page
-from peft_baft.inspection.inspect import inspect as inspect_prompt
+from peft_baft.tools.inspect import figure, page
+from peft_baft.tools.inspect.inspect import inspect as inspect_prompt
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import InspectCommand
 from peft_baft_cli.screen import doing

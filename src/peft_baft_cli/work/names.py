@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
-from peft_baft.benchmark.methods import GROUPS, METHODS, UNEDITED
-from peft_baft.benchmark.metrics import METRICS
-from peft_baft.benchmark.tasks import TASKS
 from peft_baft.editing.presets import PRESETS, find_preset
-from peft_baft.evaluation.probing import FURTHER_KINDS
+from peft_baft_bench.methods.methods import GROUPS, METHODS, UNEDITED
+from peft_baft_bench.metrics.metrics import METRICS
+from peft_baft_bench.questions.probing import FURTHER_KINDS
+from peft_baft_bench.tasks.tasks import TASKS
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.screen import print_table
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from peft_baft.benchmark.report import plots
-from peft_baft.benchmark.report.tables import tables
-from peft_baft.benchmark.results import read_results
+from peft_baft_bench.report import plots
+from peft_baft_bench.report.tables import tables
+from peft_baft_bench.run.results import read_results
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import PlotCommand
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft_baft.benchmark.plan import ADAPTER
-from peft_baft.benchmark.results import ResultLine, read_results
 from peft_baft.integrations.hub import push as push_folder
+from peft_baft_bench.run.plan import ADAPTER
+from peft_baft_bench.run.results import ResultLine, read_results
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import PushCommand
 from peft_baft_cli.screen import doing, shown

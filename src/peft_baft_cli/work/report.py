@@ -15,10 +15,10 @@ from peft_baft.data.cases import Case
 from peft_baft.data.datasets import read_cases
 from peft_baft.data.templates import Template, chosen_templates
 from peft_baft.editing.journal import LINES, Journal
-from peft_baft.reporting.folder import AdapterFolder, read_folder
-from peft_baft.reporting.gather import gather
-from peft_baft.reporting.page import page, summary
-from peft_baft.reporting.taught import (
+from peft_baft.tools.report.folder import AdapterFolder, read_folder
+from peft_baft.tools.report.gather import gather
+from peft_baft.tools.report.page import page, summary
+from peft_baft.tools.report.taught import (
     TaughtFact,
     facts_of_cases,
     facts_of_journal,

@@ -19,8 +19,8 @@ from peft_baft.editing.acceleration.packed_linear import (
     packed_forwards,
     packed_weight,
 )
-from peft_baft.editing.acceleration.prefix_cache import CachedPrefix
-from peft_baft.editing.acceleration.prepared import PreparedModel
+from peft_baft.editing.acceleration.repeated_texts import CachedPrefix
+from peft_baft.editing.edit_cache import EditCache
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
@@ -129,7 +129,7 @@ def test_an_edit_uses_them_and_transposes_above_the_first_edited_block_alone() -
         make_model("llama"), BaftConfig(task_type="CAUSAL_LM", r=4, layers_to_transform=[1])
     )
     session = CachedPrefix.build(model, [ROW], [0], 0, torch.device("cpu"), prompt_positions=3)
-    base, kept = model.get_base_model(), PreparedModel.of(model).packed
+    base, kept = model.get_base_model(), EditCache.of(model).packed
     linear = {m for m in base.modules() if type(m) is nn.Linear and not m.weight.requires_grad}
     above = {
         m for block in base.model.layers[2:] for m in block.modules() if type(m) is nn.Linear

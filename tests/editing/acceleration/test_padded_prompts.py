@@ -12,15 +12,15 @@ from peft_baft import BaftConfig, Scope
 from peft_baft.adapter import baft_layers
 from peft_baft.data.batching import context_window
 from peft_baft.data.templates import CHAT
-from peft_baft.editing.acceleration.prepared import PreparedModel
 from peft_baft.editing.contrasts import contrast_rows, hold, squared_lengths
+from peft_baft.editing.edit_cache import EditCache
 from tiny_models import tiny_model
 from tiny_tokenizer import FACT, tiny_tokenizer
 
 SCOPE = Scope(contexts=1, wordings=0, subjects=4, questions=0, answer_tokens=3)
 
 
-def held(name: str, prepared: PreparedModel) -> tuple[dict[str, Any], dict[str, Any]]:
+def held(name: str, prepared: EditCache) -> tuple[dict[str, Any], dict[str, Any]]:
     """Hidden vectors of contrast texts that are held together, and of each text alone, by block."""
     model, tokenizer = (
         get_peft_model(tiny_model(name), BaftConfig(task_type="CAUSAL_LM")),
@@ -42,7 +42,7 @@ def held(name: str, prepared: PreparedModel) -> tuple[dict[str, Any], dict[str, 
 def test_contrast_texts_have_together_the_hidden_vectors_that_each_has_alone(
     name: str, padded: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    prepared = PreparedModel()
+    prepared = EditCache()
     together, alone = held(name, prepared)
     assert prepared.takes_left_padding is padded
     assert ("one by one" in caplog.text) is not padded
@@ -51,7 +51,7 @@ def test_contrast_texts_have_together_the_hidden_vectors_that_each_has_alone(
 
 
 def test_in_a_left_padded_batch_they_would_be_others() -> None:
-    together, alone = held("bart", PreparedModel(takes_left_padding=True))
+    together, alone = held("bart", EditCache(takes_left_padding=True))
     last = list(alone)[-1]
     assert (together[last] - alone[last]).norm() > 0.1 * alone[last].norm()
 

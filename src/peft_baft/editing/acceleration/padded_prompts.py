@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peft_baft.adapter.model_call import generate_greedily, input_device
 from peft_baft.data.batching import Tokens, collate
 from peft_baft.editing.acceleration.module_patches import collected_outputs
-from peft_baft.editing.acceleration.prepared import PreparedModel
+from peft_baft.editing.edit_cache import EditCache
 
 logger = logging.getLogger(__name__)
 # Of the size of the compared hidden vectors: the least tolerance, and that in spacings of their dtype's numbers.
@@ -33,7 +33,7 @@ def takes_left_padding(
     prompts: Sequence[Tokens],
     padding: int,
     positions: int,
-    prepared: PreparedModel,
+    prepared: EditCache,
 ) -> bool:
     """Tell whether the shortest of some prompts has the same hidden vectors in a batch with the longest one as alone.
 

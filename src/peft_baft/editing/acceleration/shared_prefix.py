@@ -112,7 +112,7 @@ def find_prefix(model: Any, prompts: Sequence[Tokens], own: int, verified: int) 
 
     Args:
         own: how many of a prompt's last tokens are not shared.
-        verified: up to how many tokens going on from a cache was found right with this model (`PreparedModel`).
+        verified: up to how many tokens going on from a cache was found right with this model (`EditCache`).
     """
     base = model.get_base_model()
     if len(prompts) < 2 or not takes_position_ids(base) or not generates_with_cache(model):

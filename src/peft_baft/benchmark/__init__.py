@@ -1,1 +1,0 @@
-"""The judge: any editor, any benchmark, one protocol, one result line a run."""

@@ -1,0 +1,174 @@
+"""An inspection as one HTML page: no network, no other files. Every text in it is foreign, so all of them are escaped."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from peft_baft.adapter.parameters import WEIGHTINGS
+from peft_baft.tools.inspect.inspect import Adapter, Inspection, Token
+from peft_baft.tools.inspect.token_text import visible
+
+NOTHING = "(nothing: it stops at once)"
+LONG_PROMPT = 140  # characters, from which its heading is set smaller
+GATES = (
+    "A gate is a number between 0 (closed) and 1 (open) that the adapter computes from a token's hidden vector, to say how "
+    "much of one direction of the update is let through. One bar each."
+)
+NO_GATES = "has no gates, as in ReFT: its updates pass whole, which is drawn as gates that are always fully open."
+
+OF_OTHERS = "is a {} of edits: one full bar where it sets what the model says next."
+
+
+def page(inspection: Inspection) -> str:
+    """Make the page that shows `inspection`: both answers, the edited blocks' gates at each token, and what they changed.
+
+    Raises:
+        ValueError: a number is NaN or infinite: the model's arithmetic broke down on this prompt.
+    """
+    script = _file("page.js")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    # Adapters keep their order.
+    environment.policies["json.dumps_kwargs"] = {
+        "allow_nan": False,
+        "separators": (",", ":"),
+    }
+    return environment.from_string(_file("page.html")).render(
+        style=_file("page.css"),
+        script=script,
+        # A browser runs no other script here.
+        script_hash=b64encode(sha256(script.encode()).digest()).decode(),
+        prompt=inspection.prompt.strip(),
+        length="long" if len(inspection.prompt) > LONG_PROMPT else "short",
+        before=inspection.before or NOTHING,
+        after=inspection.after or NOTHING,
+        outcome="same" if inspection.before == inspection.after else "another",
+        summary=summary(inspection),
+        gates=_what_gates_are(inspection),
+        rule=_position_rule(inspection),
+        data=_data(inspection),
+    )
+
+
+def _file(name: str) -> str:
+    """Read one of the files that make up the page, which lie beside this one."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def summary(inspection: Inspection) -> list[str]:
+    """Say what there is to see, in three sentences; in two where nothing is changed."""
+    prompt, answer = (
+        inspection.tokens[: inspection.prompt_end + 1],
+        inspection.tokens[inspection.prompt_end + 1 :],
+    )
+    if not any(cell.size for block in inspection.blocks for cell in block.cells):
+        return ["No hidden vector is changed.", _first_token(prompt[-1])]
+    acts = f"The edits act in {len(inspection.blocks)} block{'s' * (len(inspection.blocks) > 1)}"
+    acts += f", on {sum(token.edited for token in prompt)} of the prompt's {len(prompt)} tokens"
+    acts += " and on every token of the answer." if answer else "."
+    return [acts, _first_token(prompt[-1]), _strongest(inspection)]
+
+
+def _first_token(last: Token) -> str:
+    """Say what the edits did to the first token of the answer."""
+    was, now = max(last.changes, key=lambda c: c.before), max(last.changes, key=lambda c: c.after)
+    if was.id == now.id:
+        shares = f"{percent(now.before)} without the edits, {percent(now.after)} with them"
+        return f"The answer's likeliest first token stays {_quoted(now.text)}: {shares}."
+    fell, rose = (f"{_quoted(c.text)} {percent(c.before)} → {percent(c.after)}" for c in (was, now))
+    return f"The answer's first token turns: {fell}, {rose}."
+
+
+def _strongest(inspection: Inspection) -> str:
+    places = [
+        (cell.size, i, block.name)
+        for block in inspection.blocks
+        for i, cell in enumerate(block.cells)
+    ]
+    size, i, name = max(places)
+    where = f"{_quoted(inspection.tokens[i].text)} in {block_label(name)}"
+    return f"They are strongest at {where}: the update is {percent(size)} as long as the hidden vector."
+
+
+def _what_gates_are(inspection: Inspection) -> str:
+    memories = [adapter for adapter in inspection.adapters if adapter.weighting not in WEIGHTINGS]
+    others = [adapter for adapter in inspection.adapters if adapter.weighting in WEIGHTINGS]
+    free = [adapter.name for adapter in others if adapter.weighting == "none"]
+    sentences = [GATES] if len(free) < len(others) else []
+    if free:
+        which = ", ".join(free) if len(inspection.adapters) > 1 else "This adapter"
+        sentences.append(f"{which} {NO_GATES}")
+    for memory in memories:
+        sentences.append(
+            f"{memory.name} {OF_OTHERS.format(memory.weighting)} Here {_answering(memory)}."
+        )
+    return " ".join(sentences)
+
+
+def _answering(memory: Adapter) -> str:
+    return "none of its edits answers" if memory.edit is None else f"edit {memory.edit} answers"
+
+
+def _position_rule(inspection: Inspection) -> str:
+    spans = {(a.prompt_positions, a.answer_positions) for a in inspection.adapters}
+    rules = sorted(f"{_last_tokens(prompt)}{_answer_tokens(answer)}" for prompt, answer in spans)
+    return f"Pale: not edited. An adapter acts on {', or on '.join(rules)}."
+
+
+def _last_tokens(count: int) -> str:
+    return f"the last {count} prompt tokens" if count > 1 else "the last prompt token"
+
+
+def _answer_tokens(count: int | None) -> str:
+    if count is None:
+        return " and on every token of the answer"
+    if count == 0:
+        return ""
+    return (
+        f" and on the first {count} tokens of the answer"
+        if count > 1
+        else " and on the first token of the answer"
+    )
+
+
+def _quoted(text: str) -> str:
+    return f"“{visible(text.strip() or text)}”"
+
+
+def percent(share: float) -> str:
+    """Write a share in [0, 1] as a percentage that never rounds a little to nothing or nearly all to all."""
+    if 0 < share < 0.0001:
+        return "<0.01%"
+    if 0.999 < share < 1:
+        return ">99.9%"
+    if share in (0, 1):
+        digits = 0
+    elif share < 0.01:
+        digits = 2
+    else:
+        digits = 1 if share < 0.1 or share > 0.99 else 0
+    return f"{100 * share:.{digits}f}%"
+
+
+def block_label(name: str) -> str:
+    """Make a short name for a block of the base model: `block 7` for `model.layers.7`."""
+    last = name.rpartition(".")[2]
+    return f"block {last}" if last.isdigit() else name
+
+
+def _data(inspection: Inspection) -> dict[str, Any]:
+    """Collect the data for the script; the page's template writes it as JSON that cannot end the element it stands in."""
+    data: dict[str, Any] = asdict(inspection)
+    for token in data["tokens"]:
+        for shown in (token, *token["changes"]):
+            shown["label"] = visible(shown.pop("text"))
+    for block in data["blocks"]:
+        block["label"] = block_label(block["name"])
+    return {name: data[name] for name in ("adapters", "tokens", "blocks")}

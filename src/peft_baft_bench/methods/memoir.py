@@ -1,0 +1,196 @@
+"""MEMOIR: edits in a residual memory beside one down projection, each in the columns that its prompt chooses (arXiv 2506.07899).
+
+    y ← W x + W_m (M ⊙ x)         at every token, with W_m zero at first
+
+The mask M of an edit are the k places where the mean of what enters the projection over the prompt's tokens, less that of
+unrelated prompts, is largest, moved by a fixed permutation. A prompt whose own mask shares at least a given part of its places
+with that of some edit is answered with this edit's mask; every other prompt is computed as without edits.
+
+Differences on purpose: the mask is decided once a prompt and stays while its answer is decoded from a cache, where the authors
+decode without one; weight decay acts on the columns that are learned alone. What the paper leaves open: unrelated prompts are
+the package's own and those of the setup; the copies of an edit behind random texts use the mask of the bare prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_baft.adapter.model_call import full_logits, input_device
+from peft_baft.data.batching import Tokens, collate, encode_prompt, padding_id
+from peft_baft.data.cases import Edit, Unrelated
+from peft_baft.data.templates import Template
+from peft_baft.data.unrelated import GENERAL
+from peft_baft.editing.acceleration.module_patches import no_logits
+from peft_baft.editing.edit_cache import EditCache
+from peft_baft.editing.editor import EditResult
+from peft_baft.editing.train import STOP_TERM, DescentConfig, Terms
+from peft_baft_bench.methods.in_place import minimise, settled
+from peft_baft_bench.methods.locating import captured, in_texts, written_once
+from peft_baft_bench.methods.method import EditorSetup, MethodSettings
+from peft_baft_bench.methods.projections import down_projection, require_layer, weight_of
+from peft_baft_bench.methods.prompts import ProjectionEditor, mean_over
+
+PUBLISHED_BLOCK = 27  # of a model of 32, counted from 0
+PREFIX_TOKENS = 10
+NONE = -1  # no edit
+
+
+@dataclass(frozen=True)
+class Memoir(MethodSettings):
+    """Keep edits in a residual memory (MEMOIR), by default with its settings for Llama-3.
+
+    Args:
+        share: of the projection's inputs, how many are in a mask; 4096 of 14336.
+        overlap: a prompt is answered by an edit if at least so large a part of their masks is common.
+        layer: block whose down projection has the memory, counted from 0; by default 27 of 32 scaled to the model.
+        contexts: how many texts of 10 tokens, which the model writes, stand before the prompt in turn; 0 for none.
+        descent: how an edit is learned, by plain gradient descent.
+
+    Raises:
+        TypeError: layer is no integer. ValueError: a value is out of its range.
+    """
+
+    share: float = 4096 / 14336
+    overlap: float = 0.4
+    layer: int | None = None
+    contexts: int = 10
+    descent: DescentConfig = field(
+        default_factory=lambda: DescentConfig(
+            lr=1.0, max_steps=30, stop_loss=0.02, weight_decay=1e-5, clip_norm=1.0
+        )
+    )
+
+    def __post_init__(self) -> None:
+        require_layer(self.layer, "memoir")
+        for name in ("share", "overlap"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(
+                    f"memoir: {name} must be above 0 and at most 1, not {getattr(self, name)!r}."
+                )
+        if type(self.contexts) is not int or self.contexts < 0:
+            raise ValueError(
+                f"memoir: contexts must be an integer of at least 0, not {self.contexts!r}."
+            )
+
+    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> MemoirEditor:
+        """Make an editor of `base`; the prompts of the setup's unrelated text are part of what masks are compared with."""
+        setup = setup or EditorSetup()
+        return MemoirEditor(base, tokenizer, self, setup)
+
+
+class MemoirEditor(ProjectionEditor):
+    """Edits a model by a residual memory; an `Editor`.
+
+    Raises:
+        ValueError: the block does not exist, has not one down projection under a known name, or a quantised one.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, settings: Memoir, setup: EditorSetup) -> None:
+        name = down_projection(model, settings.layer, PUBLISHED_BLOCK, "memoir")
+        super().__init__(model, tokenizer, setup.template, name)
+        self.settings, device = settings, self._device
+        out, into = weight_of(self._projection).shape
+        self._chosen = max(1, round(settings.share * into))
+        generator = torch.Generator().manual_seed(setup.seed)
+        self._permutation = torch.randperm(into, generator=generator).to(device)
+        self._background = self._mean_of_prompts(setup.unrelated, setup.template)
+        lengths = ((PREFIX_TOKENS, settings.contexts),)
+        self._before = written_once(model, tokenizer, lengths, setup.prepared or EditCache())
+        self._memory = torch.zeros(out, into, device=device)
+        self._masks = torch.zeros(0, into, dtype=torch.bool, device=device)  # (edits, f)
+        self._learning: Tensor | None = None  # the columns that are learned, and their places
+        self._places: Tensor | None = None
+        self._attach()
+
+    @torch.no_grad()
+    def _mean_of_prompts(self, unrelated: Sequence[Unrelated], template: Template) -> Tensor:
+        """Average what enters the projection over the tokens of unrelated prompts, and over the prompts: (f,)."""
+        texts = dict.fromkeys(text.prompt for text in (*GENERAL, *unrelated))
+        rows = [encode_prompt(self.tokenizer, text, template=template) for text in texts]
+        return self._prompt_means(rows).mean(0)
+
+    @torch.no_grad()
+    def _prompt_means(self, rows: Sequence[Tokens]) -> Tensor:
+        """Average what enters the projection over the prompt tokens of each row, (rows, f)."""
+        device = input_device(self.model)
+        prompts = [Tokens(row.ids[: row.prompt_length], row.prompt_length) for row in rows]
+        batch = collate(prompts, padding_id(self.tokenizer))
+        inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+        with captured(self._projection, len(rows)) as seen, no_logits(self.model):
+            full_logits(self.model, **inputs)
+        return mean_over(seen[0].input, inputs["attention_mask"].bool().to(seen[0].input.device))
+
+    def _learn(self, fact: Edit) -> EditResult:
+        """Learn one fact in the columns that its prompt chooses."""
+        rows = [self._encode(text, fact.target) for text in in_texts(fact.prompt, self._before)]
+        mask = self.masks_of(self._prompt_means(rows[:1]))[0]
+        places = mask.nonzero()[:, 0]
+        columns = nn.Parameter(self._memory[:, places].clone())
+        taught, descent = self._taught(rows), self.settings.descent
+
+        def terms() -> Terms:
+            return {STOP_TERM: taught.loss()}
+
+        self._learning, self._places = columns, places
+        try:
+            result = minimise(
+                torch.optim.SGD([columns], lr=descent.lr, weight_decay=descent.weight_decay),
+                terms,
+                descent.max_steps,
+                settled(descent.stop_loss),
+                learned_below=2 * descent.stop_loss,
+                clip_norm=descent.clip_norm,
+            )
+        finally:
+            self._learning = self._places = None
+        self._memory = self._memory.index_copy(1, places, columns.detach())
+        self._masks = torch.cat([self._masks, mask[None]])
+        return result
+
+    def masks_of(self, means: Tensor) -> Tensor:
+        """Choose the places of masks, (n, f) bool, by what enters the projection on average, (n, f)."""
+        largest = (means - self._background).abs().topk(self._chosen).indices
+        return torch.zeros_like(means, dtype=torch.bool).scatter(
+            1, self._permutation[largest], True
+        )
+
+    def nearest(self, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Find for each mask (n, f) the edit that shares the most places with it, (n,), and which part that is, (n,)."""
+        common = (masks.float() @ self._masks.float().mT) / self._chosen
+        share, edit = common.max(1)
+        return edit, share
+
+    def _change(self, hidden: Tensor, output: Tensor) -> Tensor | None:
+        """After the projection: add what the memory makes of the masked inputs."""
+        if self._learning is not None:
+            added = hidden[..., self._places].float() @ self._learning.mT
+            return output + added.to(output.dtype)
+        if not len(self._masks):
+            return None
+
+        def decide(prompts: Tensor) -> Tensor:
+            edit, share = self.nearest(self.masks_of(mean_over(hidden, prompts)))
+            return torch.where(share >= self.settings.overlap, edit, NONE)
+
+        edits = self._watch.decided(decide, output.device)
+        answered = edits != NONE
+        if not answered.any():
+            return None
+        masked = hidden.float() * self._masks[edits.clamp(min=0)][:, None]
+        added = (masked @ self._memory.mT).to(output.dtype)
+        return torch.where(answered[:, None, None], output + added, output)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give the memory, the masks of the edits, one row an edit, and what prompts are compared with."""
+        return {"memory": self._memory, "masks": self._masks, "background": self._background}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        device = self._memory.device
+        self._memory, self._masks = state["memory"].to(device), state["masks"].to(device)
+        self._background = state["background"].to(device)

@@ -1,0 +1,48 @@
+"""The memory of edits, as a method to be compared with others."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from peft import get_peft_model
+
+from peft_baft.adapter import BaftConfig
+from peft_baft.memory import MemoryConfig, MemoryEditor
+from peft_baft_bench.methods.method import EditorSetup, MethodSettings
+
+
+@dataclass(frozen=True)
+class Memory(MethodSettings):
+    """Keep edits in a memory: a router picks one for a prompt, or none, and its answer is said in closed form.
+
+    Args:
+        after, key_dimensions, least_subject, strictness, most_unlike: as in `MemoryConfig`.
+
+    Raises:
+        TypeError, ValueError: as `MemoryConfig`.
+    """
+
+    after: str = "stop"
+    key_dimensions: int = 64
+    least_subject: float = 0.72
+    strictness: float = 0.4
+    most_unlike: int = 1
+    seeded = False
+
+    def __post_init__(self) -> None:
+        self._config()
+
+    def _config(self) -> BaftConfig:
+        return BaftConfig(task_type="CAUSAL_LM", memory=MemoryConfig(**asdict(self)))
+
+    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> MemoryEditor:
+        """Put an empty memory on `base`, and make its editor, which takes no unrelated text and draws no random numbers."""
+        setup = setup or EditorSetup()
+        return MemoryEditor(
+            get_peft_model(base, self._config()).eval(),
+            tokenizer,
+            processes=setup.processes,
+            prepared=setup.prepared,
+            template=setup.template,
+        )

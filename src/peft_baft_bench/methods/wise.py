@@ -1,0 +1,308 @@
+"""WISE: edits in a copy of one down projection beside the original, and a choice between them by prompt (arXiv 2405.14768).
+
+    y = W' x  where |act(W' x) - act(W x)|, averaged over the prompt's tokens, is large enough, else  y = W x
+
+W' differs from W at random places alone. An edit is learned behind texts that the model writes, beside one unrelated text, so
+that this distance is large for the edit and small for the other. After a number of edits W' is kept as a shard and begun anew;
+after more of them the shards are merged by TIES. A prompt is answered by the shard of the largest distance that is above a part
+of the smallest one that its own edits had.
+
+Differences from EasyEdit on purpose: the distance is taken over the prompt's tokens alone, so that it is the same whether an
+answer is given or decoded, and is decided once a prompt, row by row; labels begin with the answer, where EasyEdit's begin a
+token early; weight decay acts on the change of the places that are learned, where EasyEdit's lets all of W' shrink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from peft_baft.adapter.blocks import text_config
+from peft_baft.data.cases import Edit, Unrelated
+from peft_baft.data.unrelated import GENERAL
+from peft_baft.editing.edit_cache import EditCache
+from peft_baft.editing.editor import CURSOR, EditResult
+from peft_baft.editing.train import STOP_TERM, DescentConfig, Terms
+from peft_baft_bench.methods.in_place import minimise, settled
+from peft_baft_bench.methods.locating import in_texts, written_once
+from peft_baft_bench.methods.method import EditorSetup, MethodSettings
+from peft_baft_bench.methods.projections import down_projection, require_layer, weight_of
+from peft_baft_bench.methods.prompts import ProjectionEditor, mean_over
+
+EASYEDIT_BLOCK = 27  # of a model of 32, counted from 0
+PREFIX_TOKENS = (5, 10)
+NO_SHARD = -1
+COUNT = f"{CURSOR}edits"
+
+
+@dataclass(frozen=True)
+class Wise(MethodSettings):
+    """Keep edits in a copy of one down projection (WISE), by default with EasyEdit's settings for Llama-2.
+
+    Args:
+        mask_share: of the places that may change, which part one shard changes. subset: which part of all places may change;
+            1/8 is the BaFT paper's WISE light.
+        near, far, gap: α, β and γ: distances of unrelated text are to be below `near`, those of the edit above `far`, and `gap`
+            apart.
+        threshold: a prompt is answered by a shard if its distance is above this part of the smallest of the shard's edits.
+        largest_change: bound on the change of each place.
+        edits_a_shard, shards_a_merge, density: when a shard is closed, how many closed ones are merged, and which part of their
+            largest changes TIES keeps.
+        layer: block whose down projection is copied, counted from 0; by default EasyEdit's 27 of 32 scaled to the model.
+        contexts: how many texts of 5 and of 10 tokens, which the model writes, stand before the prompt in turn; 0 for none.
+        descent: how an edit is learned, by plain gradient descent.
+
+    Raises:
+        TypeError: layer is no integer. ValueError: a value is out of its range.
+    """
+
+    mask_share: float = 0.2
+    subset: float = 1.0
+    near: float = 5.0
+    far: float = 20.0
+    gap: float = 10.0
+    threshold: float = 0.88
+    largest_change: float = 1.0
+    edits_a_shard: int = 500
+    shards_a_merge: int = 2
+    density: float = 0.53
+    layer: int | None = None
+    contexts: int = 5
+    descent: DescentConfig = field(
+        default_factory=lambda: DescentConfig(
+            lr=1.0, max_steps=70, stop_loss=0.02, weight_decay=1e-5
+        )
+    )
+
+    def __post_init__(self) -> None:
+        require_layer(self.layer, "wise")
+        for name in ("mask_share", "subset", "density"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(
+                    f"wise: {name} must be above 0 and at most 1, not {getattr(self, name)!r}."
+                )
+        for name in ("near", "far", "gap", "threshold", "largest_change"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"wise: {name} must be 0 or above and finite, not {getattr(self, name)!r}."
+                )
+        for name, least in (("edits_a_shard", 1), ("shards_a_merge", 2), ("contexts", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(
+                    f"wise: {name} must be an integer of at least {least}, not {value!r}."
+                )
+
+    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> WiseEditor:
+        """Make an editor of `base`, which takes one of the setup's unrelated texts an edit; the package's own without any."""
+        return WiseEditor(base, tokenizer, self, setup or EditorSetup())
+
+
+class Shard(NamedTuple):
+    """A change of some entries of a weight. places: (n,) in its flat form; values: (n,); smallest: distance of its edits."""
+
+    places: Tensor
+    values: Tensor
+    smallest: float
+
+
+class WiseEditor(ProjectionEditor):
+    """Edits a model by a copy of a weight; an `Editor`.
+
+    Raises:
+        ValueError: the block does not exist, has not one down projection under a known name, or a quantised one.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, settings: Wise, setup: EditorSetup) -> None:
+        name = down_projection(model, settings.layer, EASYEDIT_BLOCK, "wise")
+        super().__init__(model, tokenizer, setup.template, name)
+        self.settings, self._seed = settings, setup.seed
+        self._unrelated: Sequence[Unrelated] = setup.unrelated or GENERAL
+        self._weight = weight_of(self._projection)
+        self._bias = getattr(self._projection, "bias", None)
+        self._act = ACT2FN[_activation(model)]
+        lengths = tuple((tokens, settings.contexts) for tokens in PREFIX_TOKENS)
+        self._before = written_once(model, tokenizer, lengths, setup.prepared or EditCache())
+        self._edits = 0
+        self._closed: list[Shard] = []
+        self._open = self._new_shard(0)
+        self._copies: list[Tensor] | None = None  # whole weights of the shards, closed ones first
+        self._learning: Tensor | None = None  # the whole weight while it is learned
+        self._distances = torch.zeros(0)  # (rows,) of the last forward while learning
+        self._attach()
+
+    def _new_shard(self, number: int) -> Shard:
+        """Draw the places that a shard changes, which depend on the seed and its number alone."""
+        generator, size = torch.Generator().manual_seed(self._seed), self._weight.numel()
+        allowed = torch.rand(size, generator=generator) < self.settings.subset
+        generator.manual_seed(self._seed * 1_000_003 + number + 1)
+        drawn = torch.rand(size, generator=generator) < self.settings.mask_share
+        places = (allowed & drawn).nonzero()[:, 0].to(self._weight.device)
+        values = torch.zeros(len(places), device=places.device)
+        return Shard(places, values, float("inf"))
+
+    def _with(self, places: Tensor, values: Tensor) -> Tensor:
+        """Make the whole weight of a shard, (d, f)."""
+        return self._weight.flatten().index_add(0, places, values).view_as(self._weight)
+
+    def _learn(self, fact: Edit) -> EditResult:
+        """Learn one fact in the open shard, beside one unrelated text."""
+        other = self._unrelated[self._edits % len(self._unrelated)]
+        rows = [self._encode(text, fact.target) for text in in_texts(fact.prompt, self._before)]
+        taught = self._taught([*rows, self._encode(other.prompt, other.answer)])
+        settings, descent, places = self.settings, self.settings.descent, self._open.places
+        values = nn.Parameter(self._open.values.clone())
+
+        def terms() -> Terms:
+            self._learning = self._with(places, values)
+            losses = taught.losses()[:-1]
+            near, far = self._distances[-1:], self._distances[:-1]
+            return {
+                STOP_TERM: torch.stack([of_row.mean() for of_row in losses]).mean(),
+                "near": positive_mean(near - settings.near),
+                "far": positive_mean(settings.far - far),
+                "gap": positive_mean(near - far + settings.gap),
+            }
+
+        def bound() -> None:
+            values.clamp_(-settings.largest_change, settings.largest_change)
+
+        try:
+            result = minimise(
+                torch.optim.SGD([values], lr=descent.lr, weight_decay=descent.weight_decay),
+                terms,
+                descent.max_steps,
+                settled(descent.stop_loss),
+                learned_below=2 * descent.stop_loss,
+                clip_norm=descent.clip_norm,
+                after_step=bound,
+            )
+        finally:
+            self._learning = None
+        smallest = min(self._open.smallest, self._distances[:-1].mean().item())
+        self._open, self._copies = Shard(places, values.detach(), smallest), None
+        self._edits += 1
+        self._close_and_merge()
+        return result
+
+    def _close_and_merge(self) -> None:
+        """Close the open shard if it is full, and merge closed ones if there are enough."""
+        settings = self.settings
+        if self._edits % settings.edits_a_shard:
+            return
+        closed = [*self._closed, self._open]
+        if self._edits % (settings.edits_a_shard * settings.shards_a_merge) == 0:
+            merged = merge(
+                closed[-settings.shards_a_merge :], settings.density, self._weight.numel()
+            )
+            closed = [*closed[: -settings.shards_a_merge], merged]
+        self._closed, self._copies = closed, None
+        self._open = self._new_shard(self._edits // settings.edits_a_shard)
+
+    def _change(self, hidden: Tensor, output: Tensor) -> Tensor | None:
+        """After the projection: give each row the output of the shard that answers it."""
+        if self._learning is not None:
+            changed = self._output(hidden, self._learning)
+            prompts = self._watch.prompts(output.device)
+            self._distances = self._distance(changed, output, prompts)
+            return changed.to(output.dtype)
+        shards = [*self._closed, self._open]
+        if all(shard.smallest == float("inf") for shard in shards):
+            return None
+        if self._copies is None:
+            self._copies = [self._with(shard.places, shard.values) for shard in shards]
+        outputs = [self._output(hidden, copy) for copy in self._copies]
+
+        def decide(prompts: Tensor) -> Tensor:
+            distances = torch.stack([self._distance(one, output, prompts) for one in outputs])
+            least = self.settings.threshold * torch.tensor([s.smallest for s in shards])
+            above = distances > least.to(distances.device)[:, None]
+            largest, shard = distances.masked_fill(~above, -1.0).max(0)
+            return torch.where(largest >= 0, shard, NO_SHARD)
+
+        chosen = self._watch.decided(decide, output.device)
+        for number, changed in enumerate(outputs):
+            mine = (chosen == number)[:, None, None]
+            output = torch.where(mine, changed.to(output.dtype), output)
+        return output
+
+    def _output(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        bias = None if self._bias is None else self._bias.float()
+        return F.linear(hidden.float(), weight, bias)
+
+    def _distance(self, changed: Tensor, output: Tensor, prompts: Tensor) -> Tensor:
+        """Average over each prompt's tokens how far its activations are from the original ones, (rows,)."""
+        distance = (self._act(changed) - self._act(output.float())).norm(dim=-1, keepdim=True)
+        return mean_over(distance, prompts)[:, 0]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give the changes of all shards, their smallest distances, and the number of edits.
+
+        The places of an open shard follow from the seed; those of a closed one are given, since merging mixes them.
+        """
+        state = {"open": self._open.values, COUNT: torch.tensor(self._edits)}
+        state["smallest"] = torch.tensor([s.smallest for s in (*self._closed, self._open)])
+        for number, shard in enumerate(self._closed):
+            state[f"closed.{number}.places"] = shard.places.int()
+            state[f"closed.{number}.values"] = shard.values
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        device, self._edits = self._weight.device, int(state[COUNT])
+        *smallest, of_open = state["smallest"].tolist()
+        self._closed = [
+            Shard(
+                state[f"closed.{number}.places"].long().to(device),
+                state[f"closed.{number}.values"].to(device),
+                value,
+            )
+            for number, value in enumerate(smallest)
+        ]
+        places = self._new_shard(self._edits // self.settings.edits_a_shard).places
+        self._open, self._copies = Shard(places, state["open"].to(device), of_open), None
+
+
+def merge(shards: Sequence[Shard], density: float, size: int) -> Shard:
+    """Merge shards by TIES (arXiv 2306.01708): of each the largest changes, of these the ones of the prevailing sign, averaged.
+
+    Args:
+        density: which part of all `size` places of the weight each shard keeps at most.
+    """
+    device = shards[0].places.device
+    total, votes = torch.zeros(size, device=device), []
+    for shard in shards:
+        kept = min(len(shard.values), round(density * size))
+        order = shard.values.abs().topk(kept).indices
+        votes.append((shard.places[order], shard.values[order]))
+        total.index_add_(0, *votes[-1])
+    sign = torch.where(total >= 0, 1.0, -1.0)
+    added, counted = torch.zeros_like(total), torch.zeros_like(total)
+    for places, values in votes:
+        agrees = values.sign() == sign[places]
+        added.index_add_(0, places[agrees], values[agrees])
+        counted.index_add_(0, places[agrees], torch.ones_like(values[agrees]))
+    places = counted.nonzero()[:, 0]
+    smallest = min(shard.smallest for shard in shards)
+    return Shard(places, added[places] / counted[places], smallest)
+
+
+def positive_mean(values: Tensor) -> Tensor:
+    """Average those values that are above 0; 0 where none is."""
+    positive = values.clamp(min=0.0)
+    return positive.sum() / (values > 0).sum().clamp(min=1)
+
+
+def _activation(model: Any) -> str:
+    """Find the name of the activation of the model's MLPs."""
+    config = text_config(model)
+    for name in ("hidden_act", "activation_function", "hidden_activation"):
+        if isinstance(getattr(config, name, None), str):
+            return str(getattr(config, name))
+    raise ValueError(f"wise: the config of {type(model).__name__} does not name its activation.")

@@ -1,0 +1,1 @@
+"""Measures of what an edited model says, by name."""

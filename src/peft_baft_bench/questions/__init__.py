@@ -1,0 +1,1 @@
+"""What is asked after editing: the facts themselves, their neighbours, and other contexts."""

@@ -1,0 +1,1 @@
+"""Benchmarks by name, and readers of their file formats."""
