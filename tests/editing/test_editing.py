@@ -638,8 +638,8 @@ UNUSABLE: list[tuple[Any, type[Exception], str]] = [
         ValueError,
         f"'{CAPITALS[0].prompt}' is edited to 'Mirgrad' and to 'Kasb",
     ),
-    (edits(0, 1, 0), ValueError, f"'{CAPITALS[0].prompt}' stands twice"),
-    ([*edits(0), Edit(f" {CAPITALS[0].prompt} ", " Mirgrad")], ValueError, "stands twice"),
+    (edits(0, 1, 0), ValueError, f"'{CAPITALS[0].prompt}' occurs twice"),
+    ([*edits(0), Edit(f" {CAPITALS[0].prompt} ", " Mirgrad")], ValueError, "occurs twice"),
     ([TOO_LONG], ValueError, "has 41 tokens with its answer, but the model reads at most 32"),
 ]
 

@@ -43,9 +43,9 @@ def test_turns_are_kept_until_they_are_forgotten(edited: Any) -> None:
     conversation.say(CAPITALS[1].prompt)
     conversation.say(ASKED)
     assert [turn.role for turn in conversation.turns] == ["user", "assistant"] * 2
-    conversation.again()
+    conversation.restart()
     assert conversation.turns == []
-    with pytest.raises(ValueError, match="Nothing was asked yet"):
+    with pytest.raises(ValueError, match="No question has been asked yet"):
         conversation.unedited()
 
 

@@ -96,7 +96,7 @@ class Scope:
         """Whether there are contrast texts."""
         return bool(self.subjects or self.questions)
 
-    def taught(self, edit: Edit, chat: bool, turn: int | None = None) -> list[Prompt]:
+    def training_prompts(self, edit: Edit, chat: bool, turn: int | None = None) -> list[Prompt]:
         """List the prompts in which a fact is taught; the first is its own.
 
         Args:
