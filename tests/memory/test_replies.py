@@ -25,7 +25,7 @@ import facts
 from conftest import cache_of, with_cache
 from facts import CAPITALS, MEALS, FactModel, edits
 from peft_baft import Edit, MemoryEditor, prompt_lengths
-from peft_baft.adapter.model_call import call_with_cache
+from peft_baft.running import call_with_cache
 from tiny_models import tiny_model
 
 fact_model = facts.fact_model

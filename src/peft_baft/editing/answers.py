@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from peft_baft.adapter import EditContext, find_context
-from peft_baft.adapter.model_call import full_logits
 from peft_baft.data.batching import Tokens, collate
 from peft_baft.losses import answer_losses
+from peft_baft.running import full_logits
 
 
 @dataclass(frozen=True)

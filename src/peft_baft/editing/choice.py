@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from peft import PeftModel
@@ -10,10 +10,6 @@ from peft import PeftModel
 from peft_baft.adapter import BaftConfig
 from peft_baft.editing.adapter_editor import AdapterEditor
 from peft_baft.editing.attached import AttachedEditor
-from peft_baft.editing.baft import BaftEditor
-
-# By the name of a kind of adapter, what makes its editor.
-EDITORS: dict[str, Callable[..., AttachedEditor]] = {"baft": BaftEditor}
 
 
 def editor_for(model: PeftModel, tokenizer: Any, *args: Any, **settings: Any) -> AttachedEditor:
@@ -24,10 +20,17 @@ def editor_for(model: PeftModel, tokenizer: Any, *args: Any, **settings: Any) ->
         args, settings: further arguments of `BaftEditor`, `MemoryEditor` or `AdapterEditor`.
 
     Raises:
-        TypeError, ValueError: as the editor.
+        TypeError, ValueError: as the editor; or nothing edits adapters of this kind.
     """
     active = list(model.active_adapters) if isinstance(model, PeftModel) else []
     config = model.peft_config[active[0]] if active else None
-    if isinstance(config, BaftConfig):
-        return EDITORS[config.kind.name](model, tokenizer, *args, **settings)
-    return AdapterEditor(model, tokenizer, *args, **settings)
+    if not isinstance(config, BaftConfig):
+        return AdapterEditor(model, tokenizer, *args, **settings)
+    kind = config.kind
+    if kind.editor is None:
+        raise ValueError(f"Nothing edits adapters of the kind {kind.name!r}.")
+    module, _, name = kind.editor.partition(":")
+    editor: AttachedEditor = getattr(import_module(module), name)(
+        model, tokenizer, *args, **settings
+    )
+    return editor

@@ -19,7 +19,6 @@ from peft import PeftModel
 from torch import Tensor
 
 from peft_baft.adapter import BaftLayer
-from peft_baft.adapter.model_call import end_tokens, full_logits, input_device
 from peft_baft.adapter.plain import PLAIN
 from peft_baft.adapter.state import without_adapters
 from peft_baft.data.batching import Tokens, collate, context_window, encode_prompt, padding_id
@@ -32,6 +31,7 @@ from peft_baft.editing.acceleration.padded_prompts import takes_left_padding
 from peft_baft.editing.acceleration.shared_prefix import PromptBatch, SharedPrefix, find_prefix
 from peft_baft.editing.edit_cache import EditCache
 from peft_baft.editing.scope import Scope
+from peft_baft.running import end_tokens, full_logits, input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

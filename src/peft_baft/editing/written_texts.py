@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_baft.adapter.model_call import generate_sampled
 from peft_baft.data.batching import Tokens, collate, context_window, padding_id
+from peft_baft.running import generate_sampled
 
 ROWS, LENGTH = 32, 128  # of the texts that are written at once
 BEGINNINGS = ("The", "Therefore", "Because", "I", "You")

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from peft_baft.adapter.model_call import full_logits, generate_greedily, input_device
 from peft_baft.data.batching import Tokens, collate, context_window, encode_fitting, padding_id
 from peft_baft.data.cases import Prompt
 from peft_baft.data.templates import RAW, Template
+from peft_baft.running import full_logits, generate_greedily, input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

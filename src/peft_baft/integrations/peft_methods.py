@@ -21,9 +21,6 @@ from safetensors.torch import load_file
 from peft_baft.adapter.registration import BAFT
 from peft_baft.adapter.state import adapter_state_dict
 from peft_baft.adapter.weights import FILE as WEIGHTS
-from peft_baft.integrations.base_model import require_on_hub
-from peft_baft.integrations.card import CardSource, card_in, write_card
-from peft_baft.integrations.hub import publish
 
 MARK = "_peft_baft_wrapped"
 
@@ -47,6 +44,9 @@ def _with_our_card(original: Any) -> Any:
         if name is None:
             original(self, output_dir)
             return
+        # Imported here, since an adapter is loaded without them.
+        from peft_baft.integrations.card import CardSource, card_in, write_card
+
         folder = Path(output_dir)
         config: Any = self.peft_config[name]
         saved = _is_saved_in(folder, self, name)
@@ -86,6 +86,10 @@ def _push(
     Raises:
         ValueError: it is not known which model of the Hub they belong to. Otherwise as `hub.push`.
     """
+    from peft_baft.integrations.base_model import require_on_hub
+    from peft_baft.integrations.card import CardSource
+    from peft_baft.integrations.hub import publish
+
     config: Any = model.peft_config[name]
     base = require_on_hub(config.base_model_name_or_path)
     source = CardSource(

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from peft_baft.adapter.blocks import blocks_left_out, find_stack
 from peft_baft.adapter.context import EditContext
-from peft_baft.adapter.model_call import input_device
 from peft_baft.adapter.state import evaluating
+from peft_baft.running import input_device
 
 # The block whose states are keys, counted from 0, of a model of that many blocks: docs/memory.md.
 BLOCK, DEPTH = 4, 30

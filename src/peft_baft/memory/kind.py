@@ -39,6 +39,7 @@ class Memory:
     trains: ClassVar[bool] = False
     sets: ClassVar[bool] = True
     needs_same_base: ClassVar[bool] = True
+    editor: ClassVar[str | None] = "peft_baft.memory.editor:MemoryEditor"
 
     def check_config(self, config: BaftConfig) -> None:
         """Raise a ValueError if a config has settings that mean nothing to a memory."""

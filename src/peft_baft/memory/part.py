@@ -13,7 +13,6 @@ from peft_baft.adapter.call import Call
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.kinds import Part
-from peft_baft.adapter.model_call import input_device
 from peft_baft.adapter.state import evaluating
 from peft_baft.adapter.texts import Text
 from peft_baft.data.batching import context_window
@@ -33,6 +32,7 @@ from peft_baft.memory.tensors import (
     unpacked,
     with_edits,
 )
+from peft_baft.running import input_device
 
 MOST_FOUND = 4096  # questions of which is remembered what they were found to ask for
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from peft_baft.adapter.context import EditContext
-from peft_baft.adapter.model_call import end_tokens
 from peft_baft.data.batching import RAW_END, encode, encode_prompt, special_ids, tokens_around
 from peft_baft.data.contexts import CHAT_CONTEXTS, RAW_CONTEXTS
 from peft_baft.data.templates import Template
@@ -19,6 +18,7 @@ from peft_baft.memory.keys import key_states, keys_of
 from peft_baft.memory.matching import Question, read
 from peft_baft.memory.reading import Ids, Reading
 from peft_baft.memory.tensors import packed
+from peft_baft.running import end_tokens
 
 SHRINKAGE = 0.1  # of the spread in each direction, towards the mean spread
 BATCH_SIZE = 16  # texts of a forward

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter.blocks import blocks_before
-from peft_baft.adapter.model_call import full_logits, generate_sampled, input_device
 from peft_baft.data.batching import Tokens, collate, encode_fitting, last_token_of, padding_id
 from peft_baft.data.cases import Edit, Prompt, prompt_words
 from peft_baft.data.contexts import Context
@@ -27,6 +26,7 @@ from peft_baft.editing.editor import EditResult
 from peft_baft.editing.train import STOP_TERM, Terms
 from peft_baft.editing.written_texts import BEGINNINGS
 from peft_baft.losses import answer_losses
+from peft_baft.running import full_logits, generate_sampled, input_device
 from peft_baft_bench.methods.in_place import below, minimise
 from peft_baft_bench.methods.projections import by_rows
 

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peft_baft.adapter.model_call import input_device
 from peft_baft.data.cases import Case, Unrelated
 from peft_baft.data.templates import RAW, Template
 from peft_baft.editing.edit_cache import EditCache
@@ -22,6 +21,7 @@ from peft_baft.editing.editor import (
 )
 from peft_baft.evaluation.forward import one_model
 from peft_baft.processes import Processes
+from peft_baft.running import input_device
 from peft_baft_bench.methods.method import EditorSetup
 from peft_baft_bench.methods.methods import Method
 from peft_baft_bench.metrics.metrics import Metric

@@ -17,7 +17,6 @@ from conftest import ARCHITECTURES, make_model, randomise
 from facts import DESCENT, OBJECTIVE, FactModel, adapted, edits, meals
 from peft_baft import NARROW, BaftConfig, BaftEditor
 from peft_baft.adapter import find_context
-from peft_baft.adapter.model_call import fork
 from peft_baft.data.batching import Tokens
 from peft_baft.editing import baft as baft_module
 from peft_baft.editing.acceleration import module_patches
@@ -25,6 +24,7 @@ from peft_baft.editing.acceleration import repeated_texts as prefix_cache
 from peft_baft.editing.acceleration.repeated_texts import CachedPrefix, open_forward
 from peft_baft.editing.answers import AnswerForward, FullForward
 from peft_baft.editing.train import Descent, DescentConfig, descend
+from peft_baft.running import fork
 
 fact_model = facts.fact_model
 CPU = torch.device("cpu")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_baft.adapter.model_call import generate_greedily, input_device
 from peft_baft.data.batching import Tokens, collate
 from peft_baft.editing.acceleration.module_patches import collected_outputs
 from peft_baft.editing.edit_cache import EditCache
+from peft_baft.running import generate_greedily, input_device
 
 logger = logging.getLogger(__name__)
 # Of the size of the compared hidden vectors: the least tolerance, and that in spacings of their dtype's numbers.

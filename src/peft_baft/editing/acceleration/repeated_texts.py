@@ -15,14 +15,6 @@ from torch import Tensor, nn
 
 from peft_baft.adapter import EditContext, find_context
 from peft_baft.adapter.blocks import attention_window
-from peft_baft.adapter.model_call import (
-    call_with_cache,
-    fork,
-    full_logits,
-    input_device,
-    select_rows,
-    takes_position_ids,
-)
 from peft_baft.data.batching import Tokens, collate, padding_id
 from peft_baft.editing.acceleration.module_patches import (
     FixedBlocks,
@@ -40,6 +32,14 @@ from peft_baft.editing.acceleration.packed_linear import packed_forwards
 from peft_baft.editing.answers import AnswerForward, AnswerTargets, FullForward, stated_lengths
 from peft_baft.editing.edit_cache import EditCache
 from peft_baft.losses import answer_losses
+from peft_baft.running import (
+    call_with_cache,
+    fork,
+    full_logits,
+    input_device,
+    select_rows,
+    takes_position_ids,
+)
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 1e-3  # of the first loss and of its gradient, relative: cached and plain ones differ by rounding

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter.blocks import attention_window
-from peft_baft.adapter.model_call import (
+from peft_baft.data.batching import Tokens, collate
+from peft_baft.editing.acceleration.module_patches import (
+    forwards_without_padding,
+    logits_only_at,
+    replaced_forwards,
+)
+from peft_baft.running import (
     cache_parameter,
     call_with_cache,
     generate_greedily,
@@ -20,12 +26,6 @@ from peft_baft.adapter.model_call import (
     input_device,
     select_rows,
     takes_position_ids,
-)
-from peft_baft.data.batching import Tokens, collate
-from peft_baft.editing.acceleration.module_patches import (
-    forwards_without_padding,
-    logits_only_at,
-    replaced_forwards,
 )
 
 PackedForwards = Mapping[nn.Module, Callable[..., Any]]

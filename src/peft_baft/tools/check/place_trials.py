@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from peft_baft.adapter.model_call import full_logits
 from peft_baft.adapter.state import without_adapters
+from peft_baft.running import full_logits
 from peft_baft.tools.check.findings import Finding
 from peft_baft.tools.check.tools import changed_tokens, error_of, largest_difference
 from peft_baft.tools.check.tried_model import NEW_TOKENS, TriedModel

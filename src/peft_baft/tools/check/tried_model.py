@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from peft_baft.adapter import BaftLayer, baft_layers
-from peft_baft.adapter.model_call import full_logits, input_device
 from peft_baft.data.batching import Tokens, collate, encode, encode_prompt, padding_id
 from peft_baft.data.cases import Edit
+from peft_baft.running import full_logits, input_device
 from peft_baft.tools.check.made_up_text import FACT, PROMPTS, NumberTokenizer, drawn_texts
 
 NEW_TOKENS = 5  # that are generated after each prompt
