@@ -30,7 +30,7 @@ from peft_baft.adapter import baft_layers, find_context
 from peft_baft.adapter.state import adapter_tensors
 from peft_baft.data.batching import collate, encode
 from peft_baft.editing import baft as baft_module
-from peft_baft.editing.acceleration.repeated_texts import CachedPrefix
+from peft_baft.editing.acceleration.cached_prefix import CachedPrefix
 from peft_baft.editing.answers import FullForward
 from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_tokens, token_match
 

@@ -15,11 +15,11 @@ from peft_baft.adapter.taught_form import warn_of_another
 from peft_baft.data.batching import Tokens, padding_id
 from peft_baft.data.cases import Edit, prompt_words
 from peft_baft.data.templates import Template
-from peft_baft.editing.acceleration.repeated_texts import open_forward
 from peft_baft.editing.answers import AnswerForward
 from peft_baft.editing.attached import AttachedEditor
 from peft_baft.editing.contrasts import find_subject
 from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
+from peft_baft.editing.fast_paths import open_forward
 from peft_baft.editing.lanes import Lane, LaneBatch, LaneOutput, train_lanes
 from peft_baft.editing.scope import NARROW, Scope
 from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms

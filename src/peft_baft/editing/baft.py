@@ -19,12 +19,12 @@ from peft_baft.adapter.state import evaluating, is_baft_peft_model, trainable
 from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit, Unrelated
 from peft_baft.data.templates import Template, is_chat
-from peft_baft.editing.acceleration.repeated_texts import open_forward
 from peft_baft.editing.adapter_editor import AdapterEditor
 from peft_baft.editing.answers import AnswerForward
 from peft_baft.editing.contrasts import ContrastTargets, contrast_rows, contrast_targets
 from peft_baft.editing.edit_cache import EditCache
 from peft_baft.editing.editor import CURSOR, EditResult, checked_edits
+from peft_baft.editing.fast_paths import open_forward
 from peft_baft.editing.lanes import Gates, Lane, LaneBatch, LaneOutput, train_lanes
 from peft_baft.editing.objective import Objective
 from peft_baft.editing.presets import DEFAULT

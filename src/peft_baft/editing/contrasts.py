@@ -25,18 +25,15 @@ from peft_baft.data.batching import Tokens, collate, context_window, encode_prom
 from peft_baft.data.cases import Edit, Prompt, prompt_words
 from peft_baft.data.neighbours import other_subjects, subject_candidates, with_other_subject
 from peft_baft.data.templates import Template, is_chat
-from peft_baft.editing.acceleration.module_patches import collected_outputs, logits_only_at
-from peft_baft.editing.acceleration.packed_linear import packed_forwards
-from peft_baft.editing.acceleration.padded_prompts import takes_left_padding
-from peft_baft.editing.acceleration.shared_prefix import PromptBatch, SharedPrefix, find_prefix
 from peft_baft.editing.edit_cache import EditCache
+from peft_baft.editing.fast_paths import prompt_batches
+from peft_baft.editing.module_patches import collected_outputs, logits_only_at
 from peft_baft.editing.scope import Scope
 from peft_baft.running import end_tokens, full_logits, input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_SIZE = 64  # contrast texts that are answered together
 # The number of other subjects by which each candidate span is replaced in the search for the subject.
 TRIED_SUBJECTS = 2
 # Lower bound of a vector's squared length, relative to the median.
@@ -122,27 +119,20 @@ def contrast_targets(
         ValueError: the model does not compute a prompt in one forward pass.
     """
     prepared = prepared or EditCache.of(model)
-    packed = packed_forwards(model.get_base_model().modules(), prepared.packed)
-    prefix = SharedPrefix()
     parts: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     last_block, padding = layers[-1].get_base_layer(), padding_id(tokenizer)
     # Sorting by length reduces padding.
     ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))
     with without_adapters(model):
-        padded = takes_left_padding(model, last_block, prompts, padding, prompt_positions, prepared)
-        if padded:
-            ids = find_prefix(model, prompts, prompt_positions, prepared.verified_length)
-            prefix = SharedPrefix.of(model, ids, packed) if ids else prefix
-        size = BATCH_SIZE if padded else 1
-        for start in range(0, len(ordered), size):
-            batch = PromptBatch.of(ordered[start : start + size], padding, prefix)
+        batches = prompt_batches(model, last_block, ordered, padding, prompt_positions, prepared)
+        for mask, generate in batches:
             with ExitStack() as stack:
                 outputs = {
                     layer.name: stack.enter_context(collected_outputs(layer.get_base_layer()))
                     for layer in layers
                 }
-                answers = batch.answers(model, padding, scope.answer_tokens, packed)
-            edited = _hidden_of_answers(model, outputs, batch.mask, answers, prompt_positions)
+                answers = generate(scope.answer_tokens)
+            edited = _hidden_of_answers(model, outputs, mask, answers, prompt_positions)
             for name, vectors in edited.items():
                 parts[name].append(vectors)
     hidden = {name: torch.cat(vectors) for name, vectors in parts.items()}
