@@ -104,9 +104,8 @@ def _start(
     lines, last_number = editor.processes.of_first(start_in_first)
     _synchronise(editor)
     for line, batch in zip(lines, batches, strict=False):
-        if (
-            line.kept
-        ):  # an editor's state has only tensors, so the prompt format comes from the facts
+        # An editor's state has only tensors, so the prompt format comes from the facts.
+        if line.kept:
             editor.remember_form(editor.adapter_name, batch)
     return lines, last_number
 
@@ -156,11 +155,14 @@ def _edit(editor: Any, batch: Sequence[Edit], number: int) -> EditResult:
     Raises:
         ValueError: the editor's edits are independent and the batch has more than one.
     """
-    if not editor.independent:
-        return editor.edit(batch)
-    if len(batch) > 1:
+    if editor.independent and len(batch) > 1:
         raise ValueError("The edits of this adapter are independent: make them with batch_size=1.")
-    return editor.edit_independently(batch, [number])[0]
+    result: EditResult
+    if editor.independent:
+        (result,) = editor.edit_independently(batch, [number])
+    else:
+        result = editor.edit(batch)
+    return result
 
 
 def _start_run(

@@ -29,7 +29,7 @@ if ACCELERATED:
     from peft_baft.editing.acceleration.shared_prefix import padded_batches
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 # Relative tolerance of a loss, a gradient or logits: the plain and the cached result differ by rounding.
@@ -94,7 +94,7 @@ def open_forward(
 
 
 def repeated_texts(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Tokens],
     cuts: Sequence[int],
@@ -200,7 +200,7 @@ def _loss_and_gradient(
     for parameter in parameters:
         parameter.grad = None
     loss = forward.losses().mean()
-    loss.backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(loss)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     for parameter, gradient in zip(parameters, before, strict=True):
         parameter.grad = gradient

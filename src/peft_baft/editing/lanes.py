@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peft_baft.adapter import EditContext, RecordedGates
@@ -133,7 +134,7 @@ class LaneBatch:
         # The losses are in the order of the rows, lane after lane.
         counts = self._forward.targets.counts
         answer_tokens = [sum(counts[i] for i in rows) for rows in row_ranges(self._lanes)]
-        lane_losses = losses.split(answer_tokens)
+        lane_losses = torch.split(losses, answer_tokens)
         outputs = []
         for lane, own_losses, places in zip(self._lanes, lane_losses, self._edited, strict=True):
             gates: Gates = {}

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_baft.editing.answers import on_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -41,7 +44,7 @@ def logits_only_at(head: nn.Module, places: tuple[Tensor, ...]) -> Iterator[None
         yield
 
 
-def no_logits(model: Any) -> AbstractContextManager[None]:
+def no_logits(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Make a model compute no logits, for forward passes that only need hidden vectors."""
     nowhere = torch.zeros(0, dtype=torch.long)
     return logits_only_at(model.get_output_embeddings(), (nowhere, nowhere))

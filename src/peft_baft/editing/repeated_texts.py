@@ -14,7 +14,7 @@ from peft_baft.editing.module_patches import FixedBlocks, at_least_four, logits_
 from peft_baft.running import call_with_cache, fork, full_logits, input_device, select_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Places = tuple[Tensor, Tensor]
 
@@ -30,7 +30,7 @@ class RepeatedTexts:
         cache: the cache of the first tokens; None if the texts are whole.
     """
 
-    model: Any
+    model: PreTrainedModel
     inputs: dict[str, Tensor]
     cuts: tuple[int, ...]
     read: Places
@@ -40,7 +40,7 @@ class RepeatedTexts:
     @classmethod
     def whole(
         cls,
-        model: Any,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         rows: Sequence[Tokens],
         read: Places,
@@ -66,7 +66,7 @@ class RepeatedTexts:
     def select(self, chosen: Sequence[int]) -> RepeatedTexts:
         """Return some of the rows."""
         counts = self.read[0].bincount(minlength=len(self.cuts)).tolist()
-        columns = self.read[1].split(counts)
+        columns = torch.split(self.read[1], counts)
         numbers = torch.arange(len(chosen)).repeat_interleave(
             torch.tensor([counts[row] for row in chosen])
         )

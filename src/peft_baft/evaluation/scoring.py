@@ -210,33 +210,34 @@ def normalised(text: str) -> list[str]:
     return [word for word in words if word not in ARTICLES] or text.casefold().split()
 
 
-def exact_match(said: str, wanted: str) -> bool:
-    """Return whether the generated answer is equal to the target, both normalised."""
-    return normalised(said) == normalised(wanted)
+def exact_match(answer: str, target: str) -> bool:
+    """Return whether a generated answer is equal to the target, both normalised."""
+    return normalised(answer) == normalised(target)
 
 
-def prefix_match(said: str, wanted: str) -> bool:
-    """Return whether the generated answer begins with the target, both normalised."""
-    words = normalised(wanted)
-    return normalised(said)[: len(words)] == words
+def prefix_match(answer: str, target: str) -> bool:
+    """Return whether a generated answer begins with the target, both normalised."""
+    words = normalised(target)
+    return normalised(answer)[: len(words)] == words
 
 
-def says(said: str, answer: str) -> bool:
-    """Return whether a generated answer contains the words of an answer consecutively, both normalised."""
-    words, wanted = _words_anywhere(said), _words_anywhere(answer)
-    places = range(len(words) - len(wanted) + 1)
-    return any(words[place : place + len(wanted)] == wanted for place in places)
+def says(answer: str, target: str) -> bool:
+    """Return whether a generated answer contains the words of the target consecutively, both normalised."""
+    words, target_words = _words_anywhere(answer), _words_anywhere(target)
+    count = len(target_words)
+    starts = range(len(words) - count + 1)
+    return any(words[start : start + count] == target_words for start in starts)
 
 
-def contains_new_not_old(said: str, new: str, old: str | None = None) -> bool:
+def contains_new_not_old(answer: str, new: str, old: str | None = None) -> bool:
     """Return whether a generated answer contains the new answer and not the old one.
 
     Args:
         old: the answer that the edit replaces. If it is None, or the new answer contains it, only the new answer is required.
     """
-    if not says(said, new):
+    if not says(answer, new):
         return False
-    return old is None or says(new, old) or not says(said, old)
+    return old is None or says(new, old) or not says(answer, old)
 
 
 def _words_anywhere(text: str) -> list[str]:

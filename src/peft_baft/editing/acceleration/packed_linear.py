@@ -92,7 +92,8 @@ def _direction(size: int) -> Tensor:
 
 
 def _pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, TOKENS)
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, TOKENS)
+    return packed
 
 
 def _linear(layer: Any, packed: PackedWeight, h: Tensor) -> Tensor:
@@ -114,4 +115,5 @@ class _PackedProduct(torch.autograd.Function):
 
 def product(h: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply h (…, in) with a packed weight (out, in): (…, out)."""
-    return torch.ops.mkldnn._linear_pointwise(h, packed, bias, "none", [], "")
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(h, packed, bias, "none", [], "")
+    return result

@@ -52,4 +52,4 @@ def _at_real_tokens(
         return forward(h)
     out = forward(h.flatten(0, 1).index_select(0, places))
     padded = out.new_zeros(shape.numel(), out.shape[-1]).index_copy(0, places, out)
-    return padded.unflatten(0, shape)
+    return padded.view(*shape, -1)
