@@ -24,7 +24,7 @@ class EditCache:
     Attributes:
         verified_length: the length in tokens up to which a cache gave the plain result; 0 if this was never tested.
         failed_length: the length in tokens from which it did not; None if it always did.
-        takes_left_padding: whether a row of a left-padded batch has the hidden vectors of the row alone; None if never tested.
+        takes_left_padding: whether a row has the same hidden vectors in a left-padded batch as by itself; None if never tested.
         packed: packed copies of frozen weights, by layer. They are compared with the weights at each use.
         computed: other results computed with the unedited model, such as generated texts. The key is everything a result
             depends on. In the default cache of a model they are dropped when the model gets a new edit context.

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -140,7 +140,7 @@ def prompt_batches(
     prompt_positions: int,
     prepared: EditCache,
 ) -> Iterator[tuple[Tensor, Callable[[int], Tensor]]]:
-    """Yield batches of prompts to be answered by the unedited model, together if that gives the result of each alone.
+    """Yield batches of prompts to be answered by the unedited model: several each if padding does not change the answers.
 
     Args:
         model: with its adapters disabled. block: the last edited block, on whose outputs this is tested.

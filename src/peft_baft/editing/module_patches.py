@@ -92,7 +92,7 @@ def map_hidden(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class FixedBlocks:
-    """Blocks whose outputs stay the same while the same inputs are put through a model repeatedly.
+    """Blocks whose outputs stay the same while a model processes the same inputs repeatedly.
 
     Attributes:
         blocks: the first blocks of the model.

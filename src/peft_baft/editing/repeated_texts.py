@@ -1,4 +1,4 @@
-"""Texts that are put through a model repeatedly while something in its later blocks changes."""
+"""Texts that a model processes repeatedly while something in its later blocks changes."""
 
 from __future__ import annotations
 

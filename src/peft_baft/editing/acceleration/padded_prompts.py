@@ -1,6 +1,6 @@
 """A test whether a model can answer prompts in a batch that is padded on the left.
 
-Most models compute the same for a row of such a batch as for the row alone. Some do not: BART counts positions by columns, and
+Most models compute the same for a row in such a batch as for a single row. Some do not: BART counts positions by columns, and
 RWKV includes padding in its state. Their prompts are answered one by one.
 """
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 # Tolerance relative to the size of the hidden vectors: a minimum, and in units of the dtype's spacing.
 TOLERANCE, ROUNDINGS = 1e-3, 16
 ONE_BY_ONE = (
-    "%s computes other hidden vectors for a row of a left-padded batch than for the row alone, so contrast texts are answered "
+    "%s computes other hidden vectors for a row in a left-padded batch than for a single row, so contrast texts are answered "
     "one by one, which is slower."
 )
 
@@ -35,7 +35,7 @@ def takes_left_padding(
     positions: int,
     prepared: EditCache,
 ) -> bool:
-    """Return whether the shortest prompt has the same hidden vectors in a batch with the longest prompt as alone.
+    """Return whether the shortest prompt has the same hidden vectors in a batch with the longest prompt as by itself.
 
     A model is tested once, with the first prompts that differ in length.
 
@@ -48,12 +48,12 @@ def takes_left_padding(
     if len(shortest.ids) == len(longest.ids):
         return True
     if prepared.takes_left_padding is None:
-        alone = _hidden(model, block, [shortest], padding, positions)
+        single = _hidden(model, block, [shortest], padding, positions)
         try:
             in_batch = _hidden(model, block, [shortest, longest], padding, positions)
-            difference = torch.linalg.vector_norm(in_batch[-len(alone) :] - alone)
-            tolerance = max(TOLERANCE, ROUNDINGS * torch.finfo(alone.dtype).eps)
-            equal = difference <= tolerance * torch.linalg.vector_norm(alone)
+            difference = torch.linalg.vector_norm(in_batch[-len(single) :] - single)
+            tolerance = max(TOLERANCE, ROUNDINGS * torch.finfo(single.dtype).eps)
+            equal = difference <= tolerance * torch.linalg.vector_norm(single)
             prepared.takes_left_padding = bool(equal)
         except (RuntimeError, IndexError, ValueError):  # the model does not accept such a batch
             prepared.takes_left_padding = False
