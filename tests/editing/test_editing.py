@@ -494,7 +494,7 @@ def test_an_editor_stays_with_its_adapter(baft: Setting) -> None:
 
 def test_editors_refuse_what_they_cannot_edit(lora, fact_model: FactModel) -> None:
     model, _ = lora
-    with pytest.raises(TypeError, match=r"takes a PeftModel, .* not LlamaForCausalLM"):
+    with pytest.raises(TypeError, match=r"needs a PeftModel, .* not LlamaForCausalLM"):
         AdapterEditor(fact_model.base, fact_model.tokenizer)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not a plain BaFT adapter"):
         BaftEditor(model, fact_model.tokenizer, scope=NARROW)

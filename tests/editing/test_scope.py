@@ -89,7 +89,7 @@ def test_a_context_that_the_template_refuses_is_left_out_and_that_is_said(
     assert (bare,) == tuple(encode_edits(fact_model.base, tokenizer, [fact], (CHAT,))[0])
     fitting = [row for row in others if len(row.ids) <= facts.WINDOW]
     assert 1 <= len(others) == len(fitting) < 4
-    told = [message for message in caplog.messages if "one context less" in message]
+    told = [message for message in caplog.messages if "one context fewer" in message]
     assert len(told) == 4 - len(others)
     assert any("refuses messages of system" in message for message in told)
     with pytest.raises(ValueError, match="refuses messages of system"):

@@ -53,7 +53,7 @@ def test_a_conversation_that_is_too_long_stays_as_it_was(edited: Any) -> None:
     conversation = Conversation(edited[0], edited[1], max_new_tokens=1)
     conversation.say(ASKED)
     turns = list(conversation.turns)
-    with pytest.raises(ValueError, match=f"reads at most {facts.WINDOW}"):
+    with pytest.raises(ValueError, match=f"context window is {facts.WINDOW}"):
         conversation.say("the capital " * facts.WINDOW)
     assert conversation.turns == turns
 

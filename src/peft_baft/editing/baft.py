@@ -42,7 +42,7 @@ class BaftEditor(AdapterEditor):
     """Trains facts into a BaFT adapter: teacher forcing + incremental load balance + locality margins.
 
     After each edit the gate values are added to the adapter's statistics. These are saved with the adapter, so a reloaded
-    adapter keeps its history. With `weighting="none"` there are no gates and no regularisers; that is ReFT.
+    adapter keeps its history. With `weighting="none"` it has no gates and no regularisers; that is ReFT.
 
     Args:
         model: a PeftModel whose active adapter is a BaFT adapter.

@@ -256,7 +256,7 @@ class Journal:
         """Read a snapshot: an editor's state, and the header that was saved with it.
 
         Raises:
-            ValueError: there is no snapshot after this edit, or it is damaged.
+            ValueError: the snapshot does not exist or is damaged.
         """
         file = self._snapshot(number)
         if not file.exists():
@@ -278,7 +278,7 @@ class Journal:
         The prompt formats in its config are restored as well, unless the snapshot is from a version that did not record them.
 
         Raises:
-            ValueError: there is no such edit, no snapshot after it, or another process has locked the journal.
+            ValueError: the edit or its snapshot does not exist, or another process has locked the journal.
         """
         with self.writing():
             count = len(self.state().edits)

@@ -58,7 +58,7 @@ def find_preset(name: str) -> Preset:
     """Return the preset of that name.
 
     Raises:
-        ValueError: there is no such preset.
+        ValueError: the name is unknown.
     """
     if name not in PRESETS:
         raise ValueError(f"Unknown preset {name!r}; known are {', '.join(PRESETS)}.")

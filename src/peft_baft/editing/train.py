@@ -128,7 +128,7 @@ def descend(
 
     Args:
         losses: computes the terms of each of the given descents at the current parameters.
-        processes: the processes that share the work. Each has the values of all terms and the gradients of its own part; the
+        processes: the processes that share the work. Each has the values of all terms and the gradients of its part; the
             first process decides when a descent ends.
 
     Raises:

@@ -36,7 +36,7 @@ def canary_check(
         A `check` for `edit_continually`, which returns a problem or None.
 
     Raises:
-        ValueError: there are no canaries, or the threshold is not in [0, 1].
+        ValueError: `canaries` is empty, or the threshold is not in [0, 1].
     """
     if not canaries or not 0 <= threshold <= 1:
         raise ValueError(
