@@ -27,6 +27,7 @@ from peft_baft.editing.journal import (
     ForgetLine,
     Journal,
     JournalState,
+    Line,
     ReturnLine,
     RunLine,
 )
@@ -433,7 +434,17 @@ def test_replaying_a_journal_gives_runs_edits_and_forgettings(tmp_path: Path) ->
     first, second = RunLine(0, {"run": 1}), RunLine(2, {"run": 2})
     assert journal.state() == JournalState((), (), (), {}) and journal.state().last_number == 0
     forget = {number: ForgetLine(number, "now") for number in (1, 3)}
-    lines = [edit(1), first, edit(2), edit(3), forget[1], forget[3], ReturnLine(2), second, edit(3)]
+    lines: list[Line] = [
+        edit(1),
+        first,
+        edit(2),
+        edit(3),
+        forget[1],
+        forget[3],
+        ReturnLine(2),
+        second,
+        edit(3),
+    ]
     for line in lines:
         journal.add(line)
     state = journal.state()

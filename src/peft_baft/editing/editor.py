@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_baft.data.batching import Tokens, encode_fitting
 from peft_baft.data.cases import Edit, Message, Prompt, as_messages, prompt_words
@@ -156,7 +156,7 @@ def checked_edits(edits: Iterable[Edit]) -> list[Edit]:
 
 
 def encode_edits(
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     edits: Sequence[Edit],
     templates: Sequence[Template] = (RAW,),
