@@ -39,7 +39,7 @@ TRIED_SUBJECTS = 2
 # Lower bound of a vector's squared length, relative to the median.
 LEAST_SIZE = 1e-3
 TOO_LONG = "%d of the %d contrast texts of %r are too long for the model and are left out."
-NOT_A_TOKEN_A_STEP = (
+CHUNKED_PREFILL = (
     "{} computed {} tokens of a prompt of {} in the first forward of generate(), so the positions of its hidden vectors are "
     "unknown. Generate without chunked prefill, or edit with scope=NARROW."
 )
@@ -180,7 +180,7 @@ def _hidden_of_answers(
     for name, block_outputs in outputs.items():
         if block_outputs[0].shape[1] != width:
             base = type(model.get_base_model()).__name__
-            raise ValueError(NOT_A_TOKEN_A_STEP.format(base, block_outputs[0].shape[1], width))
+            raise ValueError(CHUNKED_PREFILL.format(base, block_outputs[0].shape[1], width))
         runs = len(block_outputs) // answers.shape[1]
         parts = []
         for run in range(runs):

@@ -128,7 +128,7 @@ class RoutedEditor(Editor, Protocol):
         ...
 
 
-def in_turn(results: Sequence[EditResult]) -> EditResult:
+def combine_results(results: Sequence[EditResult]) -> EditResult:
     """Combine the results of successive edits into one: steps and seconds are summed, the losses are those of the last."""
     return EditResult(
         sum(result.steps for result in results),
