@@ -199,8 +199,8 @@ class Runner:
         batches = [
             block[i : i + schedule.batch_size] for i in range(0, len(block), schedule.batch_size)
         ]
-        combine_results = schedule.batch_size == 1 and schedule.when == "after_all"
-        if combine_results and isinstance(editor, IndependentEditor):
+        in_turn = schedule.batch_size == 1 and schedule.when == "after_all"
+        if in_turn and isinstance(editor, IndependentEditor):
             self._edit_together(editor, batches, progress)
         routed = editor.routed if isinstance(editor, RoutedEditor) else None
         for batch in batches[len(progress.outcomes) :]:
