@@ -27,7 +27,7 @@ PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 
 # The tests of what other packages' versions can break, which test-newest, test-oldest and test-main run.
 VERSION_TESTS = adapter/test_adapter adapter/test_beside_lora adapter/test_corruption adapter/test_model_call adapter/test_native \
-	adapter/test_positions adapter/test_saving editing/test_journal editing/acceleration/test_repeated_texts \
+	adapter/test_positions adapter/test_saving editing/test_journal editing/acceleration/test_cached_prefix \
 	editing/acceleration/test_shared_prefix bench/methods/test_families memory/test_memory memory/test_replies \
 	memory/test_answers memory/test_situations \
 	integrations/test_hub integrations/test_run cli/test_cli tools/inspect/test_page \

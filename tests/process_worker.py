@@ -328,7 +328,7 @@ def editing(toy: FactModel, processes: Processes, folder: Path) -> Found:
     continual._write = write
     found["resumed"] = cli.main([*begin, output, "--resume"])
     found["tensors"] = list(load_file(Path(output) / "adapter_model.safetensors").values())
-    found["log"] = [line.kept for line in Journal(output).edits()]
+    found["log"] = [line.kept for line in Journal(output).state().edits]
     strict = [
         "--min-agreement",
         "1",
@@ -338,7 +338,7 @@ def editing(toy: FactModel, processes: Processes, folder: Path) -> Found:
         "--overwrite",
     ]
     found["strict"] = cli.main([*begin, output, *strict])
-    found["strict log"] = [line.kept for line in Journal(output).edits()]
+    found["strict log"] = [line.kept for line in Journal(output).state().edits]
     return found
 
 

@@ -16,7 +16,7 @@ from peft import get_peft_model
 import peft_baft
 from peft_baft import Edit, MemoryEditor
 from peft_baft.data.batching import encode
-from peft_baft.editing.acceleration.repeated_texts import CachedPrefix
+from peft_baft.editing.acceleration.cached_prefix import CachedPrefix
 from peft_baft.editing.answers import FullForward
 from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_tokens, token_match
 from peft_baft.memory.tensors import packed, unpacked

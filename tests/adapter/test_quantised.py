@@ -26,7 +26,7 @@ from conftest import randomise
 from facts import ADAPTER, CAPITALS, DESCENT, OBJECTIVE, FactModel, edits, meals
 from peft_baft import NARROW, BaftConfig, BaftEditor, Edit, EditResult
 from peft_baft.data.batching import encode
-from peft_baft.editing.acceleration.repeated_texts import CachedPrefix
+from peft_baft.editing.acceleration.cached_prefix import CachedPrefix
 from peft_baft.evaluation.scoring import token_match
 
 fact_model = facts.fact_model

@@ -21,7 +21,7 @@ from peft_baft.data.cases import Edit, Prompt, prompt_words
 from peft_baft.data.templates import Template
 from peft_baft.editing.attached import AttachedEditor
 from peft_baft.editing.edit_cache import EditCache
-from peft_baft.editing.editor import EditResult, checked_edits, in_turn
+from peft_baft.editing.editor import EditResult, checked_edits, combine_results
 from peft_baft.editing.train import STOP_TERM
 from peft_baft.memory.answers import Unsayable
 from peft_baft.memory.config import MemoryConfig
@@ -151,7 +151,7 @@ class MemoryEditor(AttachedEditor):
         """
         results = self.edit_independently(checked_edits(edits))
         loss = sum(result.losses[STOP_TERM] for result in results) / len(results)
-        return replace(in_turn(results), losses={STOP_TERM: loss})
+        return replace(combine_results(results), losses={STOP_TERM: loss})
 
     def _require_usable(self, batches: Sequence[Sequence[Edit]]) -> None:
         self._learn([fact for batch in batches for fact in batch])

@@ -159,10 +159,13 @@ def _merge_journals(first: Journal, second: Journal, output: Journal, made: int)
     with output.writing():
         for line in first.lines():
             output.add(line)
-        if second.edits():
+        state = second.state()
+        if state.edits:
             output.add(RunLine(made, {"merged": str(second.folder)}))
-        for line in second.edits():
-            output.add(replace(line, edit=made + line.edit))
+        for edit in state.edits:
+            output.add(replace(edit, edit=made + edit.edit))
+        for number, line in state.forgotten.items():
+            output.add(replace(line, forgotten=made + number))
 
 
 def _require_alike(one: SavedMemory, two: SavedMemory, first: Path, second: Path) -> None:

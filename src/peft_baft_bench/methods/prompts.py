@@ -14,7 +14,7 @@ from peft_baft.adapter.blocks import blocks_before, stack_owner
 from peft_baft.adapter.context import EditContext
 from peft_baft.data.batching import Tokens, collate, padding_id
 from peft_baft.data.templates import Template
-from peft_baft.editing.acceleration.module_patches import (
+from peft_baft.editing.module_patches import (
     FixedBlocks,
     at_least_four,
     logits_only_at,

@@ -45,7 +45,7 @@ def _next_line(in_terminal: bool) -> str | None:
 def _reply(conversation: Conversation, line: str) -> str:
     """Do what a line says, and give the answer; what cannot be done is said, and the conversation goes on."""
     if line == "/again":
-        conversation.again()
+        conversation.restart()
         return "(forgotten)"
     try:
         if line == "/unedited":

@@ -248,7 +248,7 @@ def _make_edits(
     every = options.snapshot_every or max(1, -(-batch_count // SNAPSHOTS))
     journal = Journal(options.output, every)
     if options.overwrite and not options.resume and processes.first:
-        journal.begin_anew()
+        journal.clear()
     runs_before = _runs(journal)
     batches = edit_continually(
         editor,
@@ -275,7 +275,7 @@ def _edits(options: EditCommand, cases: Sequence[Case]) -> list[Edit]:
 
 
 def _runs(journal: Journal) -> int:
-    return len(journal.runs())
+    return len(journal.state().runs)
 
 
 def _saved(

@@ -7,7 +7,7 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
-from peft_baft.editing.journal import LINES, EditLine, ForgetLine, Journal
+from peft_baft.editing.journal import LINES, EditLine, Journal
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import LogCommand, RollbackCommand
 from peft_baft_cli.screen import print_table
@@ -19,13 +19,13 @@ def log(options: LogCommand) -> int:
     folder = adapter_folder(options.adapter, options.adapter_revision)
     journal = _journal(folder)
     snapshots = set(journal.snapshots())
-    edits = [_described(line, snapshots) for line in journal.edits()]
+    state = journal.state()
+    edits = [_described(line, snapshots) for line in state.edits]
     numbers = _numbers_in(folder)
     if numbers is not None:  # what its own file holds is what it is
-        forgotten = {line.forgotten for line in journal.lines() if isinstance(line, ForgetLine)}
         for edit in edits:
             edit["in_memory"] = edit["edit"] in numbers
-            edit["forgotten"] = edit["edit"] in forgotten and not edit["in_memory"]
+            edit["forgotten"] = edit["edit"] in state.forgotten and not edit["in_memory"]
     if options.json:
         print(dumps({"adapter": options.adapter, "edits": edits}, indent=2))
     else:

@@ -55,7 +55,7 @@ def explained(editor: MemoryEditor, prompts: Sequence[str], folder: Path) -> lis
     Args:
         folder: of the memory, whose journal tells the facts where it has one.
     """
-    facts = facts_by_number(Journal(folder).edits())
+    facts = facts_by_number(Journal(folder).state().edits)
     listed = []
     for prompt in prompts:
         match = editor.matches(prompt)

@@ -11,7 +11,7 @@ from torch import Tensor
 import facts
 from facts import CAPITALS, FactModel
 from peft_baft.data.batching import encode
-from peft_baft.editing.acceleration.module_patches import FixedBlocks
+from peft_baft.editing.module_patches import FixedBlocks
 from peft_baft.running import call_with_cache
 from peft_baft_bench.methods.prompts import PromptWatch, Taught, mean_over
 

@@ -24,7 +24,7 @@ from peft_baft.adapter import config as config_module
 from peft_baft.adapter import context as context_module
 from peft_baft.adapter.call import Call
 from peft_baft.adapter.layer import BaftLayer
-from peft_baft.editing.acceleration.repeated_texts import CachedPrefix
+from peft_baft.editing.acceleration.cached_prefix import CachedPrefix
 from peft_baft.tools.check import edit_trials
 from peft_baft.tools.check.check import ATTACHED, UNLOADS
 from peft_baft.tools.check.trials import (

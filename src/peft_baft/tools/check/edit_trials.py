@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from peft_baft.adapter.state import rolled_back, trainable
-from peft_baft.editing.acceleration.repeated_texts import CachedPrefix, open_forward
 from peft_baft.editing.answers import AnswerForward, FullForward
 from peft_baft.editing.baft import BaftEditor
+from peft_baft.editing.fast_paths import ACCELERATED, open_forward
 from peft_baft.editing.scope import NARROW
 from peft_baft.editing.train import DescentConfig
 from peft_baft.tools.check.findings import Finding
@@ -67,6 +67,10 @@ def reached(tried: TriedModel) -> Finding:
 def fast(tried: TriedModel) -> Finding:
     """Try whether the fast path gives the plain path's loss and gradient, and whether an edit would take it."""
     arguments = (tried.model, tried.rows_to_train(), [0], tried.pad)
+    if not ACCELERATED:
+        return Finding(FAST, None, detail="The accelerated implementations are not installed.")
+    from peft_baft.editing.acceleration.cached_prefix import CachedPrefix
+
     with trainable(tried.model), reasons_for_plain_path() as reasons:
         plain = loss_and_gradients(tried, FullForward(*arguments, tried.device))
         chosen = open_forward(*arguments, tried.positions)

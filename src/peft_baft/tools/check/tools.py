@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn, stack
 
 from peft_baft.adapter import BaftLayer
-from peft_baft.editing.acceleration.repeated_texts import logger as forward_logger
+from peft_baft.editing.fast_paths import logger as forward_logger
 
 
 def largest_difference(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:

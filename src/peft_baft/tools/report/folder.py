@@ -69,7 +69,7 @@ def read_folder(folder: str | Path) -> AdapterFolder:
     if not isinstance(config, Mapping):
         raise ValueError(f"{folder / CONFIG_NAME} is damaged: it holds no JSON object.")
     journal = Journal(folder)
-    runs = journal.runs()
+    runs = journal.state().runs
     return AdapterFolder(
         str(folder),
         hashlib.sha256(weights).hexdigest(),
@@ -87,7 +87,7 @@ def read_folder(folder: str | Path) -> AdapterFolder:
 
 def _as_journal(folder: Path, journal: Journal) -> bool | None:
     """Tell whether the adapter's file holds what the journal's last edit left."""
-    edits, snapshots = journal.edits(), journal.snapshots()
+    edits, snapshots = journal.state().edits, journal.snapshots()
     if not edits:
         return None
     if not snapshots or snapshots[-1] != edits[-1].edit:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peft_baft.data.cases import Case, Edit, Prompt
-from peft_baft.editing.journal import EditLine, ForgetLine, Journal, ReturnLine, RunLine
+from peft_baft.editing.journal import EditLine, Journal, RunLine
 
 FORMS = ("raw", "chat")
 FIRST_FORMS = ("raw",)  # of journals from before facts were taught in forms
@@ -60,7 +60,10 @@ def facts_of_journal(journal: Journal) -> list[TaughtFact]:
         ValueError: a line is damaged.
     """
     facts: list[TaughtFact] = []
-    for line, run in _edits_with_runs(journal):
+    state = journal.state()
+    for line, run in zip(state.edits, state.edit_runs, strict=True):
+        if line.edit in state.forgotten:
+            continue
         several = len(line.facts) > 1
         for place, pair in enumerate(line.facts, start=1):
             key = f"{line.edit}.{place}" if several else str(line.edit)
@@ -99,22 +102,6 @@ def unknown_cases(facts: Sequence[TaughtFact], cases: Sequence[Case]) -> int:
     """Count the records of an edit file that are not among the facts."""
     known = {_identity(fact.prompt, fact.target) for fact in facts}
     return sum(_identity(case.edit.prompt, case.edit.target) not in known for case in cases)
-
-
-def _edits_with_runs(journal: Journal) -> list[tuple[EditLine, RunLine | None]]:
-    """List the edits that count, each with the run that made it."""
-    run: RunLine | None = None
-    standing: list[tuple[EditLine, RunLine | None]] = []
-    for line in journal.lines():
-        if isinstance(line, RunLine):
-            run = line
-        elif isinstance(line, ReturnLine):
-            standing = [(edit, of) for edit, of in standing if edit.edit <= line.back_to]
-        elif isinstance(line, ForgetLine):
-            standing = [(edit, of) for edit, of in standing if edit.edit != line.forgotten]
-        else:
-            standing.append((line, run))
-    return standing
 
 
 def _fact(
