@@ -67,7 +67,7 @@ def test_facts_go_into_a_memory_however_many_they_are(
     capsys.readouterr()
     assert edit(folder, tmp_path / "one", "one.jsonl") == 0
     told = capsys.readouterr().out
-    assert "Method: memory, since no option asks for a plain adapter." in told
+    assert "Method: memory, since no option requires a plain adapter." in told
     assert "a memory of" in told and "steps" not in told
     assert saved_numbers(tmp_path / "one") == [1]
 

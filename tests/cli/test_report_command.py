@@ -102,12 +102,12 @@ def test_without_a_journal_the_facts_are_those_of_the_edit_file(folder, tmp_path
     shutil.copytree(folder / "edits", tmp_path / "edits")
     (tmp_path / "edits" / LINES).unlink()
     assert report(tmp_path) == 2
-    assert "holds no journal (journal.jsonl)" in capsys.readouterr().err
+    assert "contains no journal (journal.jsonl)" in capsys.readouterr().err
     assert (
         report(tmp_path, "--edits", str(folder / "facts.jsonl"), "--neighbours", "0", "--json") == 0
     )
     data = json.loads(capsys.readouterr().out)
-    assert "holds no journal" in data["notes"][0] and data["counts"]["hold"] == 2
+    assert "contains no journal" in data["notes"][0] and data["counts"]["hold"] == 2
     assert data["facts"][0]["fact"]["steps"] is None
 
 
@@ -115,7 +115,7 @@ def test_without_a_journal_the_facts_are_those_of_the_edit_file(folder, tmp_path
     ("words", "complaint"),
     [
         (["nowhere"], "nowhere"),
-        (["."], "holds no adapter"),
+        (["."], "does not contain an adapter"),
         ([".", "--output", "."], "--output . is a folder"),
         ([".", "--neighbours", "-1"], "of at least 0"),
         ([".", "--template", "auto"], "invalid choice: 'auto'"),

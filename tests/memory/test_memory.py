@@ -546,7 +546,9 @@ def test_a_token_that_was_added_later_is_refused_in_a_question(fact_model: FactM
     later = MemoryEditor(editor.model, tokenizer)
     before = copies(later)
     added = Edit("the capital of Zembla is", edits(0)[0].target)
-    with pytest.raises(ValueError, match="contains token 224, but this memory of edits was made when"):
+    with pytest.raises(
+        ValueError, match="contains token 224, but this memory of edits was made when"
+    ):
         later.edit([added])
     assert same(copies(later), before)
     prompt = tokenizer(str(added.prompt))["input_ids"]
