@@ -28,10 +28,13 @@ def parse(words: Sequence[str]) -> Command | int:
     """
     baft: Any = typer.main.get_command(_application(words))
     if not words or words[0] not in COMMANDS:
-        return baft.main(list(words), prog_name="baft", standalone_mode=False)
+        code: int = baft.main(list(words), prog_name="baft", standalone_mode=False)
+        return code
     # Called through `baft`, the command would first process the options of `baft`, for which typer imports pydantic.
-    command, name = baft.commands[words[0]], f"baft {words[0]}"
-    return command.main(list(words[1:]), prog_name=name, standalone_mode=False)
+    parsed: Command | int = baft.commands[words[0]].main(
+        list(words[1:]), prog_name=f"baft {words[0]}", standalone_mode=False
+    )
+    return parsed
 
 
 def error_message(error: typer.TyperException, words: Sequence[str]) -> str:

@@ -123,13 +123,14 @@ class Answers:
         return self._scaled(direction)[0]
 
     def _whitened(self, rows: Tensor) -> Tensor:
-        solved = torch.cholesky_solve(rows.mT, self._factor).mT
+        solved: Tensor = torch.cholesky_solve(rows.mT, self._factor).mT
         return torch.nn.functional.normalize(solved, dim=1)
 
     def _scaled(self, directions: Tensor) -> Tensor:
         vectors = directions * LENGTH * self.tail.typical.norm().to(directions.device)
         largest = vectors.abs().amax(1, keepdim=True).clamp(min=1e-30)
-        return vectors * (LARGEST / largest).clamp(max=1)
+        scaled: Tensor = vectors * (LARGEST / largest).clamp(max=1)
+        return scaled
 
 
 class UnreachableTokenError(ValueError):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import Tensor
@@ -122,8 +122,7 @@ class MemoryEditor(AttachedEditor):
                 f"The active adapter {self.adapter_name!r} is not a memory of edits; create one with BaftConfig(memory=True)."
             )
         self._settings, self._options = config.settings, template_options
-        base: PreTrainedModel = model.get_base_model()
-        self._base = base
+        self._base = cast(PreTrainedModel, model.get_base_model())
         # A memory is attached to one block.
         (self._layer,) = (
             layer for layer in baft_layers(model) if self.adapter_name in layer.configs
@@ -393,7 +392,7 @@ class MemoryEditor(AttachedEditor):
     def _with_reachable_ends(self, tensor: Tensor) -> Tensor:
         """Cut the ends of replies off before tokens that no output of the last block produces."""
         prompt_format = PromptFormat.from_json(unpack_json(tensor))
-        ends: dict[str, Ids] = {}
+        ends: dict[str, Any] = {}
         for name in ("chat_end", "raw_end"):
             ids: Ids = getattr(prompt_format, name)
             try:

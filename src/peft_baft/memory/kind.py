@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,8 @@ class Memory:
         self, layer: BaftLayer, adapter_name: str, hidden: Tensor, call: Call
     ) -> Tensor | None:
         """Compute the change of the block's output that produces the next tokens of answers."""
-        return self._part(layer, adapter_name).change(hidden, call)
+        change: Tensor | None = self._part(layer, adapter_name).change(hidden, call)
+        return change
 
     def change_rows(
         self, layer: BaftLayer, rows: Mapping[str, Sequence[int]], hidden: Tensor, call: Call
@@ -94,8 +95,7 @@ class Memory:
 
     @staticmethod
     def _part(layer: BaftLayer, adapter_name: str) -> MemoryPart:
-        part: Any = layer.baft_part[adapter_name]
-        return part
+        return cast(MemoryPart, layer.baft_part[adapter_name])
 
 
 MEMORY = Memory()

@@ -165,7 +165,7 @@ def _join_tokens(question: Question, texts: Sequence[str]) -> tuple[list[_Word],
         for place, text in enumerate(token_texts)
         if place == 0 or text[:1] == " " or not text[:1].isalnum()
     ]
-    words = []
+    words: list[_Word] = []
     word_index = torch.zeros(len(tokens), dtype=torch.long)
     for start, end in pairwise([*starts, len(tokens)]):
         parts = [text.strip() for text in token_texts[start:end]]

@@ -181,7 +181,7 @@ def _around_message(tokenizer: PreTrainedTokenizerBase, template: Template) -> t
 
 def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the text of each token in the vocabulary, including the space before it."""
-    tokens = list(map(str, tokenizer.convert_ids_to_tokens(range(len(tokenizer)))))
+    tokens = list(map(str, tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))))
     marks_spaces = any(token.startswith(SPACES) for token in tokens)
     is_wordpiece = not marks_spaces and any(token.startswith("##") for token in tokens)
     texts = []

@@ -164,7 +164,8 @@ class Tail:
         signs[torch.randperm(len(signs), generator=generator)[:half]] = -1
         # With vectors of both signs, a norm's bias cancels out.
         up, down = self._run(self.steps[:-1], torch.stack([signs, -signs])).float()
-        return (up - down) / 2 * signs.to(self.device)
+        gain: Tensor = (up - down) / 2 * signs.to(self.device)
+        return gain
 
     def gradients(self, tokens: Sequence[int]) -> Tensor:
         """Return the gradients (n, d) of tokens' logits at a typical output of the last block. This works for any modules."""
@@ -198,12 +199,12 @@ def _traced(block: nn.Module) -> Iterator[_Trace]:
     # The block's own adapters run after it, in its hooks.
     inside = {id(module) for module in block.modules()}
 
-    def before(module: nn.Module, args: tuple) -> None:
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
         is_after = trace.states and id(module) not in inside
         if is_after and threading.get_ident() == thread:
             begun.append((module, args))
 
-    def after(module: nn.Module, args: tuple, output: Any) -> None:
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if threading.get_ident() != thread:
             return
         if module is block:

@@ -20,8 +20,9 @@ from peft_baft.processes import Processes
 from peft_baft.storage import append_line
 from peft_baft_bench.methods.methods import methods
 from peft_baft_bench.metrics.metrics import METRICS, piqa_accuracy
+from peft_baft_bench.questions.asking import NEIGHBOUR
 from peft_baft_bench.questions.neighbour_questions import Neighbours
-from peft_baft_bench.questions.probing import FURTHER_KINDS, NEIGHBOUR, Probing
+from peft_baft_bench.questions.probing import FURTHER_KINDS, Probing
 from peft_baft_bench.report.tables import tables
 from peft_baft_bench.run import plan
 from peft_baft_bench.run.results import (

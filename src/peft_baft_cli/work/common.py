@@ -110,7 +110,8 @@ def adapter_config(adapter: str, revision: str | None = None) -> PeftConfig:
             f"There is no adapter folder {adapter}. Give a folder made by `baft edit --output`, or a Hub id."
         )
     try:
-        return PeftConfig.from_pretrained(adapter, **given(revision=revision))
+        config: PeftConfig = PeftConfig.from_pretrained(adapter, **given(revision=revision))
+        return config
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}".split("\n")[0].rstrip(".")
         if folder.is_dir():
@@ -221,7 +222,7 @@ def chosen_model(
 
 
 def chosen_preset(name: str, r: int | None, lr: float | None, max_steps: int | None) -> Preset:
-    """Return a preset, with the settings that are given in place of its own."""
+    """Return a preset, with the given settings in place of its own."""
     preset = find_preset(name)
     descent = given(lr=lr, max_steps=max_steps)
     return replace(

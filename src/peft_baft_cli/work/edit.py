@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from peft_baft import BaftConfig, Unrelated, editor_for
 from peft_baft.adapter.registration import BAFT
 from peft_baft.adapter.weights import FILE as WEIGHTS
-from peft_baft.data.cases import Case, Edit, prompt_words
+from peft_baft.data.cases import Case, Edit, Probe, prompt_words
 from peft_baft.data.datasets import read_cases, read_unrelated
 from peft_baft.data.unrelated import CANARIES
 from peft_baft.editing.attached import AttachedEditor
@@ -318,7 +318,7 @@ def _saved(
     return report
 
 
-def _canaries(file: Path | None) -> Sequence[Unrelated]:
+def _canaries(file: Path | None) -> Sequence[Unrelated | Probe]:
     if file is None:
         return CANARIES
     return read_unrelated(require_file(file, "--canaries", CANARY_FILE))
