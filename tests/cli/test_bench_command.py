@@ -174,7 +174,7 @@ def test_what_cannot_be_asked_is_named_before_a_model_is_loaded(
     (tmp_path / "piqa-labels.lst").write_text("0\n")
     for name, file, complaint in (
         ("facts", "facts.jsonl", "no record of the data names one"),
-        ("piqa", "piqa.jsonl", "--also neighbour asks about edits, and piqa edits nothing"),
+        ("piqa", "piqa.jsonl", "--also neighbour asks about edits, and piqa has none"),
     ):
         more = [
             "--model",

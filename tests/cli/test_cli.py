@@ -217,7 +217,7 @@ def test_the_version_names_every_package_that_moves_a_result(capsys) -> None:
         (["--unrelated", "absent.jsonl"], "--unrelated: there is no file absent.jsonl"),
         (["--canaries", "absent.jsonl"], "--canaries: there is no file absent.jsonl"),
         (["--device", "nonsense"], "--device nonsense cannot be used here"),
-        (["--device", "meta"], "it holds no values"),
+        (["--device", "meta"], "it does not store values"),
         (["--adapter", "./absent"], "There is no adapter folder ./absent"),
         (
             ["--adapter", "someone/absent"],
@@ -269,7 +269,7 @@ def test_a_bug_is_not_called_bad_input(
     facts.write_text(json.dumps({"prompt": "a", "target": "b"}))
     assert edit(facts, tmp_path / "out") == 1
     told = capsys.readouterr().err
-    assert "Traceback" in told and "baft --version" in told and "not in what you gave" in told
+    assert "Traceback" in told and "baft --version" in told and "not in your input" in told
 
 
 # what is shown
@@ -468,7 +468,7 @@ def test_facts_that_later_edits_overwrote_are_told_apart_from_those_that_were_ne
     print_report(told(batches, [True] * 4))
     shown = capsys.readouterr().out
     assert "4 of 4 learned when made, all known at the end." in shown and "overwrite" not in shown
-    assert "put in other words (generality): not asked" in shown
+    assert "rephrased (generality): not measured" in shown
     failed = [EditRecord(facts_of("a"), outcome(False), "not learned after 10 steps", False)]
     print_report(told(failed, [False]))
     shown = capsys.readouterr().out
