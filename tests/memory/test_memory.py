@@ -514,7 +514,7 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def convert_ids_to_tokens(self, ids: range) -> list[str]:
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
         return [self.tokens[i] for i in ids]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
@@ -534,7 +534,8 @@ class Vocabulary:
 def test_a_token_that_begins_a_word_has_a_space_before_it(
     tokens: tuple[str, ...], texts: list[str]
 ) -> None:
-    assert token_texts(Vocabulary(*tokens)) == texts
+    vocabulary: Any = Vocabulary(*tokens)
+    assert token_texts(vocabulary) == texts
 
 
 def test_a_token_that_was_added_later_is_refused_in_a_question(fact_model: FactModel) -> None:
