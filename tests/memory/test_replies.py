@@ -423,7 +423,7 @@ def test_a_template_that_puts_nothing_after_a_message_is_warned_of(
     plain = deepcopy(chat.tokenizer)
     plain.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     editor_of(FactModel(chat.base, plain))
-    assert "reads the whole prompt as the question" in caplog.text
+    assert "takes the whole prompt as the question" in caplog.text
 
 
 def test_a_chat_goes_on_over_the_cache_of_its_turns(chat: FactModel) -> None:

@@ -1,6 +1,6 @@
-"""A memory of edits: it recognises a question and says the taught answer. Importing it makes `BaftConfig(memory=...)` known.
+"""A memory of edits: it recognises a question and gives the stored answer. Importing it enables `BaftConfig(memory=...)`.
 
-Nothing else in the package imports this folder: delete it, its command and its docs, and plain BaFT works as before.
+Nothing else in the package requires this folder. Without it and its command, plain BaFT works as before.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -39,7 +39,7 @@ from peft_baft.tools.check.trials import (
     RIGHT,
     RUNS,
 )
-from peft_baft_cli.errors import NOT_SO
+from peft_baft_cli.errors import CHECK_FAILED
 
 
 def traces(model: nn.Module) -> dict[str, Any]:
@@ -305,7 +305,7 @@ def test_the_command_prints_the_table_or_json_and_tells_by_its_exit_code(
     assert cli.main(["check", "--model", saved_model, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"] is True
     too_many(monkeypatch)
-    assert cli.main(["check", "--model", saved_model]) == NOT_SO
+    assert cli.main(["check", "--model", saved_model]) == CHECK_FAILED
     assert "NOT WHOLE" in capsys.readouterr().out
     assert cli.main(["check", "--model", saved_model, "--adapter", saved_model]) == 2
 
