@@ -75,7 +75,7 @@ def edit_continually(
             record = _make(editor, batch, number, check, keep_only_good)
             if journal is not None:
                 is_last = number == last_number + len(batches) - len(lines)
-                processes.of_first(partial(_write, journal, editor, number, record, is_last))
+                processes.on_main(partial(_write, journal, editor, number, record, is_last))
             yield record
 
 
@@ -100,7 +100,7 @@ def _begun(
         lines = _begin_run(journal, editor, resume, batches)
         return lines, max((line.edit for line in journal.edits()), default=0)
 
-    lines, last_number = editor.processes.of_first(begin)
+    lines, last_number = editor.processes.on_main(begin)
     _follow_first(editor)
     for line, batch in zip(lines, batches, strict=False):
         if line.kept:  # an editor's state is tensors alone, so the form comes from the facts
@@ -111,12 +111,12 @@ def _begun(
 def _follow_first(editor: AttachedEditor) -> None:
     """Bring the adapters and cursors of all processes to those of the first one."""
     processes = editor.processes
-    if processes.count == 1:
+    if processes.world_size == 1:
         return
-    processes.spread(adapter_tensors(editor.model))
+    processes.broadcast(adapter_tensors(editor.model))
     state = editor.state_dict()
     cursors = {name: value for name, value in state.items() if name.startswith(CURSOR)}
-    editor.load_state_dict({**state, **processes.of_first(lambda: cursors)})
+    editor.load_state_dict({**state, **processes.on_main(lambda: cursors)})
 
 
 def _not_learned(result: EditResult) -> str | None:
@@ -140,7 +140,7 @@ def _make(
         return EditRecord(batch, None, str(error), False)
     problem = _not_learned(result)
     if problem is None and check is not None:
-        problem = editor.processes.of_first(check)
+        problem = editor.processes.on_main(check)
     if problem is not None and keep_only_good:
         restore()
         return EditRecord(batch, result, problem, False)
