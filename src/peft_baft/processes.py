@@ -106,7 +106,10 @@ class Processes:
             self._exchange(None, None)
 
     def raise_if_peer_failed(self) -> None:
-        """Raise `PeerFailed` if another process has failed. Call it in long work inside `all_gather` or `barrier`; it never waits."""
+        """Raise `PeerFailed` if another process has failed, without waiting for it.
+
+        Long work inside `all_gather` or `barrier` should call this now and then.
+        """
         if self.world_size > 1 and dist.distributed_c10d._get_default_store().check(
             [self._failure_key]
         ):
@@ -130,7 +133,7 @@ class Processes:
         with torch.no_grad():
             for tensor in tensors:
                 value = tensor.detach().cpu().contiguous()
-                dist.broadcast(value, 0, group=self._group)
+                dist.broadcast(value, src=0, group=self._group)
                 tensor.copy_(value)
 
     def all_gather_rows(self, work: Callable[[], list[Tensor]]) -> list[Tensor]:

@@ -31,7 +31,7 @@ from peft_baft.evaluation.guard import canary_check
 from peft_baft.integrations.card import REPORT
 from peft_baft.loading import locate_model
 from peft_baft.processes import Processes
-from peft_baft.storage import give_umask_mode
+from peft_baft.storage import apply_umask_mode
 from peft_baft_cli.errors import DONE, NOT_SO, Interrupted
 from peft_baft_cli.options import EditCommand
 from peft_baft_cli.screen import doing, progress_shown
@@ -290,7 +290,7 @@ def _saved(
     """
     output = options.output
     editor.model.save_pretrained(str(output), save_embedding_layers=False)
-    give_umask_mode(output / WEIGHTS)  # safetensors makes its files readable by their owner alone
+    apply_umask_mode(output / WEIGHTS)  # safetensors makes its files readable by their owner alone
     report = {
         "model": options.model,
         "adapter": str(output),
