@@ -198,7 +198,7 @@ class Code:
 
 
 BROKEN = {
-    "no folder": (lambda f: (f / "config.json").unlink(), "no folder that pyreft saved"),
+    "no folder": (lambda f: (f / "config.json").unlink(), "is not a folder that pyreft saved"),
     "no list": (lambda f: changed_config(f, representations=None), "must list"),
     "another kind": (
         lambda f: changed_config(

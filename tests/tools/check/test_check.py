@@ -221,7 +221,7 @@ def test_a_models_own_adapter_is_used_and_stays_as_it_is() -> None:
     assert traces(model) == before and list(model.peft_config) == ["default"]
     with pytest.raises(ValueError, match="not both"):
         peft_baft.check(model, adapter="a folder")
-    with pytest.raises(ValueError, match="is no PeftModel"):
+    with pytest.raises(ValueError, match="is not a PeftModel"):
         peft_baft.check(model.get_base_model())
 
 

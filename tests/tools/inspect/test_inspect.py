@@ -216,7 +216,7 @@ def test_what_cannot_be_inspected_is_refused_with_advice(
     )
     with pytest.raises(TypeError, match=r"carries LORA\. Load a BaFT adapter with"):
         inspect(lora, tokenizer, PROMPT)
-    with pytest.raises(TypeError, match=r"LlamaForCausalLM carries no adapter\. Load"):
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM has no adapter\. Load"):
         inspect(base, tokenizer, PROMPT)  # type: ignore[arg-type]
     with model.disable_adapter(), pytest.raises(ValueError, match="set_adapter"):
         inspect(model, tokenizer, PROMPT)
