@@ -28,6 +28,8 @@ def orthonormal_rows(weight: Tensor) -> Tensor:
         R: (..., r, d) float32 (float64 for a float64 weight) with R Rᵀ = I.
     """
     precise = weight if weight.dtype == torch.float64 else weight.float()
+    q: Tensor
+    triangle: Tensor
     q, triangle = torch.linalg.qr(precise.mT)
     signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
     return (q * signs[..., None, :]).mT

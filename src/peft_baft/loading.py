@@ -103,7 +103,7 @@ def _parse_gguf_once() -> Iterator[None]:
 
 
 def _dequantised() -> dict[str, Any]:
-    """Return the argument that makes transformers dequantise a GGUF file; newer versions keep the weights packed by default."""
+    """Return the argument that makes transformers dequantise a GGUF file; newer versions may keep the weights packed."""
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
@@ -198,7 +198,8 @@ def fingerprint(model: nn.Module, samples: int | None = 64) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if samples is None:
             for part in torch.split(flat, BLOCK):
-                digest.update(part.contiguous().view(torch.uint8).cpu().numpy())
+                data: Any = part.contiguous().view(torch.uint8).cpu().numpy()
+                digest.update(data)
         else:
             chosen = torch.arange(min(samples, flat.numel())) * (flat.numel() // samples or 1)
             digest.update(flat[chosen.to(flat.device)].double().cpu().numpy().tobytes())

@@ -175,7 +175,8 @@ class Processes:
         has_gradient = torch.tensor([p.grad is not None for p in parameters], dtype=dtype)
         message = torch.cat([*flat, has_gradient])
         dist.all_reduce(message, group=self._group)
-        *sums, counts = message.split([*(p.numel() for p in parameters), len(parameters)])
+        sizes = [*(p.numel() for p in parameters), len(parameters)]
+        *sums, counts = torch.split(message, sizes)
         for parameter, gradient, count in zip(parameters, sums, counts.tolist(), strict=True):
             parameter.grad = gradient.view_as(parameter).to(parameter) if count else None
 

@@ -214,7 +214,7 @@ def test_what_cannot_be_inspected_is_refused_with_advice(
     lora = get_peft_model(
         edited_model(base).unload(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     )
-    with pytest.raises(TypeError, match=r"carries LORA\. Load a BaFT adapter with"):
+    with pytest.raises(TypeError, match=r"has LORA\. Load a BaFT adapter with"):
         inspect(lora, tokenizer, PROMPT)
     with pytest.raises(TypeError, match=r"LlamaForCausalLM has no adapter\. Load"):
         inspect(base, tokenizer, PROMPT)  # type: ignore[arg-type]

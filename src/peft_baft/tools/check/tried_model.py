@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -76,14 +76,14 @@ class TriedModel:
     @torch.no_grad()
     def generate(self, batch: dict[str, Tensor]) -> tuple[list[list[int]], Tensor]:
         """Generate tokens for each row; return them and the logits that they were chosen from, (rows, new tokens, vocabulary)."""
-        settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        settings = GenerationConfig(
             max_new_tokens=NEW_TOKENS,
             min_new_tokens=NEW_TOKENS,
             do_sample=False,
             num_beams=1,
             pad_token_id=self.pad,
         )
-        out = self.model.generate(
+        out: Any = self.model.generate(
             **batch, generation_config=settings, return_dict_in_generate=True, output_logits=True
         )
         new_tokens = out.sequences[:, batch["input_ids"].shape[1] :]
