@@ -1,5 +1,6 @@
 """Several processes at one job give what one gives, and end together. Each test looks at what `process_worker.py` left."""
 
+# mypy: disable-error-code="arg-type"
 from __future__ import annotations
 
 import json

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_baft.data.cases import Prompt, prompt_words
 from peft_baft.data.templates import RAW, Rendering, Template, chat_prompt, chat_turn, is_chat
 from peft_baft.span import IGNORED_LABEL
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 RAW_END = "\n"  # the end of a trained answer in raw text
 # Config fields with a model's maximum number of tokens: of most models, of MPT and DBRX, of Whisper and other speech decoders.
@@ -132,7 +131,7 @@ def prompt_text(
 
 
 def encode_fitting(
-    model: PeftModel | PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     answer: str,
@@ -247,10 +246,10 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((token_id for token_id in candidates if token_id is not None), 0)
 
 
-def context_window(model: PeftModel | PreTrainedModel) -> int | None:
+def context_window(model: nn.Module) -> int | None:
     """Return the maximum number of tokens that the model reads, or None if its config does not say."""
-    config = (
-        model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    )
+    config: Any = model.config
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
     windows = [getattr(config, name, None) for name in WINDOW_NAMES]
     return next((window for window in windows if isinstance(window, int) and window > 0), None)

@@ -1,6 +1,6 @@
 """`inspect` measures what an edit does to one prompt, and leaves the model as it was."""
 
-# mypy: disable-error-code="attr-defined, index, union-attr"
+# mypy: disable-error-code="arg-type, attr-defined, index, union-attr"
 from __future__ import annotations
 
 from typing import Any
