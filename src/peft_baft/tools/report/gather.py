@@ -28,9 +28,8 @@ from peft_baft.tools.report.taught import TaughtFact
 LIMIT, NEIGHBOURS, CONTEXTS = 50, 4, 3
 LONGER_SUBJECT = 16  # number of tokens by which another subject may be longer than the fact's
 QUESTION, REPHRASING = "question", "rephrasing"
-NamedQuestions = tuple[
-    tuple[str, Question], ...
-]  # QUESTION, REPHRASING or the name of a context; and the question
+# Pairs of QUESTION, REPHRASING or the name of a context, and a question.
+NamedQuestions = tuple[tuple[str, Question], ...]
 
 
 @dataclass(frozen=True)
