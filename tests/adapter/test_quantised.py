@@ -1,6 +1,6 @@
 """Editing models whose weights are stored in 4 or 8 bits, and what only a GPU can show (`pytest -m gpu`)."""
 
-# mypy: disable-error-code="union-attr"
+# mypy: disable-error-code="assignment, union-attr"
 from __future__ import annotations
 
 import importlib.util

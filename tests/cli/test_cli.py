@@ -212,7 +212,7 @@ def test_the_version_names_every_package_that_moves_a_result(capsys) -> None:
         (["--nonsense"], "unknown: --nonsense"),
         (["--model", "./absent"], "There is no model at ./absent"),
         (["--model", "absent.gguf"], "There is no model at absent.gguf"),
-        (["--model", "smollm2", "--revision", "v1"], "revision belongs to a model on the Hub"),
+        (["--model", "smollm2", "--revision", "v1"], "revision selects a version on the Hub"),
         (["--edits", "absent.jsonl"], "--edits: there is no file absent.jsonl"),
         (["--unrelated", "absent.jsonl"], "--unrelated: there is no file absent.jsonl"),
         (["--canaries", "absent.jsonl"], "--canaries: there is no file absent.jsonl"),
@@ -250,7 +250,7 @@ def test_a_model_that_is_nowhere_is_named_in_one_line(tmp_path, capsys, monkeypa
     (tmp_path / "empty").mkdir()
     for name, complaint in (
         ("nobody/nothing", "no model of that name"),
-        (str(tmp_path / "empty"), "holds no model"),
+        (str(tmp_path / "empty"), "There is no model in"),
     ):
         assert edit(facts, tmp_path / "out", "--model", name) == 2
         told = capsys.readouterr().err

@@ -249,7 +249,7 @@ def test_adapters_and_models_on_the_hub_are_taken_in_the_revision_that_was_asked
     assert answers("--model", "someone/toy", "--revision", "v1")["without"].startswith(old)
     # It has no main.
     assert cli.main(["ask", prompt, "--adapter", "someone/edits", "--model", "someone/toy"]) == 2
-    assert "no model of that name could be had" in capsys.readouterr().err
+    assert "no model of that name could be loaded" in capsys.readouterr().err
     continued = ["--adapter", "someone/edits", "--adapter-revision", "v1"]
     data = ["--model", "someone/toy", "--revision", "v1", "--edits", str(folder / "facts.jsonl")]
     assert (

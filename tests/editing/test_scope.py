@@ -91,8 +91,8 @@ def test_a_context_that_the_template_refuses_is_left_out_and_that_is_said(
     assert 1 <= len(others) == len(fitting) < 4
     told = [message for message in caplog.messages if "one context fewer" in message]
     assert len(told) == 4 - len(others)
-    assert any("refuses messages of system" in message for message in told)
-    with pytest.raises(ValueError, match="refuses messages of system"):
+    assert any("rejects messages with the roles system" in message for message in told)
+    with pytest.raises(ValueError, match="rejects messages with the roles system"):
         own = Edit([Message("system", "Be brief."), Message("user", "Hello")], "Lorton")
         encode_edits(fact_model.base, tokenizer, [own], (CHAT,), scope=short)
 

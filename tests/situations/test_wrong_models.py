@@ -1,5 +1,6 @@
 """What takes a model or a tokenizer refuses the wrong kind, and says which it wants."""
 
+# mypy: disable-error-code="arg-type"
 from __future__ import annotations
 
 from collections.abc import Callable

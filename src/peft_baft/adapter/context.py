@@ -395,9 +395,9 @@ class EditContext:
             real = torch.ones(call.prompt.shape[:2], device=call.prompt.device)
         real, stated = real.bool(), self._passed_or_stated(lengths)
         return Generation(
-            GenerationSpan.of_prompt(real, int(cached), stated),
+            GenerationSpan.from_prompt(real, int(cached), stated),
             int(cached),
-            GenerationSpan.of_prompt(real, 0, stated),
+            GenerationSpan.from_prompt(real, 0, stated),
             call.prompt,
             real,
             cached=int(cached),

@@ -116,10 +116,10 @@ class AdapterEditor(AttachedEditor):
         ):
             if not parameters:
                 raise ValueError(f"The adapter {self.adapter_name!r} has no trainable parameters.")
-            with self._restored_on_error(), self.processes.together():
-                self.processes.require_alike(facts, "edits")
+            with self._restored_on_error(), self.processes.barrier():
+                self.processes.require_equal(facts, "edits")
                 # New adapters differ if the processes were seeded differently; use that of the first process.
-                self.processes.spread(adapter_tensors(self.model))
+                self.processes.broadcast(adapter_tensors(self.model))
                 result = self._train(batch, facts, Descent(parameters, descent, self._bounds))
         self.remember_form(self.adapter_name, batch)
         return result
@@ -177,7 +177,7 @@ class AdapterEditor(AttachedEditor):
         self, edits: Sequence[Edit], facts: list[list[Tokens]], descent: Descent
     ) -> EditResult:
         """Train the active adapter on one batch of facts, which the processes share."""
-        own_rows = [row for rows in self.processes.share(facts) for row in rows]
+        own_rows = [row for rows in self.processes.shard(facts) for row in rows]
         lane = Lane(self.adapter_name, own_rows, [], descent)
         batch = LaneBatch([lane], self._open) if lane.rows else None
         (result,) = train_lanes([lane], batch, self._terms, processes=self.processes)

@@ -282,7 +282,7 @@ class BaftEditor(AdapterEditor):
         """Train the active adapter on one batch of facts; the processes share the facts and their unrelated texts."""
         per_edit = self.unrelated_per_edit if self._unrelated else 0
         texts = self._take_unrelated(len(facts))
-        own_facts = self.processes.share(range(len(facts)))
+        own_facts = self.processes.shard(range(len(facts)))
         own_texts: list[Tokens] = []
         for i in own_facts:
             own_texts += texts[i * per_edit : (i + 1) * per_edit]

@@ -77,7 +77,7 @@ def edit_continually(
             record = _make(editor, batch, number, check, keep_only_good)
             if journal is not None:
                 is_last = number == last_number + len(batches) - len(lines)
-                processes.of_first(partial(_write, journal, editor, number, record, is_last))
+                processes.on_main(partial(_write, journal, editor, number, record, is_last))
             yield record
 
 
@@ -101,7 +101,7 @@ def _start(
         lines = _start_run(journal, editor, resume, batches)
         return lines, journal.state().last_number
 
-    lines, last_number = editor.processes.of_first(start_in_first)
+    lines, last_number = editor.processes.on_main(start_in_first)
     _synchronise(editor)
     for line, batch in zip(lines, batches, strict=False):
         # An editor's state has only tensors, so the prompt format comes from the facts.
@@ -113,12 +113,12 @@ def _start(
 def _synchronise(editor: AttachedEditor) -> None:
     """Copy the adapters and cursors of the first process to all others."""
     processes = editor.processes
-    if processes.count == 1:
+    if processes.world_size == 1:
         return
-    processes.spread(adapter_tensors(editor.model))
+    processes.broadcast(adapter_tensors(editor.model))
     state = editor.state_dict()
     cursors = {name: value for name, value in state.items() if name.startswith(CURSOR)}
-    editor.load_state_dict({**state, **processes.of_first(lambda: cursors)})
+    editor.load_state_dict({**state, **processes.on_main(lambda: cursors)})
 
 
 def _not_learned(result: EditResult) -> str | None:
@@ -142,7 +142,7 @@ def _make(
         return EditRecord(batch, None, str(error), False)
     problem = _not_learned(result)
     if problem is None and check is not None:
-        problem = editor.processes.of_first(check)
+        problem = editor.processes.on_main(check)
     if problem is not None and keep_only_good:
         restore()
         return EditRecord(batch, result, problem, False)

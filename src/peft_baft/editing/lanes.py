@@ -196,7 +196,7 @@ def train_lanes(
         running = [lane for lane in lanes if any(lane.descent is descent for descent in descents)]
         if batch is not None:
             batch.select_lanes(running)
-        outputs = _unflatten(processes.joined(compute), gated_blocks)
+        outputs = _unflatten(processes.all_gather_rows(compute), gated_blocks)
         for lane, output in zip(running, outputs, strict=True):
             lane.output = output
         return [terms(lane, output) for lane, output in zip(running, outputs, strict=True)]

@@ -140,7 +140,7 @@ def descend(
     while running:
         # The losses are checked before each step and after the last one, so that a known fact takes no step.
         terms, now = losses(running), time.perf_counter()
-        values = processes.of_first(partial(_fetch_values, terms))
+        values = processes.on_main(partial(_fetch_values, terms))
         for descent, own_values in zip(running, values, strict=True):
             descent.record_losses(own_values, (now - begin) / len(running))
         unfinished = [i for i, descent in enumerate(running) if descent.result is None]

@@ -95,7 +95,7 @@ class InContextEditor:
         """Tell the mean cross entropy of the answers now, and whether each of their tokens is predicted."""
         losses, right = [], True
         for fact in facts:
-            row = encode_fitting(self.model, self.tokenizer, fact.prompt, fact.target)
+            row = encode_fitting(self.model.base, self.tokenizer, fact.prompt, fact.target)
             batch = collate([row], padding_id(self.tokenizer))
             logits = answer_logits(row, full_logits(self.model, **batch)[0])
             wanted = answer_ids(row).to(logits.device)

@@ -131,8 +131,8 @@ def perform(
     else:
         cases = runner.asked(runner.base)
     line = result_line(run.head, cases, averaged, command)
-    with runner.processes.together():
-        if runner.processes.first:
+    with runner.processes.barrier():
+        if runner.processes.is_main:
             append_line(output, line.to_json())
             for file in _progress_files(output, run):
                 file.unlink(missing_ok=True)
@@ -179,8 +179,8 @@ def mean_of(values: Sequence[Any]) -> Any:
 def progress_file(output: Path, run: PlannedRun, runner: Runner | None = None) -> Path:
     """Name the file of an unfinished run, beside the output; one for each process where these split blocks."""
     part = ""
-    if runner is not None and runner.processes.count > 1 and runner.split != "facts":
-        part = f".{runner.processes.rank}of{runner.processes.count}"
+    if runner is not None and runner.processes.world_size > 1 and runner.split != "facts":
+        part = f".{runner.processes.rank}of{runner.processes.world_size}"
     return output.with_suffix(".progress") / f"{run.head.key}{part}.safetensors"
 
 
@@ -214,8 +214,8 @@ def _load_progress(runner: Runner, run: PlannedRun, schedule: Schedule, output: 
 
     if runner.split != "facts":
         return load()
-    progress = runner.processes.of_first(load)
-    return progress if runner.processes.first else replace(progress, file=None)
+    progress = runner.processes.on_main(load)
+    return progress if runner.processes.is_main else replace(progress, file=None)
 
 
 def split_off_made(
@@ -223,5 +223,5 @@ def split_off_made(
 ) -> tuple[list[ResultLine], list[PlannedRun]]:
     """Give the lines of runs that `output` holds already, for the first of some processes, and the runs left to make."""
     wanted = [run.head.key for run in runs]
-    lines = (processes or Processes()).of_first(lambda: lines_made_already(output, wanted))
+    lines = (processes or Processes()).on_main(lambda: lines_made_already(output, wanted))
     return list(lines.values()), [run for run in runs if run.head.key not in lines]

@@ -104,18 +104,18 @@ class Runner:
         if self.split == "facts":
             return self._edit_blocks(method, schedule, seed, progress)
         return in_order(
-            self.processes.gather(lambda: self._edit_blocks(method, schedule, seed, progress))
+            self.processes.all_gather(lambda: self._edit_blocks(method, schedule, seed, progress))
         )
 
     def share(self, schedule: Schedule) -> list[range]:
         """List the blocks in which this process takes part."""
         blocks = schedule.blocks(self.first, self.last)
-        return blocks if self.split == "facts" else self.processes.share(blocks)
+        return blocks if self.split == "facts" else self.processes.shard(blocks)
 
     def amount(self, schedule: Schedule | None) -> int:
         """Count the rows that this process goes through, by a schedule or to ask alone."""
         if schedule is None:
-            return len(self.processes.share(range(self.first, self.last)))
+            return len(self.processes.shard(range(self.first, self.last)))
         return schedule.block * len(self.share(schedule))
 
     def _edit_blocks(
@@ -134,7 +134,7 @@ class Runner:
         if schedule.block == 1 and self.parallel > 1 and side_by_side:
             self._edit_singles(method, [block.start for block in blocks], seed, progress)
         for block in self._unfinished(schedule, progress):
-            self.processes.look_up()
+            self.processes.raise_if_peer_failed()
             editor = self._start(method, block, seed * SEED_STRIDE + block.start)
             try:
                 progress.restore(editor)
@@ -162,7 +162,7 @@ class Runner:
         """Edit rows side by side, up to the first group in which one diverged: it must not take the others with it."""
         for start in range(0, len(rows), self.parallel):
             # A failure elsewhere ends this process too, and not only when its own share is done.
-            self.processes.look_up()
+            self.processes.raise_if_peer_failed()
             entries = self._edit_side_by_side(method, rows[start : start + self.parallel], seed)
             if entries is None:
                 break
@@ -264,19 +264,19 @@ class Runner:
         Args:
             without: a context in which `model` is the unedited one, such as `disable_adapter`.
         """
-        rows = self.processes.share(range(self.first, self.last))
+        rows = self.processes.shard(range(self.first, self.last))
 
         def ask_rows() -> list[dict[str, Any]]:
             with without():
                 self.unedited.ask(model, self._questions(rows))
             entries: list[dict[str, Any]] = []
             for start in range(0, len(rows), ASKED_TOGETHER):
-                self.processes.look_up()
+                self.processes.raise_if_peer_failed()
                 entries += self._ask(model, rows[start : start + ASKED_TOGETHER])
                 self.tick(len(entries) - start)
             return entries
 
-        return in_order(self.processes.gather(ask_rows))
+        return in_order(self.processes.all_gather(ask_rows))
 
     @property
     def _sharing(self) -> Processes:
@@ -285,7 +285,7 @@ class Runner:
 
     def _asked_here(self, rows: Sequence[int]) -> list[int]:
         """List those rows of a block that this process asks."""
-        return [row for row in rows if row % self._sharing.count == self._sharing.rank]
+        return [row for row in rows if row % self._sharing.world_size == self._sharing.rank]
 
     def _ask_here(
         self, model: Any, rows: Sequence[int], edited: Sequence[int], routed: Routed | None
@@ -293,7 +293,7 @@ class Runner:
         def ask_rows() -> list[dict[str, Any]]:
             return self._ask(model, self._asked_here(rows), edited=edited, routed=routed)
 
-        return in_order(self._sharing.gather(ask_rows))
+        return in_order(self._sharing.all_gather(ask_rows))
 
     def _ask(
         self,

@@ -68,14 +68,14 @@ def bench(options: BenchCommand) -> int:
     with Processes.started(options.processes) as processes:
         device = default_device(options.device)
         split = describe_split(processes, device, SPLIT[options.split])
-        if processes.first and split:
+        if processes.is_main and split:
             print(split, flush=True)
         device = processes.device(device)
         file = locate(options.benchmark, options.data)
         choice = chosen_model(options, device)
         measure = _editing if task.ask is None else _asking
         lines = measure(options, choice, file, output, processes)
-        if processes.first:
+        if processes.is_main:
             _show(lines, output)
     return DONE
 
@@ -173,16 +173,16 @@ def _asking(
         run = plan.plan_adapter(common, options.adapter, model)
     lines, runs = plan.split_off_made([run], output, processes)
     share, bar = (
-        processes.share(range(first, last)),
+        processes.shard(range(first, last)),
         partial(tqdm, disable=not _drawn(processes), leave=False),
     )
     for run in runs:
         cases = in_order(
-            processes.gather(lambda: ask(model, tokenizer, items, share, bar, template))
+            processes.all_gather(lambda: ask(model, tokenizer, items, share, bar, template))
         )
         lines.append(plan.result_line(run.head, cases, (), _command_line()))
-        with processes.together():
-            if processes.first:
+        with processes.barrier():
+            if processes.is_main:
                 append_line(output, lines[-1].to_json())
     return lines
 
@@ -191,11 +191,11 @@ def _loaded(
     choice: ModelChoice, processes: Processes
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     locate_model(choice.model, choice.revision)
-    return choice.load_base(shown=processes.first)
+    return choice.load_base(shown=processes.is_main)
 
 
 def _drawn(processes: Processes) -> bool:
-    return processes.first and progress_shown()
+    return processes.is_main and progress_shown()
 
 
 def _common(

@@ -56,13 +56,13 @@ def describe_split(processes: Processes, device: str, split: str) -> str | None:
     Raises:
         ValueError: several processes share one model over all devices.
     """
-    if processes.count == 1:
+    if processes.world_size == 1:
         return "1 process: one model over all devices" if device == AUTO else None
     if device == AUTO:
         raise ValueError(
             "--device auto spreads one model over all devices, which several processes cannot share."
         )
-    return f"{processes.count} processes: {split} split over them"
+    return f"{processes.world_size} processes: {split} split over them"
 
 
 def default_device(device: str | None) -> str:

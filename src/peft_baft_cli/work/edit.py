@@ -32,7 +32,7 @@ from peft_baft.evaluation.guard import canary_check
 from peft_baft.integrations.card import REPORT
 from peft_baft.loading import locate_model
 from peft_baft.processes import Processes
-from peft_baft.storage import give_umask_mode
+from peft_baft.storage import apply_umask_mode
 from peft_baft_cli.errors import CHECK_FAILED, DONE, Interrupted
 from peft_baft_cli.options import EditCommand
 from peft_baft_cli.screen import doing, progress_shown
@@ -60,14 +60,14 @@ def edit(options: EditCommand) -> int:
     with Processes.started(options.processes) as processes:
         device = default_device(options.device)
         split = describe_split(processes, device, "the facts of each batch")
-        if processes.first and split:
+        if processes.is_main and split:
             print(split, flush=True, file=sys.stderr if options.json else sys.stdout)
         device = processes.device(device)
         require_device(device)
         report = _edit(options, device, processes)
-        if processes.first and options.json:
+        if processes.is_main and options.json:
             print(json.dumps(report, indent=2))
-        elif processes.first:
+        elif processes.is_main:
             print_report(report)
     return CHECK_FAILED if options.strict and report["known"] < report["facts"] else DONE
 
@@ -86,29 +86,27 @@ def _edit(options: EditCommand, device: str, processes: Processes) -> dict[str, 
             f"baft edit continues BaFT adapters, but {options.adapter} is of type {continued.peft_type}."
         )
     memory, reason = _chosen_method(options, continued)
-    if processes.first and not options.json:
+    if processes.is_main and not options.json:
         print(f"Method: {'memory' if memory else 'plain'}, {reason}.")
     locate_model(options.model, options.revision)  # raises before anything is written
-    with processes.together():
-        if processes.first:
+    with processes.barrier():
+        if processes.is_main:
             _prepare_output(options)
-    with doing(f"loading {options.model}", processes.first):
+    with doing(f"loading {options.model}", processes.is_main):
         model, tokenizer = _edited_model(options, device, preset, continued, memory)
     editor = _editor(options, model, tokenizer, preset, unrelated, processes)
     earlier = _earlier_edits(options, editor, cases)
     template = editor.templates[
         -1
-    ]  # if there are both forms, the chat, which chat models are used with
-    with doing("asking the model before the edits", processes.first):
+    ]  # with both forms, the chat template, in which chat models are used
+    with doing("asking the model before the edits", processes.is_main):
         finish_report = watch(model, tokenizer, cases, template)
         check = None
         if options.min_agreement is not None:
             check = canary_check(model, tokenizer, options.min_agreement, canaries, template)
     records = _make_edits(options, editor, cases, check)
-    with doing("asking the model after the edits", processes.first):
-        return processes.of_first(
-            lambda: _saved(options, editor, finish_report(), records, earlier)
-        )
+    with doing("asking the model after the edits", processes.is_main):
+        return processes.on_main(lambda: _saved(options, editor, finish_report(), records, earlier))
 
 
 def _chosen_method(options: EditCommand, continued: PeftConfig | None) -> tuple[bool, str]:
@@ -254,7 +252,7 @@ def _make_edits(
     batch_count = -(-len(cases) // batch_size)
     every = options.snapshot_every or max(1, -(-batch_count // SNAPSHOTS))
     journal = Journal(options.output, every)
-    if options.overwrite and not options.resume and processes.first:
+    if options.overwrite and not options.resume and processes.is_main:
         journal.clear()
     runs_before = _runs(journal)
     batches = edit_continually(
@@ -266,7 +264,7 @@ def _make_edits(
         check=check,
         keep_only_good=options.keep_only_good,
     )
-    shown = processes.first and progress_shown()
+    shown = processes.is_main and progress_shown()
     try:
         return _with_progress(batches, batch_count, batch_size, shown)
     except KeyboardInterrupt:
@@ -299,7 +297,7 @@ def _saved(
     """
     output = options.output
     editor.model.save_pretrained(str(output), save_embedding_layers=False)
-    give_umask_mode(output / WEIGHTS)  # safetensors makes its files readable only by their owner
+    apply_umask_mode(output / WEIGHTS)  # safetensors makes its files readable only by their owner
     report = {
         "model": options.model,
         "adapter": str(output),
