@@ -154,7 +154,7 @@ def test_the_selection_names_files_that_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", "")
     (names,) = re.findall(r"^VERSION_TESTS = (.*)$", makefile, re.M)
     subjects = {name.rpartition("test_")[2] for name in names.split()}
-    assert {"positions", "repeated_texts", "adapter", "saving", "journal", "model_call"} <= subjects
+    assert {"positions", "cached_prefix", "adapter", "saving", "journal", "model_call"} <= subjects
     assert not [name for name in names.split() if not (ROOT / "tests" / f"{name}.py").exists()]
 
 

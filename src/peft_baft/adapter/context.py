@@ -434,6 +434,7 @@ class EditContext:
         repeated = self._repeated(stack, read, given)
         forward = _Forward(repeated) if repeated else self._new_forward(stack, read, given)
         call = forward.call
+        assert call is not None, "a forward that has begun has its call"
         self._running, self.last_call = (*running, forward), call
         # Reentrant checkpointing of the stack runs it without gradients first. In inference nothing runs again.
         may_run_again = stack.training or torch.is_grad_enabled()
