@@ -99,7 +99,7 @@ def test_a_text_too_long_for_the_model_and_a_chat_are_refused(
         editor.edit([Edit(long, "Kasgrad")])
     assert not editor.model.facts
     setup = EditorSetup(template=Template(True))
-    with pytest.raises(ValueError, match="take --template raw"):
+    with pytest.raises(ValueError, match="use --template raw"):
         InContext().start(fact_model.base, fact_model.tokenizer, setup)
     with pytest.raises(ValueError, match="form must contain"):
         InContext(form="{prompt}")

@@ -256,7 +256,7 @@ def test_what_several_rows_ask_alike_is_asked_once(bench: Runner, monkeypatch) -
     )
     together = ask(bench.base, bench.tokenizer, questions)
     assert sum(asked) == 6 and [reply.text for reply in together] == [reply.text for reply in each]
-    assert all(torch.equal(a.said, b.said) for a, b in zip(together, each, strict=True))
+    assert all(torch.equal(a.predicted, b.predicted) for a, b in zip(together, each, strict=True))
 
 
 def test_text_that_is_asked_is_not_trained_on(bench: Runner) -> None:
