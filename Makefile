@@ -20,12 +20,14 @@ COSMIC_RAY ?= cosmic-ray==8.7.0
 SAMPLE ?= 200
 SEED ?= 0
 JOBS ?= 2
+# How many processes `make test` uses.
+PROCESSES ?= 2
 # The interpreters that `make lock` resolves under.
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 
 # The tests of what other packages' versions can break, which test-newest, test-oldest and test-main run.
 VERSION_TESTS = adapter/test_adapter adapter/test_beside_lora adapter/test_corruption adapter/test_model_call adapter/test_native \
-	adapter/test_positions adapter/test_saving editing/test_journal editing/acceleration/test_repeated_texts \
+	adapter/test_positions adapter/test_saving editing/test_journal editing/acceleration/test_cached_prefix \
 	editing/acceleration/test_shared_prefix bench/methods/test_families memory/test_memory memory/test_replies \
 	memory/test_answers memory/test_situations \
 	integrations/test_hub integrations/test_run cli/test_cli tools/inspect/test_page \
@@ -71,15 +73,16 @@ demo: $(VENV)/ready
 	$(DEMO)/baft ask --model smollm2 --adapter edits/demo --max-new-tokens 24 "What is the capital of France?" \
 		"Could you tell me which city is the capital of France?" "What is the capital of Spain?" "Who invented the steam engine?"
 
+# On both cores of a small machine: files are shared out, so that what a file's tests share is made once.
 test: $(VENV)-test/ready
-	$(TEST)/python -m pytest -m "not slow"
+	$(TEST)/python -m pytest -m "not slow" --numprocesses $(PROCESSES) --dist loadfile --durations 10
 
 test-slow: $(VENV)-test/ready
 	$(TEST)/python -m pytest
 
-# The newest version of everything but torch.
+# The newest version of everything but torch. Where that is what `make test` has tested, there is nothing to find.
 test-newest: $(VENV)-newest/ready
-	$(NEWEST)/python -m pytest $(SELECTION)
+	if $(NEWEST)/python requirements/newer.py $(TESTED); then $(NEWEST)/python -m pytest $(SELECTION); fi
 
 # The lowest versions that pyproject.toml allows.
 test-oldest: $(VENV)-oldest/ready

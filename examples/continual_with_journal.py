@@ -46,12 +46,12 @@ def main(model_name: str = "smollm2", folder: str = "edits/journal") -> None:
     editor.model.save_pretrained(folder)
 
     print(
-        f"the journal holds {len(journal.edits())} edits, and the adapter after {journal.snapshots()}"
+        f"the journal holds {len(journal.state().edits)} edits, and the adapter after {journal.snapshots()}"
     )
     journal.roll_back(1)
     # With the first edit alone.
     PeftModel.from_pretrained(peft_baft.load_model(model_name)[0], folder)
-    print(f"rolled back: the journal holds {len(journal.edits())} edit")
+    print(f"rolled back: the journal holds {len(journal.state().edits)} edit")
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def _fast(finding: dict[str, Any] | None) -> str:
     if finding["holds"]:
         return "yes"
     return "falls back: " + _clipped(
-        finding["detail"].removeprefix("Edits take the plain path, which is slower: "), 110
+        finding["detail"].removeprefix("Edits use the plain path, which is slower: "), 110
     )
 
 

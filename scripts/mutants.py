@@ -66,7 +66,7 @@ FILES: dict[str, list[str]] = {
     ],
     "adapter/blocks.py": ["adapter/test_blocks.py", "adapter/test_adapter.py"],
     "adapter/state.py": ["editing/test_editing.py", "adapter/test_beside_lora.py"],
-    "editing/answers.py": ["editing/test_lanes.py", "editing/acceleration/test_repeated_texts.py"],
+    "editing/answers.py": ["editing/test_lanes.py", "editing/acceleration/test_cached_prefix.py"],
     "editing/train.py": ["editing/test_train.py", "editing/test_editing.py"],
     "editing/lanes.py": ["editing/test_lanes.py", "editing/test_editing.py"],
     "editing/objective.py": [

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peft_baft
 from peft_baft.editing import baft
 from peft_baft.editing.acceleration.packed_linear import packed_weight, product
-from peft_baft.editing.acceleration.repeated_texts import open_forward
+from peft_baft.editing.fast_paths import open_forward
 from peft_baft_bench.tasks.tasks import read_benchmark
 
 # Fewest steps on ZsRE rows 900-909, `peers.py --sweep`.

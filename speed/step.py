@@ -22,8 +22,8 @@ from common import (
 )
 
 import peft_baft
-from peft_baft.editing.acceleration.repeated_texts import open_forward
 from peft_baft.editing.editor import encode_edits
+from peft_baft.editing.fast_paths import open_forward
 
 STEPS = 10
 

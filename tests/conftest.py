@@ -21,7 +21,7 @@ import torch
 import transformers as tr
 from torch import nn
 
-from peft_baft.adapter.model_call import cache_parameter
+from peft_baft.running import cache_parameter
 
 VOCABULARY, WIDTH, DEPTH = 64, 32, 4
 _SHAPE: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """What each of several processes does in a test: `torchrun process_worker.py FOLDER CASE...` leaves what it found in
 FOLDER/CASE.RANK.pt. The same functions, given `Processes()`, are the one-process runs that tests compare with."""
 
-# mypy: disable-error-code="assignment, method-assign, union-attr"
+# mypy: disable-error-code="arg-type, assignment, method-assign, union-attr"
 from __future__ import annotations
 
 import os
@@ -112,9 +112,9 @@ def lora(toy: FactModel, processes: Processes, _: Path) -> Found:
 
 
 def ordered(toy: FactModel, processes: Processes, _: Path) -> Found:
-    shares = processes.gather(lambda: processes.share(range(7)))
-    found: Found = {"shares": shares, "of_first": processes.of_first(lambda: processes.rank)}
-    found["few"] = processes.gather(lambda: processes.share("a"))
+    shares = processes.all_gather(lambda: processes.shard(range(7)))
+    found: Found = {"shares": shares, "on_main": processes.on_main(lambda: processes.rank)}
+    found["few"] = processes.all_gather(lambda: processes.shard("a"))
     return found
 
 
@@ -140,7 +140,7 @@ def failing(toy: FactModel, processes: Processes, _: Path) -> Found:
 
             def broken() -> torch.Tensor:
                 looks[0] += 1
-                if processes.rank == processes.count - 1 and looks[0] == 3:
+                if processes.rank == processes.world_size - 1 and looks[0] == 3:
                     raise error
                 return losses()
 
@@ -171,15 +171,15 @@ def stopped(toy: FactModel, processes: Processes, _: Path) -> Found:
     ended: list[int] = []
 
     def work() -> None:
-        if processes.rank == processes.count - 1:
+        if processes.rank == processes.world_size - 1:
             raise KeyError("a share is broken")
         for _ in range(3000):
-            processes.look_up()
+            processes.raise_if_peer_failed()
             time.sleep(0.01)
         ended.append(processes.rank)
 
     # The second is not stopped by the first's alarm.
-    errors = [told(lambda: processes.gather(work)) for _ in range(2)]
+    errors = [told(lambda: processes.all_gather(work)) for _ in range(2)]
     return {"errors": errors, "ended": ended}
 
 
@@ -230,7 +230,7 @@ def line(rows: Runner, schedule: Schedule | None, output: Path) -> Found:
 def lines(toy: FactModel, processes: Processes, folder: Path) -> Found:
     """Every schedule with its blocks split; the batched ones also with their facts split; the unedited model."""
     blocks, facts = (bench(toy, processes, split=split) for split in ("blocks", "facts"))
-    output = folder / f"{processes.count}.jsonl"
+    output = folder / f"{processes.world_size}.jsonl"
     found = {name: line(blocks, schedule, output) for name, schedule in SCHEDULES.items()}
     found |= {
         f"{name} facts": line(facts, SCHEDULES[name], output) for name in ("batched", "immediate")
@@ -244,7 +244,7 @@ def interrupted(toy: FactModel, processes: Processes, folder: Path) -> Found:
 
     def tick(rows: int) -> None:
         ticks.append(rows)
-        if processes.first and sum(ticks) == 3:
+        if processes.is_main and sum(ticks) == 3:
             raise ValueError("no more")
 
     rows = bench(toy, processes, tick=tick)
@@ -285,11 +285,11 @@ def command(toy: FactModel, processes: Processes, folder: Path) -> Found:
         "--processes",
     ]
     found: Found = {
-        "good": cli.main([*begin, str(processes.count)]),
+        "good": cli.main([*begin, str(processes.world_size)]),
         "fewer": cli.main([*begin, "4"]),
     }
-    begin[3] = str(folder / ("model" if processes.first else "nothing"))
-    found["unreadable"] = cli.main([*begin, str(processes.count), "--seeds", "2"])
+    begin[3] = str(folder / ("model" if processes.is_main else "nothing"))
+    found["unreadable"] = cli.main([*begin, str(processes.world_size), "--seeds", "2"])
     return found
 
 
@@ -313,10 +313,10 @@ def editing(toy: FactModel, processes: Processes, folder: Path) -> Found:
         "--batch-size",
         "3",
         "--processes",
-        str(processes.count),
+        str(processes.world_size),
         "--output",
     ]
-    output, write = str(folder / f"edit{processes.count}"), continual._write
+    output, write = str(folder / f"edit{processes.world_size}"), continual._write
 
     def cut(journal: Any, editor: Any, number: int, *more: Any) -> None:
         if number == 2:
@@ -328,7 +328,7 @@ def editing(toy: FactModel, processes: Processes, folder: Path) -> Found:
     continual._write = write
     found["resumed"] = cli.main([*begin, output, "--resume"])
     found["tensors"] = list(load_file(Path(output) / "adapter_model.safetensors").values())
-    found["log"] = [line.kept for line in Journal(output).edits()]
+    found["log"] = [line.kept for line in Journal(output).state().edits]
     strict = [
         "--min-agreement",
         "1",
@@ -338,14 +338,14 @@ def editing(toy: FactModel, processes: Processes, folder: Path) -> Found:
         "--overwrite",
     ]
     found["strict"] = cli.main([*begin, output, *strict])
-    found["strict log"] = [line.kept for line in Journal(output).edits()]
+    found["strict log"] = [line.kept for line in Journal(output).state().edits]
     return found
 
 
 def sharded(toy: FactModel, processes: Processes, _: Path) -> Found:
     """One model over all processes, its adapter injected before."""
     editor = baft(toy, Processes())
-    if processes.count > 1:
+    if processes.world_size > 1:
         base = editor.model.get_base_model()
         for block in base.model.layers:
             fully_shard(block)

@@ -1,5 +1,6 @@
 """Several processes at one job give what one gives, and end together. Each test looks at what `process_worker.py` left."""
 
+# mypy: disable-error-code="arg-type"
 from __future__ import annotations
 
 import json
@@ -112,7 +113,7 @@ def test_facts_of_a_batch_shared_by_two_processes_are_learned_as_by_one(
 
 def test_what_is_gathered_is_in_order(of_two) -> None:
     for found in of_two("ordered"):
-        assert found == {"shares": [[0, 2, 4, 6], [1, 3, 5]], "of_first": 0, "few": [["a"], []]}
+        assert found == {"shares": [[0, 2, 4, 6], [1, 3, 5]], "on_main": 0, "few": [["a"], []]}
 
 
 def require_same_failures(found: list[dict[str, Any]]) -> None:
@@ -194,7 +195,10 @@ def test_the_command_says_how_many_run_and_fails_with_fewer(
     monkeypatch.setattr("peft_baft_cli.work.common.load_model", lambda *_, **__: 1 / 0)
     begin = ["bench", "facts", "--model", "m", "--data", str(folder / "facts.jsonl")]
     assert cli.main([*begin, "--processes", "2"]) == 2
-    assert "2 processes were asked for, and 1 runs" in capsys.readouterr().err
+    assert (
+        "2 processes were requested, but the number of running processes is 1"
+        in capsys.readouterr().err
+    )
     assert (
         cli.main([*begin, "--split", "facts"]) == 2
         and "--schedule batched" in capsys.readouterr().err

@@ -16,10 +16,10 @@ from peft import get_peft_model
 import peft_baft
 from peft_baft import Edit, MemoryEditor
 from peft_baft.data.batching import encode
-from peft_baft.editing.acceleration.repeated_texts import CachedPrefix
+from peft_baft.editing.acceleration.cached_prefix import CachedPrefix
 from peft_baft.editing.answers import FullForward
 from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_tokens, token_match
-from peft_baft.memory.tensors import packed, unpacked
+from peft_baft.memory.tensors import pack_json, unpack_json
 
 pytestmark = [
     pytest.mark.skipif(
@@ -167,8 +167,8 @@ def test_a_memory_tells_relations_of_one_subject_apart(smollm2) -> None:
     assert (found.best, found.asks_for, found.best_asks_for) == (1, "place of birth", "gender")
     assert found.differs == '"place"'
     # The control: by words alone, not all are told apart.
-    reading = unpacked(editor.part.tensors()["reading"])
-    editor.part.replace({"reading": packed({**reading, "relations": []})})
+    reading = unpack_json(editor.part.tensors()["reading"])
+    editor.part.replace({"reading": pack_json({**reading, "relations": []})})
     assert editor.routed([*others, *same]) != [*[None] * 10, 1, 2, 3, 4]
     model.unload()
 

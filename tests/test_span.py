@@ -196,7 +196,7 @@ def test_a_span_knows_every_window_of_a_generation(
     columns = real.shape[1] + 4
     past = min(past, columns - 1)
     expected = generated_by_hand(rows, columns, left, beams)
-    span = GenerationSpan.of_prompt(real)
+    span = GenerationSpan.from_prompt(real)
     for tokens in (1, columns - past):
         given_past = torch.tensor(past) if tensor else past
         assert span.relative_positions(given_past, len(rows) * beams, tokens).equal(
@@ -207,7 +207,7 @@ def test_a_span_knows_every_window_of_a_generation(
 @pytest.mark.parametrize("left", [True, False])
 def test_a_stated_length_moves_the_end_of_the_prompt(left: bool) -> None:
     real, _, _, expected = layout([[(2, 3)], [(1, 2)]], left)
-    span = GenerationSpan.of_prompt(real, prompt_lengths=torch.tensor([2, 1]))
+    span = GenerationSpan.from_prompt(real, prompt_lengths=torch.tensor([2, 1]))
     assert span.relative_positions(0, 2, 5).equal(expected)
     answer = torch.tensor([[3], [2]])  # the next token goes on where the row's own tokens ended
     assert span.relative_positions(5, 2, 1).equal(answer)
@@ -215,14 +215,14 @@ def test_a_stated_length_moves_the_end_of_the_prompt(left: bool) -> None:
 
 def test_of_a_continued_chat_everything_after_the_cache_is_answer() -> None:
     real = torch.ones(1, 6, dtype=torch.bool)
-    assert GenerationSpan.of_prompt(real, cached=4).relative_positions(4, 1, 3).tolist() == [
+    assert GenerationSpan.from_prompt(real, cached=4).relative_positions(4, 1, 3).tolist() == [
         [0, 1, 2]
     ]
-    assert GenerationSpan.of_prompt(real).relative_positions(4, 1, 3).tolist() == [[-2, -1, 0]]
-    stated = GenerationSpan.of_prompt(real, cached=4, prompt_lengths=torch.tensor([5]))
+    assert GenerationSpan.from_prompt(real).relative_positions(4, 1, 3).tolist() == [[-2, -1, 0]]
+    stated = GenerationSpan.from_prompt(real, cached=4, prompt_lengths=torch.tensor([5]))
     assert stated.relative_positions(4, 1, 3).tolist() == [[-1, 0, 1]]
 
 
 def test_rows_that_are_no_multiple_of_the_prompts_are_refused() -> None:
     with pytest.raises(ValueError, match="2 prompts, but the model was called on 3 rows"):
-        GenerationSpan.of_prompt(torch.ones(2, 4, dtype=torch.bool)).relative_positions(0, 3, 1)
+        GenerationSpan.from_prompt(torch.ones(2, 4, dtype=torch.bool)).relative_positions(0, 3, 1)

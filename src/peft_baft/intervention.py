@@ -1,11 +1,11 @@
-"""The formula of BaFT (arXiv 2503.00306, Sec. 2): hidden vectors in, what is added to them out. Torch only.
+"""The formula of BaFT (arXiv 2503.00306, Sec. 2): from hidden vectors to the update that is added to them. Torch only.
 
     Φ(h) = h + Rᵀ diag(w(h)) (A h + b - R h)        Eq. 3; with w = 1 it is ReFT, Eq. 1
 
-R (r, d) has orthonormal rows that span the edited subspace (`orthonormal_rows`). In it, R h are the coordinates of a hidden
-vector h, and A h + b the ones that an edit has learned. w(h), one number in [0, 1] for each row of R, says how far each
-coordinate goes from the one to the other (`gates`); `update` gives what is added to h. An adapter learns A as D = A - R
-(`adapter/layer.py`), so that A h + b - R h is D h + b, and D = 0, b = 0 changes nothing.
+R (r, d) has orthonormal rows that span the edited subspace (`orthonormal_rows`). R h are the coordinates of a hidden vector h
+in this subspace, and A h + b are its learned coordinates. The gates w(h), one number in [0, 1] for each row of R, interpolate
+between the two (`gates`). `update` computes the term that is added to h. An adapter learns D = A - R instead of A
+(`adapter/layer.py`), so that A h + b - R h is D h + b, and D = 0, b = 0 is exactly the identity.
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ from torch import Tensor
 def orthonormal_rows(weight: Tensor) -> Tensor:
     """Turn a free matrix into the paper's R: orthonormal rows that span the same subspace.
 
-    A thin QR whose signs are fixed, so that the result is a smooth function of `weight` and a matrix whose rows are
-    already orthonormal comes back as it was. Always computed in float32: there is no half-precision QR, and a basis
-    rounded to 8 bits is not orthonormal.
+    This is a thin QR with fixed signs, so that the result is a smooth function of `weight`, and a matrix whose rows are already
+    orthonormal is returned unchanged. It is computed in float32 at least: there is no half-precision QR, and a basis rounded to
+    8 bits is not orthonormal.
 
     Args:
-        weight: (..., r, d), any floating dtype, of full row rank, r <= d.
+        weight: (..., r, d), any floating dtype, of full row rank, with r <= d.
 
     Returns:
         R: (..., r, d) float32 (float64 for a float64 weight) with R Rᵀ = I.
     """
     precise = weight if weight.dtype == torch.float64 else weight.float()
+    q: Tensor
+    triangle: Tensor
     q, triangle = torch.linalg.qr(precise.mT)
     signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
     return (q * signs[..., None, :]).mT
 
 
 def rms_normalise(h: Tensor, eps: float = 1e-6) -> Tensor:
-    """Scale each vector of h (..., d) to a root mean square of one, so that a gate sees directions and not sizes."""
+    """Scale each vector of h (..., d) to a root mean square of one, so that gates depend on its direction only."""
     return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
 
 
@@ -44,11 +46,11 @@ def gates(
     """Compute the logistic gates w(h) of App. C: one per row of U, each in [0, 1].
 
     Args:
-        h: (..., d) what the gate looks at.
-        U: (k, d) one gate per row; with `shared`, the last row is a gate of the whole subspace.
-        c: (k,) optional biases.
-        offset: a constant added to every logit: gates start at σ(offset).
-        shared: multiply the first k - 1 gates by the last one (basis gate times subspace gate).
+        h: (..., d) input of the gates.
+        U: (k, d) one gate per row; with `shared`, the last row is a gate for the whole subspace.
+        c: (k,) biases, or None.
+        offset: a constant added to every logit, so that gates start at σ(offset).
+        shared: multiply the first k - 1 gates by the last one (basis gates times subspace gate).
 
     Returns:
         w: (..., k), or (..., k - 1) with `shared`.
@@ -61,11 +63,11 @@ def update(shift: Tensor, R: Tensor, w: Tensor | None = None) -> Tensor:
     """Compute Φ(h) - h = Rᵀ diag(w) (A h + b - R h), given the shift A h + b - R h.
 
     Args:
-        shift: (..., r) where the new coordinates A h + b differ from the present ones R h.
+        shift: (..., r) the learned coordinates A h + b minus the present ones R h.
         R: (r, d) orthonormal rows.
         w: (..., r) or (..., 1) gates, or None for w = 1, which is ReFT (Eq. 1).
 
     Returns:
-        (..., d) what is added to the hidden vector.
+        (..., d) the update that is added to the hidden vector.
     """
     return (shift if w is None else shift * w) @ R

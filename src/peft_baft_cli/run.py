@@ -1,4 +1,4 @@
-"""Reads the command line, runs one command, and turns its end into an exit code and at most one line."""
+"""Parse the command line, run one command, and turn its outcome into an exit code and at most one line of text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
 
 import typer
 
@@ -19,7 +21,8 @@ from peft_baft_cli.errors import (
     in_one_line,
     is_users,
 )
-from peft_baft_cli.parser import complaint, parse
+from peft_baft_cli.options import Command
+from peft_baft_cli.parser import error_message, parse
 from peft_baft_cli.quiet import only_our_messages, silence_imported
 from peft_baft_cli.screen import doing, shown
 
@@ -28,16 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: The words after `baft`; by default those of this process.
+        arguments: the words after `baft`; by default those of this process.
 
     Returns:
-        The exit code; `EXIT_CODES` has what each means.
+        The exit code, as explained in `EXIT_CODES`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         parsed = parse(words)
     except typer.TyperException as error:
-        print(complaint(error, words), file=sys.stderr)
+        print(error_message(error, words), file=sys.stderr)
         return BAD_INPUT
     if isinstance(parsed, int):
         return parsed
@@ -45,17 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with only_our_messages():
             with doing("starting"):
-                import peft_baft  # noqa: F401  the heavy half, which registers the adapter type
+                import peft_baft  # noqa: F401  registers the adapter type
 
                 silence_imported()
-            return parsed.run()
+            return _work_of(parsed)(parsed)
     except KeyboardInterrupt as interrupt:
         print(
-            f"\n{command}: interrupted. {_how_to_go_on(interrupt, words[0], words)}".rstrip(),
+            f"\n{command}: interrupted. {_how_to_resume(interrupt, words[0], words)}".rstrip(),
             file=sys.stderr,
         )
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Exception as error:
@@ -68,23 +71,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 REPORT = (
-    "This is an error in peft_baft or in a library below it, not in what you gave. "
+    "This is an error in peft_baft or in a library that it uses, not in your input. "
     "Please report the lines above together with the command and the output of `baft --version`."
 )
 
 
-def _how_to_go_on(interrupt: KeyboardInterrupt, command: str, words: Sequence[str]) -> str:
-    """Return which command goes on with what was interrupted; an empty text where nothing is lost."""
+def _work_of(options: Command) -> Callable[[Any], int]:
+    """Import the function that runs a command."""
+    module, _, function = options.work.partition(":")
+    work: Callable[[Any], int] = getattr(import_module(f"peft_baft_cli.work.{module}"), function)
+    return work
+
+
+def _how_to_resume(interrupt: KeyboardInterrupt, command: str, words: Sequence[str]) -> str:
+    """Return which command resumes what was interrupted; "" if nothing is lost."""
     if command not in ("edit", "bench"):
         return ""
-    if os.environ.get("LOCAL_RANK"):  # the launcher's own words are not known here
+    if os.environ.get("LOCAL_RANK"):  # the launcher's own arguments are not known here
         resumed = " with --resume" if isinstance(interrupt, Interrupted) else ""
-        return f"To go on, give the same command again{resumed}."
+        return f"To resume, run the same command again{resumed}."
     if command == "bench":
-        return (
-            f"What is done is kept; to go on, give the same command again: baft {shlex.join(words)}"
-        )
+        return f"Finished work is saved. To resume, run the same command again: baft {shlex.join(words)}"
     if not isinstance(interrupt, Interrupted):
-        return "No edit was begun; give the same command again."
+        return "No edit was started; run the same command again."
     again = [word for word in words if word not in ("--resume", "--overwrite")]
-    return f"Finished edits are kept; to go on: baft {shlex.join([*again, '--resume'])}"
+    return f"Finished edits are saved. To resume: baft {shlex.join([*again, '--resume'])}"

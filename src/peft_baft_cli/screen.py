@@ -1,4 +1,4 @@
-"""What is shown on the terminal: tables, status lines, and text that may hold anything."""
+"""Output on the terminal: tables, status lines, and text with arbitrary characters."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 GAP = "  "
-NARROWEST = 8  # columns of a terminal below which a cell is not cut any further
-CUT_FIRST_TO = 16  # columns that are left to a cell that gives way first, before others do
+NARROWEST = 8  # terminal columns: cells are not cut further than this
+CUT_FIRST_TO = 16  # terminal columns to which the cells of `cut_first` are cut before others are
 NAMED_ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 BIDI_CONTROLS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def shown(text: str) -> str:
-    """Return `text` in one line, with everything that would move the cursor or command the terminal as an escape.
+    """Return `text` in one line, with escapes for everything that would move the cursor or control the terminal.
 
-    A model's answer may hold any character. Line breaks read `\\n`; other control characters, among them the one that
-    begins a terminal's escape sequences, line separators, halves of surrogate pairs and changes of the writing direction
-    read `\\x1b` or `\\u2028`.
+    A model's answer may contain any character. Line breaks become `\\n`. Other control characters (such as the start of terminal
+    escape sequences), line separators, lone surrogates and changes of the writing direction become `\\x1b` or `\\u2028`.
     """
     return "".join(_escaped(character) for character in text)
 
@@ -36,10 +35,10 @@ def _escaped(character: str) -> str:
 
 
 def shortened(text: str, width: int, pad: bool = False) -> str:
-    """Return `text`, cut to `width` columns of a terminal with an ellipsis where it is longer.
+    """Return `text`, cut to `width` terminal columns with an ellipsis if it is longer.
 
     Args:
-        pad: Whether to fill up a shorter text with spaces.
+        pad: whether to pad shorter text with spaces.
     """
     from rich.text import Text
 
@@ -48,8 +47,8 @@ def shortened(text: str, width: int, pad: bool = False) -> str:
     return cut.plain
 
 
-def for_people() -> bool:
-    """Return whether standard output is a terminal that may get colours, and lines that are cut to its width."""
+def is_rich_terminal() -> bool:
+    """Return whether standard output is a terminal to which colours, and lines cut to its width, may be written."""
     return (
         sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     )
@@ -58,16 +57,16 @@ def for_people() -> bool:
 def print_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], cut_first: Sequence[str] = ()
 ) -> None:
-    """Print a table, whose longest cells are cut to fit on a terminal; as plain text with whole cells elsewhere.
+    """Print a table. On a terminal, the longest cells are cut to fit; elsewhere, cells are complete.
 
     Args:
-        cut_first: Headers of columns that give way before the others, such as long answers beside short questions.
+        cut_first: headers of columns that are cut before the others, such as long answers next to short questions.
     """
     from rich.cells import cell_len
 
     cells = [[shown(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
-    if for_people():
+    if is_rich_terminal():
         room = shutil.get_terminal_size((120, 24)).columns or 120
         widths = _fitting(widths, room, [i for i, name in enumerate(header) if name in cut_first])
     rule = ["-" * width for width in widths]
@@ -79,7 +78,7 @@ def print_table(
 
 
 def _fitting(widths: Sequence[int], room: int, first: Sequence[int]) -> list[int]:
-    """Return column widths that fit into `room` columns, each taken from the widest: of the columns `first`, then of all."""
+    """Shrink column widths to fit into `room` columns, the widest ones first: among the columns `first`, then among all."""
     fitted = list(widths)
     available = room - len(GAP) * (len(widths) - 1)
     for columns, least in ((first, CUT_FIRST_TO), (range(len(fitted)), NARROWEST)):
@@ -89,16 +88,16 @@ def _fitting(widths: Sequence[int], room: int, first: Sequence[int]) -> list[int
 
 
 def progress_shown() -> bool:
-    """Return whether progress may be drawn: where standard error is a terminal."""
+    """Return whether to show progress: only if standard error is a terminal."""
     return sys.stderr.isatty()
 
 
 @contextmanager
 def doing(what: str, wanted: bool = True) -> Iterator[None]:
-    """Show on a terminal what takes its time while inside, and wipe it out afterwards; show nothing elsewhere.
+    """Show a status line on a terminal while the block runs; show nothing elsewhere.
 
     Args:
-        wanted: Whether to show it: of several processes, one does.
+        wanted: whether to show it. Among several processes, only one does.
     """
     if not (wanted and progress_shown()):
         yield

@@ -1,6 +1,6 @@
-"""Kinds of options: each function returns one for typer, whose complaint says what was wanted and what came.
+"""Kinds of options for typer, whose error messages give the expected and the actual value.
 
-All of them take `help`, and `panel`: the heading under which help shows the option.
+All functions take `help`, and `panel`: the heading under which the help shows the option.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-LARGEST_SEED = 2**63 - 1  # torch takes no more
+LARGEST_SEED = 2**63 - 1  # the largest that torch accepts
 
 
 def text(metavar: str, help: str, panel: str | None = None) -> Any:
@@ -20,8 +20,8 @@ def text(metavar: str, help: str, panel: str | None = None) -> Any:
 
 
 def flag(name: str, help: str, panel: str | None = None, **more: Any) -> Any:
-    """Return an option that takes no value, with the one spelling `name`; `more` are arguments of `typer.Option`."""
-    # An empty metavar, since typer would write <bool> beside the option as if it took a value.
+    """Return an option without a value, with the only spelling `name`; `more` are arguments of `typer.Option`."""
+    # With an empty metavar, because typer would otherwise show <bool> as if the option took a value.
     return typer.Option(name, metavar="", help=help, rich_help_panel=panel, **more)
 
 
@@ -66,7 +66,7 @@ def _parser(
 
 
 def choice(values: Sequence[str], help: str, panel: str | None = None) -> Any:
-    """Return an option that takes one of a few values."""
+    """Return an option that takes one of `values`."""
 
     def parse(text: str) -> str:
         if text not in values:

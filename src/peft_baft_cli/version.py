@@ -1,4 +1,4 @@
-"""`baft --version`: what a bug report needs, from the packages' metadata, without importing them."""
+"""`baft --version`: the versions for a bug report, from the packages' metadata, without importing them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PACKAGES = ("peft-baft", "peft", "transformers", "torch", "accelerate", "safeten
 
 
 def installed_versions() -> str:
-    """Return a line for each package, and one for Python and the system."""
+    """Return one line per package, and one for Python and the system."""
     lines = [f"{name} {_version(name)}" for name in PACKAGES]
     return "\n".join(
         [*lines, f"python {platform.python_version()} on {platform.system()} {platform.machine()}"]

@@ -1,6 +1,6 @@
 """Editing models whose weights are stored in 4 or 8 bits, and what only a GPU can show (`pytest -m gpu`)."""
 
-# mypy: disable-error-code="union-attr"
+# mypy: disable-error-code="assignment, union-attr"
 from __future__ import annotations
 
 import importlib.util
@@ -26,7 +26,7 @@ from conftest import randomise
 from facts import ADAPTER, CAPITALS, DESCENT, OBJECTIVE, FactModel, edits, meals
 from peft_baft import NARROW, BaftConfig, BaftEditor, Edit, EditResult
 from peft_baft.data.batching import encode
-from peft_baft.editing.acceleration.repeated_texts import CachedPrefix
+from peft_baft.editing.acceleration.cached_prefix import CachedPrefix
 from peft_baft.evaluation.scoring import token_match
 
 fact_model = facts.fact_model

@@ -116,10 +116,10 @@ def test_an_adapter_is_judged_on_the_model_that_it_names(
     ("more", "complaint"),
     [
         (["--rows", "3:9"], "0 <= A < B <= 4"),
-        (["--rows", "2"], "--rows wants A:B"),
+        (["--rows", "2"], "--rows takes A:B"),
         (["--edits", "5", "--schedule", "continual"], "need 5 rows"),
-        (["--edits", "x", "--schedule", "continual"], "--edits wants numbers"),
-        (["--batch-size", "3"], "belongs to --schedule batched"),
+        (["--edits", "x", "--schedule", "continual"], "--edits takes numbers"),
+        (["--batch-size", "3"], "--schedule batched requires"),
         (["--method", "rule"], "Unknown method 'rule'"),
         (["--seeds", "0"], "--seeds"),
         (["--preset", "gpt"], "Unknown preset 'gpt'; known are default, plain, llama-2-7b"),
@@ -174,7 +174,7 @@ def test_what_cannot_be_asked_is_named_before_a_model_is_loaded(
     (tmp_path / "piqa-labels.lst").write_text("0\n")
     for name, file, complaint in (
         ("facts", "facts.jsonl", "no record of the data names one"),
-        ("piqa", "piqa.jsonl", "--also neighbour asks about edits, and piqa edits nothing"),
+        ("piqa", "piqa.jsonl", "--also neighbour asks about edits, and piqa has none"),
     ):
         more = [
             "--model",

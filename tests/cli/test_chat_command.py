@@ -50,7 +50,7 @@ def test_a_pipe_is_answered_line_by_line(
     assert say(folder, lines, monkeypatch) == 0
     answers = capsys.readouterr().out.splitlines()
     assert answers[:4] == [
-        "(Nothing was asked yet.)",
+        "(No question has been asked yet.)",
         NEW.split()[0],
         f"(without the edits) {OLD.split()[0]}",
         "(forgotten)",

@@ -77,10 +77,10 @@ def test_an_interrupted_command_says_how_to_go_on_and_is_not_lost_without(
         assert edit(folder, tmp_path / "cut", "--overwrite") == 130
     told = capsys.readouterr().err
     assert (
-        "interrupted. Finished edits are kept; to go on: baft edit --model" in told
+        "interrupted. Finished edits are saved. To resume: baft edit --model" in told
         and "Traceback" not in told
     )
-    again = shlex.split(told.partition("to go on: baft ")[2])
+    again = shlex.split(told.partition("To resume: baft ")[2])
     assert again[-1] == "--resume" and "--overwrite" not in again
     assert edit(folder, tmp_path / "cut") == 2
     assert "--resume" in capsys.readouterr().err
@@ -97,7 +97,7 @@ def test_an_interrupt_before_the_first_edit_says_that_none_was_begun(
 
     monkeypatch.setattr("peft_baft_cli.work.edit.watch", interrupted)
     assert edit(folder, tmp_path) == 130
-    assert "No edit was begun; give the same command again." in capsys.readouterr().err
+    assert "No edit was started; run the same command again." in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_a_command_in_one_line_with_130(folder: Path, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_adapters_and_models_on_the_hub_are_taken_in_the_revision_that_was_asked
     assert answers("--model", "someone/toy", "--revision", "v1")["without"].startswith(old)
     # It has no main.
     assert cli.main(["ask", prompt, "--adapter", "someone/edits", "--model", "someone/toy"]) == 2
-    assert "no model of that name could be had" in capsys.readouterr().err
+    assert "no model of that name could be loaded" in capsys.readouterr().err
     continued = ["--adapter", "someone/edits", "--adapter-revision", "v1"]
     data = ["--model", "someone/toy", "--revision", "v1", "--edits", str(folder / "facts.jsonl")]
     assert (
@@ -335,6 +335,6 @@ def test_harm_is_told_and_with_keep_only_good_taken_back(
     told = capsys.readouterr().out
     edit(folder, tmp_path / "kept", *canaries, "--keep-only-good")
     kept = capsys.readouterr().out
-    assert "canaries agree" in told and "(kept)" in told and "taken back" not in told
-    assert "canaries agree" in kept and "(taken back)" in kept and "(kept)" not in kept
+    assert "canaries agree" in told and "(kept)" in told and "reverted" not in told
+    assert "canaries agree" in kept and "(reverted)" in kept and "(kept)" not in kept
     assert edit(folder, tmp_path / "bad", "--min-agreement", "2") == 2

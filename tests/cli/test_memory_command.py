@@ -18,7 +18,7 @@ from facts import CAPITALS, FactModel
 from peft_baft.editing import continual
 from peft_baft.memory import folder as memory_folder
 from peft_baft.memory.folder import SavedMemory, saved_numbers
-from peft_baft.memory.tensors import OF_MODEL
+from peft_baft.memory.tensors import PER_MODEL
 
 fact_model = facts.fact_model
 WEIGHTS = "adapter_model.safetensors"
@@ -67,7 +67,7 @@ def test_facts_go_into_a_memory_however_many_they_are(
     capsys.readouterr()
     assert edit(folder, tmp_path / "one", "one.jsonl") == 0
     told = capsys.readouterr().out
-    assert "Method: memory, since no option asks for a plain adapter." in told
+    assert "Method: memory, since no option requires a plain adapter." in told
     assert "a memory of" in told and "steps" not in told
     assert saved_numbers(tmp_path / "one") == [1]
 
@@ -109,11 +109,11 @@ def test_a_new_memory_takes_what_was_measured_of_the_model_from_another_one(
 ) -> None:
     write_facts(folder / "two.jsonl", range(2))
     monkeypatch.setenv("PEFT_BAFT_CACHE", "")
-    monkeypatch.setattr("peft_baft.memory.editor.measured", lambda *_: pytest.fail("was measured"))
+    monkeypatch.setattr("peft_baft.memory.editor.measure", lambda *_: pytest.fail("was measured"))
     of_first = ("--method", "memory", "--statistics", str(folder / "memory"))
     assert edit(folder, tmp_path / "second", "two.jsonl", *of_first) == 0
     first, second = (SavedMemory.read(one) for one in (folder / "memory", tmp_path / "second"))
-    for name in OF_MODEL:
+    for name in PER_MODEL:
         assert torch.equal(first.tensors[name], second.tensors[name]), name
 
 

@@ -50,7 +50,7 @@ def test_the_page_lies_in_the_folder_and_the_summary_is_told(folder: Path, capsy
     assert "2 of 2 facts hold. " in told and "report.html: open it in a browser" in told
     html = (folder / "edits" / "report.html").read_text(encoding="utf-8")
     assert CAPITALS[0].rephrase in html and MEALS[0].prompt in html and "learned at once" in html
-    assert "not what the last edit of its journal left" not in html
+    assert "differs from the last edit of its journal" not in html
     assert str(folder / "model") not in html  # what is handed on names no folder of this machine
     assert "base model" in html.lower()
 
@@ -95,19 +95,19 @@ def test_an_interrupted_run_and_records_that_were_not_taught_are_told(
     words = ["--model", str(folder / "model"), "--edits", str(other), "--neighbours", "0", "--json"]
     assert report(tmp_path, *words) == 0
     notes = " ".join(json.loads(capsys.readouterr().out)["notes"])
-    assert "1 of the 1 records" in notes and "not what the last edit of its journal left" in notes
+    assert "1 of the 1 records" in notes and "differs from the last edit of its journal" in notes
 
 
 def test_without_a_journal_the_facts_are_those_of_the_edit_file(folder, tmp_path, capsys) -> None:
     shutil.copytree(folder / "edits", tmp_path / "edits")
     (tmp_path / "edits" / LINES).unlink()
     assert report(tmp_path) == 2
-    assert "holds no journal (journal.jsonl)" in capsys.readouterr().err
+    assert "contains no journal (journal.jsonl)" in capsys.readouterr().err
     assert (
         report(tmp_path, "--edits", str(folder / "facts.jsonl"), "--neighbours", "0", "--json") == 0
     )
     data = json.loads(capsys.readouterr().out)
-    assert "holds no journal" in data["notes"][0] and data["counts"]["hold"] == 2
+    assert "contains no journal" in data["notes"][0] and data["counts"]["hold"] == 2
     assert data["facts"][0]["fact"]["steps"] is None
 
 
@@ -115,7 +115,7 @@ def test_without_a_journal_the_facts_are_those_of_the_edit_file(folder, tmp_path
     ("words", "complaint"),
     [
         (["nowhere"], "nowhere"),
-        (["."], "holds no adapter"),
+        (["."], "does not contain an adapter"),
         ([".", "--output", "."], "--output . is a folder"),
         ([".", "--neighbours", "-1"], "of at least 0"),
         ([".", "--template", "auto"], "invalid choice: 'auto'"),

@@ -11,7 +11,7 @@ from peft_baft.data.cases import Message, asked_words
 def test_a_subject_is_a_hint_that_stands_in_the_prompt() -> None:
     fact = Edit("The capital of France is", "Lyon", "France")
     assert fact == Edit("The capital of France is", "Lyon")
-    with pytest.raises(ValueError, match="does not stand in the prompt"):
+    with pytest.raises(ValueError, match="does not occur in the prompt"):
         Edit("The capital of France is", "Lyon", "Spain")
 
 

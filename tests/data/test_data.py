@@ -1,5 +1,6 @@
 """Reading files of facts, and turning texts into tokens and batches."""
 
+# mypy: disable-error-code="arg-type"
 from __future__ import annotations
 
 import json
@@ -157,7 +158,7 @@ COMPLAINTS = {
         "f.jsonl",
         '{"prompt": "a", "targt": "b"}',
         ":1: ",
-        "'targt' (meant is perhaps 'target'); known are prompt",
+        "'targt' (did you mean 'target'?); known are prompt",
     ),
     "unknown": (
         "f.jsonl",
@@ -169,7 +170,7 @@ COMPLAINTS = {
         "f.json",
         '[{"prompt": "a", "target": "b", "target": "c"}]',
         ": record 1: ",
-        "'target' stands twice",
+        "'target' occurs twice",
     ),
     "rephrase empty": (
         "f.jsonl",
@@ -211,11 +212,11 @@ COMPLAINTS = {
     "half a character": ("f.jsonl", '{"prompt": "a", "target": "\\ud83d"}', ":1: ", "surrogate"),
     "a long number": ("f.jsonl", f'{GOOD}\n{{"prompt": {"9" * 5000}}}', ":2: ", ""),
     "deep nesting": ("f.jsonl", "[" * 100_000, ":1: ", ""),
-    "no record": ("f.jsonl", "\n \n", ":1: ", "holds no record"),
-    "no record, in a list": ("f.json", "[]", ":1: ", "holds no record"),
-    "empty file": ("f.json", "", ":1: ", "holds no record"),
-    "only a header": ("f.csv", "prompt,target\n", ":1: ", "holds no record"),
-    "empty table": ("f.csv", "", ":1: ", "holds no record"),
+    "no record": ("f.jsonl", "\n \n", ":1: ", "has no records"),
+    "no record, in a list": ("f.json", "[]", ":1: ", "has no records"),
+    "empty file": ("f.json", "", ":1: ", "has no records"),
+    "only a header": ("f.csv", "prompt,target\n", ":1: ", "has no records"),
+    "empty table": ("f.csv", "", ":1: ", "has no records"),
     "not UTF-8": ("f.jsonl", f"{GOOD}\n".encode() + b'{"prompt": "caf\xe9"}', ":2: ", "UTF-8"),
     "UTF-16": ("f.csv", "prompt,target\na,b".encode("utf-16"), ":1: ", "UTF-8"),
     "suffix": ("f.txt", GOOD, ": ", ".jsonl, .json or .csv, not .txt"),
@@ -232,9 +233,9 @@ COMPLAINTS = {
         "f.csv",
         "\nprompt,targt\na,b",
         ":2: ",
-        "unknown column 'targt' (meant is perhaps 'target')",
+        "unknown column 'targt' (did you mean 'target'?)",
     ),
-    "column twice": ("f.csv", "prompt,target,target\na,b,c", ":1: ", "stands twice"),
+    "column twice": ("f.csv", "prompt,target,target\na,b,c", ":1: ", "occurs twice"),
     "semicolons": ("f.csv", "prompt;target\na;b", ":1: ", "unknown column 'prompt;target'"),
     "too many cells": ("f.csv", 'prompt,target\n"a\nb",c\nd,e,f', ":4: ", "3 cells, but 2 columns"),
     "too few cells": ("f.csv", "prompt,target\na", ":2: ", "1 cells, but 2 columns"),
@@ -399,14 +400,14 @@ def test_a_text_without_tokens_is_refused() -> None:
         tokenizer = make_tokenizer(bos, eos=True)
         tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
         assert encode(tokenizer, "the", "capital").prompt_length == 1 + bos
-        with pytest.raises(ValueError, match="target '~~' gives no token"):
+        with pytest.raises(ValueError, match="target '~~' has no tokens"):
             encode(tokenizer, "the", "~~")
-        with pytest.raises(ValueError, match="prompt '~' gives no token"):
+        with pytest.raises(ValueError, match="prompt '~' has no tokens"):
             encode(tokenizer, "~", "the")
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
-    with pytest.raises(TypeError, match="not SimpleNamespace, which is none or a slow tokenizer"):
+    with pytest.raises(TypeError, match="SimpleNamespace is a slow tokenizer, or not a tokenizer"):
         encode(SimpleNamespace(is_fast=False), "a", "b")
 
 

@@ -31,7 +31,7 @@ def test_the_subject_is_exchanged_and_nothing_else() -> None:
     turns = (Message("user", "France?"), Message("assistant", "Yes."), Message("user", QUESTION))
     exchanged = with_other_subject(turns, "France", "Peru")
     assert exchanged == (*turns[:2], Message("user", "What is the capital of Peru?"))
-    with pytest.raises(ValueError, match="'Spain' does not stand in the prompt"):
+    with pytest.raises(ValueError, match="'Spain' does not occur in the prompt"):
         with_other_subject(QUESTION, "Spain", "Peru")
 
 

@@ -198,7 +198,9 @@ def test_options_reach_the_template() -> None:
 
 def test_what_cannot_be_known_is_refused() -> None:
     thinking = f"{LOOP}<|{ROLE}|>{TEXT}</s>{END}{OPEN}<|assistant|><think>\n{{% endif %}}"
-    with pytest.raises(ValueError, match=r"asks with '<think>\\n' and renders a reply with 'Lyon"):
+    with pytest.raises(
+        ValueError, match=r"renders '<think>\\n' before a reply is generated but 'Lyon"
+    ):
         encode(make_tokenizer(thinking), "It is", "Lyon", template=CHAT)
     shouting = (
         f"{LOOP}<|{ROLE}|>{{{{ m['content'] | upper }}}}</s>{END}{OPEN}<|assistant|>{{% endif %}}"
@@ -210,7 +212,7 @@ def test_what_cannot_be_known_is_refused() -> None:
         + FAMILIES["chatml"][0]
     )
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "It is"}]
-    with pytest.raises(ValueError, match="refuses messages of system, user: no system"):
+    with pytest.raises(ValueError, match="rejects messages with the roles system, user: no system"):
         encode_prompt(make_tokenizer(refusing), system)
     with pytest.raises(ValueError, match="no chat template"):
         encode(make_tokenizer(None), system, "Lyon")
@@ -231,7 +233,7 @@ def test_auto_is_the_chat_template_where_there_is_one() -> None:
     [
         ([], TypeError, "a string or a list of messages, not list"),
         (7, TypeError, "not int"),
-        ([{"role": "user"}], TypeError, "role and content alone"),
+        ([{"role": "user"}], TypeError, "role and content only"),
         ([{"role": "user", "content": " "}], ValueError, "content is empty"),
         ([{"role": "assistant", "content": "Hi"}], ValueError, "it is the answer"),
     ],
@@ -251,7 +253,7 @@ def test_a_file_of_conversations(tmp_path: Path) -> None:
     file.write_text(json.dumps({"messages": turns, "target": "Lyon"}))
     assert read_cases(file)[0].edit == case.edit
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"messages": answered, "target": "Lyon"}, "the answer stands twice"),
+        ({"messages": answered, "target": "Lyon"}, "the answer is given twice"),
         ({"messages": turns, "prompt": "It is", "target": "Lyon"}, "not both"),
         ({"messages": turns}, "'target' is missing"),
         (

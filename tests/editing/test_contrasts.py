@@ -17,10 +17,10 @@ from peft_baft.data.templates import RAW
 from peft_baft.editing.acceleration import shared_prefix
 from peft_baft.editing.acceleration.shared_prefix import find_prefix
 from peft_baft.editing.contrasts import (
+    before_end,
     contrast_rows,
+    contrast_targets,
     find_subject,
-    goes_on,
-    hold,
 )
 from peft_baft.editing.edit_cache import EditCache
 from peft_baft.evaluation.scoring import greedy_answers
@@ -97,7 +97,7 @@ def test_the_vectors_are_those_of_the_unedited_model_at_the_tokens_that_an_adapt
     prompts = contrast_rows(model, tokenizer, FACT, RAW, SCOPE)
     assert len(prompts) == 12
     layers, positions = list(baft_layers(model)), 3
-    held = hold(model, tokenizer, layers, prompts, SCOPE, positions, "default")
+    held = contrast_targets(model, tokenizer, layers, prompts, SCOPE, positions, "default")
     for number, layer in enumerate(layers):
         plain = []
         for prompt in prompts:
@@ -119,7 +119,7 @@ def test_nothing_is_displaced_before_an_edit_and_a_change_of_the_adapter_is(
     model, _ = edited(fact_model)
     layers = list(baft_layers(model))
     prompts = contrast_rows(model, fact_model.tokenizer, FACT, RAW, SCOPE)
-    held = hold(model, fact_model.tokenizer, layers, prompts, SCOPE, 3, "default")
+    held = contrast_targets(model, fact_model.tokenizer, layers, prompts, SCOPE, 3, "default")
     assert held.displacements(layers, "default").abs().max() == 0
     with torch.no_grad():
         source: Any = layers[0].baft_source["default"]
@@ -167,10 +167,10 @@ def test_a_model_that_keeps_no_cache_gives_the_same_vectors(fact_model: FactMode
     layers = list(baft_layers(model))
     prompts = contrast_rows(model, fact_model.tokenizer, FACT, RAW, SCOPE)
     arguments = (model, fact_model.tokenizer, layers, prompts, SCOPE, 3, "default")
-    cached = hold(*arguments)
+    cached = contrast_targets(*arguments)
     model.generation_config.use_cache = False
     try:
-        plain = hold(*arguments)
+        plain = contrast_targets(*arguments)
     finally:
         model.generation_config.use_cache = True
     for name, hidden in cached.hidden.items():
@@ -185,10 +185,10 @@ def test_a_beginning_that_is_computed_once_gives_the_same_vectors(
     monkeypatch.setattr(shared_prefix, "SHORTEST", 2)  # these texts share three tokens
     prompts = contrast_rows(model, fact_model.tokenizer, FACT, RAW, SCOPE)
     arguments = (model, fact_model.tokenizer, layers, prompts, SCOPE, 1, "default")
-    apart = hold(*arguments, EditCache())
+    apart = contrast_targets(*arguments, EditCache())
     prepared = EditCache(verified_length=16)
     assert len(find_prefix(model, prompts, 1, prepared.verified_length)) == 3
-    together = hold(*arguments, prepared)
+    together = contrast_targets(*arguments, prepared)
     for name, hidden in apart.hidden.items():
         torch.testing.assert_close(together.hidden[name], hidden, atol=1e-4, rtol=1e-4)
 
@@ -199,22 +199,24 @@ def test_a_prompt_that_is_computed_in_parts_is_refused(
     model = adapted(fact_model.base)
     prompts = contrast_rows(model, fact_model.tokenizer, FACT, RAW, SCOPE)
     monkeypatch.setattr(model.generation_config, "prefill_chunk_size", 2)
-    with pytest.raises(ValueError, match="where its hidden vectors stand is not known"):
-        hold(model, fact_model.tokenizer, list(baft_layers(model)), prompts, SCOPE, 3, "default")
+    with pytest.raises(ValueError, match="positions of its hidden vectors are unknown"):
+        contrast_targets(
+            model, fact_model.tokenizer, list(baft_layers(model)), prompts, SCOPE, 3, "default"
+        )
 
 
 def test_an_answer_counts_up_to_its_end() -> None:
     answers = torch.tensor([[5, 6, 2, 0], [2, 0, 0, 0], [5, 6, 7, 8]])
-    assert goes_on(answers, [2]).tolist() == [
+    assert before_end(answers, [2]).tolist() == [
         [True, True, False, False],
         [False] * 4,
         [True] * 4,
     ]
-    assert goes_on(answers, []).all()
+    assert before_end(answers, []).all()
 
 
 def test_a_method_without_held_vectors_refuses_contrast_texts(fact_model: FactModel) -> None:
     model = adapted(fact_model.base)
     assert contrast_rows(model, fact_model.tokenizer, FACT, RAW, NARROW) == []
-    with pytest.raises(ValueError, match="AdapterEditor cannot hold contrast texts"):
+    with pytest.raises(ValueError, match="AdapterEditor does not support contrast texts"):
         AdapterEditor(model, fact_model.tokenizer, scope=Scope())

@@ -18,10 +18,11 @@ from conftest import make_model
 from facts import DESCENT, FactModel
 from peft_baft import NARROW, BaftConfig, BaftEditor
 from peft_baft.data.batching import Tokens
+from peft_baft.editing import fast_paths
 from peft_baft.editing.acceleration import packed_linear
-from peft_baft.editing.acceleration import repeated_texts as prefix_cache
-from peft_baft.editing.acceleration.repeated_texts import CachedPrefix, open_forward
+from peft_baft.editing.acceleration.cached_prefix import CachedPrefix
 from peft_baft.editing.edit_cache import EditCache, release
+from peft_baft.editing.fast_paths import open_forward
 
 fact_model = facts.fact_model
 ROW = Tokens((5, 6, 7, 8, 9, 10), 4)
@@ -45,7 +46,7 @@ def test_a_fresh_adapter_neither_packs_nor_tries_the_cache_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[str] = []
-    for module, name in ((packed_linear, "_pack"), (prefix_cache, "_require_equal")):
+    for module, name in ((packed_linear, "_pack"), (fast_paths, "_require_equal")):
         original = getattr(module, name)
 
         def counted(*given: Any, name: str = name, original: Any = original, **more: Any) -> Any:

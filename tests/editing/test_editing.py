@@ -30,7 +30,7 @@ from peft_baft.adapter import baft_layers, find_context
 from peft_baft.adapter.state import adapter_tensors
 from peft_baft.data.batching import collate, encode
 from peft_baft.editing import baft as baft_module
-from peft_baft.editing.acceleration.repeated_texts import CachedPrefix
+from peft_baft.editing.acceleration.cached_prefix import CachedPrefix
 from peft_baft.editing.answers import FullForward
 from peft_baft.evaluation.scoring import agreement, greedy_answers, predicted_tokens, token_match
 
@@ -479,20 +479,22 @@ def test_an_editor_stays_with_its_adapter(baft: Setting) -> None:
     model, editor = baft
     model.add_adapter("other", BaftConfig(r=2, layers_to_transform=[1], task_type="CAUSAL_LM"))
     model.set_adapter("other")
-    with pytest.raises(ValueError, match=r"edits 'default', but active is \['other'\]"):
+    with pytest.raises(
+        ValueError, match=r"edits 'default', but the active adapters are \['other'\]"
+    ):
         editor.edit(edits(0))
     before = {name: t.clone() for name, t in model.state_dict().items() if "default" in name}
     # Control: an editor of the other adapter, which leaves ours alone.
     assert editor_of(model).edit(edits(0)).steps
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in before.items())
     model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match="One adapter must be active"):
+    with pytest.raises(ValueError, match="Exactly one adapter must be active"):
         editor_of(model)
 
 
 def test_editors_refuse_what_they_cannot_edit(lora, fact_model: FactModel) -> None:
     model, _ = lora
-    with pytest.raises(TypeError, match=r"takes a PeftModel, .* not LlamaForCausalLM"):
+    with pytest.raises(TypeError, match=r"needs a PeftModel, .* not LlamaForCausalLM"):
         AdapterEditor(fact_model.base, fact_model.tokenizer)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not a plain BaFT adapter"):
         BaftEditor(model, fact_model.tokenizer, scope=NARROW)
@@ -504,7 +506,7 @@ def test_editors_refuse_what_they_cannot_edit(lora, fact_model: FactModel) -> No
 def test_methods_that_learn_a_prompt_are_refused(fact_model: FactModel, config) -> None:
     config.task_type = "CAUSAL_LM"
     model = get_peft_model(deepcopy(fact_model.base), config)
-    with pytest.raises(TypeError, match="learns a prompt"):
+    with pytest.raises(TypeError, match="uses prompt learning"):
         AdapterEditor(model, fact_model.tokenizer)
 
 
@@ -638,8 +640,8 @@ UNUSABLE: list[tuple[Any, type[Exception], str]] = [
         ValueError,
         f"'{CAPITALS[0].prompt}' is edited to 'Mirgrad' and to 'Kasb",
     ),
-    (edits(0, 1, 0), ValueError, f"'{CAPITALS[0].prompt}' stands twice"),
-    ([*edits(0), Edit(f" {CAPITALS[0].prompt} ", " Mirgrad")], ValueError, "stands twice"),
+    (edits(0, 1, 0), ValueError, f"'{CAPITALS[0].prompt}' occurs twice"),
+    ([*edits(0), Edit(f" {CAPITALS[0].prompt} ", " Mirgrad")], ValueError, "occurs twice"),
     ([TOO_LONG], ValueError, "has 41 tokens with its answer, but the model reads at most 32"),
 ]
 

@@ -20,7 +20,17 @@ from facts import DESCENT, OBJECTIVE, FactModel, adapted, edits, meals
 from peft_baft import NARROW, BaftConfig, BaftEditor, DescentConfig, Edit, editor_for
 from peft_baft.adapter.state import adapter_state_dict
 from peft_baft.editing.continual import EditRecord, edit_continually
-from peft_baft.editing.journal import LINES, SNAPSHOTS, Journal
+from peft_baft.editing.journal import (
+    LINES,
+    SNAPSHOTS,
+    EditLine,
+    ForgetLine,
+    Journal,
+    JournalState,
+    Line,
+    ReturnLine,
+    RunLine,
+)
 from peft_baft.evaluation.guard import canary_check
 
 fact_model = facts.fact_model
@@ -78,7 +88,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
         resumed, again = run(fact_model, tmp_path / f"{stop}", resume=True, every=every)
         assert same(state(resumed), state(whole)) and resumed.unrelated_used == whole.unrelated_used
         assert [m.result.steps for m in again] == [m.result.steps for m in made]
-        lines = Journal(tmp_path / f"{stop}").edits()
+        lines = Journal(tmp_path / f"{stop}").state().edits
         assert [line.edit for line in lines] == [1, 2, 3, 4, 5]
         assert [line.facts for line in lines] == [[[fact.prompt, fact.target]] for fact in FACTS]
 
@@ -120,7 +130,7 @@ def test_a_return_to_an_edit_gives_the_adapter_of_that_moment(
     for number in (4, 1, 0):
         Journal(tmp_path).roll_back(number)
         assert same(load_file(tmp_path / "adapter_model.safetensors"), states[number])
-        assert [line.edit for line in Journal(tmp_path).edits()] == list(range(1, number + 1))
+        assert [line.edit for line in Journal(tmp_path).state().edits] == list(range(1, number + 1))
     assert not same(states[0], states[1])
     with pytest.raises(ValueError, match="edits 1 to 0"):
         Journal(tmp_path).roll_back(1)
@@ -130,7 +140,7 @@ def test_numbers_go_on_after_a_return(fact_model: FactModel, tmp_path: Path) -> 
     editor, _ = run(fact_model, tmp_path, facts=FACTS[:3])
     Journal(tmp_path).roll_back(2)
     list(edit_continually(editor, FACTS[3:], journal=Journal(tmp_path)))
-    assert [line.edit for line in Journal(tmp_path).edits()] == [1, 2, 3, 4]
+    assert [line.edit for line in Journal(tmp_path).state().edits] == [1, 2, 3, 4]
     assert Journal(tmp_path).snapshots() == [0, 1, 2, 3, 4]
 
 
@@ -152,13 +162,13 @@ def test_a_line_that_was_cut_short_is_passed_over(
         run(fact_model, folder, 3)
         written = (folder / LINES).read_bytes()
         (folder / LINES).write_bytes(written[:-cut])
-        assert len(Journal(folder).edits()) == (3 if cut == 1 else 2)
+        assert len(Journal(folder).state().edits) == (3 if cut == 1 else 2)
         resumed, _ = run(fact_model, folder, resume=True)
-        assert same(state(resumed), state(whole)) and len(Journal(folder).edits()) == 5
+        assert same(state(resumed), state(whole)) and len(Journal(folder).state().edits) == 5
     lines = written.split(b"\n")
     (folder / LINES).write_bytes(b"\n".join([lines[0], lines[1][:-5], *lines[2:]]))
     with pytest.raises(ValueError, match="line 2 is damaged"):
-        Journal(folder).edits()
+        Journal(folder).state()
     tally(DAMAGED, repaired=2, refused=1)
 
 
@@ -260,7 +270,7 @@ def test_an_edit_that_does_harm_is_told_and_taken_back_if_wanted(
     assert [m.problem for m in made] == [None, "harm", None, None, None]
     assert [m.kept for m in made] == [True, not keep_only_good, True, True, True]
     assert same(state(editor), state(expected)) and editor.unrelated_used == expected.unrelated_used
-    assert [line.kept for line in Journal(tmp_path).edits()] == [m.kept for m in made]
+    assert [line.kept for line in Journal(tmp_path).state().edits] == [m.kept for m in made]
 
 
 def test_an_edit_that_did_not_take_or_broke_off_is_left_out(fact_model: FactModel) -> None:
@@ -362,20 +372,20 @@ def test_kills_lose_and_double_no_edit(
     took, on_record = time.time() - begin, []
     for number in range(kills):
         process = begun(fact_model, cut, count, memory)
-        while process.exitcode is None and len(Journal(cut).edits()) < (number + 1) * count // (
-            kills + 2
-        ):
+        while process.exitcode is None and len(Journal(cut).state().edits) < (
+            number + 1
+        ) * count // (kills + 2):
             time.sleep(0.001)
         time.sleep(generator.random() * took / count)  # to the middle of whatever
         assert process.exitcode is None  # it was killed at work
         process.kill()
         process.join()
-        on_record.append(len(Journal(cut).edits()))
+        on_record.append(len(Journal(cut).state().edits))
     assert 0 < max(on_record) < count
     begun(fact_model, cut, count, memory).join()
-    lines = Journal(cut).edits()
+    lines = Journal(cut).state().edits
     assert [line.edit for line in lines] == list(range(1, count + 1))  # none lost, none doubled
-    assert [line.facts for line in lines] == [line.facts for line in Journal(whole).edits()]
+    assert [line.facts for line in lines] == [line.facts for line in Journal(whole).state().edits]
     files = [folder / "adapter_model.safetensors" for folder in (whole, cut)]
     assert files[0].read_bytes() == files[1].read_bytes()
     found = [line.edit for line in lines]
@@ -413,3 +423,32 @@ def test_a_thousand_edits_need_no_more_memory_than_a_hundred(
         edits=1000,
         grown=growth,
     )
+
+
+def test_replaying_a_journal_gives_runs_edits_and_forgettings(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+
+    def edit(number: int) -> EditLine:
+        return EditLine(number, [["Q", "A"]], 1, 0.0, 0.0, True, None, True)
+
+    first, second = RunLine(0, {"run": 1}), RunLine(2, {"run": 2})
+    assert journal.state() == JournalState((), (), (), {}) and journal.state().last_number == 0
+    forget = {number: ForgetLine(number, "now") for number in (1, 3)}
+    lines: list[Line] = [
+        edit(1),
+        first,
+        edit(2),
+        edit(3),
+        forget[1],
+        forget[3],
+        ReturnLine(2),
+        second,
+        edit(3),
+    ]
+    for line in lines:
+        journal.add(line)
+    state = journal.state()
+    assert state.runs == (first, second) and state.last_number == 3
+    assert [line.edit for line in state.edits] == [1, 2, 3]
+    assert state.edit_runs == (None, first, second)
+    assert state.forgotten == {1: forget[1]}  # the other was of an edit that was rolled back

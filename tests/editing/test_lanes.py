@@ -12,7 +12,7 @@ import facts
 from facts import DESCENT, OBJECTIVE, FactModel, adapted, edits, meals
 from peft_baft import NARROW, BaftEditor, DescentConfig, Edit, rolled_back
 from peft_baft.adapter import baft_layers
-from peft_baft.editing.acceleration import repeated_texts as prefix_cache
+from peft_baft.editing.acceleration.cached_prefix import CachedPrefix
 from peft_baft.evaluation.scoring import token_match
 
 fact_model = facts.fact_model
@@ -80,13 +80,13 @@ def test_lanes_share_forwards(fact_model: FactModel, monkeypatch: pytest.MonkeyP
     model = adapted(fact_model.base)
     editor = BaftEditor(model, fact_model.tokenizer, meals(0, 12), OBJECTIVE, DESCENT, scope=NARROW)
     rows: list[int] = []
-    real = prefix_cache.CachedPrefix.losses
+    real = CachedPrefix.losses
 
-    def counted(self: prefix_cache.CachedPrefix) -> torch.Tensor:
+    def counted(self: CachedPrefix) -> torch.Tensor:
         rows.append(len(self.targets.rows))
         return real(self)
 
-    monkeypatch.setattr(prefix_cache.CachedPrefix, "losses", counted)
+    monkeypatch.setattr(CachedPrefix, "losses", counted)
     steps = [outcome.steps for _, outcome in editor.edit_each(FACTS, parallel=5)]
     assert rows[:3] == [2, 2, 10]  # a check, then all of them
     assert len(rows) == 2 + max(steps) + 1  # as many as the longest takes alone

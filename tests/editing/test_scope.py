@@ -26,11 +26,11 @@ WITHOUT_SYSTEM = (
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_fact_is_taught_bare_first_then_in_contexts_and_in_other_words(chat: bool) -> None:
-    taught = Scope(contexts=3, wordings=2).taught(FACT, chat)
+    taught = Scope(contexts=3, wordings=2).training_prompts(FACT, chat)
     assert taught[0] == FACT.prompt
     assert len(set(taught)) == 6
     assert [prompt_words(prompt) for prompt in taught[4:]] == ["France: capital", "capital, France"]
-    assert NARROW.taught(FACT, chat) == [FACT.prompt]
+    assert NARROW.training_prompts(FACT, chat) == [FACT.prompt]
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -60,8 +60,8 @@ def test_a_fact_of_a_large_batch_is_in_one_of_the_surroundings_in_turn(
     fact_model: FactModel,
 ) -> None:
     scope = Scope(contexts=2, wordings=1)
-    surroundings = scope.taught(FACT, False)[1:]
-    turns = [scope.taught(FACT, False, turn) for turn in range(4)]
+    surroundings = scope.training_prompts(FACT, False)[1:]
+    turns = [scope.training_prompts(FACT, False, turn) for turn in range(4)]
     assert turns == [[FACT.prompt, surroundings[i % 3]] for i in range(4)]
     prompts = [f"the capital of {country} is" for country in facts.COUNTRIES[:9]]
     edits = [Edit(prompt, "Lorton") for prompt in prompts]
@@ -73,7 +73,7 @@ def test_a_fact_of_a_large_batch_is_in_one_of_the_surroundings_in_turn(
 def test_without_a_subject_there_are_contexts_alone() -> None:
     fact = Edit("is it so", "yes")
     assert Scope().contrasts(fact, False) == []
-    assert len(Scope(contexts=2, wordings=2).taught(fact, False)) == 3
+    assert len(Scope(contexts=2, wordings=2).training_prompts(fact, False)) == 3
 
 
 def test_a_context_that_the_template_refuses_is_left_out_and_that_is_said(
@@ -89,10 +89,10 @@ def test_a_context_that_the_template_refuses_is_left_out_and_that_is_said(
     assert (bare,) == tuple(encode_edits(fact_model.base, tokenizer, [fact], (CHAT,))[0])
     fitting = [row for row in others if len(row.ids) <= facts.WINDOW]
     assert 1 <= len(others) == len(fitting) < 4
-    told = [message for message in caplog.messages if "one context less" in message]
+    told = [message for message in caplog.messages if "one context fewer" in message]
     assert len(told) == 4 - len(others)
-    assert any("refuses messages of system" in message for message in told)
-    with pytest.raises(ValueError, match="refuses messages of system"):
+    assert any("rejects messages with the roles system" in message for message in told)
+    with pytest.raises(ValueError, match="rejects messages with the roles system"):
         own = Edit([Message("system", "Be brief."), Message("user", "Hello")], "Lorton")
         encode_edits(fact_model.base, tokenizer, [own], (CHAT,), scope=short)
 

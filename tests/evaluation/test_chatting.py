@@ -43,9 +43,9 @@ def test_turns_are_kept_until_they_are_forgotten(edited: Any) -> None:
     conversation.say(CAPITALS[1].prompt)
     conversation.say(ASKED)
     assert [turn.role for turn in conversation.turns] == ["user", "assistant"] * 2
-    conversation.again()
+    conversation.restart()
     assert conversation.turns == []
-    with pytest.raises(ValueError, match="Nothing was asked yet"):
+    with pytest.raises(ValueError, match="No question has been asked yet"):
         conversation.unedited()
 
 
@@ -53,7 +53,7 @@ def test_a_conversation_that_is_too_long_stays_as_it_was(edited: Any) -> None:
     conversation = Conversation(edited[0], edited[1], max_new_tokens=1)
     conversation.say(ASKED)
     turns = list(conversation.turns)
-    with pytest.raises(ValueError, match=f"reads at most {facts.WINDOW}"):
+    with pytest.raises(ValueError, match=f"context window is {facts.WINDOW}"):
         conversation.say("the capital " * facts.WINDOW)
     assert conversation.turns == turns
 

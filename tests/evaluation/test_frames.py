@@ -98,7 +98,7 @@ def test_a_frame_that_the_template_refuses_is_not_asked(fact_model: FactModel) -
     assert rendering == [name for name in CHAT_FRAMES if name != "system prompt"]
     assert framed(QUESTION, CHAT, rendering).keys() == set(rendering)
     tokenizer.chat_template = "{{ raise_exception('closed') }}"
-    with pytest.raises(ValueError, match=r"No frame can be put to this model.*closed"):
+    with pytest.raises(ValueError, match=r"chat template rejects all frames.*closed"):
         frames_that_render(tokenizer, CHAT)
 
 

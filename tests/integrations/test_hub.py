@@ -232,7 +232,7 @@ def test_a_token_that_does_not_do_is_said(
 def test_what_cannot_be_published_is_refused_before_anything_is_asked(
     folder: Path, server: HubServer, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="no id of the Hub"):
+    with pytest.raises(ValueError, match="not an id on the Hub"):
         push(folder / "edits", "user/toy")  # it was made for a folder of this machine
     with pytest.raises(ValueError, match=r"there is no adapter_config\.json and no adapter_model"):
         push(tmp_path, "user/toy", base_model=BASE)

@@ -167,7 +167,7 @@ def test_what_is_written_for_pyreft_comes_back_as_it_was(tmp_path: Path, layers:
     ("config", "said"),
     [
         ({}, "neither gates"),
-        ({"weighting": "none", "target_modules": r".*layers\.1\.mlp"}, "output of another module"),
+        ({"weighting": "none", "target_modules": r".*layers\.1\.mlp"}, "not a numbered block"),
     ],
     ids=["gates", "another module"],
 )
@@ -198,21 +198,21 @@ class Code:
 
 
 BROKEN = {
-    "no folder": (lambda f: (f / "config.json").unlink(), "no folder that pyreft saved"),
+    "no folder": (lambda f: (f / "config.json").unlink(), "is not a folder that pyreft saved"),
     "no list": (lambda f: changed_config(f, representations=None), "must list"),
     "another kind": (
         lambda f: changed_config(
             f, intervention_types=["<class 'pyreft.interventions.NoreftIntervention'>"] * 2
         ),
-        "NoreftIntervention.*counterpart",
+        "NoreftIntervention.*supported",
     ),
     "two at one block": (
         lambda f: changed_config(f, representations=[[1, "block_output", "pos", 1]] * 2),
-        "one at each",
+        "at most one at each block",
     ),
     "inside a block": (
         lambda f: changed_config(f, representations=[[b, "mlp_output", "pos", 1] for b in BLOCKS]),
-        "mlp_output.*wanted is the output",
+        "mlp_output.*only the output of a block",
     ),
     "a block that is not there": (
         lambda f: changed_config(
@@ -267,5 +267,5 @@ def test_a_model_of_another_width_is_refused(tmp_path: Path) -> None:
             },
             file,
         )
-    with pytest.raises(ValueError, match=f"width {WIDTH - 1}.*has {WIDTH}"):
+    with pytest.raises(ValueError, match=f"width {WIDTH - 1}.*has width {WIDTH}"):
         load_loreft(make_model(), folder, prompt_positions=2)

@@ -18,7 +18,7 @@ import facts
 from facts import FactModel, edits
 from peft_baft import BaftConfig, MemoryEditor
 from peft_baft.adapter import baft_layers
-from peft_baft.memory.answers import Answers, Unsayable
+from peft_baft.memory.answers import Answers, UnreachableTokenError
 from peft_baft.memory.part import MemoryPart
 from tiny_models import NOT_ALONE, VOCABULARY, model_types, tiny_model
 
@@ -62,8 +62,8 @@ def sayable(answers: Answers, size: int) -> tuple[list[int], Tensor, list[int]]:
     while True:
         try:
             return tokens, answers.vectors(tokens)[0], refused
-        except Unsayable as error:
-            assert f"Token {error.token} cannot be made the likeliest" in str(error)
+        except UnreachableTokenError as error:
+            assert f"makes token {error.token} the most probable" in str(error)
             tokens.remove(error.token)
             refused.append(error.token)
 
@@ -336,7 +336,9 @@ def test_a_token_that_cannot_be_said_is_refused_with_its_text(fact_model: FactMo
         base.lm_head.weight[token] = base.lm_head.weight[[token + 1, token + 2]].mean(0)
     editor = MemoryEditor(memory_on(base).model, fact_model.tokenizer)
     before = {name: tensor.clone() for name, tensor in editor.state_dict().items()}
-    with pytest.raises(Unsayable, match=rf"Token {token} \(' {fact.target}'\) cannot be made"):
+    with pytest.raises(
+        UnreachableTokenError, match=rf"token {token} \(' {fact.target}'\) the most"
+    ):
         editor.edit([*edits(5), fact])
     assert editor.numbers == []
     assert all(torch.equal(tensor, before[n]) for n, tensor in editor.state_dict().items())
@@ -353,5 +355,5 @@ def test_a_model_whose_last_steps_are_unknown_is_refused(fact_model: FactModel) 
 
     base: Any = deepcopy(fact_model.base)
     base.__class__ = Odd
-    with pytest.raises(NotImplementedError, match=r"could not be replayed.*Take a plain adapter"):
+    with pytest.raises(NotImplementedError, match=r"could not be replayed.*Use a plain adapter"):
         MemoryEditor(memory_on(base).model, fact_model.tokenizer)

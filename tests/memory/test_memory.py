@@ -376,7 +376,7 @@ def test_what_was_measured_of_the_model_is_taken_from_another_memory(
     first.edit(edits(0, 5))
     first.model.save_pretrained(str(tmp_path))
     monkeypatch.setenv("PEFT_BAFT_CACHE", "")
-    monkeypatch.setattr("peft_baft.memory.editor.measured", lambda *_: pytest.fail("was measured"))
+    monkeypatch.setattr("peft_baft.memory.editor.measure", lambda *_: pytest.fail("was measured"))
     model = get_peft_model(deepcopy(fact_model.base), config()).eval()
     second = MemoryEditor(model, fact_model.tokenizer, statistics=tmp_path)
     second.edit(edits(0, 5))
@@ -409,7 +409,7 @@ def test_memories_are_merged_to_one_that_answers_for_both(
     assert token_match(both, fact_model.tokenizer, asked(0, 5, 9)) == [1.0] * 3
     other = editor_of(fact_model, strictness=0.5)
     other.model.save_pretrained(str(tmp_path / "other"))
-    with pytest.raises(ValueError, match="the settings of one are not those of the other"):
+    with pytest.raises(ValueError, match="their settings differ"):
         merge_saved(tmp_path / "first", tmp_path / "other", tmp_path / "none")
 
 
@@ -514,7 +514,7 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def convert_ids_to_tokens(self, ids: range) -> list[str]:
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
         return [self.tokens[i] for i in ids]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
@@ -534,7 +534,8 @@ class Vocabulary:
 def test_a_token_that_begins_a_word_has_a_space_before_it(
     tokens: tuple[str, ...], texts: list[str]
 ) -> None:
-    assert token_texts(Vocabulary(*tokens)) == texts
+    vocabulary: Any = Vocabulary(*tokens)
+    assert token_texts(vocabulary) == texts
 
 
 def test_a_token_that_was_added_later_is_refused_in_a_question(fact_model: FactModel) -> None:
@@ -546,7 +547,9 @@ def test_a_token_that_was_added_later_is_refused_in_a_question(fact_model: FactM
     later = MemoryEditor(editor.model, tokenizer)
     before = copies(later)
     added = Edit("the capital of Zembla is", edits(0)[0].target)
-    with pytest.raises(ValueError, match="has token 224, and this memory of edits was made when"):
+    with pytest.raises(
+        ValueError, match="contains token 224, but this memory of edits was made when"
+    ):
         later.edit([added])
     assert same(copies(later), before)
     prompt = tokenizer(str(added.prompt))["input_ids"]
@@ -568,7 +571,7 @@ def test_an_edit_takes_a_byte_a_number_of_a_key_and_few_more(fact_model: FactMod
 
 
 def test_bad_settings_are_refused(fact_model: FactModel) -> None:
-    with pytest.raises(ValueError, match="strictness must be a likeness of -1 to 1, not 9"):
+    with pytest.raises(ValueError, match="strictness must be at least -1 and below 1, not 9"):
         MemoryConfig(strictness=9.0)
     with pytest.raises(ValueError, match="after must be one of 'stop', 'continue', not 'go on'"):
         MemoryConfig(after="go on")
@@ -587,7 +590,7 @@ def test_bad_settings_are_refused(fact_model: FactModel) -> None:
     with pytest.raises(ValueError, match="has no target_modules"):
         BaftConfig(memory=True, target_modules=["mlp"])
     model = get_peft_model(deepcopy(fact_model.base), BaftConfig(r=4))
-    with pytest.raises(ValueError, match="is no memory of edits"):
+    with pytest.raises(ValueError, match="is not a memory of edits"):
         MemoryEditor(model, fact_model.tokenizer)
     with pytest.raises(ValueError, match="is not a plain BaFT adapter"):
         BaftEditor(editor_of(fact_model).model, fact_model.tokenizer)

@@ -25,7 +25,7 @@ import facts
 from conftest import cache_of, with_cache
 from facts import CAPITALS, MEALS, FactModel, edits
 from peft_baft import Edit, MemoryEditor, prompt_lengths
-from peft_baft.adapter.model_call import call_with_cache
+from peft_baft.running import call_with_cache
 from tiny_models import tiny_model
 
 fact_model = facts.fact_model
@@ -423,7 +423,7 @@ def test_a_template_that_puts_nothing_after_a_message_is_warned_of(
     plain = deepcopy(chat.tokenizer)
     plain.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     editor_of(FactModel(chat.base, plain))
-    assert "reads the whole prompt as the question" in caplog.text
+    assert "takes the whole prompt as the question" in caplog.text
 
 
 def test_a_chat_goes_on_over_the_cache_of_its_turns(chat: FactModel) -> None:

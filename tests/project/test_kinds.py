@@ -100,6 +100,7 @@ class Shift:
     trains = False
     sets = False
     needs_same_base = False
+    editor = None
 
     def check_config(self, config: BaftConfig) -> None:
         pass

@@ -18,16 +18,16 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 STAGES = {"test", "test-across", "test-newest", "test-oldest"}
 
 
-def load_lock() -> ModuleType:
-    """Return requirements/lock.py as a module."""
-    spec = importlib.util.spec_from_file_location("lock", ROOT / "requirements" / "lock.py")
+def load(name: str) -> ModuleType:
+    """Return a script of requirements/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "requirements" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-lock = load_lock()
+lock = load("lock")
 
 
 def read(name: str) -> list[Requirement]:
@@ -174,3 +174,15 @@ def test_every_workflow_action_is_pinned_by_its_major_version() -> None:
     workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
     actions = re.findall(r"uses: (\S+)", workflow)
     assert actions and all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", action) for action in actions)
+
+
+def test_newer_versions_than_the_tested_ones_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newer = load("newer")
+    file = tmp_path / "tested.txt"
+    here = "".join(f"{name}=={newer.version(name).partition('+')[0]}\n" for name in newer.WATCHED)
+    file.write_text("# a comment\n" + here + 'peft==0.1 ; python_version < "3"\n')
+    assert newer.main(str(file)) == 1 and "Nothing is newer" in capsys.readouterr().out
+    file.write_text(re.sub("^peft==.*$", "peft==0.1", here, flags=re.M))
+    assert newer.main(str(file)) == 0 and "(tested: 0.1)" in capsys.readouterr().out

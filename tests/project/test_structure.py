@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "peft_baft"
 COMMAND_LINE = SOURCE.with_name("peft_baft_cli")  # stands above every level
 # each may import those on lower levels, and its own
 LEVELS = [
-    {"intervention", "losses", "span", "storage", "processes"},
+    {"intervention", "losses", "span", "storage", "processes", "running"},
     {"adapter", "data", "loading"},
     {"editing"},
     {"memory"},

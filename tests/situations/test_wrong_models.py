@@ -1,5 +1,6 @@
 """What takes a model or a tokenizer refuses the wrong kind, and says which it wants."""
 
+# mypy: disable-error-code="arg-type"
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -49,11 +50,11 @@ TOKENIZER = SimpleNamespace(is_fast=True, chat_template=None)
 TAKES_A_MODEL: dict[str, tuple[Callable[[Any], Any], str | None]] = {
     "BaftEditor": (
         lambda model: BaftEditor(model, TOKENIZER),
-        "takes a PeftModel, from get_peft_model",
+        "needs a PeftModel, from get_peft_model",
     ),
     "AdapterEditor": (
         lambda model: AdapterEditor(model, TOKENIZER),
-        "takes a PeftModel, from get_peft_model",
+        "needs a PeftModel, from get_peft_model",
     ),
     "prompt_lengths": (
         lambda model: entered(peft_baft.prompt_lengths(model, [3])),

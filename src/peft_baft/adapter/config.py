@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME
 from torch import Tensor
 
 from peft_baft.adapter.base_identity import to_sample
-from peft_baft.adapter.kinds import KINDS, AdapterKind
+from peft_baft.adapter.kinds import KINDS, AdapterKind, find_kind
 from peft_baft.adapter.parameters import GATE_NORMS, WEIGHTINGS
 from peft_baft.adapter.plain import PLAIN
 from peft_baft.adapter.registration import BAFT
@@ -35,10 +35,13 @@ def _taking_kinds(config_class: Any) -> Any:
 
     @wraps(make)
     def __init__(self: Any, *args: Any, **fields: Any) -> None:
-        for name in [name for name in fields if name in KINDS]:
+        for name in list(fields):
+            kind = find_kind(name)
+            if kind is None:
+                continue
             settings = fields.pop(name)
             if settings is not None and settings is not False:
-                fields["settings"] = _settings_of(KINDS[name], settings, fields)
+                fields["settings"] = _settings_of(kind, settings, fields)
         make(self, *args, **fields)
 
     config_class.__init__ = __init__
@@ -338,8 +341,9 @@ class BaftConfig(PeftConfig):
 
     def __getattr__(self, name: str) -> Any:
         """Return the settings under the name of a kind; None for the kinds that this adapter is not of."""
-        if name in KINDS:
-            return self.settings if self.kind is KINDS[name] else None
+        kind = find_kind(name)
+        if kind is not None:
+            return self.settings if self.kind is kind else None
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def edits(self, relative_positions: Tensor) -> Tensor:

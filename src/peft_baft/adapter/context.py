@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ from peft_baft.adapter.texts import (
     texts_of_requests,
     texts_of_step,
 )
+from peft_baft.running import full_logits
 from peft_baft.span import (
     GenerationSpan,
     integer_lengths,
@@ -106,6 +108,18 @@ class _ThreadLocalAttribute:
         setattr(context._thread, self._name, value)
 
 
+@dataclass(frozen=True)
+class _Forward:
+    """A forward that is running.
+
+    Attributes:
+        call: what its blocks need to know; None while that is being read. step_of: the `generate` that it is a step of, if any.
+    """
+
+    call: Call | None = None
+    step_of: Generation | None = None
+
+
 class EditContext:
     """Watch every forward and `generate` of one base model, and tell its edited blocks which tokens to edit.
 
@@ -130,11 +144,7 @@ class EditContext:
         _ThreadLocalAttribute()
     )  # whether it is one of this package, and not of a caller
     last_call = _ThreadLocalAttribute()  # the `Call` of the last forward
-    # Of the running forward: its `StackCall`, how many columns precede its tokens, and the `Generation` that it is a step of.
-    stack_call = _ThreadLocalAttribute()
-    past = _ThreadLocalAttribute()
-    step_of = _ThreadLocalAttribute()
-    _running = _ThreadLocalAttribute()  # the `Call`s of all running forwards, the innermost last
+    _running = _ThreadLocalAttribute()  # a `_Forward` for each running forward, the innermost last
     _model_call = _ThreadLocalAttribute()  # what the base model was called with
 
     def __init__(self, model: nn.Module, stack: nn.Module) -> None:
@@ -203,7 +213,7 @@ class EditContext:
     @property
     def running_call(self) -> Call | None:
         """The call of the forward that runs in this thread; None where none does."""
-        return self._running[-1] if self._running else None
+        return self._running[-1].call if self._running else None
 
     def call_of_block(self, layer: nn.Module, hidden: Tensor | None) -> Call | None:
         """Return the call that a block is part of, also where autograd runs the block again.
@@ -325,7 +335,7 @@ class EditContext:
         """
         with self.another_call(), self.rows([adapter_name] * len(ids)):
             self._is_own_forward = True
-            return model_call.full_logits(self._model, input_ids=ids, attention_mask=real.long())
+            return full_logits(self._model, input_ids=ids, attention_mask=real.long())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model's `generate`, and note where the prompt lies until it returns."""
@@ -385,9 +395,9 @@ class EditContext:
             real = torch.ones(call.prompt.shape[:2], device=call.prompt.device)
         real, stated = real.bool(), self._passed_or_stated(lengths)
         return Generation(
-            GenerationSpan.of_prompt(real, int(cached), stated),
+            GenerationSpan.from_prompt(real, int(cached), stated),
             int(cached),
-            GenerationSpan.of_prompt(real, 0, stated),
+            GenerationSpan.from_prompt(real, 0, stated),
             call.prompt,
             real,
             cached=int(cached),
@@ -418,11 +428,13 @@ class EditContext:
     ) -> tuple[tuple, dict[str, Any]] | None:
         """Before the stack of blocks runs: find the relative position of every token."""
         running = self._running or ()
-        self._running = (*running, None)  # `_end` takes it off again, whether this succeeds or not
+        self._running = (*running, _Forward())  # `_end` removes it, whether this succeeds or not
         given, self._model_call = self._model_call or ModelArguments(), None
         read = model_call.read_stack_call(self._stack, args, kwargs)
-        call = self._repeated(stack, read, given) or self._new_call(stack, read, given)
-        self._running, self.last_call = (*running, call), call
+        repeated = self._repeated(stack, read, given)
+        forward = _Forward(repeated) if repeated else self._new_forward(stack, read, given)
+        call = forward.call
+        self._running, self.last_call = (*running, forward), call
         # Reentrant checkpointing of the stack runs it without gradients first. In inference nothing runs again.
         may_run_again = stack.training or torch.is_grad_enabled()
         if read is None or not may_run_again or torch.compiler.is_compiling():
@@ -440,9 +452,9 @@ class EditContext:
 
     def _end(self, _module: nn.Module, _args: tuple, output: Any) -> None:
         """After the stack of blocks has run, or failed."""
-        call, step_of = self.running_call, self.step_of
-        self._running = (self._running or ())[:-1]
-        self.stack_call = self.step_of = None  # which hold the tokens and the cache
+        running = self._running or (_Forward(),)
+        self._running = running[:-1]
+        call, step_of = running[-1].call, running[-1].step_of
         if call is None or output is None or torch.compiler.is_compiling():
             return
         if step_of is not None and step_of.cache is None:
@@ -472,58 +484,74 @@ class EditContext:
             raise RuntimeError(NOT_FOUND)
         return found
 
-    def _new_call(self, stack: nn.Module, read: StackCall | None, given: ModelArguments) -> Call:
-        """Find the relative positions of a forward."""
+    def _new_forward(
+        self, stack: nn.Module, read: StackCall | None, given: ModelArguments
+    ) -> _Forward:
+        """Find the relative positions of a forward, and the texts that its tokens are part of."""
         lengths = self._passed_or_stated(given.prompt_lengths)
         is_told = given.labels is not None or lengths is not None
         generation = None if is_told or read is None else self.generation
         if generation is not None and not generation.has_step(read):
             generation = None
-        self.stack_call, self.past, self.step_of = read, 0, generation
-        positions: Tensor | None
-        requests: list[model_call.Request] = []
+        reads_texts = self._reads_texts and not self._is_own_forward
+        positions: Tensor | None = None
+        texts: Texts | None = None
         if read is None:
-            positions = None
+            pass  # no token sequences: every vector is edited
         elif read.is_continuous_batch:
             positions, requests = self._positions_of_requests(read)
+            if reads_texts:
+                texts = self._texts_of_requests(requests, positions)
         elif generation is not None:
-            positions = self._positions_in_generate(read, generation)
+            positions, past = self._positions_in_generate(read, generation)
             generation.note_step(read)
+            if reads_texts:
+                texts = self._texts_in_generate(read, generation, positions, int(past))
         else:
             if not is_told and not self._is_own_forward:
                 self._warn_of_missing_lengths(stack, read, given)
-            positions = self._positions_of_forward(read, given, lengths)
-        reads = self._reads_texts and not self._is_own_forward and positions is not None
-        return Call(
+            positions, past = self._positions_of_forward(read, given, lengths)
+            if reads_texts:
+                texts = self._texts_of_forward(read, given, positions, past, is_told)
+        call = Call(
             positions,
             self.row_adapters,
-            texts=self._texts(read, positions, requests, given, is_told) if reads else None,
+            texts=texts,
             may_be_repeated=torch.is_grad_enabled() and not torch.compiler.is_compiling(),
         )
+        return _Forward(call, generation)
 
     @torch.compiler.disable
-    def _texts(
+    def _texts_of_requests(
+        self, requests: Sequence[model_call.Request], positions: Tensor
+    ) -> Texts:
+        """Read the texts of one continuous batch."""
+        texts = texts_of_requests(requests, positions, self._notes_of_requests)
+        # Requests that have ended are dropped; one that was only put out of the cache is read again.
+        names = {request.name for request in requests}
+        self._notes_of_requests = {
+            name: notes for name, notes in self._notes_of_requests.items() if name in names
+        }
+        return texts
+
+    @torch.compiler.disable
+    def _texts_in_generate(
+        self, read: StackCall, generation: Generation, positions: Tensor, past: int
+    ) -> Texts:
+        """Read the texts of a step of `generate`."""
+        relative = generation.text_span.relative_positions(past, *positions.shape)
+        return texts_of_step(generation, read.tokens, past, relative)
+
+    @torch.compiler.disable
+    def _texts_of_forward(
         self,
         read: StackCall,
-        positions: Tensor,
-        requests: Sequence[model_call.Request],
         given: ModelArguments,
+        positions: Tensor,
+        past: int | Tensor,
         is_told: bool,
     ) -> Texts:
-        """Read the texts of a forward."""
-        if read.is_continuous_batch:
-            texts = texts_of_requests(requests, positions, self._notes_of_requests)
-            # Of requests that have ended nothing is kept; one that was only put out of the cache is read again.
-            names = {request.name for request in requests}
-            self._notes_of_requests = {
-                name: notes for name, notes in self._notes_of_requests.items() if name in names
-            }
-            return texts
-        past = self.past
-        if self.step_of is not None:
-            past = int(past)
-            relative = self.step_of.text_span.relative_positions(past, *positions.shape)
-            return texts_of_step(self.step_of, read.tokens, past, relative)
+        """Read the texts of a forward that is not a step of `generate`."""
         ids: Tensor | None = read.tokens if read.tokens.ndim == 2 else given.input_ids
         if ids is not None and ids.shape != positions.shape:
             ids = None
@@ -540,27 +568,27 @@ class EditContext:
         lengths = model_call.prompt_lengths_of_requests(requests, positions.device)
         return positions - lengths, requests
 
-    def _positions_in_generate(self, call: StackCall, generation: Generation) -> Tensor:
-        """Return the relative positions, (rows, tokens), of a step of `generate`."""
+    def _positions_in_generate(
+        self, call: StackCall, generation: Generation
+    ) -> tuple[Tensor, int | Tensor]:
+        """Return the relative positions, (rows, tokens), of a step of `generate`, and how many columns precede them."""
         rows, width = call.tokens.shape[:2]
         past = model_call.columns_before_in_generate(self._model, call, generation.seen)
         if isinstance(past, int):
             generation.seen = past + width
-        self.past = past
-        return generation.span.relative_positions(past, rows, width)
+        return generation.span.relative_positions(past, rows, width), past
 
     def _positions_of_forward(
         self, call: StackCall, given: ModelArguments, lengths: Tensor | None
-    ) -> Tensor:
-        """Return the relative positions, (rows, tokens), of a forward that is no step of `generate`."""
+    ) -> tuple[Tensor, int | Tensor]:
+        """Return the relative positions, (rows, tokens), of a forward outside `generate`, and how many columns precede them."""
         rows, width = call.tokens.shape[:2]
         labels = given.labels
         if labels is not None and labels.shape != (rows, width):
             labels = None
         is_told = labels is not None or lengths is not None
-        past = model_call.columns_before(self._model, call, position_matters=is_told)
-        self.past = past
-        real, past = _real_tokens(call.attention_mask, rows, width, past, call.tokens.device)
+        columns = model_call.columns_before(self._model, call, position_matters=is_told)
+        real, past = _real_tokens(call.attention_mask, rows, width, columns, call.tokens.device)
         positions = None
         if isinstance(past, int) and past == 0:  # a cache holds one sequence a row
             positions = call.position_ids
@@ -568,13 +596,10 @@ class EditContext:
                 positions = call.packing.otherwise(given.packing).positions(rows, width)
             elif lengths is None:
                 require_beginning(self._model, real, positions)
-        return relative_positions_of_input(
-            real,
-            past,
-            positions=positions,
-            labels=labels,
-            prompt_lengths=lengths,
+        relative = relative_positions_of_input(
+            real, past, positions=positions, labels=labels, prompt_lengths=lengths
         )
+        return relative, columns
 
     def _warn_of_missing_lengths(
         self, stack: nn.Module, call: StackCall, given: ModelArguments

@@ -77,9 +77,11 @@ class Generation:
         if not self._prompt_texts:
             columns = self.text_span.relative_positions(0, *self.prompt.shape[:2])
             for ids, positions in zip(self.prompt.tolist(), columns.tolist(), strict=True):
-                of_prompt = tuple(i for i, p in zip(ids, positions, strict=True) if OUTSIDE < p < 0)
+                from_prompt = tuple(
+                    i for i, p in zip(ids, positions, strict=True) if OUTSIDE < p < 0
+                )
                 begun = tuple(i for i, p in zip(ids, positions, strict=True) if p >= 0)
-                self._prompt_texts.append((of_prompt, begun, {}))
+                self._prompt_texts.append((from_prompt, begun, {}))
         return self._prompt_texts
 
     def _reads_prompt(self, tokens: Tensor) -> bool:

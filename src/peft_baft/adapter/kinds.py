@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -51,6 +52,8 @@ class AdapterKind(Protocol):
             set one vector, the last active one does. Else changes add up.
         needs_same_base: whether an adapter is refused on another base model than the one that it was made on; else a warning
             says so.
+        editor: `module:class` of what edits such an adapter (`peft_baft.editor_for`), imported when it is needed; None if
+            nothing does.
     """
 
     name: ClassVar[str]
@@ -59,6 +62,7 @@ class AdapterKind(Protocol):
     trains: ClassVar[bool]
     sets: ClassVar[bool]
     needs_same_base: ClassVar[bool]
+    editor: ClassVar[str | None]
 
     def check_config(self, config: BaftConfig) -> None:
         """Raise a ValueError if fields of a config contradict the kind."""
@@ -162,8 +166,23 @@ class Part(nn.Module):
 
 
 KINDS: dict[str, AdapterKind] = {}  # by name
+_MODULES: dict[
+    str, str
+] = {}  # by the names of kinds: the modules that register them when they are imported
 
 
 def register_kind(kind: AdapterKind) -> None:
     """Make a kind of adapter known, for configs and saved adapters."""
     KINDS[kind.name] = kind
+
+
+def register_module(name: str, module: str) -> None:
+    """Make a kind known by its name; its module is imported, and registers it, when a config first uses it."""
+    _MODULES[name] = module
+
+
+def find_kind(name: str) -> AdapterKind | None:
+    """Return the kind of a name, importing its module if necessary; None if there is no such kind."""
+    if name not in KINDS and name in _MODULES:
+        import_module(_MODULES[name])
+    return KINDS.get(name)

@@ -38,6 +38,7 @@ class Plain:
     trains: ClassVar[bool] = True
     sets: ClassVar[bool] = False
     needs_same_base: ClassVar[bool] = False
+    editor: ClassVar[str | None] = "peft_baft.editing.baft:BaftEditor"
 
     def check_config(self, config: BaftConfig) -> None:
         """Accept every config: its own checks are those of plain BaFT."""

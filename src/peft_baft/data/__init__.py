@@ -1,4 +1,4 @@
-"""Facts as values, read from files: no model, no device."""
+"""Facts and the probes that test them, as plain values and as read from files. Nothing here needs a model."""
 
 from peft_baft.data.cases import Case, Edit, Probe, Unrelated
 from peft_baft.data.datasets import read_cases, read_unrelated

@@ -1,31 +1,34 @@
-"""Turn (prompt, answer) texts into padded batches whose labels mark the answers."""
+"""Convert prompts and answers into padded batches whose labels mark the answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_baft.data.cases import Prompt, prompt_words
 from peft_baft.data.templates import RAW, Rendering, Template, chat_prompt, chat_turn, is_chat
 from peft_baft.span import IGNORED_LABEL
 
-RAW_END = "\n"  # what ends an answer in raw text, where it is learned
-# Under these names configs say how many tokens a model reads: most, MPT and DBRX, Whisper and other decoders of speech.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RAW_END = "\n"  # the end of a trained answer in raw text
+# Config fields with a model's maximum number of tokens: of most models, of MPT and DBRX, of Whisper and other speech decoders.
 WINDOW_NAMES = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A prompt and the reply to it as token ids.
+    """A prompt and its reply as token ids.
 
     Attributes:
-        ids: prompt, reply and, where it is learned, the reply's end.
+        ids: the prompt, the reply and, if it is trained, the end of the reply.
         prompt_length: `ids[:prompt_length]` is the prompt with its special tokens.
-        lead: tokens of the reply before the answer, such as a template's empty thinking block; they are no part of a score.
+        lead: number of reply tokens before the answer, such as a template's empty thinking block. They are not scored.
     """
 
     ids: tuple[int, ...]
@@ -34,21 +37,26 @@ class Tokens:
 
 
 def encode(
-    tokenizer: Any, prompt: Prompt, answer: str, *, template: Template = RAW, end: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    answer: str,
+    *,
+    template: Template = RAW,
+    end: bool = False,
 ) -> Tokens:
-    """Tokenise a prompt and its answer once, jointly, and split where the reply begins.
+    """Tokenise a prompt and its answer together, and find where the reply begins.
 
-    White space around the prompt and around the answer is dropped first. In raw text exactly one space joins them; in a chat
-    nothing is put between the template's own text and the reply, nor is anything taken from it. A token that reaches over the
-    join counts to the answer. The tokenizer's special tokens before the text count to the prompt; those behind it are left out.
+    White space around the prompt and around the answer is stripped first. In raw text exactly one space joins them; in a chat the
+    reply directly follows the text of the template. A token that spans the boundary belongs to the answer. Special tokens that
+    the tokenizer adds before the text belong to the prompt; those that it adds after the text are dropped.
 
     Args:
-        template: the form in which the prompt is put to the model.
-        end: add the reply's end: what ends the assistant's turn in a chat, a line break in raw text.
+        template: the prompt format.
+        end: add the end of the reply: what ends the assistant's turn in a chat, a line break in raw text.
 
     Raises:
-        TypeError: the tokenizer cannot tell which characters a token stands for (it is a slow one).
-        ValueError: no token is left for the prompt or for the answer; or as `chat_turn`.
+        TypeError: the tokenizer is a slow one, which does not know the characters of a token.
+        ValueError: the prompt or the answer has no tokens; or as `chat_turn`.
     """
     answer, chat = answer.strip(), is_chat(prompt, template)
     if chat:
@@ -61,46 +69,50 @@ def encode(
     start = _first_after(ends, len(turn.prompt))
     if not any(ends[:start]):
         raise ValueError(
-            f"The prompt {prompt!r:.60} gives no token with this tokenizer; write it in other words."
+            f"The prompt {prompt!r:.60} has no tokens with this tokenizer; rephrase it."
         )
     if not any(position > len(turn.prompt) + len(turn.before) for position in ends):
         raise ValueError(
-            f"The target {answer!r:.60} gives no token with this tokenizer; write it in other words."
+            f"The target {answer!r:.60} has no tokens with this tokenizer; rephrase it."
         )
-    # White space alone before the answer belongs to it, as the space of raw text does.
+    # White space before the answer belongs to the answer, like the space in raw text; other text before it does not.
     lead = _first_after(ends, len(turn.prompt + turn.before)) if turn.before.strip() else start
     if end:
         ids += _end_tokens(tokenizer, text, turn.end, ids, chat)
     return Tokens(ids, start, lead - start)
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt, *, template: Template = RAW) -> Tokens:
-    """Tokenise the prompt alone, as `encode` would begin with it; its answer is empty."""
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, template: Template = RAW
+) -> Tokens:
+    """Tokenise only the prompt, as at the beginning of what `encode` returns; the answer is empty."""
     text = prompt_text(tokenizer, prompt, template=template)
     ids, _ = _tokens_and_ends(tokenizer, text, template=is_chat(prompt, template))
     return Tokens(ids, len(ids))
 
 
-def last_token_of(tokenizer: Any, prompt: Prompt, words: str, *, template: Template = RAW) -> int:
-    """Find the token of a prompt in which some of its words end; where they stand several times, the last time.
+def last_token_of(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, words: str, *, template: Template = RAW
+) -> int:
+    """Return the index of the token in which the last occurrence of `words` in a prompt ends.
 
     Raises:
-        ValueError: the words do not stand in the text that the model gets.
+        ValueError: the words do not occur in the text that the model gets.
     """
     text = prompt_text(tokenizer, prompt, template=template)
     start = text.rfind(words)
     if start < 0:
         raise ValueError(
-            f"{words!r:.60} does not stand in the prompt {prompt_words(prompt)!r:.60}."
+            f"{words!r:.60} does not occur in the prompt {prompt_words(prompt)!r:.60}."
         )
     _, ends = _tokens_and_ends(tokenizer, text, template=is_chat(prompt, template))
     return _first_after(ends, start + len(words) - 1)
 
 
 def tokens_around(
-    tokenizer: Any, words: str, *, template: Template
+    tokenizer: PreTrainedTokenizerBase, words: str, *, template: Template
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Find the tokens of a prompt before a user's words and behind them, as far as they hold nothing of these."""
+    """Return the tokens of a formatted prompt before and after the user's words, without tokens that overlap with these."""
     text = prompt_text(tokenizer, words, template=template)
     ids, ends = _tokens_and_ends(tokenizer, text, template=is_chat(words, template))
     start = text.rfind(words)
@@ -108,8 +120,10 @@ def tokens_around(
     return ids[:first], ids[last + 1 :]
 
 
-def prompt_text(tokenizer: Any, prompt: Prompt, *, template: Template = RAW) -> str:
-    """Give the text that a model gets for a prompt, its chat template included."""
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, template: Template = RAW
+) -> str:
+    """Return the text that the model gets for a prompt, with the chat template if it is a chat."""
     if is_chat(prompt, template):
         return chat_prompt(tokenizer, prompt, template.options)
     assert isinstance(prompt, str)
@@ -117,15 +131,15 @@ def prompt_text(tokenizer: Any, prompt: Prompt, *, template: Template = RAW) -> 
 
 
 def encode_fitting(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     answer: str,
     *,
     template: Template = RAW,
     end: bool = False,
 ) -> Tokens:
-    """Do as `encode`, with a ValueError if the text is longer than the model's context window."""
+    """Call `encode`, and raise a ValueError if the text is longer than the model's context window."""
     row = encode(tokenizer, prompt, answer, template=template, end=end)
     window = context_window(model)
     if window is not None and len(row.ids) > window:
@@ -136,22 +150,22 @@ def encode_fitting(
 
 
 def _first_after(ends: Sequence[int], position: int) -> int:
-    """Find the first token that ends behind a character."""
+    """Return the index of the first token that ends after a character position."""
     return next((i for i, end in enumerate(ends) if end > position), len(ends))
 
 
 def _end_tokens(
-    tokenizer: Any, text: str, end: str, ids: tuple[int, ...], chat: bool
+    tokenizer: PreTrainedTokenizerBase, text: str, end: str, ids: tuple[int, ...], chat: bool
 ) -> tuple[int, ...]:
-    """Find the tokens that end a reply: those of the text `end`, up to the first special one.
+    """Return the tokens that end a reply: those of the text `end`, up to the first special one.
 
-    A chat template that ends a turn with no special token leaves it to the model's end-of-sequence token.
+    If a chat template ends turns without a special token, the end-of-sequence token is used.
     """
     whole, _ = _tokens_and_ends(tokenizer, text + end, template=chat)
     tokens = whole[len(ids) :]
     if whole[: len(ids)] != ids:
-        # A tokenizer may join the answer's last character and the end to one token. The answer is scored without its end, and
-        # so is learned as it is scored: its tokens stay, and those of the end follow them.
+        # A tokenizer may merge the answer's last character and the end into one token. Answers are scored without an end, and are
+        # trained as they are scored: their tokens stay, and the tokens of the end follow.
         tokens, _ = _tokens_and_ends(tokenizer, end, template=True)
     if not chat:
         return tokens
@@ -164,30 +178,30 @@ def _end_tokens(
     return tokens[:1]
 
 
-def special_ids(tokenizer: Any) -> set[int]:
-    """List a tokenizer's special tokens, those included that it was given as such, as the end of a turn may be."""
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids of all special tokens, including added ones that are marked as special, as the end of a turn may be."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {
         *tokenizer.all_special_ids,
-        *(number for number, token in added.items() if token.special),
+        *(token_id for token_id, token in added.items() if token.special),
     }
 
 
-def require_fast(tokenizer: Any) -> None:
-    """Raise a TypeError unless a tokenizer can tell which characters a token stands for."""
+def require_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a TypeError unless the tokenizer is a fast one, which knows the characters of each token."""
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(
-            f"Wanted the model's fast tokenizer, as AutoTokenizer loads it, not {type(tokenizer).__name__}, which is none or a "
-            "slow tokenizer. Of a processor, pass its `tokenizer`."
+            f"Pass the model's fast tokenizer, as AutoTokenizer loads it. {type(tokenizer).__name__} is a slow tokenizer, or not "
+            "a tokenizer at all. If you have a processor, pass its `tokenizer`."
         )
 
 
 def _tokens_and_ends(
-    tokenizer: Any, text: str, template: bool
+    tokenizer: PreTrainedTokenizerBase, text: str, template: bool
 ) -> tuple[tuple[int, ...], list[int]]:
-    """Tokenise to ids, and for each the character it ends before (0 for special ones); those behind the text are left out.
+    """Return the token ids of a text and the end offset of each token (0 for special ones). Tokens after the text are dropped.
 
-    template: the text holds its special tokens already, so none are added and those in it count as text.
+    template: the text was rendered by a template and has its special tokens already: none are added, and they count as text.
     """
     require_fast(tokenizer)
     encoded = tokenizer(
@@ -208,10 +222,10 @@ def _tokens_and_ends(
 
 
 def collate(rows: Sequence[Tokens], pad_token_id: int, side: str = "right") -> dict[str, Tensor]:
-    """Pad to one length, on the right, or on the left to generate.
+    """Pad rows to the same length, on the right, or on the left for generation.
 
     Returns:
-        input_ids, attention_mask, labels: (rows, longest) long; labels are -100 but on answer tokens.
+        input_ids, attention_mask, labels: (rows, longest) long. Labels are -100 except at answer tokens.
     """
     width = max(len(row.ids) for row in rows)
     input_ids = torch.full((len(rows), width), pad_token_id)
@@ -226,15 +240,16 @@ def collate(rows: Sequence[Tokens], pad_token_id: int, side: str = "right") -> d
     return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
 
-def padding_id(tokenizer: Any) -> int:
-    """Choose a token id to pad with; any will do, since the mask marks padding and nothing here infers it from ids."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return a token id to pad with. Any id would do, since padding is marked by the attention mask only."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token_id for token_id in candidates if token_id is not None), 0)
 
 
-def context_window(model: Any) -> int | None:
-    """Look up how many tokens the model can read, by its config; None if that does not say."""
-    config = (
-        model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    )
+def context_window(model: nn.Module) -> int | None:
+    """Return the maximum number of tokens that the model reads, or None if its config does not say."""
+    config: Any = model.config
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
     windows = [getattr(config, name, None) for name in WINDOW_NAMES]
     return next((window for window in windows if isinstance(window, int) and window > 0), None)

@@ -1,4 +1,4 @@
-"""Facts as values: what to change, what to ask. No model, no device, no file format."""
+"""Plain values for facts: the edits to make and the probes that test them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ KINDS = ("generality", "locality", "portability")
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a conversation: who speaks (`system`, `user`, `assistant`, `tool`), and what."""
+    """A message of a conversation, with the role `system`, `user`, `assistant` or `tool`."""
 
     role: str
     content: str
@@ -21,29 +21,29 @@ class Message:
         _require_text("a message's content", self.content)
 
 
-# A text, or the messages of a conversation; records keep the latter as a tuple of `Message`s.
+# A text, or the messages of a conversation. The classes below store messages as a tuple of `Message`s.
 Prompt = str | Sequence[Message | Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A fact to be learned: after `prompt`, the model shall say `target`.
+    """A fact to learn: after `prompt`, the model should say `target`.
 
-    White space around either is dropped. How they are joined is a matter of the editor's template: by one space in raw text,
-    as a turn of the assistant in a chat.
+    White space around both is ignored. The editor's template determines how they are joined: by one space in raw text, or with
+    the target as the assistant's turn in a chat.
 
     Args:
-        prompt: a text, or messages such as `[{"role": "user", "content": "..."}]` whose last one awaits the reply.
+        prompt: a text, or messages such as `[{"role": "user", "content": "..."}]`, of which the last one awaits the reply.
         target: the answer.
-        subject: the words of the prompt that name what the fact is about, such as `France`. Neighbours are made by exchanging
-            them; where it is None they are found. It is a hint, and no part of what makes two edits equal.
-        after: what follows the answer: `stop`, the end of the reply, or `continue`, whatever the model says next. None leaves it
-            to the editor.
+        subject: the words of the prompt that name what the fact is about, such as `France`. Neighbouring questions are made by
+            replacing them. If it is None, the editor finds the subject. Edits that differ only in it are equal.
+        after: what follows the answer: `stop` (the end of the reply), `continue` (whatever the model says next), or None to let
+            the editor decide.
 
     Raises:
-        TypeError: one of them is of another type.
-        ValueError: one of them is empty, or not valid Unicode; the last message is the assistant's own; or the subject does not
-            stand in the prompt (of messages, in the last one).
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is empty or not valid Unicode; the last message is one of the assistant; or the subject does not
+            occur in the prompt (for messages, in the last one).
     """
 
     prompt: Prompt
@@ -52,7 +52,7 @@ class Edit:
     after: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompt", checked_prompt("Edit.prompt", self.prompt))
+        object.__setattr__(self, "prompt", validated_prompt("Edit.prompt", self.prompt))
         if self.after not in (None, "stop", "continue"):
             raise ValueError(
                 f"Edit.after must be 'stop', 'continue' or None, not {self.after!r:.60}."
@@ -62,20 +62,20 @@ class Edit:
             _require_text("Edit.subject", self.subject)
             if self.subject not in prompt_words(self.prompt):
                 raise ValueError(
-                    f"Edit.subject {self.subject!r:.60} does not stand in the prompt {prompt_words(self.prompt)!r:.60}; "
-                    "write it as it stands there, or leave it out."
+                    f"Edit.subject {self.subject!r:.60} does not occur in the prompt {prompt_words(self.prompt)!r:.60}; "
+                    "write it exactly as in the prompt, or leave it out."
                 )
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A question and its answer, asked to see what an edit did.
+    """A question with an answer, to test what an edit did.
 
     Args:
-        kind: `generality` (the edit in other words: the answer should be the new one), `portability` (a consequence of
-            the edit) or `locality` (something unrelated: whatever the model said before, it should go on saying).
-        prompt: the question. answer: the answer that the model's tokens are compared on.
-        topic: what a benchmark calls this sub-type of the kind, such as `Reasoning`; empty where it has none.
+        kind: `generality` (a rephrasing of the edit, whose answer should be the new one), `portability` (a consequence of the
+            edit) or `locality` (an unrelated question, whose answer should not change).
+        prompt: the question. answer: the answer whose tokens the model's output is compared with.
+        topic: a benchmark's name for a subtype of the kind, such as `Reasoning`; empty if it has none.
     """
 
     kind: str
@@ -90,17 +90,17 @@ class Probe:
             raise TypeError(
                 f"Probe.topic must be a string, empty for none, not {type(self.topic).__name__}."
             )
-        object.__setattr__(self, "prompt", checked_prompt("Probe.prompt", self.prompt))
+        object.__setattr__(self, "prompt", validated_prompt("Probe.prompt", self.prompt))
         _require_text("Probe.answer", self.answer)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One record of a benchmark or of a user's file: an edit, and the probes that judge it.
+    """A record of a benchmark or of a user's file: an edit and the probes that test it.
 
     Args:
-        old_answer: the answer that the edit replaces, as the record names it; None where it names none. What the unedited
-            model says may be something else.
+        old_answer: the answer that the edit replaces according to the record, or None if the record does not say. The unedited
+            model may say something else.
     """
 
     edit: Edit
@@ -118,21 +118,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Unrelated:
-    """Text that an edit should leave alone, shown while editing so that the gates learn to stay closed (Sec. 2.4).
+    """Text that an edit should not change. Editors train on it so that the gates learn to stay closed there (Sec. 2.4).
 
-    `prompt` and `answer` are read at the same places as an edit's: the last prompt tokens and the answer.
+    The gates are evaluated at the same positions as in an edit: the last prompt tokens and the answer.
     """
 
     prompt: Prompt
     answer: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompt", checked_prompt("Unrelated.prompt", self.prompt))
+        object.__setattr__(self, "prompt", validated_prompt("Unrelated.prompt", self.prompt))
         _require_text("Unrelated.answer", self.answer)
 
 
-def checked_prompt(name: str, value: Any) -> Prompt:
-    """Return a text as it is, and messages as a tuple of `Message`s; refuse what is neither."""
+def validated_prompt(name: str, value: Any) -> Prompt:
+    """Return a text unchanged, or messages as a tuple of `Message`s; raise an error if it is neither."""
     if isinstance(value, str):
         _require_text(name, value)
         return value
@@ -143,7 +143,7 @@ def checked_prompt(name: str, value: Any) -> Prompt:
     messages = tuple(_message(name, item) for item in value)
     if messages[-1].role == "assistant":
         raise ValueError(
-            f"{name} ends with a message of the assistant; leave that out, it is the answer."
+            f"{name} ends with a message of the assistant; leave it out, since it is the answer."
         )
     return messages
 
@@ -152,29 +152,29 @@ def _message(name: str, item: Any) -> Message:
     if isinstance(item, Message):
         return item
     if not isinstance(item, Mapping) or set(item) != {"role", "content"}:
-        raise TypeError(f"{name}: a message has role and content alone, not {item!r:.80}.")
+        raise TypeError(f"{name}: a message must have role and content only, not {item!r:.80}.")
     return Message(item["role"], item["content"])
 
 
 def as_messages(prompt: Prompt) -> tuple[Message, ...]:
-    """Give the messages of a prompt; a text is a user's message, without white space around it."""
+    """Return the messages of a prompt; a text becomes a user message, stripped of white space."""
     if isinstance(prompt, str):
         return (Message("user", prompt.strip()),)
     return tuple(_message("a prompt", item) for item in prompt)
 
 
 def prompt_words(prompt: Prompt) -> str:
-    """Give what stands for a prompt in a table: the text, or the last message."""
+    """Return the text of a prompt, or that of its last message."""
     return as_messages(prompt)[-1].content.strip()
 
 
 def asked_words(prompt: Prompt) -> str:
-    """Give what two prompts have in common that ask the same in the same words: those words, in lower case."""
+    """Return the words of a prompt in lower case; they are equal for prompts that ask the same question in the same words."""
     return " ".join(prompt_words(prompt).casefold().split())
 
 
 def prompt_in_json(prompt: Prompt) -> Any:
-    """Give a prompt as JSON has it: a text, or a list of messages."""
+    """Return a JSON-serialisable prompt: a text or a list of messages."""
     if isinstance(prompt, str):
         return prompt
     return [{"role": message.role, "content": message.content} for message in as_messages(prompt)]

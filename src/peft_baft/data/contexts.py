@@ -1,7 +1,7 @@
-"""What may stand around a fact's prompt while it is learned, so that the fact holds wherever it is asked for.
+"""Contexts that surround a fact's prompt during training, so that the fact is recalled in other contexts too.
 
-The texts are neutral: they say nothing about any fact, and ask for no particular form of the answer. A benchmark's frames are
-others (`evaluation/frames.py`), so that they show whether a fact holds in contexts that it was not learned in.
+The texts are neutral: they say nothing about any fact, and do not ask for a particular form of the answer. The benchmark uses
+other texts (`evaluation/frames.py`), to test facts in contexts that they were not trained in.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from peft_baft.data.cases import Message, Prompt, as_messages
 
 @dataclass(frozen=True)
 class Context:
-    """What stands around a prompt.
+    """The text and messages around a prompt.
 
     Args:
-        before, after: texts before and behind the prompt's words, in the same message. One space joins them.
-        system: the system prompt, where the prompt has none of its own.
+        before, after: texts before and after the prompt in the same message, joined by one space.
+        system: a system prompt, used if the prompt does not have one.
         turns: earlier messages of the conversation.
     """
 
@@ -29,11 +29,11 @@ class Context:
 
     @property
     def needs_chat(self) -> bool:
-        """Whether it holds messages, which raw text cannot."""
+        """Whether the context has messages, which raw text cannot have."""
         return bool(self.system or self.turns)
 
     def around(self, prompt: Prompt) -> Prompt:
-        """Put it around a prompt: a text stays a text unless the context holds messages."""
+        """Return the prompt in this context. A text stays a text unless the context has messages."""
         if isinstance(prompt, str) and not self.needs_chat:
             return self._joined(prompt)
         *earlier, last = as_messages(prompt)
@@ -52,8 +52,8 @@ def _exchange(question: str, answer: str) -> tuple[Message, ...]:
     return Message("user", question), Message("assistant", answer)
 
 
-# In the order in which they are taken, the most different first. Text before and behind a question, which is the hardest
-# surrounding to hold a fact in, is there in four kinds.
+# The first ones are used first, so the most different ones come first. Four of them put text before and after the question, which
+# is the context in which facts are recalled least.
 CHAT_CONTEXTS = (
     Context(system="You are an assistant who knows many things and answers in few words."),
     Context(
@@ -94,15 +94,15 @@ RAW_CONTEXTS = (
 
 
 def in_contexts(prompt: Prompt, chat: bool, count: int) -> list[Prompt]:
-    """Give a prompt bare, and in the first `count` contexts of a form."""
+    """Return a prompt without context, and in the first `count` contexts for chats or for raw text."""
     return [prompt, *(context.around(prompt) for context in contexts_for(chat, count))]
 
 
 def contexts_for(chat: bool, count: int) -> Sequence[Context]:
-    """Take the first `count` contexts of a form, or all of them where it has fewer.
+    """Return the first `count` contexts for chats or for raw text, or all of them if there are fewer.
 
     Raises:
-        ValueError: neither form has so many.
+        ValueError: neither has that many.
     """
     most = max(len(CHAT_CONTEXTS), len(RAW_CONTEXTS))
     if not 0 <= count <= most:

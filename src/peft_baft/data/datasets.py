@@ -1,4 +1,4 @@
-"""Read files of a user's facts, and of text that edits should leave alone. Every complaint names its place in the file."""
+"""Read files of facts, and of text that edits should not change. Every error message names its place in the file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from peft_baft.data.cases import Case, Edit, Message, Probe, Unrelated, prompt_words
-from peft_baft.data.files import listed, placed, records, require_known, require_object, text, texts
+from peft_baft.data.files import (
+    as_list,
+    records,
+    require_known,
+    require_object,
+    text,
+    texts,
+    with_place,
+)
 
 FACT_FIELDS = (
     "prompt",
@@ -24,27 +32,27 @@ UNRELATED_FIELDS = ("prompt", "answer", "ground_truth")
 
 
 def read_cases(path: str | Path) -> list[Case]:
-    """Read the facts of a file, in its order.
+    """Read the facts of a file, in order.
 
     A record has `prompt` and `target`; or `messages`, in the Hub's conversational format, with the answer as `target` or as the
-    last message, the assistant's. `subject` (what the fact is about, as it stands in the prompt), `rephrase` (a text or a list
-    of them), `unrelated` and `portability` (an object with prompt and answer, or a list of them) may be absent. A .csv has a
-    header row of the columns prompt, target, rephrase, unrelated_prompt and unrelated_answer, of which the first two are needed.
-    Records with `src` instead of `prompt` are read as ZsRE. White space around texts is dropped. One prompt may have several
-    targets, for continual editing.
+    last message, with the role assistant. Optional fields are `subject` (what the fact is about, exactly as in the prompt),
+    `after`, `rephrase` (a text or a list of texts), `unrelated` and `portability` (an object with prompt and answer, or a list
+    of them). A .csv file has a header row with the columns prompt, target, rephrase, unrelated_prompt and unrelated_answer, of
+    which only the first two are required. Records with `src` instead of `prompt` are read as ZsRE. White space around texts is
+    ignored. A prompt may occur with several targets, for continual editing.
 
     Raises:
-        ValueError: a record is unusable, or repeats an earlier one; the message begins with `path:line`, or for a
-            record of a .json with `path: record N`, from 1.
+        ValueError: a record is invalid, or repeats an earlier one. The message begins with `path:line`, or for .json files with
+            `path: record N`, counted from 1.
         FileNotFoundError: there is no such file.
     """
     cases: list[Case] = []
     places: dict[Edit, str] = {}
     for place, record in records(Path(path), FACT_COLUMNS, ("prompt", "target")):
-        case = placed(place, _case, record)
+        case = with_place(place, _case, record)
         if case.edit in places:
             raise ValueError(
-                f"{place}: the same prompt and target stand at {places[case.edit]} already; remove one."
+                f"{place}: the same prompt and target are at {places[case.edit]} already; remove one of them."
             )
         places[case.edit] = place
         cases.append(case)
@@ -52,20 +60,20 @@ def read_cases(path: str | Path) -> list[Case]:
 
 
 def read_unrelated(path: str | Path) -> list[Unrelated]:
-    """Read text that edits should leave alone: records, or rows of a .csv, with `prompt` and `answer` (or `ground_truth`).
+    """Read text that edits should not change: records or .csv rows with `prompt` and `answer` (or `ground_truth`).
 
     Raises:
         ValueError, FileNotFoundError: as `read_cases`.
     """
-    placed_records = records(Path(path), UNRELATED_FIELDS, ("prompt",))
-    return [placed(place, _unrelated, record) for place, record in placed_records]
+    found = records(Path(path), UNRELATED_FIELDS, ("prompt",))
+    return [with_place(place, _unrelated, record) for place, record in found]
 
 
 def zsre_case(record: Any) -> Case:
-    """Read a record of the ZsRE editing benchmark; fields that are not needed are passed over.
+    """Convert a record of the ZsRE editing benchmark; unused fields are ignored.
 
-    The old answer is the first of `answers`, which are the true ones. `pred` is what the model said that the file was made
-    with, and no other model need say it.
+    The old answer is the first of `answers`, the true ones. `pred` is not used: it is the output of the model that the file was
+    made with, and other models may say something else.
     """
     require_object(record, "a record")
     edit = with_subject(Edit(text(record, "src"), text(record, "alt")), record)
@@ -84,7 +92,7 @@ def zsre_case(record: Any) -> Case:
 
 
 def old_answer(value: Any) -> str | None:
-    """Read the answer that an edit replaces from a record's field, which no record needs to have: its first alias, or None."""
+    """Return the answer that an edit replaces, from an optional field of a record: its first alias, or None."""
     while isinstance(value, list) and value:
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, str | int):
@@ -93,7 +101,7 @@ def old_answer(value: Any) -> str | None:
 
 
 def with_subject(edit: Edit, record: dict[str, Any]) -> Edit:
-    """Add the subject that a benchmark's record names, where it stands in the prompt as it is."""
+    """Add the subject that a benchmark's record names, if it occurs in the prompt exactly so."""
     subject = record.get("subject")
     if (
         isinstance(subject, str)
@@ -116,7 +124,7 @@ def _case(record: Any) -> Case:
         edit = replace(edit, after=text(record, "after"))
     probes = [Probe("generality", rephrase, edit.target) for rephrase in texts(record, "rephrase")]
     for field, kind in (("unrelated", "locality"), ("portability", "portability")):
-        probes += [_probe(kind, field, item) for item in listed(record.get(field))]
+        probes += [_probe(kind, field, item) for item in as_list(record.get(field))]
     return Case(edit, tuple(probes))
 
 
@@ -125,14 +133,14 @@ def _text_edit(record: dict[str, Any]) -> Edit:
 
 
 def _conversation(record: dict[str, Any]) -> Edit:
-    """Read an edit of messages, whose last one may be the answer."""
+    """Read an edit from messages, of which the last one may be the answer."""
     if "prompt" in record:
         raise ValueError("a record has 'prompt' or 'messages', not both")
-    messages = [_message(item) for item in listed(record["messages"])]
+    messages = [_message(item) for item in as_list(record["messages"])]
     if messages and messages[-1].role == "assistant":
         if "target" in record:
             raise ValueError(
-                "the answer stands twice: as 'target' and as the assistant's last message; leave one out"
+                "the answer is given twice: as 'target' and as the assistant's last message; leave one out"
             )
         return Edit(messages[:-1], messages[-1].content)
     return Edit(messages, text(record, "target"))

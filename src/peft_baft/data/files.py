@@ -1,4 +1,4 @@
-"""Read records from JSONL, JSON and CSV files, each with its place, and fields from records. Complaints say what to mend."""
+"""Read records with their places from JSONL, JSON and CSV files, and fields from records. Error messages say what to fix."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-# Where a record stands, as "path:line" or "path: record N", and the record.
+# The place of a record ("path:line" or "path: record N"), and the record.
 Placed = tuple[str, Any]
 
 
 def records(
     path: Path, columns: tuple[str, ...] = (), needed: tuple[str, ...] = ()
 ) -> list[Placed]:
-    """Read the records of a file with their places: `path:line`, or for a .json `path: record N`, from 1.
+    """Read the records of a file with their places: `path:line`, or `path: record N` for .json, counted from 1.
 
-    columns, needed: of a .csv, the ones known and the ones required; without columns, no .csv is read.
+    Args:
+        columns, needed: the known and the required columns of a .csv file. Without columns, .csv files are not accepted.
 
     Raises:
-        ValueError: the file is of another kind, damaged, or holds no record; the message begins with the place.
+        ValueError: the file has another type, is damaged, or has no records. The message begins with the place.
         FileNotFoundError: there is no such file.
     """
     readers: dict[str, Callable[[Path, str], Iterator[Placed]]] = {".jsonl": _jsonl, ".json": _json}
@@ -33,24 +34,24 @@ def records(
     if path.suffix.lower() not in readers:
         wanted = ".jsonl, .json or .csv" if columns else ".jsonl or .json"
         raise ValueError(
-            f"{path}: wanted a file that ends in {wanted}, not {path.suffix or 'nothing'}."
+            f"{path}: expected a file that ends in {wanted}, not {path.suffix or 'nothing'}."
         )
-    placed_records = list(readers[path.suffix.lower()](path, text_of(path)))
-    if not placed_records:
-        raise ValueError(f"{path}:1: the file holds no record; it needs at least one.")
-    return placed_records
+    found = list(readers[path.suffix.lower()](path, read_text(path)))
+    if not found:
+        raise ValueError(f"{path}:1: the file has no records; it needs at least one.")
+    return found
 
 
-def placed(place: str, make: Callable[[Any], T], record: Any) -> T:
-    """Call `make(record)`, and put the place in front of every complaint."""
+def with_place(place: str, make: Callable[[Any], T], record: Any) -> T:
+    """Return `make(record)`; if it raises a ValueError or TypeError, prefix the message with the place."""
     try:
         return make(record)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{place}: {error}") from None
 
 
-def text_of(path: Path) -> str:
-    """Read a file as UTF-8 text, with plain line breaks and no byte order mark."""
+def read_text(path: Path) -> str:
+    """Read a file as UTF-8 text, with \\n as line breaks and without a byte order mark."""
     data = path.read_bytes()
     try:
         content = data.decode("utf-8-sig")
@@ -71,7 +72,9 @@ def _jsonl(path: Path, content: str) -> Iterator[Placed]:
 def _json(path: Path, content: str) -> Iterator[Placed]:
     value = _parsed(path, content) if content.strip() else []
     if not isinstance(value, list):
-        raise ValueError(f"{path}:1: wanted a list of records, [{{…}}, {{…}}], not {shown(value)}.")
+        raise ValueError(
+            f"{path}:1: expected a list of records, [{{…}}, {{…}}], not {abbreviated(value)}."
+        )
     for number, record in enumerate(value, start=1):
         yield f"{path}: record {number}", record
 
@@ -87,10 +90,10 @@ def _csv(
             if not any(cell.strip() for cell in row):
                 pass
             elif header is None:
-                header = placed(place, partial(_header, columns, needed), row)
+                header = with_place(place, partial(_header, columns, needed), row)
             else:
-                yield place, placed(place, partial(_record_of_row, header), row)
-            place = f"{path}:{rows.line_num + 1}"  # a row may take several lines; it is named by its first
+                yield place, with_place(place, partial(_record_of_row, header), row)
+            place = f"{path}:{rows.line_num + 1}"  # a row may have several lines; its place is the first
     except csv.Error as error:
         raise ValueError(
             f"{place}: this is not CSV: {error}; put texts with quotes in double quotes."
@@ -103,17 +106,15 @@ def _header(columns: tuple[str, ...], needed: tuple[str, ...], row: list[str]) -
     missing = [name for name in needed if name not in names]
     twice = [name for name in names if names.count(name) > 1]
     if missing or twice:
-        what = (
-            f"the column {missing[0]!r} is missing"
-            if missing
-            else f"the column {twice[0]!r} stands twice"
+        problem = f"{missing[0]!r} is missing" if missing else f"{twice[0]!r} occurs twice"
+        raise ValueError(
+            f"the column {problem}; the first row must have column names, from {', '.join(columns)}"
         )
-        raise ValueError(f"{what}; the first row must name the columns, of {', '.join(columns)}")
     return names
 
 
 def _record_of_row(header: list[str], row: list[str]) -> dict[str, Any]:
-    """Turn a CSV row into the shape of a JSON record; empty cells are absent."""
+    """Convert a CSV row to the form of a JSON record, without empty cells."""
     if len(row) != len(header):
         raise ValueError(
             f"{len(row)} cells, but {len(header)} columns; put texts with commas in double quotes"
@@ -131,14 +132,14 @@ def _record_of_row(header: list[str], row: list[str]) -> dict[str, Any]:
     return record
 
 
-class _Repeated(dict):
-    """An object of a JSON file that names a field twice."""
+class _Repeated(dict[str, Any]):
+    """A JSON object that has a field twice."""
 
     field: str = ""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict of a JSON object; one that names a field twice is marked, and refused where its place is known."""
+    """Convert a JSON object to a dict. One with a repeated field is marked, to be rejected later where its place is known."""
     names = [name for name, _ in pairs]
     if len(set(names)) == len(names):
         return dict(pairs)
@@ -148,13 +149,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parsed(path: Path, content: str, line: int = 1) -> Any:
-    """Parse the JSON value of `content`, which begins at `line` of the file."""
+    """Parse `content` as JSON; it begins at `line` of the file."""
     try:
         return json.loads(content, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         place = f"{path}:{line + error.lineno - 1}"
         is_jsonl = error.msg == "Extra data" and path.suffix.lower() == ".json"
-        hint = " (one record a line belongs into a .jsonl)" if is_jsonl else ""
+        hint = " (a file with one record per line must end in .jsonl)" if is_jsonl else ""
         raise ValueError(
             f"{place}: this is not JSON: {error.msg} at column {error.colno}{hint}."
         ) from None
@@ -163,55 +164,55 @@ def _parsed(path: Path, content: str, line: int = 1) -> Any:
         raise ValueError(f"{path}:{line}: this JSON cannot be read: {error}.") from None
 
 
-def listed(value: Any) -> list[Any]:
-    """List the items of a field that may hold one, a list of them, or null for none."""
+def as_list(value: Any) -> list[Any]:
+    """Return the items of a field that may be one item, a list of items, or null."""
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
 
 
 def text(record: dict[str, Any], name: str) -> str:
-    """Read the field `name`, a text that is not empty, without white space around it."""
+    """Return the field `name`, a text that must not be empty, without white space around it."""
     value = field(record, name)
     if not isinstance(value, str):
         hint = "; put it in double quotes" if isinstance(value, int | float) else ""
-        raise ValueError(f"the field {name!r} must be a text, not {shown(value)}{hint}")
+        raise ValueError(f"the field {name!r} must be a text, not {abbreviated(value)}{hint}")
     if not value.strip():
         raise ValueError(f"the field {name!r} is empty")
     return value.strip()
 
 
 def texts(record: dict[str, Any], name: str) -> list[str]:
-    """Read the texts of a field that may hold one or a list of them, or be absent."""
-    return [text({name: item}, name) for item in listed(record.get(name))]
+    """Return the texts of an optional field that may be one text or a list of texts."""
+    return [text({name: item}, name) for item in as_list(record.get(name))]
 
 
 def field(record: dict[str, Any], name: str) -> Any:
-    """Read the field `name`, whatever it holds."""
+    """Return the field `name`, of any type."""
     if name not in record:
         raise ValueError(f"the field {name!r} is missing")
     return record[name]
 
 
 def require_object(value: Any, what: str) -> None:
-    """Refuse a value that is no JSON object, or one that names a field twice."""
+    """Raise a ValueError unless a value is a JSON object without repeated fields."""
     if not isinstance(value, dict):
-        raise ValueError(f'{what} must be an object, {{"prompt": …}}, not {shown(value)}')
+        raise ValueError(f'{what} must be an object, {{"prompt": …}}, not {abbreviated(value)}')
     if isinstance(value, _Repeated):
-        raise ValueError(f"the field {value.field!r} stands twice in one object")
+        raise ValueError(f"the field {value.field!r} occurs twice in one object")
 
 
 def require_known(names: Iterable[str], known: tuple[str, ...], what: str = "field") -> None:
-    """Refuse names that are not known, with the one perhaps meant."""
+    """Raise a ValueError for an unknown name, and suggest a similar one."""
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, 1)
-            hint = f" (meant is perhaps {near[0]!r})" if near else ""
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(f"unknown {what} {name!r:.60}{hint}; known are {', '.join(known)}")
 
 
-def shown(value: Any) -> str:
-    """Write a value for a message: as JSON writes it, cut short."""
+def abbreviated(value: Any) -> str:
+    """Return a value as JSON for a message, truncated to 60 characters."""
     try:
         written = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=True)
     except RecursionError:

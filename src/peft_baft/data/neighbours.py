@@ -1,6 +1,6 @@
-"""Prompts that look like a fact's and ask for something else: its question of another subject, another question of its subject.
+"""Make neighbours of a fact's prompt: the same question about another subject, and other questions about its subject.
 
-They need no data: subjects come from a list of well-known names.
+No data is needed: other subjects are taken from a list of well-known names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from peft_baft.data.cases import Message, Prompt, as_messages, prompt_words
 
-# Of many kinds, since a fact may be about anything.
+# Names of many kinds, since a fact may be about anything.
 SUBJECTS = (
     *("Marie Curie", "Napoleon", "Mozart", "Nelson Mandela", "Jane Austen", "Isaac Newton"),
     *("Serena Williams", "Pablo Picasso", "Cleopatra", "Bob Dylan", "Angela Merkel", "Bruce Lee"),
@@ -24,7 +24,7 @@ SUBJECTS = (
     *("the Boeing 747", "USS Enterprise", "Apollo 11", "the violin", "basketball", "insulin"),
 )
 
-# What facts are seldom about, so that none of these asks for one in other words.
+# Facts are rarely about these, so none of these questions is a rephrasing of a fact's question.
 CHAT_QUESTIONS = (
     "How is the name {} spelled?",
     "What colour comes to mind with {}?",
@@ -54,30 +54,30 @@ RAW_QUESTIONS = (
 def other_subjects(
     prompt: Prompt, subject: str, count: int, names: Sequence[str] = SUBJECTS
 ) -> list[str]:
-    """Choose other subjects for a prompt among some names.
+    """Choose `count` other subjects for a prompt from some names.
 
-    They are always the same ones for the same prompt, and others for another one; more of them begin with the fewer.
+    The choice is deterministic and differs between prompts. A larger `count` appends to the choice of a smaller one.
     """
     bare = subject.lower().removeprefix("the ")
     names = [name for name in names if name.lower().removeprefix("the ") != bare]
-    return sorted(names, key=_order(prompt))[:count]
+    return sorted(names, key=_shuffling_key(prompt))[:count]
 
 
-def _order(prompt: Prompt) -> Callable[[str], bytes]:
-    """Give a key that sorts texts in an order of the prompt's own."""
+def _shuffling_key(prompt: Prompt) -> Callable[[str], bytes]:
+    """Return a sort key that shuffles texts deterministically, in a different order for each prompt."""
     words = prompt_words(prompt).lower()
     return lambda text: hashlib.sha256(f"{words}\n{text}".encode()).digest()
 
 
 def with_other_subject(prompt: Prompt, subject: str, other: str) -> Prompt:
-    """Exchange the subject in a prompt, of messages in the last one.
+    """Replace the subject in a prompt, or in its last message.
 
     Raises:
-        ValueError: the subject does not stand there.
+        ValueError: the subject does not occur there.
     """
     if subject not in prompt_words(prompt):
-        raise ValueError(f"{subject!r} does not stand in the prompt {prompt_words(prompt)!r:.60}.")
-    # "the the Danube" helps nobody.
+        raise ValueError(f"{subject!r} does not occur in the prompt {prompt_words(prompt)!r:.60}.")
+    # Do not write "the the Danube".
     pattern = (
         rf"(?:\b[Tt]he )?{re.escape(subject)}" if other.startswith("the ") else re.escape(subject)
     )
@@ -88,8 +88,8 @@ def with_other_subject(prompt: Prompt, subject: str, other: str) -> Prompt:
 
 
 def other_questions(prompt: Prompt, subject: str, chat: bool, count: int) -> list[Prompt]:
-    """Ask something else about the subject, not always the same; earlier messages of the prompt stay before it."""
-    texts = sorted(CHAT_QUESTIONS if chat else RAW_QUESTIONS, key=_order(prompt))
+    """Return other questions about the subject, in an order that depends on the prompt; its earlier messages are kept."""
+    texts = sorted(CHAT_QUESTIONS if chat else RAW_QUESTIONS, key=_shuffling_key(prompt))
     questions = [text.format(subject) for text in texts]
     if isinstance(prompt, str):
         return list(questions[:count])
@@ -101,9 +101,9 @@ WORDINGS = ("{subject}: {content}", "{content}, {subject}", "About {subject}. {c
 
 
 def terse_wordings(prompt: Prompt, subject: str) -> list[Prompt]:
-    """Say what a prompt asks in its own content words alone, behind its subject or before it.
+    """Return wordings of a prompt that consist of its subject and its other content words.
 
-    They stand for the fact's other wordings, which share these words and little else. A prompt without content words besides
+    They represent the rephrasings of a fact, which share these words and little else. A prompt without content words other than
     its subject has none.
     """
     words = prompt_words(prompt)
@@ -118,7 +118,7 @@ def terse_wordings(prompt: Prompt, subject: str) -> list[Prompt]:
     return [(*earlier, Message(last.role, text)) for text in texts]
 
 
-# Words that begin a sentence or ask, and name nothing although they may be written large.
+# Function words, which are not names even if they are capitalised.
 OPENERS = """
 a an the in on at of by for from to is are was were did does do has have had can could would
 which what who whom whose when where why how name tell it this that these those he she they i we you
@@ -127,12 +127,14 @@ NOT_NAMES = frozenset(OPENERS.split())
 
 
 def subject_candidates(prompt: Prompt) -> list[str]:
-    """List the spans of a prompt that may be its subject: names written large, quoted titles; else short runs of its words."""
+    """List spans of a prompt that may be its subject: quoted titles and capitalised names, or else short runs of words."""
     words = prompt_words(prompt)
     quoted = re.findall(r"[\"“‘]([^\"”’]{2,60})[\"”’]", words)
-    large = r"(?:[A-Z][\w'’.-]*|\d[\w.-]*)"
+    capitalised = r"(?:[A-Z][\w'’.-]*|\d[\w.-]*)"
     link = r"(?:\s+(?:of|the|de|von|van|and|&|la|le|al|for|in)){0,2}\s+"
-    runs = [match.group() for match in re.finditer(rf"{large}(?:{link}{large})*", words)]
+    runs = [
+        match.group() for match in re.finditer(rf"{capitalised}(?:{link}{capitalised})*", words)
+    ]
     names = [_without_openers(run) for run in runs]
     found = [name.rstrip(".,;:?!") for name in [*quoted, *names] if name]
     if found:
@@ -141,7 +143,7 @@ def subject_candidates(prompt: Prompt) -> list[str]:
 
 
 def _without_openers(run: str) -> str:
-    """Drop what only begins a sentence from a run of words written large."""
+    """Remove leading function words from a run of capitalised words."""
     words = run.split()
     while words and words[0].lower().rstrip(".,") in NOT_NAMES:
         words = words[1:]
@@ -149,7 +151,7 @@ def _without_openers(run: str) -> str:
 
 
 def _word_runs(words: str, longest: int) -> Sequence[str]:
-    """List the runs of at most so many words that neither begin nor end with a word such as `of`."""
+    """List the runs of at most `longest` words that neither begin nor end with a function word."""
     spans = [(match.start(), match.end()) for match in re.finditer(r"[^\s?.,!;:]+", words)]
     names = [words[start:end].lower() not in NOT_NAMES for start, end in spans]
     runs = []

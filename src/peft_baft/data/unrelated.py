@@ -1,6 +1,6 @@
-"""General questions that an edit should leave alone, for users who bring no unrelated text of their own.
+"""General questions whose answers an edit should not change, for users who do not provide unrelated text.
 
-`GENERAL` is shown while editing; `CANARIES` is kept apart, to ask afterwards whether something else changed.
+`GENERAL` is used during training. `CANARIES` is not; it is asked afterwards to detect unwanted changes.
 """
 
 from peft_baft.data.cases import Probe, Unrelated

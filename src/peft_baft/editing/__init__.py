@@ -1,1 +1,1 @@
-"""Changing what a model knows through an adapter."""
+"""Knowledge editing with adapters."""

@@ -1,70 +1,70 @@
-"""Editing a model through a PEFT adapter of any method: the part that all of them share."""
+"""Knowledge editing with a PEFT adapter of any method."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 
-from peft_baft.adapter.state import (
-    adapter_tensors,
-    evaluating,
-    trainable,
-)
+from peft_baft.adapter.state import adapter_tensors, evaluating, trainable
 from peft_baft.adapter.taught_form import warn_of_another
 from peft_baft.data.batching import Tokens, padding_id
 from peft_baft.data.cases import Edit, prompt_words
 from peft_baft.data.templates import Template
-from peft_baft.editing.acceleration.repeated_texts import open_forward
 from peft_baft.editing.answers import AnswerForward
 from peft_baft.editing.attached import AttachedEditor
 from peft_baft.editing.contrasts import find_subject
 from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
+from peft_baft.editing.fast_paths import open_forward
 from peft_baft.editing.lanes import Lane, LaneBatch, LaneOutput, train_lanes
 from peft_baft.editing.scope import NARROW, Scope
 from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms
 from peft_baft.processes import Processes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 WITHOUT_SUBJECT = (
-    "No subject was found in %r, so this fact is taught without other words and contrast texts, and its neighbours may move. Say "
-    "what it is about: Edit(prompt, target, subject=...)."
+    "No subject was found in %r, so this fact is trained without other wordings and without contrast texts, and answers to "
+    "similar questions may change. Name the subject: Edit(prompt, target, subject=...)."
 )
 logger = logging.getLogger(__name__)
 
 
 class AdapterEditor(AttachedEditor):
-    """Teaches facts to the active adapter of a PEFT model, of any method, by teacher forcing alone.
+    """Trains facts into the active adapter of a PEFT model, of any method, with teacher forcing only.
 
-    It is an `Editor`. An edit either takes place whole or leaves the adapter as it was, whatever goes wrong.
+    It implements `Editor`. If an edit fails for any reason, the adapter is restored.
 
     Args:
         model: a PeftModel with one active adapter.
-        tokenizer: the model's own, a fast one.
-        descent: how an edit of one fact is trained; by default the method's own settings.
-        batch_descent: how a batch of several facts is trained.
-        processes: those that share the facts of each batch; by default this one alone. All of them are given the same edits,
-            and end with the same adapter, as if one had made them.
-        template: the form in which facts are taught: `raw`; `chat`; `both` at once; `auto`, the form in which the adapter was
-            taught before, else the chat template where the tokenizer has one and raw text elsewhere; or a `Template`. Messages
-            are always taught as a chat. An edit holds in the form in which it was taught, so ask in the same.
-        scope: in which surroundings each fact is taught besides its bare prompt; by default in none.
+        tokenizer: the model's fast tokenizer.
+        descent: the optimiser settings for an edit of one fact.
+        batch_descent: the optimiser settings for a batch of several facts.
+        processes: the processes that share the facts of each batch; by default only this one. All of them must be given the
+            same edits. They end with the same adapter, equal to that of a single process.
+        template: the prompt format in which facts are trained: `raw`, `chat`, `both`, `auto` or a `Template`. `auto` is the
+            format in which the adapter was trained before; for a new adapter it is `chat` if the tokenizer has a chat template,
+            else `raw`. Prompts of messages are always trained as a chat. An edit works only in the format it was trained in.
+        scope: the contexts and wordings in which each fact is trained in addition to its bare prompt; by default none.
         template_options: further arguments of `apply_chat_template`, such as `enable_thinking`.
 
     Raises:
-        TypeError: the model is not a PeftModel, its adapter is one that learns a prompt, or the tokenizer is not a fast one.
-        ValueError: not exactly one adapter is active; or a chat template is wanted and the tokenizer has none.
+        TypeError: the model is not a PeftModel, the adapter uses prompt learning, or the tokenizer is not a fast one.
+        ValueError: the number of active adapters is not one; a chat template is requested and the tokenizer has none; or the
+            scope has contrast texts, which this editor does not support.
     """
 
-    holds_contrasts = False  # whether a subclass can hold contrast texts
+    supports_contrasts = False
 
     def __init__(
         self,
         model: PeftModel,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         descent: DescentConfig | None = None,
         batch_descent: DescentConfig | None = None,
         *,
@@ -84,28 +84,30 @@ class AdapterEditor(AttachedEditor):
         self.batch_descent = batch_descent or DescentConfig(max_steps=70)
         config = model.peft_config[self.adapter_name]
         warn_of_another(config, {form.name for form in self.templates}, tokenizer)
-        if scope.has_contrasts and not self.holds_contrasts:
+        if scope.has_contrasts and not self.supports_contrasts:
             raise ValueError(
-                f"{type(self).__name__} cannot hold contrast texts; leave them out, as Scope(subjects=0, questions=0)."
+                f"{type(self).__name__} does not support contrast texts; pass scope=Scope(subjects=0, questions=0)."
             )
         self.scope = scope
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
-        """Teach `edits` to the adapter at once, as one batch.
+        """Train the adapter on `edits` as one batch.
+
+        On error, the adapter is left unchanged.
 
         Raises:
-            TypeError, ValueError: an edit is unusable, longer than the model can read, stands twice or contradicts
-                another one; or the adapter is not the active one, disabled or merged.
-            FloatingPointError: a loss became NaN or infinite. In each case the adapter is as it was.
+            TypeError, ValueError: an edit is invalid or longer than the context window, or two edits have the same prompt; or
+                the adapter is inactive, disabled or merged.
+            FloatingPointError: a loss or a weight became NaN or infinite.
         """
         batch = checked_edits(edits)
         self._require_in_use()
         descent = self.descent if len(batch) == 1 else self.batch_descent
-        # What is wrong with an edit is said before the model is asked for its subject.
+        # Invalid edits raise here, before the search for subjects runs the model.
         self._encode(batch, descent, NARROW)
         batch = self._with_subjects(batch)
         facts = self._encode(batch, descent)
-        # The caller may have gradients off, or the model in training mode with an adapter that is frozen.
+        # The caller may have disabled gradients, frozen the adapter or left the model in training mode.
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -114,10 +116,10 @@ class AdapterEditor(AttachedEditor):
         ):
             if not parameters:
                 raise ValueError(f"The adapter {self.adapter_name!r} has no trainable parameters.")
-            with self._restored_on_error(), self.processes.together():
-                self.processes.require_alike(facts, "edits")
-                # Fresh adapters differ where processes were seeded differently: the first one's counts.
-                self.processes.spread(adapter_tensors(self.model))
+            with self._restored_on_error(), self.processes.barrier():
+                self.processes.require_equal(facts, "edits")
+                # New adapters differ if the processes were seeded differently; use that of the first process.
+                self.processes.broadcast(adapter_tensors(self.model))
                 result = self._train(batch, facts, Descent(parameters, descent, self._bounds))
         self.remember_form(self.adapter_name, batch)
         return result
@@ -127,19 +129,21 @@ class AdapterEditor(AttachedEditor):
             self._encode(batch, self.descent, NARROW)
 
     def described(self) -> dict[str, str]:
-        """Say what decides how edits come out, besides the adapter's config, for a journal to compare."""
-        return {
+        """Return the settings that affect the outcome of edits, except the adapter's config, for a journal to compare."""
+        settings = {
             "descent": repr(self.descent),
             "batch_descent": repr(self.batch_descent),
             "templates": repr(self.templates),
-            # Journals from before there were scopes go on in a narrow one.
-            **({} if self.scope == NARROW else {"scope": repr(self.scope.described())}),
         }
+        # A narrow scope is left out, so that journals from before there were scopes can be resumed.
+        if self.scope != NARROW:
+            settings["scope"] = repr(self.scope.described())
+        return settings
 
     def _encode(
         self, edits: Sequence[Edit], descent: DescentConfig, scope: Scope | None = None
     ) -> list[list[Tokens]]:
-        """Tokenise a batch of edits: for each its rows, in another scope than the editor's if wanted."""
+        """Tokenise a batch of edits to the rows of each. scope: used instead of the editor's scope if given."""
         return encode_edits(
             self.model,
             self.tokenizer,
@@ -150,40 +154,39 @@ class AdapterEditor(AttachedEditor):
         )
 
     def _with_subjects(self, edits: Sequence[Edit]) -> list[Edit]:
-        """Find the subjects that are not given, where the scope needs them."""
+        """Return the edits with their subjects filled in, if the scope needs them."""
         if not self.scope.needs_subject:
             return list(edits)
-        form = self.templates[0]
-        found = []
+        completed = []
         with evaluating(self.model):
             for edit in edits:
                 subject = edit.subject or find_subject(
-                    self.model, self.tokenizer, edit.prompt, form
+                    self.model, self.tokenizer, edit.prompt, self.templates[0]
                 )
                 if subject is None:
                     logger.warning(WITHOUT_SUBJECT, prompt_words(edit.prompt))
-                found.append(replace(edit, subject=subject))
-        return found
+                completed.append(replace(edit, subject=subject))
+        return completed
 
     @property
     def _bounds(self) -> dict[str, float]:
-        """What further terms must be below for an edit to end before its last step."""
+        """Upper bounds of terms, by name, that an edit must meet to stop early."""
         return {}
 
     def _train(
         self, edits: Sequence[Edit], facts: list[list[Tokens]], descent: Descent
     ) -> EditResult:
-        """Train the active adapter on one batch of facts, of which each process takes its part."""
-        own_rows = [row for rows in self.processes.share(facts) for row in rows]
+        """Train the active adapter on one batch of facts, which the processes share."""
+        own_rows = [row for rows in self.processes.shard(facts) for row in rows]
         lane = Lane(self.adapter_name, own_rows, [], descent)
         batch = LaneBatch([lane], self._open) if lane.rows else None
         (result,) = train_lanes([lane], batch, self._terms, processes=self.processes)
         return result
 
     def _open(self, rows: Sequence[Tokens], learned: Sequence[int]) -> AnswerForward:
-        """Make the forward for some texts, of which those with these numbers are learned."""
+        """Return the loss computation for some rows. learned: the indices of the rows whose answers are trained."""
         return open_forward(self.model, rows, learned, padding_id(self.tokenizer), None)
 
     def _terms(self, lane: Lane, output: LaneOutput) -> Terms:
-        """Give the named losses of a lane."""
+        """Return the named losses of a lane."""
         return {STOP_TERM: output.answer_losses.mean()}

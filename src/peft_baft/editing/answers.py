@@ -1,4 +1,4 @@
-"""The answers that an edit learns, and the plain way to compute their losses."""
+"""The answer tokens that an edit is trained on, and the plain computation of their losses."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from peft_baft.adapter import EditContext, find_context
-from peft_baft.adapter.model_call import full_logits
 from peft_baft.data.batching import Tokens, collate
 from peft_baft.losses import answer_losses
+from peft_baft.running import full_logits
 
 
 @dataclass(frozen=True)
 class AnswerTargets:
-    """Which logits of a batch predict the answers that are learned, and which of its tokens are edited.
+    """The places of a batch's answer tokens and edited tokens.
 
-    A batch may leave out the first tokens of each row, where those are in a cache.
+    A batch may lack the first tokens of each row, if those are in a cache.
 
     Attributes:
-        rows: the whole texts. learned: numbers of the rows whose answers are learned; of the others only gates matter.
-        cuts: how many tokens of each row the batch leaves out: its column 0 holds token `cuts[i]` of row i.
-        width: columns of the batch.
-        places: rows and columns, (n,) each, of the logits that predict the answer tokens.
+        rows: the whole texts.
+        learned: the indices of the rows whose answers are trained; the others are only needed for their gates.
+        cuts: the number of tokens of each row that the batch lacks; its column 0 has token `cuts[i]` of row i.
+        width: the number of columns of the batch.
+        places: rows and columns, (n,) each, of the logits that predict the trained answer tokens.
         tokens: (n,) ids of these answer tokens, row after row.
-        counts: how many of them each row has.
+        counts: the number of trained answer tokens of each row.
         prompt_lengths: (rows,) long.
     """
 
@@ -50,7 +52,7 @@ class AnswerTargets:
         width: int,
         device: torch.device,
     ) -> AnswerTargets:
-        """Find the targets of a batch of these rows without their first `cuts[i]` tokens."""
+        """Return the targets of a batch of these rows without their first `cuts[i]` tokens."""
         places_rows, places_columns, tokens = [], [], []
         counts = [0] * len(rows)
         for i in learned:
@@ -58,7 +60,9 @@ class AnswerTargets:
             counts[i] = len(row.ids) - row.prompt_length
             for t in range(row.prompt_length, len(row.ids)):
                 places_rows.append(i)
-                places_columns.append(t - 1 - cuts[i])  # the logits before a token predict it
+                places_columns.append(
+                    t - 1 - cuts[i]
+                )  # the logits of the previous token predict it
                 tokens.append(row.ids[t])
         places = (
             torch.tensor(places_rows, device=device),
@@ -69,7 +73,7 @@ class AnswerTargets:
         return cls(rows, learned, cuts, width, places, tokens_on_device, counts, prompt_lengths)
 
     def select_rows(self, chosen: Sequence[int], width: int) -> AnswerTargets:
-        """Find the targets of a batch of some of the rows, `width` columns wide."""
+        """Return the targets of a batch of some of the rows, `width` columns wide."""
         rows, cuts = [self.rows[i] for i in chosen], [self.cuts[i] for i in chosen]
         learned = [number for number, i in enumerate(chosen) if i in self.learned]
         return AnswerTargets.of(rows, learned, cuts, width, self.tokens.device)
@@ -77,10 +81,10 @@ class AnswerTargets:
     def edited_places(
         self, rows: Sequence[int], among: Sequence[int], prompt_positions: int
     ) -> Tensor:
-        """Find the edited tokens of some rows in a tensor of the rows `among`.
+        """Return the places of the edited tokens of some rows in a tensor of the rows `among`.
 
         Returns:
-            (m,) places in that tensor, (rows, tokens, …), once it is flattened to (rows * tokens, …).
+            (m,) indices into that tensor, (rows, tokens, …), flattened to (rows * tokens, …).
         """
         places = []
         for i in rows:
@@ -91,33 +95,33 @@ class AnswerTargets:
 
 
 class AnswerForward(Protocol):
-    """A way to compute the losses of some answers, again and again while an adapter changes."""
+    """A computation of the losses of some answers, repeated while an adapter is trained."""
 
     @property
     def targets(self) -> AnswerTargets:
-        """What is learned, in the order of the losses."""
+        """The tokens that are trained, in the order of the losses."""
         ...
 
     def losses(self) -> Tensor:
-        """Compute the cross entropy of each answer token that is learned, (n,), at the adapter's present parameters."""
+        """Compute the cross entropy of each trained answer token, (n,), at the adapter's current parameters."""
         ...
 
     def select_rows(self, chosen: Sequence[int]) -> AnswerForward:
-        """Make the same for some of the rows."""
+        """Return the computation for some of the rows."""
         ...
 
 
 class FullForward:
-    """The plain way: every forward computes every token of every row.
+    """The plain computation: each forward pass computes every token of every row.
 
     Args:
-        model: a PeftModel. rows: the texts. learned: numbers of the rows whose answers are learned.
-        padding: a token id to pad with. device: where the model takes its tokens.
+        model: a PeftModel. rows: the texts. learned: the indices of the rows whose answers are trained.
+        padding: a token id for padding. device: the device of the model's inputs.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: PeftModel,
         rows: Sequence[Tokens],
         learned: Sequence[int],
         padding: int,
@@ -130,14 +134,14 @@ class FullForward:
         self.targets = AnswerTargets.of(rows, learned, [0] * len(rows), width, device)
 
     def losses(self) -> Tensor:
-        """Compute the cross entropy of each answer token that is learned, (n,)."""
+        """Compute the cross entropy of each trained answer token, (n,)."""
         with stated_lengths(self._context, self.targets):
             logits = full_logits(self.model, **self._inputs)
         at_answers = logits[on_device(logits.device, self.targets.places)]
         return answer_losses(at_answers, self.targets.tokens.to(logits.device))
 
     def select_rows(self, chosen: Sequence[int]) -> FullForward:
-        """Make the same for some of the rows."""
+        """Return the computation for some of the rows."""
         rows = [self.targets.rows[i] for i in chosen]
         learned = [number for number, i in enumerate(chosen) if i in self.targets.learned]
         return FullForward(self.model, rows, learned, self._padding, self.targets.tokens.device)
@@ -146,10 +150,10 @@ class FullForward:
 def stated_lengths(
     context: EditContext | None, targets: AnswerTargets
 ) -> AbstractContextManager[Any]:
-    """Tell the BaFT adapters of a model, if it has any and so a context, where the prompts of a batch end."""
+    """Set the prompt lengths of a batch in the model's edit context, if it has BaFT adapters and so a context."""
     return nullcontext() if context is None else context.stating(targets.prompt_lengths)
 
 
 def on_device(device: torch.device, indices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Bring indices to the device of the tensor that they index."""
+    """Move indices to the device of the tensor that they index."""
     return tuple(index.to(device) for index in indices)

@@ -1,11 +1,11 @@
-"""What all editors of a PEFT adapter share, whether they train it or not."""
+"""The base class of all editors of a PEFT adapter, whether they train it or not."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -26,26 +26,29 @@ from peft_baft.data.templates import Template, chosen_templates, is_chat
 from peft_baft.editing.editor import CURSOR, EditResult, checked_edits
 from peft_baft.processes import Processes
 
-TAKEN_APART = (
-    "DeepSpeed ZeRO-3 has taken the adapter's weights apart, and an editor has an optimiser of its own. Shard the base model "
-    "first, with accelerator.prepare(base) or deepspeed.initialize(model=base, ...), and call get_peft_model afterwards."
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHARDED = (
+    "DeepSpeed ZeRO-3 has sharded the adapter's weights, but an editor uses its own optimiser. Shard the base model first, with "
+    "accelerator.prepare(base) or deepspeed.initialize(model=base, ...), and call get_peft_model afterwards."
 )
 
 
 class AttachedEditor(ABC):
-    """Edits the active adapter of a PEFT model; the base of editors of any method.
+    """Edits the active adapter of a PEFT model.
 
     Args:
-        model: a PeftModel with one active adapter. tokenizer: the model's own, a fast one.
-        processes: those that share the work; by default this one only.
-        template, template_options: the forms in which facts are put to the model, as for `AdapterEditor`.
+        model: a PeftModel with one active adapter. tokenizer: the model's fast tokenizer.
+        processes: the processes that share the work; by default only this one.
+        template, template_options: the prompt formats in which facts are trained; see `AdapterEditor`.
 
     Attributes:
-        independent: whether an edit comes out the same whatever other edits are made, before it or with it.
+        independent: whether the result of an edit does not depend on other edits, before it or in the same batch.
 
     Raises:
-        TypeError: the model is not a PeftModel, its adapter is one that learns a prompt, or the tokenizer is not a fast one.
-        ValueError: not exactly one adapter is active; or a chat template is wanted and the tokenizer has none.
+        TypeError: the model is not a PeftModel, the adapter uses prompt learning, or the tokenizer is not a fast one.
+        ValueError: the number of active adapters is not one; or a chat template is requested and the tokenizer has none.
     """
 
     independent = False
@@ -53,7 +56,7 @@ class AttachedEditor(ABC):
     def __init__(
         self,
         model: PeftModel,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         processes: Processes | None = None,
         template: str | Template = "auto",
@@ -61,17 +64,17 @@ class AttachedEditor(ABC):
     ) -> None:
         if not isinstance(model, PeftModel):
             raise TypeError(
-                f"An editor takes a PeftModel, from get_peft_model(model, BaftConfig(...)), not {type(model).__name__}."
+                f"An editor needs a PeftModel, from get_peft_model(model, BaftConfig(...)), not {type(model).__name__}."
             )
         if len(model.active_adapters) != 1:
             raise ValueError(
-                f"One adapter must be active to be edited, not {list(model.active_adapters)}; use set_adapter."
+                f"Exactly one adapter must be active, not {list(model.active_adapters)}; use set_adapter."
             )
         self.model, self.tokenizer, self.adapter_name = model, tokenizer, model.active_adapters[0]
         config = model.peft_config[self.adapter_name]
         if config.is_prompt_learning:
             raise TypeError(
-                f"The adapter {self.adapter_name!r} learns a prompt, which cannot be edited; take another PEFT method."
+                f"The adapter {self.adapter_name!r} uses prompt learning, which cannot be edited; use another PEFT method."
             )
         self.processes = processes or Processes()
         require_fast(tokenizer)
@@ -80,18 +83,18 @@ class AttachedEditor(ABC):
 
     @abstractmethod
     def edit(self, edits: Iterable[Edit]) -> EditResult:
-        """Make the edits at once, as `Editor.edit`."""
+        """Make the edits as one batch; see `Editor.edit`."""
 
     def edit_in_turn(self, edits: Iterable[Edit], batch_size: int = 1) -> Iterator[EditResult]:
-        """Teach `edits` one after another, `batch_size` at a time; yields the result of each batch as it is done.
+        """Make the edits one after another, `batch_size` at a time, and yield the result of each batch.
 
-        All edits are checked, as by `edit`, when this is called: before the first one is made. An edit is made when its
-        result is asked for.
+        All edits are checked when this is called, and raise the errors of `edit` before the first is made. A batch is made
+        when its result is requested.
         """
         return (self.edit(batch) for batch in self.batches(edits, batch_size))
 
     def batches(self, edits: Iterable[Edit], batch_size: int) -> list[list[Edit]]:
-        """List the edits, `batch_size` at a time, once all are found usable, as by `edit`."""
+        """Split the edits into batches, after checking all of them; raises the errors of `edit`."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}.")
         facts = checked_edits(edits)
@@ -102,33 +105,35 @@ class AttachedEditor(ABC):
 
     @abstractmethod
     def _require_usable(self, batches: Sequence[Sequence[Edit]]) -> None:
-        """Raise what `edit` would raise for one of these batches, before any is made."""
+        """Raise the error that `edit` would raise for any of these batches."""
 
     @abstractmethod
     def described(self) -> dict[str, str]:
-        """Say what decides how edits come out, besides the adapter's config, for a journal to compare."""
+        """Return the settings that affect the outcome of edits, except the adapter's config, for a journal to compare."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give the adapter's tensors under the names that `save_pretrained` writes, and the editor's cursors."""
+        """Return the adapter's tensors under the names that `save_pretrained` writes, and the editor's cursors."""
         return adapter_state_dict(self.model, self.adapter_name)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Load a state that `state_dict` returned."""
         weights = {name: tensor for name, tensor in state.items() if not name.startswith(CURSOR)}
         load_adapter_state_dict(self.model, self.adapter_name, weights)
 
     def snapshot(self) -> Callable[[], None]:
-        """Remember what edits change, the editor's cursors included; calling the result puts it back, bit for bit."""
+        """Copy everything that edits change, including the editor's cursors, and return a function that restores it."""
         return snapshot(self.model)
 
     def remove(self) -> None:
-        """Take all adapters of the model off; the base model is as it was."""
+        """Remove all adapters; this restores the base model."""
         self.model.unload()
 
     def remember_form(self, adapter_name: str, edits: Sequence[Edit]) -> None:
-        """Note in an adapter's config the form in which facts were taught to it, besides those that it remembers."""
-        chats = {is_chat(edit.prompt, form) for edit in edits for form in self.templates}
-        form = "both" if len(chats) == 2 else "chat" if chats == {True} else "raw"
+        """Add the prompt format of these edits to those that the adapter's config records."""
+        chats = {is_chat(edit.prompt, template) for edit in edits for template in self.templates}
+        form = "chat" if True in chats else "raw"
+        if len(chats) == 2:
+            form = "both"
         remember(self.model.peft_config[adapter_name], form, self.tokenizer)
 
     def _require_in_use(self) -> None:
@@ -136,17 +141,18 @@ class AttachedEditor(ABC):
         active = list(self.model.active_adapters)
         if active != [self.adapter_name]:
             raise ValueError(
-                f"This editor edits {self.adapter_name!r}, but active is {active}; use set_adapter, or a new editor."
+                f"This editor edits {self.adapter_name!r}, but the active adapters are {active}; use set_adapter, or create a "
+                "new editor."
             )
         for layer in method_modules(self.model):
             if isinstance(layer, BaseTunerLayer) and (layer.disable_adapters or layer.merged):
-                state = "disabled" if layer.disable_adapters else "merged into the weights"
+                state = "disabled" if layer.disable_adapters else "merged into the base weights"
                 raise ValueError(
                     f"The adapter {self.adapter_name!r} cannot be edited while it is {state}."
                 )
         if any(hasattr(tensor, "ds_id") for tensor in adapter_tensors(self.model)):
-            raise ValueError(TAKEN_APART)
+            raise ValueError(SHARDED)
 
     def _restored_on_error(self) -> AbstractContextManager[None]:
-        """Put back what edits change if the code inside raises, be it by an interrupt."""
+        """Restore everything that edits change if the code inside raises, including on an interrupt."""
         return restored_on_error(self.snapshot)

@@ -1,4 +1,4 @@
-"""Edits one after another, as a production act: each recorded, checked, taken back if it does harm, and never made twice."""
+"""Sequential edits for production: each is recorded, checked, reverted if it does harm, and never repeated after a restart."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from peft_baft.editing.editor import CURSOR, EditResult
 from peft_baft.editing.journal import FORM, EditLine, Journal, ReturnLine, RunLine, now
 from peft_baft.editing.train import STOP_TERM
 
-Check = Callable[[], str | None]  # what is wrong with the model as it is now; None if nothing is
-RNG = "rng"  # in a snapshot's header: the state of torch's random numbers
+Check = Callable[[], str | None]  # returns a problem of the current model; None if there is none
+RNG = "rng"  # key of a snapshot's header: the state of torch's random number generator
 
 
 @dataclass(frozen=True)
 class EditRecord:
-    """One batch of edits that was made, or tried.
+    """The outcome of one batch of edits.
 
     Attributes:
         edits: the facts.
-        result: what they cost; None if the batch broke off.
-        problem: why it is not good; None if it is.
-        kept: whether it is in the adapter now.
+        result: the result; None if training was aborted by a NaN or infinity.
+        problem: why the batch was rejected; None if it was accepted.
+        kept: whether the batch is in the adapter.
     """
 
     edits: Sequence[Edit]
@@ -51,72 +51,74 @@ def edit_continually(
     check: Check | None = None,
     keep_only_good: bool = False,
 ) -> Iterator[EditRecord]:
-    """Make edits in turn, `batch_size` at a time.
+    """Make edits one after another, `batch_size` at a time.
 
-    A batch is made when it is asked for. Batches of a resumed run that were made before are given from the journal.
-    Several processes (`editor.processes`) share each batch's facts; the first one checks, and writes the journal.
+    A batch is made when its record is requested. In a resumed run, the records of earlier batches come from the journal. If
+    there are several processes (`editor.processes`), they share the facts of each batch; the first one runs the check and
+    writes the journal.
 
     Args:
-        journal: where each batch is recorded; an interrupted run then goes on exactly where it was.
-        resume: go on with the journal's last run, if there is one, instead of beginning another.
-        check: called after each batch; says what harm it did.
-        keep_only_good: take a batch back that was not learned, did harm or broke off, and go on with the next.
+        journal: records each batch, so that an interrupted run can be resumed exactly where it stopped.
+        resume: continue the journal's last run, if there is one, instead of starting another.
+        check: called after each batch; returns a description of the harm it did, or None.
+        keep_only_good: revert a batch that was not learned, did harm or was aborted, and continue with the next.
 
     Raises:
-        ValueError: as the editor's `edit`; another process writes the journal; or what is to be resumed differs.
-        FloatingPointError: a batch broke off, and `keep_only_good` is not set. The adapter is as it was before.
+        ValueError: as the editor's `edit`; another process is writing the journal; or the run to resume has other settings
+            or facts.
+        FloatingPointError: a batch was aborted by a NaN or infinity and `keep_only_good` is not set. The adapter is restored.
     """
     batches, processes = editor.batches(edits, batch_size), editor.processes
     with ExitStack() as stack:
-        lines, last_number = _begun(stack, editor, batches, journal, resume)
+        lines, last_number = _start(stack, editor, batches, journal, resume)
         for line, batch in zip(lines, batches, strict=False):
             yield _record_of(line, batch)
         for number, batch in enumerate(batches[len(lines) :], last_number + 1):
             record = _make(editor, batch, number, check, keep_only_good)
             if journal is not None:
                 is_last = number == last_number + len(batches) - len(lines)
-                processes.of_first(partial(_write, journal, editor, number, record, is_last))
+                processes.on_main(partial(_write, journal, editor, number, record, is_last))
             yield record
 
 
-def _begun(
+def _start(
     stack: ExitStack,
     editor: AttachedEditor,
     batches: Sequence[Sequence[Edit]],
     journal: Journal | None,
     resume: bool,
 ) -> tuple[list[EditLine], int]:
-    """Begin a run, or go on with one; the journal is this process's until the stack is closed.
+    """Start or resume a run. The journal is locked until the stack is closed.
 
     Returns:
-        The batches that were made before, and the last number in the journal.
+        The lines of the batches that were made before, and the last edit number in the journal.
     """
 
-    def begin() -> tuple[list[EditLine], int]:
-        """In the first process alone."""
+    def start_in_first() -> tuple[list[EditLine], int]:
         if journal is None:
             return [], 0
         stack.enter_context(journal.writing())
-        lines = _begin_run(journal, editor, resume, batches)
-        return lines, max((line.edit for line in journal.edits()), default=0)
+        lines = _start_run(journal, editor, resume, batches)
+        return lines, journal.state().last_number
 
-    lines, last_number = editor.processes.of_first(begin)
-    _follow_first(editor)
+    lines, last_number = editor.processes.on_main(start_in_first)
+    _synchronise(editor)
     for line, batch in zip(lines, batches, strict=False):
-        if line.kept:  # an editor's state is tensors alone, so the form comes from the facts
+        # An editor's state has only tensors, so the prompt format comes from the facts.
+        if line.kept:
             editor.remember_form(editor.adapter_name, batch)
     return lines, last_number
 
 
-def _follow_first(editor: AttachedEditor) -> None:
-    """Bring the adapters and cursors of all processes to those of the first one."""
+def _synchronise(editor: AttachedEditor) -> None:
+    """Copy the adapters and cursors of the first process to all others."""
     processes = editor.processes
-    if processes.count == 1:
+    if processes.world_size == 1:
         return
-    processes.spread(adapter_tensors(editor.model))
+    processes.broadcast(adapter_tensors(editor.model))
     state = editor.state_dict()
     cursors = {name: value for name, value in state.items() if name.startswith(CURSOR)}
-    editor.load_state_dict({**state, **processes.of_first(lambda: cursors)})
+    editor.load_state_dict({**state, **processes.on_main(lambda: cursors)})
 
 
 def _not_learned(result: EditResult) -> str | None:
@@ -130,67 +132,72 @@ def _make(
     check: Check | None,
     keep_only_good: bool,
 ) -> EditRecord:
-    """Make one batch, check it, and take it back if it is not good and only good ones are kept."""
+    """Make one batch and check it; revert a rejected batch if `keep_only_good` is set."""
     restore = editor.snapshot()
     try:
-        result = _edited(editor, batch, number)
+        result = _edit(editor, batch, number)
     except FloatingPointError as error:
         if not keep_only_good:
             raise
         return EditRecord(batch, None, str(error), False)
     problem = _not_learned(result)
     if problem is None and check is not None:
-        problem = editor.processes.of_first(check)
+        problem = editor.processes.on_main(check)
     if problem is not None and keep_only_good:
         restore()
         return EditRecord(batch, result, problem, False)
     return EditRecord(batch, result, problem, True)
 
 
-def _edited(editor: Any, batch: Sequence[Edit], number: int) -> EditResult:
-    """Make one batch; an independent edit keeps the number that the journal gives it.
+def _edit(editor: Any, batch: Sequence[Edit], number: int) -> EditResult:
+    """Make one batch. An independent edit gets the number that it has in the journal.
 
     Raises:
-        ValueError: a batch of independent edits has several.
+        ValueError: the editor's edits are independent and the batch has more than one.
     """
-    if not editor.independent:
-        return editor.edit(batch)
-    if len(batch) > 1:
+    if editor.independent and len(batch) > 1:
         raise ValueError("The edits of this adapter are independent: make them with batch_size=1.")
-    return editor.edit_independently(batch, [number])[0]
+    result: EditResult
+    if editor.independent:
+        (result,) = editor.edit_independently(batch, [number])
+    else:
+        result = editor.edit(batch)
+    return result
 
 
-def _begin_run(
+def _start_run(
     journal: Journal, editor: AttachedEditor, resume: bool, batches: Sequence[Sequence[Edit]]
 ) -> list[EditLine]:
-    """Note the run's beginning, or bring the editor to where the last run came to; gives the lines of that run's edits."""
-    runs, edits = journal.runs(), journal.edits()
+    """Record the start of a run, or load the last snapshot of the run to resume.
+
+    Returns:
+        The lines of the resumed run's edits up to that snapshot.
+    """
+    state = journal.state()
     settings = _settings(editor, len(batches[0]))
-    if not resume or not runs:
-        number = edits[-1].edit if edits else 0
-        _save_snapshot(journal, editor, number)
-        journal.add(RunLine(number, settings))
+    if not resume or not state.runs:
+        _save_snapshot(journal, editor, state.last_number)
+        journal.add(RunLine(state.last_number, settings))
         return []
-    run = runs[-1]
+    run = state.runs[-1]
     for name, value in settings.items():
         if run.settings.get(name) != value:
             raise ValueError(
                 f"The run in {journal.folder} cannot be resumed: {name} was {run.settings.get(name)!r:.80} and is "
-                f"{value!r:.80}. Resume it with the same settings, or begin another in another folder."
+                f"{value!r:.80}. Resume it with the same settings, or start another run in another folder."
             )
-    last = run.after + len(edits)
-    reached = max(
-        (number for number in journal.snapshots() if run.after <= number <= last), default=None
-    )
-    if reached is None:
+    last = run.after + len(state.edits)
+    own_snapshots = [number for number in journal.snapshots() if run.after <= number <= last]
+    if not own_snapshots:
         raise ValueError(
-            f"{journal.folder} holds no snapshot of its last run; begin another in another folder."
+            f"{journal.folder} has no snapshot of its last run; start another run in another folder."
         )
-    lines = [line for line in edits if run.after < line.edit <= reached]
+    reached = max(own_snapshots)
+    lines = [line for line in state.edits if run.after < line.edit <= reached]
     _require_same_facts(lines, batches)
-    state, header = journal.load_snapshot(reached)
-    editor.load_state_dict(state)
-    # Whatever is drawn from here on is what an uninterrupted run would have drawn.
+    tensors, header = journal.load_snapshot(reached)
+    editor.load_state_dict(tensors)
+    # From here on, random numbers are those of an uninterrupted run.
     torch.set_rng_state(torch.tensor(list(bytes.fromhex(header[RNG])), dtype=torch.uint8))
     journal.add(ReturnLine(reached))
     journal.delete_snapshots_after(reached)
@@ -200,7 +207,7 @@ def _begin_run(
 def _write(
     journal: Journal, editor: AttachedEditor, number: int, record: EditRecord, is_last: bool
 ) -> None:
-    """Write the line of a batch, and a snapshot after it if it is time for one."""
+    """Write the line of a batch, followed by a snapshot if one is due."""
     result = record.result
     line = EditLine(
         edit=number,
@@ -225,7 +232,7 @@ def _save_snapshot(journal: Journal, editor: AttachedEditor, number: int) -> Non
 
 
 def _record_of(line: EditLine, batch: Sequence[Edit]) -> EditRecord:
-    """Make the record of a batch that was made before from its line."""
+    """Restore the record of an earlier batch from its line."""
     result = None
     if line.steps is not None and line.loss is not None and line.seconds is not None:
         result = EditResult(line.steps, {STOP_TERM: line.loss}, line.seconds, line.learned)
@@ -233,13 +240,13 @@ def _record_of(line: EditLine, batch: Sequence[Edit]) -> EditRecord:
 
 
 def _require_same_facts(lines: Sequence[EditLine], batches: Sequence[Sequence[Edit]]) -> None:
-    """Raise a ValueError unless the batches begin with those that the lines record."""
+    """Raise a ValueError unless the batches begin with those recorded in the lines."""
     for number, line in enumerate(lines):
         facts = _facts_of(batches[number]) if number < len(batches) else []
         if line.facts != facts:
             raise ValueError(
-                f"Edit {line.edit} of the run to resume was {line.facts!r:.120}, but now {facts!r:.120} stands in its place. "
-                "Resume with the same facts, in the same order; more may follow them."
+                f"Edit {line.edit} of the run to resume was {line.facts!r:.120}, but is now {facts!r:.120}. "
+                "Resume with the same facts in the same order; more may follow them."
             )
 
 
@@ -248,9 +255,9 @@ def _facts_of(batch: Sequence[Edit]) -> list[list[Any]]:
 
 
 def _settings(editor: AttachedEditor, batch_size: int) -> dict[str, Any]:
-    """Collect what decides how the edits come out, in a form that JSON keeps."""
+    """Return everything that affects the outcome of edits, in a form that survives JSON."""
     config = editor.model.peft_config[editor.adapter_name].to_dict() | {"inference_mode": None}
-    for name in (*FIELDS, "base_sample"):  # what is filled in is no setting
+    for name in (*FIELDS, "base_sample"):  # filled in by the package, not set by the user
         config.pop(name, None)
     text = json.dumps(config, sort_keys=True, default=lambda other: sorted(map(str, other)))
     adapter = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,9 +1,9 @@
-"""Contrast texts: what must stay as it is although it looks like the fact that is edited.
+"""Contrast texts: prompts similar to an edited fact whose answers must not change.
 
-A contrast text is a neighbour of the fact (`data/neighbours.py`), answered by the unedited model. An edit looks at it through
-the hidden vectors that the unedited model has at its edited tokens. They are computed once, before the edit. Each step then
-asks of the adapter alone, without a forward of the model, how far it moves them: at the edited blocks an adapter that moves
-none of them leaves the whole text as it was.
+A contrast text is a neighbour of the fact (`data/neighbours.py`) with the unedited model's answer. The hidden vectors of the
+unedited model at its edited tokens are computed once, before the edit. Each step then applies only the adapter to them, without
+a forward pass of the model, and penalises how far it moves them. An adapter that moves none of them in the edited blocks leaves
+the whole text unchanged.
 """
 
 from __future__ import annotations
@@ -12,48 +12,48 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
 from peft_baft.adapter import BaftLayer
-from peft_baft.adapter.model_call import end_tokens, full_logits, input_device
 from peft_baft.adapter.plain import PLAIN
 from peft_baft.adapter.state import without_adapters
 from peft_baft.data.batching import Tokens, collate, context_window, encode_prompt, padding_id
 from peft_baft.data.cases import Edit, Prompt, prompt_words
 from peft_baft.data.neighbours import other_subjects, subject_candidates, with_other_subject
 from peft_baft.data.templates import Template, is_chat
-from peft_baft.editing.acceleration.module_patches import collected_outputs, logits_only_at
-from peft_baft.editing.acceleration.packed_linear import packed_forwards
-from peft_baft.editing.acceleration.padded_prompts import takes_left_padding
-from peft_baft.editing.acceleration.shared_prefix import PromptBatch, SharedPrefix, find_prefix
 from peft_baft.editing.edit_cache import EditCache
+from peft_baft.editing.fast_paths import prompt_batches
+from peft_baft.editing.module_patches import collected_outputs, logits_only_at
 from peft_baft.editing.scope import Scope
+from peft_baft.running import end_tokens, full_logits, input_device
 
-BATCH_SIZE = 64  # so many contrast texts are answered together
-# Each span that may be the subject is exchanged for so many others, to see what that changes.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The number of other subjects by which each candidate span is replaced in the search for the subject.
 TRIED_SUBJECTS = 2
-# A held vector counts as having at least this share of the median squared length.
+# Lower bound of a vector's squared length, relative to the median.
 LEAST_SIZE = 1e-3
-TOO_LONG = "%d of the %d contrast texts of %r are too long for the model, and are left out."
-NOT_A_TOKEN_A_STEP = (
-    "{} computed {} tokens of a prompt of {} in the first forward of generate(), so where its hidden vectors stand is not known. "
-    "Generate without chunked prefill, or edit with scope=NARROW."
+TOO_LONG = "%d of the %d contrast texts of %r are too long for the model and are left out."
+CHUNKED_PREFILL = (
+    "{} computed {} tokens of a prompt of {} in the first forward of generate(), so the positions of its hidden vectors are "
+    "unknown. Generate without chunked prefill, or edit with scope=NARROW."
 )
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class HeldVectors:
-    """Hidden vectors that an edit shall not move.
+class ContrastTargets:
+    """Hidden vectors that an edit should not move, each by the name of the edited block.
 
     Attributes:
-        hidden: by the name of the edited block, (m, d) its output at the edited tokens of the contrast texts.
-        before: by the same name, (m, d) what the adapter adds to them before the edit.
-        sizes: by the same name, (m,) their squared lengths, by which displacements are divided (`squared_lengths`).
+        hidden: (m, d) the block's output at the edited tokens of the contrast texts.
+        before: (m, d) what the adapter added to them before the edit.
+        sizes: (m,) their squared lengths, by which displacements are divided (`squared_lengths`).
     """
 
     hidden: Mapping[str, Tensor]
@@ -63,27 +63,31 @@ class HeldVectors:
     def displacements(self, layers: Sequence[BaftLayer], adapter_name: str) -> Tensor:
         """Compute how far an adapter moves the vectors now: |Φ(h) - Φ₀(h)|² / |h|², mean over the blocks.
 
-        Where |h| is nearly 0, the quotient is taken with a least length instead.
+        Φ₀ is the adapter before the edit. Very small |h|² are replaced by a lower bound.
 
         Returns:
             (m,) with gradient, on the first block's device.
         """
-        shares = []
+        relative = []
         for layer in layers:
             h = self.hidden[layer.name]
             moved = PLAIN.change_at(layer, adapter_name, h) - self.before[layer.name]
-            shares.append(moved.float().square().sum(-1) / self.sizes[layer.name])
-        return torch.stack([share.to(shares[0].device) for share in shares]).mean(0)
+            relative.append(moved.float().square().sum(-1) / self.sizes[layer.name])
+        return torch.stack([part.to(relative[0].device) for part in relative]).mean(0)
 
 
 def contrast_rows(
-    model: PeftModel, tokenizer: Any, edit: Edit, template: Template, scope: Scope
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    edit: Edit,
+    template: Template,
+    scope: Scope,
 ) -> list[Tokens]:
-    """Tokenise the prompts of a fact's contrast texts; none where its subject is not known."""
+    """Tokenise the prompts of a fact's contrast texts; returns an empty list if the fact's subject is unknown."""
     rows = []
     for prompts in scope.contrasts(edit, is_chat(edit.prompt, template)):
         for prompt in prompts:
-            # A template may refuse a system prompt; then the text stands bare.
+            # A template may reject a system prompt; then the bare prompt follows.
             with suppress(ValueError):
                 rows.append(encode_prompt(tokenizer, prompt, template=template))
                 break
@@ -96,59 +100,54 @@ def contrast_rows(
     return fitting
 
 
-def hold(
+def contrast_targets(
     model: PeftModel,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     layers: Sequence[BaftLayer],
     prompts: Sequence[Tokens],
     scope: Scope,
     prompt_positions: int,
     adapter_name: str,
     prepared: EditCache | None = None,
-) -> HeldVectors:
-    """Let the unedited model answer the prompts, and keep its hidden vectors at the tokens that an adapter edits.
+) -> ContrastTargets:
+    """Answer the prompts with the unedited model, and return its hidden vectors at the tokens that an adapter edits.
 
     Args:
-        prepared: of the base model; by default the one that is kept with it.
+        prepared: the `EditCache` of the base model; by default the one stored for this model.
+
+    Raises:
+        ValueError: the model does not compute a prompt in one forward pass.
     """
     prepared = prepared or EditCache.of(model)
-    packed = packed_forwards(model.get_base_model().modules(), prepared.packed)
-    prefix = SharedPrefix()
     parts: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     last_block, padding = layers[-1].get_base_layer(), padding_id(tokenizer)
-    # Texts of like length need little padding.
+    # Sorting by length reduces padding.
     ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))
     with without_adapters(model):
-        padded = takes_left_padding(model, last_block, prompts, padding, prompt_positions, prepared)
-        if padded:
-            ids = find_prefix(model, prompts, prompt_positions, prepared.verified_length)
-            prefix = SharedPrefix.of(model, ids, packed) if ids else prefix
-        size = BATCH_SIZE if padded else 1
-        for start in range(0, len(ordered), size):
-            some = ordered[start : start + size]
-            batch = PromptBatch.of(some, padding, prefix)
+        batches = prompt_batches(model, last_block, ordered, padding, prompt_positions, prepared)
+        for mask, generate in batches:
             with ExitStack() as stack:
                 outputs = {
                     layer.name: stack.enter_context(collected_outputs(layer.get_base_layer()))
                     for layer in layers
                 }
-                answers = batch.answers(model, padding, scope.answer_tokens, packed)
-            found = _hidden_of_answers(model, outputs, batch.mask, answers, prompt_positions)
-            for name, vectors in found.items():
+                answers = generate(scope.answer_tokens)
+            edited = _hidden_of_answers(model, outputs, mask, answers, prompt_positions)
+            for name, vectors in edited.items():
                 parts[name].append(vectors)
-    hidden = {name: torch.cat(of_block) for name, of_block in parts.items()}
+    hidden = {name: torch.cat(vectors) for name, vectors in parts.items()}
     with torch.no_grad():
         before = {
             layer.name: PLAIN.change_at(layer, adapter_name, hidden[layer.name]) for layer in layers
         }
     sizes = {name: squared_lengths(vectors) for name, vectors in hidden.items()}
-    return HeldVectors(hidden, before, sizes)
+    return ContrastTargets(hidden, before, sizes)
 
 
 def squared_lengths(hidden: Tensor) -> Tensor:
-    """Compute |h|² of vectors (m, d), and at least `LEAST_SIZE` of the median: (m,) float32, all above 0.
+    """Compute |h|² of vectors (m, d), but at least `LEAST_SIZE` times the median: (m,) float32, all above 0.
 
-    A vector may be zero. The embedding of a padding token often is, and a recurrent block maps zero to zero.
+    A vector can be zero: the embedding of a padding token often is, and a recurrent block maps zero to zero.
     """
     sizes = hidden.float().square().sum(-1)
     real = sizes[sizes > 0]
@@ -163,49 +162,49 @@ def _hidden_of_answers(
     answers: Tensor,
     prompt_positions: int,
 ) -> dict[str, Tensor]:
-    """Choose the edited tokens of one batch of prompts and answers: by block (m, d).
+    """Select the hidden vectors at the edited tokens of one batch of prompts and answers, (m, d) by block.
 
     Args:
-        outputs: what each block gave in each forward. mask: (rows, tokens) of the prompts, padded on the left.
+        outputs: the outputs of each block, one per forward pass. mask: (rows, tokens) of the prompts, padded on the left.
 
     Raises:
-        ValueError: the model did not compute the prompts in one forward.
+        ValueError: the model did not compute the prompts in one forward pass.
     """
-    # The first forward has the prompts, which end at its right, and each later one ends with one more token of the answers: it
-    # has only that token, or, for a model that keeps no cache, all those before it as well. A model may run a block several
-    # times in each forward (Dory): then all its outputs count.
+    # The first forward pass has the prompts, aligned on the right. Each later one ends with the next token of the answers:
+    # it has only that token, or, for a model without a cache, all tokens before it as well. A model may run a block several
+    # times in each forward pass (Dory); then all its outputs are used.
     width, positions = mask.shape[1], min(prompt_positions, mask.shape[1])
-    of_answer = goes_on(answers.cpu(), end_tokens(model))[:, :-1]
-    real = torch.cat([mask[:, -positions:].bool(), of_answer], 1)
+    in_answer = before_end(answers.cpu(), end_tokens(model))[:, :-1]
+    real = torch.cat([mask[:, -positions:].bool(), in_answer], 1)
     hidden = {}
-    for name, of_block in outputs.items():
-        if of_block[0].shape[1] != width:
+    for name, block_outputs in outputs.items():
+        if block_outputs[0].shape[1] != width:
             base = type(model.get_base_model()).__name__
-            raise ValueError(NOT_A_TOKEN_A_STEP.format(base, of_block[0].shape[1], width))
-        runs = len(of_block) // answers.shape[1]
+            raise ValueError(CHUNKED_PREFILL.format(base, block_outputs[0].shape[1], width))
+        runs = len(block_outputs) // answers.shape[1]
         parts = []
         for run in range(runs):
-            first, *later = of_block[run::runs]
+            first, *later = block_outputs[run::runs]
             vectors = torch.cat([first[:, -positions:], *(part[:, -1:] for part in later)], 1)
             parts.append(vectors[real.to(vectors.device)])
         hidden[name] = torch.cat(parts)
     return hidden
 
 
-def goes_on(answers: Tensor, ends: Sequence[int]) -> Tensor:
-    """Tell which tokens of generated answers (rows, tokens) stand before the end of their row's: (rows, tokens) bool."""
+def before_end(answers: Tensor, ends: Sequence[int]) -> Tensor:
+    """Return which tokens of generated answers (rows, tokens) come before their row's first end token: (rows, tokens) bool."""
     ended = torch.isin(answers, torch.tensor(ends, dtype=answers.dtype))
     return ended.cumsum(1) == 0
 
 
 @torch.no_grad()
 def find_subject(
-    model: PeftModel, tokenizer: Any, prompt: Prompt, template: Template
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Template
 ) -> str | None:
-    """Find what a prompt is about: the span whose exchange changes most what the unedited model would say next.
+    """Find the subject of a prompt: the span whose replacement changes the unedited model's next-token distribution most.
 
     Returns:
-        The span as it stands in the prompt; None where the prompt has none that could be one.
+        The span as written in the prompt; None if the prompt has no candidate.
     """
     candidates = subject_candidates(prompt)
     if len(candidates) < 2:
@@ -223,6 +222,6 @@ def find_subject(
     base = model.get_base_model()
     with without_adapters(model), logits_only_at(base.get_output_embeddings(), places):
         logits = full_logits(model, **inputs)
-    likely = logits.float().softmax(-1)
-    change = (likely[1:] - likely[0]).abs().sum(-1).view(len(candidates), -1).mean(1)
+    probabilities = logits.float().softmax(-1)
+    change = (probabilities[1:] - probabilities[0]).abs().sum(-1).view(len(candidates), -1).mean(1)
     return candidates[int(change.argmax())]

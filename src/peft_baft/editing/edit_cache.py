@@ -1,4 +1,4 @@
-"""What is found out about one base model once and used by all later edits of it."""
+"""Results of tests and computations on a base model that all its edits share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
 from peft_baft.adapter import EditContext, baft_layers, find_context
@@ -17,16 +18,16 @@ from peft_baft.adapter import EditContext, baft_layers, find_context
 class EditCache:
     """What edits of one base model share.
 
-    It is kept with the base model, also while that has no adapter, and freed with it or by `release`. Whoever makes several
-    adapters on one base model in turn, as a benchmark does, can make one and hand it to each editor.
+    By default there is one per base model. It outlives the model's adapters, and is freed with the model or by `release`. Code
+    that creates several adapters on one base model in turn, such as a benchmark, can also pass one to each editor.
 
     Attributes:
-        verified_length: up to how many tokens going on from a cache gave what a full forward gives; 0 if it was never tried.
-        failed_length: from how many tokens on it did not; None if it always did.
-        takes_left_padding: whether a row of a left-padded batch has the hidden vectors of the row alone; None if never tried.
-        packed: packed copies of frozen weights, by layer. Each use compares them with the weights.
-        computed: what else methods computed with the unedited model, such as texts that it wrote, by all that it depends on.
-            Of a model's own it is dropped with the model's last BaFT adapter.
+        verified_length: the length in tokens up to which a cache gave the plain result; 0 if this was never tested.
+        failed_length: the length in tokens from which it did not; None if it always did.
+        takes_left_padding: whether a row has the same hidden vectors in a left-padded batch as by itself; None if never tested.
+        packed: packed copies of frozen weights, by layer. They are compared with the weights at each use.
+        computed: other results computed with the unedited model, such as generated texts. The key is everything a result
+            depends on. In the default cache of a model they are dropped when the model gets a new edit context.
     """
 
     verified_length: int = 0
@@ -36,51 +37,47 @@ class EditCache:
     computed: dict[Hashable, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: Any) -> EditCache:
-        """Get the one that is kept with the base model of a PeftModel with a BaFT adapter."""
+    def of(cls, model: PeftModel) -> EditCache:
+        """Return the default cache of the base model of a PeftModel with a BaFT adapter."""
         base, context = model.get_base_model(), find_context(model)
         assert context is not None, "a model with a BaFT adapter has a context"
         with _lock:
-            known = _of_models.get(base)
+            entry = _entries.get(base)
             structure = _structure(base)
-            if known is None or known.structure != structure:
-                known = _of_models[base] = _Known(cls(), structure, weakref.ref(context))
-            if known.context() is not context:
-                known.prepared.computed.clear()
-                _of_models[base] = replace(known, context=weakref.ref(context))
-            return known.prepared
+            if entry is None or entry.structure != structure:
+                entry = _entries[base] = _Entry(cls(), structure, weakref.ref(context))
+            if entry.context() is not context:
+                entry.edit_cache.computed.clear()
+                _entries[base] = replace(entry, context=weakref.ref(context))
+            return entry.edit_cache
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What is kept of a base model, what the model was made of then, and the context for which things were computed."""
+class _Entry:
+    """The cache of a base model, the model's structure at that time, and the edit context of what was computed."""
 
-    prepared: EditCache
+    edit_cache: EditCache
     structure: tuple[Any, ...]
     context: weakref.ref[EditContext]
 
 
-# Kept outside the models, so that nobody copies or saves it with a model; the keys do not keep models alive.
-_of_models: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
-
-
+# Stored outside the models, so that the caches are not copied or saved with a model; the keys do not keep models alive.
+_entries: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
 def release(base: nn.Module) -> None:
-    """Free what is kept with a base model: of models up to 500 M weights in float32 on a CPU, 8 bytes a weight."""
+    """Free the default cache of a base model: for float32 models of up to 500 M weights on a CPU, 8 bytes per weight."""
     with _lock:
-        _of_models.pop(base, None)
+        _entries.pop(base, None)
 
 
 def _structure(base: nn.Module) -> tuple[Any, ...]:
-    """Tell what a base model computes with, apart from its weights' values and BaFT adapters: classes, dtypes, attention."""
-    of_adapters = {id(module) for layer in baft_layers(base) for module in layer.modules()}
-    modules = [module for module in base.modules() if id(module) not in of_adapters]
+    """Return what a base model's computation depends on, except weights and BaFT adapters: classes, dtypes, attention."""
+    in_adapters = {id(module) for layer in baft_layers(base) for module in layer.modules()}
+    modules = [module for module in base.modules() if id(module) not in in_adapters]
     classes = tuple(type(module) for module in modules)
-    weights = tuple(
-        (parameter.dtype, parameter.device)
-        for module in modules
-        for parameter in module.parameters(recurse=False)
-    )
-    return classes, weights, getattr(base.config, "_attn_implementation", None)
+    weights: list[tuple[Any, ...]] = []
+    for module in modules:
+        weights += [(p.dtype, p.device) for p in module.parameters(recurse=False)]
+    return classes, tuple(weights), getattr(base.config, "_attn_implementation", None)

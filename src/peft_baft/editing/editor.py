@@ -1,4 +1,4 @@
-"""What an editing method is: the protocol that every editor follows, and what an edit gives back."""
+"""The `Editor` protocol that every editing method implements, and the result of an edit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -16,17 +16,20 @@ from peft_baft.data.cases import Edit, Message, Prompt, as_messages, prompt_word
 from peft_baft.data.templates import RAW, Template, is_chat
 from peft_baft.editing.scope import FEW, NARROW, Scope
 
-LEFT_OUT = "%r is taught in one context less than its scope says: %s"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LEFT_OUT = "%r is trained in one context fewer than its scope asks for: %s"
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EditResult:
-    """What an edit cost and how far it came.
+    """The cost and outcome of an edit.
 
     Attributes:
-        steps: optimiser steps that were taken.
-        losses: each term of the loss at its last evaluation, by name.
+        steps: number of optimiser steps.
+        losses: last value of each term of the loss, by name.
         seconds: wall time.
         learned: whether the mean cross entropy of the answers fell below the stop loss.
     """
@@ -38,90 +41,95 @@ class EditResult:
 
 
 class Editor(Protocol):
-    """Changes what one model knows.
+    """An editing method, attached to one base model.
 
-    A benchmark, a journal or a user's loop needs no more than this of a method. An editor belongs to one base model, which it
-    changes in place or through an adapter, and gives back bit for bit when it is removed.
+    Benchmarks, journals and training loops use only this interface. An editor changes its base model in place or through an
+    adapter. `remove` restores the base model bit for bit.
 
     Attributes:
-        model: what answers with the edits so far: a PeftModel, or the base model itself.
+        model: the edited model: a PeftModel, or the base model itself.
     """
 
     model: Any
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
-        """Teach the edits at once, as one batch, on top of those made before.
+        """Make the edits as one batch, in addition to all earlier edits.
+
+        On error, the model is left unchanged.
 
         Raises:
-            TypeError, ValueError: an edit is unusable.
-            FloatingPointError: a loss or a weight became NaN or infinite. In each case nothing has changed.
+            TypeError, ValueError: an edit is invalid.
+            FloatingPointError: a loss or a weight became NaN or infinite.
         """
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give everything that the edits so far have changed, by name.
+        """Return everything that the edits have changed so far, by name.
 
-        These are weights, statistics and cursors (names that begin with `editor.`); a fresh editor with the same settings goes
-        on from them exactly as this one would. The tensors are the editor's own: copy them to keep them.
+        The state consists of weights, statistics and cursors (names that begin with `editor.`). A new editor with the same
+        settings that loads this state continues exactly as this one would. The tensors are not copies: clone them before the
+        next edit.
         """
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Load a state that `state_dict` returned."""
         ...
 
     def remove(self) -> None:
-        """Take the edits off: the base model is again as it was, bit for bit. The editor cannot be used afterwards."""
+        """Undo all edits: restore the base model bit for bit. The editor cannot be used afterwards."""
         ...
 
 
 @runtime_checkable
 class SideBySideEditor(Editor, Protocol):
-    """An editor that can make independent single edits in the same forwards, each in an adapter of its own."""
+    """An editor that can train several independent edits in the same forward passes, each in its own adapter."""
 
     def edit_fresh(
         self, edits: Mapping[str, Edit], seeds: Mapping[str, int]
     ) -> dict[str, EditResult]:
-        """Make an adapter for each name, initialised with its seed, and teach it the edit of that name.
+        """Add an adapter per name, initialised with its seed, and train it on the edit of that name.
 
         Raises:
-            FloatingPointError: one of them broke off; none of the results can be used.
+            FloatingPointError: a loss or a weight became NaN or infinite; none of the adapters can be used.
         """
         ...
 
     def answering(self, adapter_names: list[str]) -> AbstractContextManager[None]:
-        """Let row i of the batches inside be answered by adapter `adapter_names[i]`."""
+        """Apply adapter `adapter_names[i]` to row i of every batch inside the context."""
         ...
 
     def use(self, adapter_name: str) -> None:
-        """Let the model answer with this adapter from now on."""
+        """Activate this adapter."""
         ...
 
 
 @runtime_checkable
 class IndependentEditor(Editor, Protocol):
-    """An editor whose edits do not depend on each other, so that many at once come out as one after another."""
+    """An editor whose edits do not depend on each other, so that a batch gives the same result as single edits."""
 
     def edit_independently(self, edits: Sequence[Edit]) -> list[EditResult]:
-        """Make the edits as if in turn, in shared forwards; one of the same question replaces an earlier one.
+        """Make several single edits in shared forward passes. An edit replaces an earlier one with the same question.
+
+        On error, the model is left unchanged.
 
         Raises:
-            As `edit`. In each case nothing has changed.
+            The same errors as `edit`.
         """
         ...
 
 
 @runtime_checkable
 class RoutedEditor(Editor, Protocol):
-    """An editor of which one edit answers a prompt, or none."""
+    """An editor that applies at most one edit to each prompt."""
 
     def routed(self, prompts: Sequence[Prompt]) -> list[int | None]:
-        """Tell which edit answers each prompt: its number, from 1 in the order in which they were made; None for none."""
+        """Return the number of the edit that applies to each prompt, counted from 1 in the order of edits; None for none."""
         ...
 
 
-def in_turn(results: Sequence[EditResult]) -> EditResult:
-    """Put the results of edits that were made one after another into one: the losses are those of the last."""
+def combine_results(results: Sequence[EditResult]) -> EditResult:
+    """Combine the results of successive edits into one: steps and seconds are summed, the losses are those of the last."""
     return EditResult(
         sum(result.steps for result in results),
         results[-1].losses,
@@ -130,14 +138,14 @@ def in_turn(results: Sequence[EditResult]) -> EditResult:
     )
 
 
-CURSOR = "editor."  # how the names of an editor's state begin that are no weights of the model
+CURSOR = "editor."  # prefix of the names in an editor's state that are not weights of the model
 
 
 def checked_edits(edits: Iterable[Edit]) -> list[Edit]:
-    """List the edits.
+    """Return the edits as a list.
 
     Raises:
-        TypeError: they are no iterable of `Edit`. ValueError: there is none.
+        TypeError: `edits` is not an iterable of `Edit`. ValueError: it is empty.
     """
     facts = list(edits) if isinstance(edits, Iterable) else None
     if facts is None or not all(isinstance(fact, Edit) for fact in facts):
@@ -149,49 +157,56 @@ def checked_edits(edits: Iterable[Edit]) -> list[Edit]:
 
 def encode_edits(
     model: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     edits: Sequence[Edit],
     templates: Sequence[Template] = (RAW,),
     end: bool = False,
     scope: Scope = NARROW,
 ) -> list[list[Tokens]]:
-    """Tokenise one batch of edits, after a check of them against each other.
+    """Tokenise one batch of edits, after checking that no two have the same prompt.
 
     Args:
-        templates: the forms in which each edit is taught. end: whether the end of the answer is learned with it.
-        scope: in which surroundings each form is taught besides. One that the template refuses (some take no system prompt),
-            or that is too long for the model, is left out, with a warning.
+        templates: the prompt formats in which each edit is trained.
+        end: whether the end of the answer is trained as well. `Edit.after` takes precedence.
+        scope: the contexts and wordings in which each edit is trained in addition to its bare prompt. Those that the template
+            rejects (some have no system prompt), or that are too long for the model, are left out with a warning.
 
     Returns:
-        For each edit its rows, one for each form and context that differs.
+        The distinct rows of each edit: one per template and context.
 
     Raises:
-        ValueError: an edit stands twice, contradicts another one, or is longer than the model can read.
+        ValueError: two edits have the same prompt, or an edit is longer than the model's context window.
     """
+    _require_distinct_prompts(edits)
+    rows = []
+    for number, edit in enumerate(edits):
+        turn = number if len(edits) > FEW else None
+        learn_end = end if edit.after is None else edit.after == "stop"
+        edit_rows: list[Tokens] = []
+        for template in templates:
+            encode = partial(encode_fitting, model, tokenizer, template=template, end=learn_end)
+            bare, *others = scope.training_prompts(edit, is_chat(edit.prompt, template), turn)
+            edit_rows.append(encode(bare, edit.target))
+            for prompt in others:
+                try:
+                    edit_rows.append(encode(prompt, edit.target))
+                except ValueError as error:
+                    logger.warning(LEFT_OUT, prompt_words(edit.prompt), error)
+        # A prompt of messages is encoded in the same way under every template.
+        rows.append(list(dict.fromkeys(edit_rows)))
+    return rows
+
+
+def _require_distinct_prompts(edits: Sequence[Edit]) -> None:
+    """Raise a ValueError if two edits have the same prompt."""
     targets: dict[tuple[Message, ...], str] = {}
     for edit in edits:
         messages, target = as_messages(edit.prompt), edit.target.strip()
         if messages in targets:
             first, prompt = targets[messages], prompt_words(edit.prompt)
-            what = (
-                "stands twice" if target == first else f"is edited to {first!r} and to {target!r}"
-            )
+            same = target == first
+            problem = "occurs twice" if same else f"is edited to {first!r} and to {target!r}"
             raise ValueError(
-                f"{prompt!r} {what} in one batch; leave one, or edit them one after another."
+                f"{prompt!r} {problem} in one batch; remove one of them, or make the edits in separate batches."
             )
         targets[messages] = target
-    rows = []
-    for number, edit in enumerate(edits):
-        turn, forms = number if len(edits) > FEW else None, []
-        for template in templates:
-            ends = end if edit.after is None else edit.after == "stop"
-            encode = partial(encode_fitting, model, tokenizer, template=template, end=ends)
-            bare, *others = scope.taught(edit, is_chat(edit.prompt, template), turn)
-            forms.append(encode(bare, edit.target))
-            for surrounded in others:
-                try:
-                    forms.append(encode(surrounded, edit.target))
-                except ValueError as error:
-                    logger.warning(LEFT_OUT, prompt_words(edit.prompt), error)
-        rows.append(list(dict.fromkeys(forms)))  # messages are put to a model in one way only
-    return rows

@@ -1,8 +1,8 @@
-"""The one way to train edits: lanes side by side in shared forwards.
+"""Training of edits in lanes that share forward passes.
 
-A lane is one adapter that learns one batch of facts. An edit is a lane with one fact, a batch is a lane with several, and
-independent edits side by side are several lanes: a short edit's time goes into reading the model's weights, which all rows of a
-batch share.
+A lane is one adapter that is trained on one batch of facts. A single edit is a lane with one fact, a batch edit is a lane with
+several, and independent edits are several lanes. Most of the time of a short edit goes into reading the model's weights, which
+all rows of a batch share.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peft_baft.adapter import EditContext, RecordedGates
@@ -23,19 +24,18 @@ from peft_baft.editing.editor import EditResult
 from peft_baft.editing.train import Descent, Terms, descend
 from peft_baft.processes import Processes
 
-# By block: (n, k) at edited tokens, (m, k) at those of unrelated text.
+# By block: the gates (n, k) at the edited tokens of facts, and (m, k) at those of unrelated texts.
 Gates = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class LaneOutput:
-    """What one forward gives for one lane.
+    """The output of one forward pass for one lane.
 
     Attributes:
         answer_losses: (n,) cross entropy of each answer token of the facts.
-        gates: the gates of each block with gates, at the edited tokens of the facts and at those of the unrelated texts.
-        displacements: (m,) how far the adapter moves the hidden vectors of contrast texts, which the edit shall leave alone,
-            weighted.
+        gates: for each block with gates, their values at the edited tokens of the facts and of the unrelated texts.
+        displacements: (m,) weighted distances by which the adapter moves the hidden vectors of contrast texts.
     """
 
     answer_losses: Tensor
@@ -45,13 +45,13 @@ class LaneOutput:
 
 @dataclass
 class Lane:
-    """One adapter that learns one batch of facts.
+    """One adapter that is trained on one batch of facts.
 
     Attributes:
-        adapter_name: what the facts are taught to.
-        facts: the texts to learn. unrelated: texts that the edit should leave alone, beside them.
-        displacements: computes how far the adapter moves hidden vectors that it shall leave alone, (m,) weighted; None for none.
-        output: that of the last forward in which the lane took part.
+        adapter_name: the adapter that is trained.
+        facts: the rows to train on. unrelated: rows that the edit should not affect.
+        displacements: computes the weighted distances, (m,), by which the adapter moves contrast texts; None without them.
+        output: the output of the lane's last forward pass.
     """
 
     adapter_name: str
@@ -67,21 +67,21 @@ class Lane:
         return [*self.facts, *self.unrelated]
 
 
-LaneTerms = Callable[[Lane, LaneOutput], Terms]  # the named losses of a lane
-# For rows, of which some are learned.
+LaneTerms = Callable[[Lane, LaneOutput], Terms]  # computes the named losses of a lane
+# Called with the rows of a batch and the indices of those whose answers are trained.
 OpenForward = Callable[[Sequence[Tokens], Sequence[int]], AnswerForward]
 
 
 class LaneBatch:
-    """The rows of all running lanes in one batch, which shrinks when a lane ends: its rows would be computed in vain.
+    """A batch with the rows of all running lanes. The rows of a lane are dropped when it ends.
 
     Args:
-        lanes: in the order of their rows.
-        open_forward: makes the forward for all rows.
-        context: of the model's BaFT adapters; None where gates are not needed.
+        lanes: the lanes, in the order of their rows.
+        open_forward: returns the loss computation for the rows.
+        context: the edit context of the model's BaFT adapters; None if no gates are needed.
         gated_blocks: names of the blocks whose gates are needed.
-        prompt_positions: P of the adapters, which is asked for with a context alone.
-        one_adapter_per_row: whether each row is edited by its lane's adapter; else by the active one.
+        prompt_positions: P of the adapters; needed only with a context.
+        one_adapter_per_row: whether each row uses its lane's adapter instead of the active one.
     """
 
     def __init__(
@@ -96,52 +96,53 @@ class LaneBatch:
         self._context, self._gated_blocks = context, list(gated_blocks)
         self._prompt_positions, self._one_adapter_per_row = prompt_positions, one_adapter_per_row
         learned: list[int] = []
-        for lane, places in zip(lanes, row_ranges(lanes), strict=True):
-            learned += places[: len(lane.facts)]
+        for lane, lane_rows in zip(lanes, row_ranges(lanes), strict=True):
+            learned += lane_rows[: len(lane.facts)]
         self._forward = open_forward([row for lane in lanes for row in lane.rows], learned)
-        self._take(lanes)
+        self._set_lanes(lanes)
 
-    def _take(self, lanes: Sequence[Lane]) -> None:
-        """Note which lanes the batch holds, and where each one's edited tokens stand in its gates."""
+    def _set_lanes(self, lanes: Sequence[Lane]) -> None:
+        """Set the lanes of the batch, and compute the places of each lane's edited tokens among its gates."""
         self._lanes = list(lanes)
         self._edited: list[tuple[Tensor, Tensor]] = []
-        for lane, places in zip(lanes, row_ranges(lanes), strict=True):
-            facts, unrelated = places[: len(lane.facts)], places[len(lane.facts) :]
-            find = self._forward.targets.edited_places
-            of_facts = find(facts, places, self._prompt_positions)
-            self._edited.append((of_facts, find(unrelated, places, self._prompt_positions)))
+        edited_places = self._forward.targets.edited_places
+        for lane, lane_rows in zip(lanes, row_ranges(lanes), strict=True):
+            facts, unrelated = lane_rows[: len(lane.facts)], lane_rows[len(lane.facts) :]
+            in_facts = edited_places(facts, lane_rows, self._prompt_positions)
+            in_unrelated = edited_places(unrelated, lane_rows, self._prompt_positions)
+            self._edited.append((in_facts, in_unrelated))
 
-    def keep(self, lanes: Sequence[Lane]) -> None:
-        """Go on with some of the lanes alone."""
+    def select_lanes(self, lanes: Sequence[Lane]) -> None:
+        """Drop all lanes except these, which must be given in the order of their rows."""
         if len(lanes) == len(self._lanes):
             return
         rows: list[int] = []
-        for lane, places in zip(self._lanes, row_ranges(self._lanes), strict=True):
-            if any(lane is kept for kept in lanes):
-                rows += places
+        for lane, lane_rows in zip(self._lanes, row_ranges(self._lanes), strict=True):
+            if any(lane is selected for selected in lanes):
+                rows += lane_rows
         self._forward = self._forward.select_rows(rows)
-        self._take(lanes)
+        self._set_lanes(lanes)
 
     def outputs(self) -> list[LaneOutput]:
-        """Run one forward.
+        """Run one forward pass.
 
         Raises:
-            ValueError: the gates carry no gradient, so that a regulariser would not act.
+            ValueError: the gates have no gradient, so a regulariser would have no effect.
         """
         with self._editing(), self._recording() as recorded:
             losses = self._forward.losses()
-        # The losses stand in the order of the rows, and each lane has the next of them.
+        # The losses are in the order of the rows, lane after lane.
         counts = self._forward.targets.counts
-        ranges = row_ranges(self._lanes)
-        parts = losses.split([sum(counts[i] for i in places) for places in ranges])
+        answer_tokens = [sum(counts[i] for i in rows) for rows in row_ranges(self._lanes)]
+        lane_losses = torch.split(losses, answer_tokens)
         outputs = []
-        for lane, part, places in zip(self._lanes, parts, self._edited, strict=True):
+        for lane, own_losses, places in zip(self._lanes, lane_losses, self._edited, strict=True):
             gates: Gates = {}
             for block in self._gated_blocks:
                 key = (block, lane.adapter_name) if self._one_adapter_per_row else block
                 gates[block] = _gates_at(recorded[key], places)
-            moved = part.new_zeros(0) if lane.displacements is None else lane.displacements()
-            outputs.append(LaneOutput(part, gates, moved))
+            moved = own_losses.new_zeros(0) if lane.displacements is None else lane.displacements()
+            outputs.append(LaneOutput(own_losses, gates, moved))
         return outputs
 
     def _editing(self) -> AbstractContextManager[Any]:
@@ -154,16 +155,16 @@ class LaneBatch:
 
 
 def _gates_at(recorded: RecordedGates, places: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Take the gates (n, k) and (m, k) at two lists of tokens."""
+    """Return the gates (n, k) and (m, k) at the edited tokens of facts and of unrelated texts."""
     if not recorded.w.requires_grad:
         raise ValueError(WITHOUT_GRADIENT)
     w = recorded.w.flatten(0, 1)
-    of_facts, of_unrelated = places
-    return w[of_facts.to(w.device)], w[of_unrelated.to(w.device)]
+    in_facts, in_unrelated = places
+    return w[in_facts.to(w.device)], w[in_unrelated.to(w.device)]
 
 
 def row_ranges(lanes: Sequence[Lane]) -> list[range]:
-    """Say which rows of a batch are each lane's."""
+    """Return the range of each lane's rows in a batch."""
     ends = list(accumulate(len(lane.rows) for lane in lanes))
     return [range(end - len(lane.rows), end) for lane, end in zip(lanes, ends, strict=True)]
 
@@ -175,13 +176,13 @@ def train_lanes(
     gated_blocks: Sequence[str] = (),
     processes: Processes | None = None,
 ) -> list[EditResult]:
-    """Train every lane to its own end, in one forward and one backward a step.
+    """Train all lanes with one forward and one backward pass per step; each lane stops on its own criterion.
 
     Args:
-        batch: the lanes' rows; None for a process that has no part of them.
-        terms: the losses of a lane, given what all processes computed for it.
-        gated_blocks: names of the blocks whose gates the terms need, the same in all processes.
-        processes: those that share the facts of each lane; each is given the outputs of all.
+        batch: the rows of the lanes; None in a process that has none of them.
+        terms: computes the losses of a lane from the joined outputs of all processes.
+        gated_blocks: names of the blocks whose gates the terms need; the same in all processes.
+        processes: the processes that share the facts of each lane. The outputs of all are gathered in each.
 
     Raises:
         FloatingPointError: as `descend`. ValueError: as `LaneBatch.outputs`.
@@ -194,8 +195,8 @@ def train_lanes(
     def losses(descents: Sequence[Descent]) -> list[Terms]:
         running = [lane for lane in lanes if any(lane.descent is descent for descent in descents)]
         if batch is not None:
-            batch.keep(running)
-        outputs = _unflatten(processes.joined(compute), gated_blocks)
+            batch.select_lanes(running)
+        outputs = _unflatten(processes.all_gather_rows(compute), gated_blocks)
         for lane, output in zip(running, outputs, strict=True):
             lane.output = output
         return [terms(lane, output) for lane, output in zip(running, outputs, strict=True)]
@@ -204,7 +205,7 @@ def train_lanes(
 
 
 def _flatten(outputs: Sequence[LaneOutput]) -> list[Tensor]:
-    """List the tensors of outputs in a fixed order, for other processes."""
+    """List the tensors of outputs in a fixed order, to be sent to other processes."""
     tensors = []
     for output in outputs:
         tensors += [output.answer_losses, output.displacements]
@@ -220,6 +221,6 @@ def _unflatten(tensors: Sequence[Tensor], gated_blocks: Sequence[str]) -> list[L
     for first in range(0, len(tensors), count):
         answer_losses, displacements, *gates = tensors[first : first + count]
         pairs = zip(gates[::2], gates[1::2], strict=True)
-        of_blocks = dict(zip(gated_blocks, pairs, strict=True))
-        outputs.append(LaneOutput(answer_losses, of_blocks, displacements))
+        gates_by_block = dict(zip(gated_blocks, pairs, strict=True))
+        outputs.append(LaneOutput(answer_losses, gates_by_block, displacements))
     return outputs

@@ -1,4 +1,4 @@
-"""What an edit by BaFT minimises (Sec. 2.4): teacher forcing, load balance of the gates, locality margins."""
+"""The training objective of BaFT (Sec. 2.4): teacher forcing, load balance of the gates, locality margins."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from peft_baft.losses import load_balance, locality_margin, mean_over_blocks, re
 
 @dataclass(frozen=True)
 class Objective:
-    """The regularisers' settings.
+    """Settings of the two regularisers.
 
-    The two regularisers are brought to the magnitude of the teacher forcing loss (Eq. 4) by a factor that is constant to
-    the gradient: teacher forcing / term, at most `ceiling`.
+    Each regulariser is rescaled to the magnitude of the teacher-forcing loss (Eq. 4) by the factor teacher forcing / term,
+    capped at its ceiling. No gradient flows through the factor.
 
     Args:
-        alpha: gates stay below this on unrelated text. beta: gates stay above this on the edit. gamma: margin between the
-            most open gate on the edit and on unrelated text.
-        balance: weight of the load balance, locality: weight of the margins; 0 leaves a term out.
-        balance_ceiling, locality_ceiling: the largest factor of the rescaling.
+        alpha: upper bound of the gates on unrelated text. beta: lower bound of the gates on the edit. gamma: margin between
+            the most open gate on the edit and the most open gate on unrelated text.
+        balance: weight of the load balance. locality: weight of the margins. A weight of 0 removes the term.
+        balance_ceiling, locality_ceiling: upper bounds of the rescaling factors.
     """
 
     alpha: float = 0.01
@@ -45,10 +45,10 @@ class Objective:
         """Compute the terms for one adapter.
 
         Args:
-            answer_loss: () the teacher forcing loss.
-            gates: by the name of the block, (n, k) at the edited tokens of the facts and (m, k) at those of unrelated text.
-            gate_usage: (k + 1,) past use of the gates, and last how many tokens it was summed over, by block; empty for an
-                adapter without gates.
+            answer_loss: () the teacher-forcing loss.
+            gates: the gates at the edited tokens by block name: (n, k) for the facts and (m, k) for the unrelated texts.
+            gate_usage: sums of past gate values by block, (k + 1,); the last entry is the number of tokens in the sums. Empty
+                for an adapter without gates.
             several_gates: whether a block has more than one gate.
             unrelated: whether there are unrelated texts.
         """

@@ -9,18 +9,13 @@ from peft_baft.editing.objective import Objective
 from peft_baft.editing.scope import NARROW, Scope
 from peft_baft.editing.train import DescentConfig
 
-# Printed as 9;18;24;28, which count from 1: block 28 of Gemma's 28 exists only so.
-PAPER_LAYERS = [
-    8,
-    17,
-    23,
-    27,
-]
+# The paper prints 9;18;24;28. These count from 1, since Gemma has 28 blocks.
+PAPER_LAYERS = [8, 17, 23, 27]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What to hand to `BaftConfig(**config)` and to `BaftEditor(objective=..., descent=..., batch_descent=..., scope=...)`."""
+    """Arguments of `BaftConfig(**config)` and of `BaftEditor(objective=..., descent=..., batch_descent=..., scope=...)`."""
 
     config: dict[str, Any] = field(default_factory=dict)
     objective: Objective = field(default_factory=Objective)
@@ -30,9 +25,9 @@ class Preset:
 
 
 def _paper(alpha: float, beta: float, gamma: float) -> Preset:
-    """Make a preset of the paper's values.
+    """Return a preset with the paper's values.
 
-    Its learning rate for single and continual editing is unreadable in Table 5: 5e-4 is ours.
+    The learning rate for single and continual editing is illegible in Table 5; 5e-4 is our choice.
     """
     return Preset(
         config={"r": 12, "prompt_positions": 3, "layers_to_transform": PAPER_LAYERS},
@@ -42,8 +37,8 @@ def _paper(alpha: float, beta: float, gamma: float) -> Preset:
     )
 
 
-# What an editor takes where nothing is said: a fact that holds in chats, contexts and other words, and spares its neighbours.
-# Found on rows 900-1036 of ZsRE, see docs/log.md.
+# The defaults of an editor: a fact works in chats, in contexts and in other words, and does not affect its neighbours.
+# Tuned on rows 900-1036 of ZsRE; see docs/log.md.
 DEFAULT = Preset(
     descent=DescentConfig(lr=8e-3, max_steps=60, learn_end=True),
     batch_descent=DescentConfig(lr=8e-3, max_steps=70, learn_end=True),
@@ -52,10 +47,10 @@ DEFAULT = Preset(
 
 PRESETS = {
     "default": DEFAULT,
-    "plain": Preset(),  # the fact as it is written, and nothing beside it, as the paper trains
+    "plain": Preset(),  # only the fact as it is written, as in the paper
     "llama-2-7b": _paper(0.01, 0.05, 0.02),
     "llama-3-8b": _paper(0.01, 0.1, 0.05),
-    "gemma-7b": _paper(0.01, 0.1, 0.05),  # the last digit of its γ is cut off in Table 5
+    "gemma-7b": _paper(0.01, 0.1, 0.05),  # the last digit of γ is cut off in Table 5
 }
 
 
@@ -63,7 +58,7 @@ def find_preset(name: str) -> Preset:
     """Return the preset of that name.
 
     Raises:
-        ValueError: There is none.
+        ValueError: the name is unknown.
     """
     if name not in PRESETS:
         raise ValueError(f"Unknown preset {name!r}; known are {', '.join(PRESETS)}.")

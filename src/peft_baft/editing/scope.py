@@ -1,8 +1,7 @@
-"""What an edit shall reach and what it shall leave alone, both made from the fact itself.
+"""The scope of an edit: the prompts that it should affect and those that it should not, both generated from the fact.
 
-A fact is in scope in whatever surroundings and in whichever words it is asked for. Out of scope is what only looks like it: its
-question of another subject, another question about its subject. The names are those of the field (SERAC and others speak of an
-edit's scope).
+A fact is in scope in any context and in any wording. Similar prompts are out of scope: the same question about another subject,
+or another question about the same subject. The term is used in the literature, for example by SERAC.
 """
 
 from __future__ import annotations
@@ -24,34 +23,35 @@ from peft_baft.data.neighbours import (
     with_other_subject,
 )
 
-# Up to so many facts of a batch are each taught in all surroundings; of a larger one each is in one of them, in turn.
+# In batches of up to this size each fact is trained in all contexts and wordings; in larger ones each in one of them, in turn.
 FEW = 8
-# Of a batch so many contrast texts are made in all, at least one a fact.
+# The maximum number of contrast texts of a batch, but at least one per fact.
 MOST_CONTRASTS = 256
 
 
 @dataclass(frozen=True)
 class Scope:
-    """In how many surroundings a fact is taught, and beside how many contrast texts.
+    """The numbers of contexts, wordings and contrast texts with which a fact is trained.
 
-    Contrast texts are answered by the unedited model. The hidden vectors that it has at their edited tokens shall not be moved
-    by the edit (`editing/contrasts.py`).
+    Contrast texts are answered by the unedited model. The edit should not move the hidden vectors of the unedited model at
+    their edited tokens (`editing/contrasts.py`).
 
     Args:
-        contexts: texts around the prompt: a system prompt, sentences before and behind it, earlier turns. Raw text has four
-            of them.
-        wordings: the prompt in its content words alone, differently ordered, which stand for its rephrasings.
-        subjects: contrast texts with another subject. questions: contrast texts that ask something else about the subject.
-        answer_tokens: how much of the unedited model's answer to each is held.
-        weight, weight_in_text: of the term that holds them in a chat, and in raw text: the mean of |Φ(h) - Φ₀(h)|² / |h|² over
-            vectors and blocks, where Φ₀ is the adapter before the edit. It is not rescaled to the teacher forcing as the paper's
-            regularisers are: it asks as much when the answer is learned as before. A chat needs more, because every question
-            ends in the same tokens there.
-        bound: an edit ends once the answer is learned and the weighted term is below this.
-        names: what other subjects are chosen from; names of a user's own field are better neighbours than the package's.
+        contexts: number of texts around the prompt: a system prompt, sentences before and after it, earlier turns. There are
+            four for raw text.
+        wordings: number of rephrasings, each with only the prompt's content words in another order.
+        subjects: number of contrast texts with another subject. questions: number of contrast texts with another question
+            about the subject.
+        answer_tokens: number of tokens of the unedited model's answer to each contrast text.
+        weight, weight_in_text: weight of the contrast term in a chat and in raw text. The term is the mean of
+            |Φ(h) - Φ₀(h)|² / |h|² over vectors and blocks, where Φ₀ is the adapter before the edit. Unlike the paper's
+            regularisers it is not rescaled to the teacher-forcing loss, so it is as strong at the end of an edit as at the
+            start. A chat needs a larger weight because all its questions end in the same tokens.
+        bound: an edit stops once the answer is learned and the weighted contrast term is at most this.
+        names: other subjects for contrast texts. Names from the user's domain are better neighbours than the defaults.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a number is out of range.
     """
 
     contexts: int = 6
@@ -82,13 +82,13 @@ class Scope:
                 raise ValueError(f"Scope.{name} must be above 0, not {getattr(self, name)!r}.")
 
     def described(self) -> dict[str, Any]:
-        """Give the settings as they stand in a result line or a journal; the names as a hash."""
+        """Return the settings as written to a result line or a journal, with the names as a hash."""
         names = hashlib.sha256("\n".join(self.names).encode()).hexdigest()[:16]
         return asdict(self) | {"names": names}
 
     @property
     def needs_subject(self) -> bool:
-        """Whether the fact's subject must be known."""
+        """Whether the subject of the fact must be known."""
         return bool(self.wordings or self.has_contrasts)
 
     @property
@@ -96,11 +96,11 @@ class Scope:
         """Whether there are contrast texts."""
         return bool(self.subjects or self.questions)
 
-    def taught(self, edit: Edit, chat: bool, turn: int | None = None) -> list[Prompt]:
-        """List the prompts in which a fact is taught; the first is its own.
+    def training_prompts(self, edit: Edit, chat: bool, turn: int | None = None) -> list[Prompt]:
+        """List the prompts with which a fact is trained; the first is its bare prompt.
 
         Args:
-            turn: which one of the others a fact of a large batch is taught in; by default in all of them.
+            turn: selects one of the other prompts, for a fact of a large batch; by default all of them are listed.
         """
         bare, *others = in_contexts(edit.prompt, chat, self.contexts)
         if edit.subject is not None:
@@ -110,12 +110,12 @@ class Scope:
         return [bare, *others]
 
     def contrasts(self, edit: Edit, chat: bool) -> list[Sequence[Prompt]]:
-        """List the prompts of a fact's contrast texts; none where its subject is not known.
+        """List the prompts of a fact's contrast texts; empty if its subject is not known.
 
-        They stand bare, in the contexts and in the wordings, as the fact itself does.
+        Like the fact itself, they are bare, in contexts and in other wordings.
 
         Returns:
-            For each, the prompt as it shall stand, and bare for a model that cannot take it so.
+            For each contrast text, its prompt; a prompt in a context is followed by the bare one, for templates that reject it.
         """
         if edit.subject is None:
             return []
@@ -129,19 +129,19 @@ class Scope:
         contexts = contexts_for(chat, self.contexts)
         placed: list[Sequence[Prompt]] = []
         for i, prompt in enumerate(bare):
-            # Every second one is bare, which costs less: a context is longer than a question.
+            # Every second one is bare, which is cheaper since a context is longer than a question.
             context = contexts[i // 2 % len(contexts)] if contexts and i % 2 else None
             placed.append((prompt,) if context is None else (context.around(prompt), prompt))
-        # Both kinds are among the first, of which a large batch takes no more.
+        # The two kinds are interleaved, since a large batch uses only the first few.
         order = sorted(range(len(placed)), key=lambda i: _share_before(i, len(others), len(placed)))
         return [placed[i] for i in order]
 
 
 def _share_before(i: int, first_kind: int, total: int) -> float:
-    """Say where in its kind a text stands, from 0 to 1."""
+    """Return the position of a text within its kind, from 0 to 1."""
     begin, count = (0, first_kind) if i < first_kind else (first_kind, total - first_kind)
     return (i - begin) / count
 
 
-# The fact as it is written, and nothing beside it, as in the paper.
+# Only the fact as it is written, as in the paper.
 NARROW = Scope(contexts=0, wordings=0, subjects=0, questions=0)

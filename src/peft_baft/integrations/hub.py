@@ -1,4 +1,4 @@
-"""Publish an adapter on the Hugging Face Hub: its files and its card in one commit, or nothing."""
+"""Publish an adapter on the Hugging Face Hub, with its files and its card in one commit."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from peft_baft.tools.report.taught import facts_of_journal
 
 logger = logging.getLogger(__name__)
 REPORT_PAGE = "report.html"
-# What tells the facts, as patterns: taken away where an earlier push had it, and this one leaves it out.
+# Patterns of the files that contain facts. A push without facts deletes those of an earlier push.
 FACT_FILES = (
     LINES,
     REPORT,
     REPORT_PAGE,
     *(f"{place}*.{kind}" for place in ("", "inspect/") for kind in ("html", "png")),
 )
-LOCAL_FIELDS = ("model", "adapter")  # of a report: where they lay when it was made
-TRIES, FIRST_PAUSE = 4, 1.0  # seconds, doubled after each try
+LOCAL_FIELDS = ("model", "adapter")  # fields of a report that may be local paths
+TRIES, FIRST_PAUSE = 4, 1.0  # the pause is in seconds, and doubles after each try
 Result = TypeVar("Result")
 
 
@@ -63,32 +63,34 @@ def push(
 ) -> str:
     """Upload the adapter in a folder, with its journal, its report and its card.
 
-    The folder itself is left as it is. A card that is there already keeps what a person wrote into it.
+    The folder itself is not changed. In an existing card, text that a person wrote is kept.
 
     Args:
-        folder: of the adapter. repo_id: `user/name`; the repository is made where there is none.
-        private: of a new repository. revision: the branch to upload to, made where there is none; by default `main`.
-        token: of the Hub; by default the one that is logged in.
-        facts: whether to upload what tells the facts: journal, report, pictures, and the card's table of them. Without, what
-            an earlier push had of it goes as well; the history of the repository keeps it.
-        base_model, base_revision: id on the Hub of the model that the adapter is for; by default what its config says.
-        results: lines of `baft bench --adapter`, which the card shows.
-        message: of the commit.
+        folder: the adapter's folder.
+        repo_id: `user/name`; the repository is created if it does not exist.
+        private: whether a new repository is private.
+        revision: the branch to upload to, created if it does not exist; by default `main`.
+        token: a token for the Hub; by default the one you are logged in with.
+        facts: whether to upload the files that contain facts (journal, report, pictures) and to list the facts in the card. If
+            not, such files of an earlier push are deleted; they stay in the history of the repository.
+        base_model, base_revision: id and revision of the base model on the Hub; by default those in the adapter's config.
+        results: result lines of `baft bench --adapter` to show in the card.
+        message: the commit message.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        ValueError: the folder holds no adapter, its journal is damaged, or it is not known which model of the Hub it is for.
-        PermissionError: there is no token, or it may not do this.
-        OSError: the Hub could not be reached, or answered with an error each time.
+        ValueError: the folder has no adapter, its journal is damaged, or the base model's id on the Hub is unknown.
+        PermissionError: there is no token, or it does not permit this.
+        OSError: the Hub could not be reached, or answered with errors only.
     """
     folder = Path(folder)
     _require_adapter(folder)
     config = PeftConfig.from_pretrained(str(folder))
     base_model = require_on_hub(base_model or config.base_model_name_or_path)
-    _require_about(results, folder)
-    facts_of_journal(Journal(folder))  # a damaged one is not published
+    _require_results_of(folder, results)
+    facts_of_journal(Journal(folder))  # raises if the journal is damaged
     source = CardSource(config, base_model, base_revision, repo_id, facts, results=results)
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary)
@@ -108,31 +110,33 @@ def publish(
     token: str | bool | None,
     commit: dict[str, Any],
 ) -> str:
-    """Make the card of a folder that is to be published as it is, and upload it.
+    """Write the card into a folder and upload the folder.
 
     Args:
-        copy: what is uploaded. folder: what the card is about, and where a person may have written one.
-        commit: further arguments of the upload. Otherwise as `push`.
+        copy: the folder to upload, which is changed. folder: the adapter's folder, which the card describes.
+        commit: further arguments of the upload. The other arguments are as for `push`.
     """
     repo_id = source.repo_id
-    assert repo_id is not None, "what is published has a name"
-    _forget_this_machine(copy, source)
+    assert repo_id is not None, "a published adapter has a repository"
+    _remove_local_paths(copy, source)
     api = HfApi(token=token)
-    with _errors_of_the_hub(repo_id):
-        name = _repeated(lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
+    with _explained_errors(repo_id):
+        name = _with_retries(
+            lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        )
         if revision is not None:
-            _repeated(lambda: api.create_branch(name, branch=revision, exist_ok=True))
-        earlier = _repeated(lambda: _card_to_keep(folder, api, name, revision))
+            _with_retries(lambda: api.create_branch(name, branch=revision, exist_ok=True))
+        earlier = _with_retries(lambda: _card_to_keep(folder, api, name, revision))
         write_card(copy, source, folder, earlier)
         upload = {"repo_id": name, "folder_path": copy, "revision": revision, **commit}
-        return str(_repeated(lambda: api.upload_folder(**upload)).commit_url)
+        return str(_with_retries(lambda: api.upload_folder(**upload)).commit_url)
 
 
 def files_to_publish(folder: Path, facts: bool) -> list[str]:
-    """List what of an adapter's folder is uploaded, apart from its card; snapshots and what a run leaves behind are not.
+    """List the files of an adapter's folder to upload, without the card. Snapshots and temporary files are not uploaded.
 
     Args:
-        facts: whether files that tell the facts are among them.
+        facts: whether to include files that contain facts.
     """
     names = [CONFIG_NAME, WEIGHTS]
     if facts:
@@ -142,8 +146,8 @@ def files_to_publish(folder: Path, facts: bool) -> list[str]:
     return names
 
 
-def _forget_this_machine(copy: Path, source: CardSource) -> None:
-    """Name the base model in the configs as the Hub does, and leave paths of this machine out of the report."""
+def _remove_local_paths(copy: Path, source: CardSource) -> None:
+    """Write the base model's id on the Hub into the configs, and remove paths of this machine from the report."""
     for file in (copy / CONFIG_NAME, *copy.glob(f"*/{CONFIG_NAME}")):
         if file.is_file():
             config = json.loads(file.read_text("utf-8"))
@@ -157,78 +161,83 @@ def _forget_this_machine(copy: Path, source: CardSource) -> None:
             raise ValueError(
                 f"{REPORT} is damaged ({error}), and nothing was uploaded. Delete it, or edit again."
             ) from None
-        kept = {name: value for name, value in content.items() if name not in LOCAL_FIELDS}
-        report.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        public = {name: value for name, value in content.items() if name not in LOCAL_FIELDS}
+        report.write_text(json.dumps(public, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _require_adapter(folder: Path) -> None:
-    """Raise a ValueError unless a folder holds a whole adapter."""
+    """Raise a ValueError unless a folder has the config and the weights of an adapter."""
     missing = [name for name in (CONFIG_NAME, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise ValueError(
-            f"{folder} holds no adapter that could be uploaded: there is no {' and no '.join(missing)}. Name a folder that "
-            "`baft edit --output` or save_pretrained has made."
+            f"{folder} has no adapter to upload: there is no {' and no '.join(missing)}. Name a folder that "
+            "`baft edit --output` or save_pretrained wrote."
         )
 
 
-def _require_about(results: Sequence[AdapterResult], folder: Path) -> None:
-    """Raise a ValueError unless result lines are about the adapter in a folder as it is now."""
+def _require_results_of(folder: Path, results: Sequence[AdapterResult]) -> None:
+    """Raise a ValueError unless result lines are about the current adapter in a folder."""
     if not results:
         return
     weights = short_hash(save(load_file(folder / WEIGHTS)))
-    for line in results:
-        if line.settings.get("sha256") != weights:
+    for result in results:
+        if result.settings.get("sha256") != weights:
             raise ValueError(
-                f"A result line is about another adapter ({line.settings.get('adapter')}), or an earlier state of {folder}. "
-                f"Measure this one: baft bench {line.benchmark} --adapter {folder} ..."
+                f"A result line is about another adapter ({result.settings.get('adapter')}), or an earlier state of {folder}. "
+                f"Measure this one: baft bench {result.benchmark} --adapter {folder} ..."
             )
 
 
 def _card_to_keep(folder: Path, api: HfApi, name: str, revision: str | None) -> ModelCard | None:
-    """Find the card whose text of a person's own stays: the folder's, or else the one that is on the Hub."""
+    """Return the card whose text by a person is kept: the folder's, or else the one on the Hub."""
     local = card_in(folder)
     if local is not None and own_text(local.text):
         return local
     try:
-        return ModelCard.load(api.hf_hub_download(name, CARD, revision=revision))
+        card: ModelCard = ModelCard.load(api.hf_hub_download(name, CARD, revision=revision))
+        return card
     except EntryNotFoundError:
         return local
 
 
-def _repeated(ask: Callable[[], Result]) -> Result:
-    """Ask the Hub, and ask again a few times where it has an error of its own or cannot be reached."""
+def _with_retries(request: Callable[[], Result]) -> Result:
+    """Send a request to the Hub, and retry if the Hub has an internal error or cannot be reached."""
     pause = FIRST_PAUSE
     for _ in range(TRIES - 1):
         try:
-            return ask()
+            return request()
         except Exception as error:
-            if not _passes(error):
+            if not _is_transient(error):
                 raise
-            logger.warning("The Hub did not answer (%s); once more in %g s.", _line(error), pause)
+            logger.warning(
+                "The Hub did not answer (%s); retrying in %g s.", _first_line(error), pause
+            )
             time.sleep(pause)
             pause *= 2
-    return ask()
+    return request()
 
 
-def _passes(error: Exception) -> bool:
-    """Tell whether an error may be gone a moment later."""
+def _is_transient(error: Exception) -> bool:
+    """Check whether a request that failed with this error may succeed later."""
     cause = _cause(error)
     if isinstance(cause, HfHubHTTPError):
         return _status(cause) in (429, *range(500, 600))
-    return _is_of_the_network(cause)
+    return _is_network_error(cause)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Find what lies behind an error: huggingface_hub wraps those of uploads into a RuntimeError that says less."""
+    """Return the cause of an error: huggingface_hub wraps upload errors into a RuntimeError that says less."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
-def _is_of_the_network(error: BaseException) -> bool:
-    # huggingface_hub has had three HTTP libraries so far: requests, httpx, httpx2.
-    of_library = type(error).__module__.startswith(("httpx", "requests"))
-    return isinstance(error, ConnectionError) or (of_library and not isinstance(error, TypeError))
+def _is_network_error(error: BaseException) -> bool:
+    # huggingface_hub has used three HTTP libraries so far: requests, httpx and httpx2.
+    is_http_error = type(error).__module__.startswith(("httpx", "requests"))
+    return isinstance(error, ConnectionError) or (
+        is_http_error and not isinstance(error, TypeError)
+    )
 
 
 def _status(error: HfHubHTTPError) -> int | None:
@@ -236,8 +245,8 @@ def _status(error: HfHubHTTPError) -> int | None:
 
 
 @contextmanager
-def _errors_of_the_hub(repo_id: str) -> Iterator[None]:
-    """Say in one line what the Hub did not do, and what to do about it."""
+def _explained_errors(repo_id: str) -> Iterator[None]:
+    """Replace errors of the Hub by errors that say in one line what failed and what to do."""
     try:
         yield
     except Exception as error:
@@ -245,30 +254,30 @@ def _errors_of_the_hub(repo_id: str) -> Iterator[None]:
         if isinstance(cause, LocalTokenNotFoundError):
             raise PermissionError(f"There is no token for the Hub: {LOG_IN}") from None
         if isinstance(cause, HfHubHTTPError):
-            raise _of_status(cause, repo_id) from error
-        if not _is_of_the_network(cause):
+            raise _error_for_status(cause, repo_id) from error
+        if not _is_network_error(cause):
             raise
         raise OSError(
-            f"Nothing was uploaded to {repo_id}, since the Hub cannot be reached ({_line(cause)}). Check the network."
+            f"Nothing was uploaded to {repo_id}, since the Hub cannot be reached ({_first_line(cause)}). Check the network."
         ) from error
 
 
-def _of_status(error: HfHubHTTPError, repo_id: str) -> OSError:
+def _error_for_status(error: HfHubHTTPError, repo_id: str) -> OSError:
     match _status(error):
         case 401:
             return PermissionError(
-                f"The Hub does not know you (401), so nothing was uploaded to {repo_id}: {LOG_IN}"
+                f"The Hub rejected your credentials (401), and nothing was uploaded to {repo_id}: {LOG_IN}"
             )
         case 403:
             return PermissionError(
-                f"Your token may not write to {repo_id} (403), and nothing was uploaded: take one with the right to write, or a "
-                "repository of your own."
+                f"Your token may not write to {repo_id} (403), and nothing was uploaded: use a token with the right to write, or "
+                "your own repository."
             )
-    return OSError(f"Nothing was uploaded to {repo_id}: {_line(error)}")
+    return OSError(f"Nothing was uploaded to {repo_id}: {_first_line(error)}")
 
 
-LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token that may write."
+LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token with the right to write."
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -1,7 +1,7 @@
-"""A model of EleutherAI's lm-evaluation-harness whose edits stand where generation puts them.
+"""A model class for EleutherAI's lm-evaluation-harness that applies edits to the same tokens as generation does.
 
-The harness scores a context and its continuation as one text, and reads logits in its middle; its own class does not say where
-the context ends, so that a BaFT adapter would edit the end of the continuation. Here every request states it.
+The harness scores a context and its continuation as one text and reads the logits of the continuation. Its own class does not
+state where the context ends, so a BaFT adapter would edit the end of the continuation. Here every request states it.
 
 Importing this file registers the model under the name `baft-hf`.
 """
@@ -15,34 +15,36 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from peft import PeftModel
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-import peft_baft  # noqa: F401  (PEFT must know the type before the adapter is loaded)
+import peft_baft  # noqa: F401  (registers the adapter type with PEFT)
 from peft_baft.adapter import find_context, prompt_lengths
 from peft_baft.loading import locate_model
 
 NAME = "baft-hf"
 CAUSAL = "causal"
-# What stands in the cache of the harness, the context's tokens, the continuation's.
+# The key in the harness's cache (None: do not cache), the tokens of the context, and those of the continuation.
 Request = tuple[Any, list[int], list[int]]
-# Tokens that a forward gets, how many of them are prompt, and how many of the last ones predict the continuation.
+# The input tokens of a forward, the number of prompt tokens, and the number of last tokens that predict the continuation.
 Text = tuple[tuple[int, ...], int, int]
 
 
 @register_model(NAME)
 class BaftLM(HFLM):
-    """`HFLM` for causal language models with an adapter; it takes the same arguments.
+    """`HFLM` for causal language models with an adapter. It accepts the same arguments.
 
     Args:
         pretrained: as for `HFLM`; also `smollm2`, a GGUF file, or a folder with one.
-        peft: the adapter, a folder or an id of the Hub. Where `pretrained` is a model, it has its adapter already.
+        peft: the adapter's folder or Hub id. Omit it if `pretrained` is a model that already has its adapter.
 
     Raises:
-        ValueError: the model is no causal language model.
+        ValueError: the model is not a causal language model.
     """
 
-    def __init__(self, pretrained: Any, **kwargs: Any) -> None:
+    def __init__(self, pretrained: str | PreTrainedModel | PeftModel, **kwargs: Any) -> None:
         if isinstance(pretrained, str):
             pretrained, gguf = locate_model(pretrained)
             if gguf is not None:
@@ -51,7 +53,7 @@ class BaftLM(HFLM):
         super().__init__(pretrained, **kwargs)
         if self.backend != CAUSAL:
             raise ValueError(
-                f"{NAME} scores causal language models, not a {type(self.model).__name__}."
+                f"{NAME} only supports causal language models, not {type(self.model).__name__}."
             )
 
     def _loglikelihood_tokens(
@@ -60,9 +62,9 @@ class BaftLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """Score continuations: for each request its log-likelihood, and whether greedy decoding gives it."""
+        """Return each continuation's log-likelihood, and whether greedy decoding would produce it."""
         texts = [self._text(request) for request in requests]
-        # Choices of one token share their context, which is computed once; long texts come first, as in `HFLM`.
+        # Continuations of one token with the same context have the same input, which is run once. Long texts first, as in `HFLM`.
         different = sorted(set(texts), key=lambda text: (-len(text[0]), text))
         size = override_bs or self.batch_size
         if size == "auto":
@@ -86,17 +88,17 @@ class BaftLM(HFLM):
         return [answers[number] for number in range(len(requests))]
 
     def _text(self, request: Request) -> Text:
-        """Join a request's tokens, cut on the left where they are too long; the last one predicts nothing."""
+        """Join a request's tokens, without the last one, which predicts nothing; truncate on the left if they are too long."""
         key, context, continuation = request
         ids = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
         prompt = max(0, len(ids) + 1 - len(continuation))
-        # In a text that is scored whole, window by window, only the harness's own first token is prompt.
+        # If a whole text is scored, window by window, only the prefix token that the harness adds is prompt.
         if key is None and context != [self.prefix_token_id]:
             prompt = 0
         return ids, prompt, min(len(continuation), len(ids))
 
     def _continuation_logits(self, texts: Sequence[Text]) -> Iterator[Tensor]:
-        """Run a batch; give of each text the logits (tokens of the continuation, vocabulary)."""
+        """Run a batch and yield the logits of each text's continuation, (tokens of the continuation, vocabulary)."""
         width = max(len(ids) for ids, _, _ in texts)
         ids = torch.zeros(len(texts), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -118,12 +120,12 @@ class BaftLM(HFLM):
             yield logits[row, len(tokens) - count : len(tokens)]
 
     def _answer(self, request: Request, logits: Tensor) -> tuple[float, bool]:
-        """Judge one continuation, and put it into the harness's cache."""
+        """Score one continuation, and add the result to the harness's cache."""
         key, _, continuation = request
         wanted = torch.tensor(continuation[-len(logits) :], device=logits.device)
         likely = torch.log_softmax(logits, -1, dtype=self.softmax_dtype)
         total = float(likely.gather(1, wanted[:, None]).sum())
         answer = (total, bool((logits.argmax(-1) == wanted).all()))
-        if key is not None:  # windows of a whole text have none
+        if key is not None:  # windows of a whole text are not cached
             self.cache_hook.add_partial("loglikelihood", key, answer)
         return answer

@@ -1,12 +1,12 @@
-"""Take over LoReFT and DiReFT interventions that pyreft (pyvene) saved, and write ours in that layout.
+"""Convert LoReFT and DiReFT interventions that pyreft (pyvene) saved to adapters, and adapters to that format.
 
-Such a folder holds `config.json`, which lists the interventions, and for each of them a file `intkey_….bin` with the tensors
-`weight` (r, d), `bias` (r,) and `rotate_layer` (d, r). With R the transpose of `rotate_layer`, LoReFT is
+A saved folder has a `config.json`, which lists the interventions, and for each intervention a file `intkey_….bin` with the
+tensors `weight` (r, d), `bias` (r,) and `rotate_layer` (d, r). With R the transpose of `rotate_layer`, LoReFT is
 
     h + Rᵀ (weight h + bias - R h)
 
-(arXiv 2404.03592, Eq. 2), which is an adapter without gates (`weighting="none"`); DiReFT leaves R h out. What the folder does
-not say is at which tokens they act: pyreft is told that with each call, and in generation acts on the prompt alone.
+(arXiv 2404.03592, Eq. 2), which is an adapter without gates (`weighting="none"`). DiReFT omits R h. The folder does not say which
+tokens are edited: pyreft takes them as an argument of each call, and edits only prompt tokens in generation.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from peft_baft.intervention import orthonormal_rows
 CONFIG = "config.json"
 KINDS = ("LoreftIntervention", "DireftIntervention")
 SHAPES = {"weight": "(r, d)", "bias": "(r,)", "rotate_layer": "(d, r)"}
-# Of pyvene's list of a representation's settings, which may be saved without their names.
+# The first settings in pyvene's list for a representation; they may be saved as a list without names.
 REPRESENTATION = ("layer", "component", "unit", "max_number_of_units")
 BLOCK_OUTPUT = "block_output"
-# A block's output by its path, as in `model.layers[15].output` and `transformer.h[3].output`.
+# The output of a block given as a path, such as `model.layers[15].output` or `transformer.h[3].output`.
 BLOCK_PATH = re.compile(r"[\w.]+\[(\d+)\]\.output")
-FARTHEST_FROM_ORTHONORMAL = 0.05  # the rows of a basis that was saved in bfloat16 are within 0.02
+ORTHONORMAL_TOLERANCE = 0.05  # the error of a basis that was saved in bfloat16 is below 0.02
 
 
 @dataclass(frozen=True)
 class _Intervention:
-    """One intervention at the output of a block. weight: (r, d); bias: (r,); R: (r, d) with orthonormal rows."""
+    """An intervention at the output of a block. weight: (r, d); bias: (r,); R: (r, d) with orthonormal rows."""
 
     block: int
     is_loreft: bool
@@ -52,7 +52,7 @@ class _Intervention:
 
     @property
     def shift_weight(self) -> Tensor:
-        """D of an update Rᵀ (D h + bias), (r, d)."""
+        """D in the update Rᵀ (D h + bias), (r, d)."""
         return self.weight - self.R if self.is_loreft else self.weight
 
 
@@ -64,70 +64,72 @@ def load_loreft(
     answer_positions: int | None = 0,
     adapter_name: str = "default",
 ) -> PeftModel:
-    """Put the interventions of a folder that pyreft saved onto a model, as an adapter of this package without gates.
+    """Load interventions that pyreft saved onto a model, as an adapter without gates.
 
     Args:
         model: the base model that they were trained on, without adapters.
-        folder: holds `config.json` and a file `intkey_….bin` for each intervention.
-        prompt_positions: on how many of the last prompt tokens they act, which the folder does not say: n of pyreft's `l<n>`.
-        answer_positions: on how many answer tokens they act: 0 as in pyreft, None for all of them as BaFT does.
+        folder: has `config.json` and a file `intkey_….bin` for each intervention.
+        prompt_positions: the number of last prompt tokens to edit, n in pyreft's `l<n>`; the folder does not contain it.
+        answer_positions: the number of answer tokens to edit: 0 as in pyreft, or None for all of them as in BaFT.
         adapter_name: the name of the adapter.
 
     Raises:
-        ValueError: the folder holds something else than one LoReFT or DiReFT intervention of one rank at the output of each of
-            some blocks, or does not fit the model. The model is left as it was.
+        ValueError: the folder is not a set of LoReFT or DiReFT interventions of the same rank, at most one at the output of each
+            block, or does not fit the model. The model is not changed.
     """
-    found = _read_folder(Path(folder))
-    ranks = {tuple(one.weight.shape) for one in found}
-    if len(ranks) > 1:
+    interventions = _read_folder(Path(folder))
+    shapes = {tuple(intervention.weight.shape) for intervention in interventions}
+    if len(shapes) > 1:
         raise ValueError(
-            f"All interventions of {folder} must have one rank and width; they have (r, d) = {sorted(ranks)}."
+            f"All interventions of {folder} must have the same rank and width; they have (r, d) = {sorted(shapes)}."
         )
-    ((r, d),) = ranks
+    ((r, d),) = shapes
     config = BaftConfig(
         task_type="CAUSAL_LM",
         r=r,
         prompt_positions=prompt_positions,
         answer_positions=answer_positions,
         weighting="none",
-        layers_to_transform=[one.block for one in found],
+        layers_to_transform=[intervention.block for intervention in interventions],
     )
     width = configured_width(model, model)
     if width != d:
         raise ValueError(
-            f"The interventions of {folder} are for a model of width {d}, and {type(model).__name__} has {width}."
+            f"The interventions of {folder} are for a model of width {d}, but {type(model).__name__} has width {width}."
         )
     peft_model = get_peft_model(model, config, adapter_name)
     layers = sorted(baft_layers(model), key=_block_number)
-    for layer, one in zip(layers, sorted(found, key=lambda one: one.block), strict=True):
+    interventions.sort(key=lambda intervention: intervention.block)
+    for layer, intervention in zip(layers, interventions, strict=True):
+        basis: Any = layer.baft_basis[adapter_name]
         source: Any = layer.baft_source[adapter_name]
         with torch.no_grad():
-            layer.baft_basis[adapter_name].weight.copy_(one.R)
-            source.weight.copy_(one.shift_weight)
-            source.bias.copy_(one.bias)
+            basis.weight.copy_(intervention.R)
+            source.weight.copy_(intervention.shift_weight)
+            source.bias.copy_(intervention.bias)
     return peft_model
 
 
 def save_loreft(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
-    """Write an adapter without gates into a folder that pyreft's `ReftModel.load` reads, as LoReFT interventions.
+    """Save an adapter without gates as LoReFT interventions, in a folder that pyreft's `ReftModel.load` reads.
 
-    The folder does not say at which tokens the adapter acts: tell pyreft that, with each call.
+    The folder does not say which tokens the adapter edits; pyreft takes them as an argument of each call.
 
     Raises:
-        ValueError: the adapter has gates, or was combined from several, or is not at the output of blocks; or the folder
-            holds files already.
+        ValueError: the adapter has gates, was combined from several adapters, or is not at the output of blocks; or the folder is
+            not empty.
     """
     config: Any = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, BaftConfig):
         raise ValueError(f"The model has no BaFT adapter {adapter_name!r}.")
     if config.weighting != "none" or config.pack_ranks:
         raise ValueError(
-            "pyreft has neither gates nor combined bases: an adapter can be written in its layout with weighting='none' and "
-            f"without pack_ranks, and this one has weighting={config.weighting!r} and pack_ranks={config.pack_ranks}."
+            "pyreft has neither gates nor combined bases: its format needs weighting='none' and no pack_ranks, but this adapter "
+            f"has weighting={config.weighting!r} and pack_ranks={config.pack_ranks}."
         )
     path = Path(folder)
     if path.exists() and any(path.iterdir()):
-        raise ValueError(f"{path} is not empty: name a new folder.")
+        raise ValueError(f"{path} is not empty; name a new folder.")
     layers = {_block_number(layer): layer for layer in baft_layers(model.get_base_model())}
     path.mkdir(parents=True, exist_ok=True)
     keys = []
@@ -144,7 +146,7 @@ def save_loreft(model: PeftModel, folder: str | Path, adapter_name: str = "defau
     kind = f"<class 'pyreft.interventions.{KINDS[0]}'>"
     settings = {
         "representations": [
-            # The settings that pyvene lists after the unit's number: rank, and then what LoReFT does not use.
+            # After the number of units, pyvene lists the rank and then settings that LoReFT does not use.
             [block, BLOCK_OUTPUT, "pos", 1, config.r, *[None] * 9]
             for block in sorted(layers)
         ],
@@ -162,13 +164,13 @@ def _block_number(layer: BaftLayer) -> int:
     numbers = re.findall(r"\.(\d+)$", layer.name)
     if not numbers:
         raise ValueError(
-            f"pyreft's layout numbers blocks, and {layer.name} is the output of another module."
+            f"pyreft's format refers to blocks by number, but {layer.name} is not a numbered block."
         )
     return int(numbers[0])
 
 
 def _read_folder(folder: Path) -> list[_Intervention]:
-    """Read the interventions of a folder, in the order of their list.
+    """Read the interventions of a folder, in the order in which it lists them.
 
     Raises:
         ValueError: as `load_loreft`.
@@ -176,32 +178,32 @@ def _read_folder(folder: Path) -> list[_Intervention]:
     try:
         settings = json.loads((folder / CONFIG).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is no folder that pyreft saved: {error}") from error
+        raise ValueError(f"{folder} is not a folder that pyreft saved: {error}") from error
     listed = settings.get("representations") if isinstance(settings, Mapping) else None
     kinds = settings.get("intervention_types") if isinstance(settings, Mapping) else None
     if not isinstance(listed, list) or not isinstance(kinds, list) or len(listed) != len(kinds):
         raise ValueError(
             f"{folder / CONFIG} must list `representations` and as many `intervention_types`, as pyreft saves them."
         )
-    found = [
+    interventions = [
         _read_intervention(folder, representation, str(kind))
         for representation, kind in zip(listed, kinds, strict=True)
     ]
-    blocks = [one.block for one in found]
+    blocks = [intervention.block for intervention in interventions]
     if not blocks or len(set(blocks)) < len(blocks):
         raise ValueError(
-            f"{folder} has {len(blocks)} interventions, at the blocks {blocks}; wanted is one at each of some blocks. Two at "
-            "one block are pyreft's way of editing a prompt's first and last tokens with different weights, which this adapter "
-            "type does not have."
+            f"{folder} has {len(blocks)} interventions, at the blocks {blocks}; there must be at least one, and at most one at "
+            "each block. With two at one block, pyreft edits a prompt's first and last tokens with different weights, which "
+            "this adapter type does not support."
         )
-    return found
+    return interventions
 
 
 def _read_intervention(folder: Path, representation: Any, kind: str) -> _Intervention:
     name = re.sub(r"^.*\.|\W+$", "", kind)
     if name not in KINDS:
         raise ValueError(
-            f"{folder} holds an intervention {kind}; those that have a counterpart here are {' and '.join(KINDS)}."
+            f"{folder} has an intervention {kind}; only {' and '.join(KINDS)} are supported."
         )
     if isinstance(representation, list):
         representation = dict(zip(REPRESENTATION, representation, strict=False))
@@ -210,38 +212,38 @@ def _read_intervention(folder: Path, representation: Any, kind: str) -> _Interve
     path = BLOCK_PATH.fullmatch(str(component))
     if (component != BLOCK_OUTPUT and path is None) or unit != "pos":
         raise ValueError(
-            f"{folder} has an intervention at {component!r} of unit {unit!r}; wanted is the output of a block, "
-            f"{BLOCK_OUTPUT!r}, of unit 'pos'."
+            f"{folder} has an intervention at {component!r} with unit {unit!r}; only the output of a block, {BLOCK_OUTPUT!r}, "
+            "with unit 'pos' is supported."
         )
     block = int(path[1]) if path else layer
     if not isinstance(block, int) or block < 0:
-        raise ValueError(f"{folder} has an intervention at block {layer!r}; wanted is its number.")
-    where = re.sub(r"\.", "_", component) if path else f"{BLOCK_OUTPUT}"
+        raise ValueError(f"{folder} has an intervention at block {layer!r}, which is not a number.")
+    where = re.sub(r"\.", "_", component) if path else BLOCK_OUTPUT
     prefix = f"comp_{where}" if path else f"layer_{layer}_comp_{where}"
     file = folder / f"intkey_{prefix}_unit_{unit}_nunit_{units}#0.bin"
     return _Intervention(block, name == KINDS[0], *_read_tensors(file))
 
 
 def _read_tensors(file: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Read weight (r, d), bias (r,) and R (r, d) in float32; code in the file is not run."""
+    """Load weight (r, d), bias (r,) and R (r, d) as float32, without executing code in the file."""
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch lets through errors of pickle, zip files and its own.
+        # torch raises errors of pickle, of zip files and its own.
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(tensors, Mapping) or set(tensors) != set(SHAPES):
-        raise ValueError(f"{file} must hold the tensors {SHAPES}, not {list(tensors)!r:.200}.")
+        raise ValueError(f"{file} must contain the tensors {SHAPES}, not {list(tensors)!r:.200}.")
     weight, bias, rotate = (tensors[name].float() for name in SHAPES)
     shapes = [tuple(tensor.shape) for tensor in (weight, bias, rotate)]
     if weight.ndim != 2 or shapes != [weight.shape, weight.shape[:1], weight.shape[::-1]]:
         raise ValueError(
-            f"{file} must hold tensors of the shapes {SHAPES}, not {dict(zip(SHAPES, shapes, strict=True))}."
+            f"{file} must contain tensors of the shapes {SHAPES}, not {dict(zip(SHAPES, shapes, strict=True))}."
         )
     if not all(torch.isfinite(tensor).all() for tensor in (weight, bias, rotate)):
-        raise ValueError(f"{file} holds numbers that are not finite: it is damaged.")
+        raise ValueError(f"{file} has values that are not finite; it is damaged.")
     distance = (rotate.mT @ rotate - torch.eye(len(bias))).abs().max().item()
-    if distance > FARTHEST_FROM_ORTHONORMAL:
+    if distance > ORTHONORMAL_TOLERANCE:
         raise ValueError(
-            f"The columns of rotate_layer in {file} must be orthonormal; their products differ from that by {distance:.2g}."
+            f"The columns of rotate_layer in {file} must be orthonormal, but their products are off by {distance:.2g}."
         )
     return weight, bias, rotate.mT.contiguous()

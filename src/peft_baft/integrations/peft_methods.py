@@ -1,14 +1,14 @@
-"""What `PeftModel` does with its card: for models with a BaFT adapter, this package's card in the place of PEFT's.
+"""Make `PeftModel` write this package's model card for BaFT adapters instead of PEFT's.
 
-PEFT's own `push_to_hub` is the one that transformers has for models: it writes a card for a transformers model over PEFT's, which
-names neither the base model nor what must be imported. This file gives two public methods of `PeftModel` a wrapper each, which
-leaves models without a BaFT adapter alone.
+`PeftModel.push_to_hub` is inherited from transformers: it overwrites PEFT's card with one for transformers models, which names
+neither the base model nor the package to import. This file wraps two public methods of `PeftModel`. The wrappers do not change
+the behaviour for models without a BaFT adapter.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,12 @@ from safetensors.torch import load_file
 from peft_baft.adapter.registration import BAFT
 from peft_baft.adapter.state import adapter_state_dict
 from peft_baft.adapter.weights import FILE as WEIGHTS
-from peft_baft.integrations.base_model import require_on_hub
-from peft_baft.integrations.card import CardSource, card_in, write_card
-from peft_baft.integrations.hub import publish
 
 MARK = "_peft_baft_wrapped"
 
 
 def install() -> None:
-    """Wrap the methods, once."""
+    """Wrap the methods, unless they are wrapped already."""
     for name, wrapper in (
         ("create_or_update_model_card", _with_our_card),
         ("push_to_hub", _with_our_push),
@@ -41,12 +38,15 @@ def install() -> None:
             setattr(PeftModel, name, wrapped)
 
 
-def _with_our_card(original: Any) -> Any:
+def _with_our_card(original: Callable[..., None]) -> Callable[..., None]:
     def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
         name = _own_adapter(self)
         if name is None:
             original(self, output_dir)
             return
+        # Imported here, since an adapter is loaded without them.
+        from peft_baft.integrations.card import CardSource, card_in, write_card
+
         folder = Path(output_dir)
         config: Any = self.peft_config[name]
         saved = _is_saved_in(folder, self, name)
@@ -56,13 +56,12 @@ def _with_our_card(original: Any) -> Any:
     return create_or_update_model_card
 
 
-def _with_our_push(original: Any) -> Any:
+def _with_our_push(original: Callable[..., Any]) -> Callable[..., Any]:
     def push_to_hub(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        # Other methods' models are handed on as they came, whatever their arguments are called.
         name = _own_adapter(self)
-        return (
-            original(self, *args, **kwargs) if name is None else _push(self, name, *args, **kwargs)
-        )
+        if name is None:
+            return original(self, *args, **kwargs)
+        return _push(self, name, *args, **kwargs)
 
     return push_to_hub
 
@@ -81,11 +80,15 @@ def _push(
     create_pr: bool = False,
     **kwargs: Any,
 ) -> str:
-    """Save a model's adapters and publish them with the card of one; the arguments are those of `push_to_hub`.
+    """Save a model's adapters and publish them with the card of the adapter `name`; see `push_to_hub` for the other arguments.
 
     Raises:
-        ValueError: it is not known which model of the Hub they belong to. Otherwise as `hub.push`.
+        ValueError: the base model's id on the Hub is unknown. Other errors are as for `hub.push`.
     """
+    from peft_baft.integrations.base_model import require_on_hub
+    from peft_baft.integrations.card import CardSource
+    from peft_baft.integrations.hub import publish
+
     config: Any = model.peft_config[name]
     base = require_on_hub(config.base_model_name_or_path)
     source = CardSource(
@@ -103,19 +106,19 @@ def _push(
 
 
 def _own_adapter(model: PeftModel) -> str | None:
-    """Find the BaFT adapter that a model's card is about: the active one, else its first; None if it has none."""
+    """Return the BaFT adapter that the card describes: the active one, or else the first one; None if there is none."""
     names = [name for name, config in model.peft_config.items() if config.peft_type == BAFT]
     active = [name for name in names if name in model.active_adapters]
     return next(iter([*active, *names]), None)
 
 
 def _subfolder(name: str) -> str | None:
-    """Say where PEFT saves an adapter in the folder of its model; None for the folder itself."""
+    """Return the subfolder in which PEFT saves an adapter; None for the folder itself."""
     return None if name == "default" else name
 
 
 def _is_saved_in(folder: Path, model: PeftModel, name: str) -> bool:
-    """Tell whether a folder holds an adapter as it is now: PEFT writes the card before the weights."""
+    """Check whether a folder holds the adapter's current weights; PEFT writes the card before the weights."""
     try:
         saved = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-AFTER = ("stop", "continue")
+AFTER = ("stop", "continue")  # what follows an answer
 
 
 @dataclass(frozen=True)
@@ -12,17 +12,18 @@ class MemoryConfig:
     """Settings of a memory of edits.
 
     Args:
-        after: what follows a taught answer, unless an edit says otherwise. `stop`: the end of the turn in a chat; in raw text a
-            line break and, if the model knows one, the end of the text. `continue`: whatever the model says next.
-        key_dimensions: how many numbers the key of each token of a question has.
-        least_subject: how alike (at most 1) a prompt must be to an edit's in what it is about.
-        strictness: how alike (at most 1) it must be in what it asks of that, where a list of common relations does not tell that
-            this is the same. Larger lets fewer prompts in.
-        most_unlike: how many words of a prompt, besides its subject, may be unlike any of the edit's and of the wordings of what
-            it asks for.
+        after: what follows an answer, unless the edit specifies it. `stop` ends the reply: in a chat with the end of the turn, in
+            raw text with a line break and, if the model has one, the end-of-text token. `continue` leaves the rest of the reply
+            to the model.
+        key_dimensions: the dimensions of the key of each token of a question.
+        least_subject: the similarity (at most 1) in what a prompt and an edit are about, above which the edit may answer.
+        strictness: the similarity (at most 1) in what they ask, above which the edit may answer. It is not required if both
+            clearly ask for the same common relation. With a larger value, fewer prompts are answered.
+        most_unlike: how many words of a prompt, outside its subject, may be unlike all words of the edit's question and of the
+            wordings of the relation that it asks for.
 
     Raises:
-        TypeError, ValueError: a value is of another type, or out of its range.
+        TypeError, ValueError: a value has the wrong type, or is out of range.
     """
 
     after: str = "stop"
@@ -44,10 +45,10 @@ class MemoryConfig:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"{name} must be a number, not {value!r:.60}.")
             if not -1 <= value < 1:
-                raise ValueError(f"{name} must be a likeness of -1 to 1, not {value!r}.")
+                raise ValueError(f"{name} must be at least -1 and below 1, not {value!r}.")
 
 
 def require_after(value: object) -> None:
-    """Raise a ValueError unless a value says what follows an answer."""
+    """Raise a ValueError unless a value is one of `AFTER`."""
     if value not in AFTER:
         raise ValueError(f"after must be one of {', '.join(map(repr, AFTER))}, not {value!r:.60}.")

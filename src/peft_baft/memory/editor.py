@@ -1,4 +1,4 @@
-"""Edit a memory: put facts in, forget and replace them. Nothing is trained."""
+"""Edit a memory: add, replace and forget facts. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_baft.adapter import BaftConfig, baft_layers, find_context
 from peft_baft.adapter.base_identity import identify_base
@@ -21,41 +22,47 @@ from peft_baft.data.cases import Edit, Prompt, prompt_words
 from peft_baft.data.templates import Template
 from peft_baft.editing.attached import AttachedEditor
 from peft_baft.editing.edit_cache import EditCache
-from peft_baft.editing.editor import EditResult, checked_edits, in_turn
+from peft_baft.editing.editor import EditResult, checked_edits, combine_results
 from peft_baft.editing.train import STOP_TERM
-from peft_baft.memory.answers import Unsayable
+from peft_baft.memory.answers import UnreachableTokenError
 from peft_baft.memory.config import MemoryConfig
 from peft_baft.memory.folder import SavedMemory
-from peft_baft.memory.kept import keep, kept_file, load_kept
-from peft_baft.memory.matching import NOWHERE
+from peft_baft.memory.matching import NO_EDIT
+from peft_baft.memory.measurement_cache import cache_file, load_cached, save_cached
 from peft_baft.memory.part import MemoryPart
-from peft_baft.memory.reading import Ids, Reading
-from peft_baft.memory.statistics import measured, token_texts
-from peft_baft.memory.tensors import OF_MODEL, StoredEdit, largest_number, packed, unpacked
+from peft_baft.memory.prompt_format import Ids, PromptFormat
+from peft_baft.memory.statistics import measure, token_texts
+from peft_baft.memory.tensors import (
+    PER_MODEL,
+    StoredEdit,
+    largest_number,
+    pack_json,
+    unpack_json,
+)
 from peft_baft.processes import Processes
 
 logger = logging.getLogger(__name__)
-UNSAYABLE_END = "This model cannot be made to say %r (token %d), which ends a reply: what follows an answer is the model's own."
-
-UNMARKED = (
-    "This tokenizer's chat template puts no token between a user's message and the reply, so that a memory cannot tell a chat "
-    "from raw text: it reads the whole prompt as the question, and may not find its edit."
+UNREACHABLE_END = "No output of the last block produces %r (token %d), which ends a reply: the model continues after answers."
+NO_MARKER = (
+    "This tokenizer's chat template puts no token between a user's message and the reply, so a memory cannot distinguish a chat "
+    "from raw text. It takes the whole prompt as the question, and may not find the edit."
 )
 
 
 @dataclass(frozen=True)
 class MemoryMatch:
-    """Which edit of a memory answers a prompt, by their numbers; None where there is none.
+    """The edit of a memory that answers a prompt. Edits are given by their numbers, None for none.
 
     Attributes:
-        edit: which answers. best, runner_up: the likeliest two.
-        subject, relation: how alike (at most 1) the prompt is to the best one's in what it is about, and in what it asks of that.
-        least_subject, strictness: what these must be above for it to answer; where both clearly ask for the same common relation,
-            the relation need not be.
-        asks_for, best_asks_for: the common relations that the prompt and the best edit's are most like, where they are like one
-            and the two above are enough.
-        differs: what keeps the best edit from answering, though these are enough: the words that ask for something else or name
-            it, in quotation marks, "another kind of answer" (who, where, when, how, why), or "another answer than the edit's".
+        edit: the one that answers.
+        best, runner_up: the two with the highest scores.
+        subject, relation: the similarity (at most 1) of the prompt to `best` in what it is about, and in what it asks.
+        least_subject, strictness: the thresholds that these must exceed. If both clearly ask for the same common relation, the
+            second one is not required.
+        asks_for, best_asks_for: the common relations that the prompt and `best` are most similar to; None if there are none, or
+            if the thresholds were not reached.
+        differs: why `best` does not answer although the thresholds were reached: in quotation marks the words that name or ask
+            for something else, or "another kind of answer" (who, where, when, how, why), or "another answer than the edit's".
     """
 
     edit: int | None
@@ -71,21 +78,22 @@ class MemoryMatch:
 
 
 class MemoryEditor(AttachedEditor):
-    """Puts facts into a memory of edits; `peft_baft.editor_for` makes one where the active adapter is a memory.
+    """Stores facts in a memory of edits; `peft_baft.editor_for` returns one if the active adapter is a memory.
 
-    An edit is its question's keys and its answer's tokens. It depends on no other edit. An edit whose question is in the memory
-    already replaces the earlier one. Every edit has a number, from 1, which it keeps.
+    An edit consists of its question's keys and its answer's tokens, and does not depend on other edits. An edit replaces an
+    earlier one with the same question. Every edit has a permanent number, starting at 1.
 
     Args:
         model: a PeftModel whose active adapter has `BaftConfig(memory=True)`.
-        tokenizer, processes, template, template_options: as for `AdapterEditor`. An edit answers in a chat and in raw text,
-            whatever the template: this says how a benchmark or a command asks afterwards.
-        statistics: a folder with another memory on this base model. What was measured of the model is taken from there instead of
-            measured anew, where the adapter has none yet.
+        tokenizer, processes, template, template_options: as for `AdapterEditor`. An edit answers both in a chat and in raw text,
+            whatever the template is. The template determines how a benchmark or a command asks afterwards.
+        prepared: what has been computed for the base model already, to be shared by editors on it.
+        statistics: a folder with another memory on this base model. If the adapter has no measurements of the base model yet,
+            they are copied from there instead of being repeated.
 
     Raises:
-        TypeError, ValueError: as `AdapterEditor`, or the active adapter is no memory, or the statistics do not fit this model.
-        NotImplementedError: what the model computes after its last block could not be replayed.
+        TypeError, ValueError: as `AdapterEditor`, or the active adapter is not a memory, or the statistics do not fit this model.
+        NotImplementedError: the computation after the model's last block could not be replayed.
     """
 
     independent = True
@@ -93,7 +101,7 @@ class MemoryEditor(AttachedEditor):
     def __init__(
         self,
         model: PeftModel,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         processes: Processes | None = None,
         prepared: EditCache | None = None,
@@ -111,24 +119,25 @@ class MemoryEditor(AttachedEditor):
         config = model.peft_config[self.adapter_name]
         if not isinstance(config, BaftConfig) or not isinstance(config.settings, MemoryConfig):
             raise ValueError(
-                f"The active adapter {self.adapter_name!r} is no memory of edits; make one with BaftConfig(memory=True)."
+                f"The active adapter {self.adapter_name!r} is not a memory of edits; create one with BaftConfig(memory=True)."
             )
         self._settings, self._options = config.settings, template_options
-        self._base = model.get_base_model()
-        # A memory is in one block.
+        self._base = cast(PreTrainedModel, model.get_base_model())
+        # A memory is attached to one block.
         (self._layer,) = (
             layer for layer in baft_layers(model) if self.adapter_name in layer.configs
         )
         self._prepared = prepared or EditCache.of(model)
         self._require_in_use()
         if not self.part.is_measured:
-            self.part.answers()  # what a model cannot be made to say is found out before anything is taught
+            self.part.answers()  # raises for unsupported models, before anything changes
             with self._restored_on_error():
-                self.part.replace(
-                    self._measure() if statistics is None else self._saved(Path(statistics))
-                )
-        if getattr(tokenizer, "chat_template", None) and not self.part.index().reading.after:
-            logger.warning(UNMARKED)
+                if statistics is None:
+                    self.part.replace(self._measure())
+                else:
+                    self.part.replace(self._load_measurements(Path(statistics)))
+        if getattr(tokenizer, "chat_template", None) and not self.part.index().prompt_format.after:
+            logger.warning(NO_MARKER)
 
     @property
     def part(self) -> MemoryPart:
@@ -139,77 +148,77 @@ class MemoryEditor(AttachedEditor):
 
     @property
     def numbers(self) -> list[int]:
-        """The numbers of the edits that are in the memory, in the order in which they were made."""
+        """The numbers of the edits in the memory, in the order in which they were made."""
         return self.part.numbers()
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
-        """Put edits into the memory.
+        """Store edits in the memory.
 
         Raises:
-            TypeError, ValueError: an edit is unusable, too long for the model, or has a token that the model cannot be made to
-                say; or the adapter is not the active one, or disabled. In each case nothing has changed.
+            TypeError, ValueError: an edit is invalid, too long for the model, or has a token in its answer that no output of the
+                last block produces; or the adapter is inactive or disabled. In each case nothing has changed.
         """
         results = self.edit_independently(checked_edits(edits))
         loss = sum(result.losses[STOP_TERM] for result in results) / len(results)
-        return replace(in_turn(results), losses={STOP_TERM: loss})
+        return replace(combine_results(results), losses={STOP_TERM: loss})
 
     def _require_usable(self, batches: Sequence[Sequence[Edit]]) -> None:
-        self._learn([fact for batch in batches for fact in batch])
+        self._prepare([fact for batch in batches for fact in batch])
 
     def edit_independently(
         self, edits: Sequence[Edit], numbers: Sequence[int] | None = None
     ) -> list[EditResult]:
-        """Put edits into the memory; of several with the same question the last one stays.
+        """Store edits in the memory; of several with the same question, only the last one is stored.
 
         Args:
-            numbers: of the edits; by default those that follow the last one ever made.
+            numbers: of the edits; by default those after the largest number that was ever assigned.
 
         Raises:
-            As `edit`. In each case nothing has changed.
+            TypeError, ValueError: as `edit`. In each case nothing has changed.
         """
         facts = checked_edits(edits)
         self._require_in_use()
-        begun = time.perf_counter()
-        answers = self._learn(facts)
-        together = (time.perf_counter() - begun) / len(facts)
+        start = time.perf_counter()
+        answers = self._prepare(facts)
+        shared_seconds = (time.perf_counter() - start) / len(facts)
         if numbers is None:
             first = largest_number(self.part.tensors()) + 1
             numbers = range(first, first + len(facts))
         stored: dict[Ids, StoredEdit] = {}
         results = []
         for fact, number, (spaced, bare) in zip(facts, numbers, answers, strict=True):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             loss = self._loss((*spaced, *bare))
             question = self._question(fact.prompt)
             (keys,) = self.part.make_keys([question])
             stops = (fact.after or self._settings.after) == "stop"
             stored.pop(question, None)
             stored[question] = StoredEdit(number, stops, question, keys, spaced, bare)
-            seconds = together + time.perf_counter() - begun
+            seconds = shared_seconds + time.perf_counter() - start
             results.append(EditResult(0, {STOP_TERM: loss}, seconds, learned=True))
         with self._restored_on_error():
-            here = self._places()
-            replaced = {here[question] for question in stored if question in here}
+            places = self._places()
+            replaced = {places[question] for question in stored if question in places}
             self.part.keep_only([n for n in range(self.part.count) if n not in replaced])
             self.part.add(list(stored.values()))
             self.remember_form(self.adapter_name, facts)
         return results
 
     def _question(self, prompt: Prompt) -> Ids:
-        """Return the tokens of the question that a prompt asks, the same in every form."""
+        """Return the tokens of the question in a prompt. They are the same in a chat and in raw text."""
         row = encode_prompt(self.tokenizer, prompt_words(prompt))
-        reading = self.part.index().reading
-        question = reading.read(row.ids).question
-        known = len(reading.texts)
-        if max(question) >= known:
+        prompt_format = self.part.index().prompt_format
+        question = prompt_format.split(row.ids).question
+        size = len(prompt_format.texts)
+        if max(question) >= size:
             raise ValueError(
-                f"A question has token {max(question)}, and this memory of edits was made when the tokenizer had {known} tokens. "
-                "Make a new memory with the tokenizer as it is now, or leave the added token out."
+                f"A question contains token {max(question)}, but this memory of edits was made when the tokenizer had {size} "
+                "tokens. Make a new memory with the current tokenizer, or leave the added token out."
             )
         return question
 
     def _answer(self, fact: Edit) -> tuple[Ids, Ids]:
-        """Return the tokens of an edit's answer, after a space and without."""
+        """Return the tokens of an edit's answer, after a space and without one."""
         words = prompt_words(fact.prompt)
         raw = encode_fitting(self._base, self.tokenizer, words, fact.target)
         spaced = raw.ids[raw.prompt_length :]
@@ -221,38 +230,47 @@ class MemoryEditor(AttachedEditor):
         turn = encode(self.tokenizer, words, fact.target, template=chat)
         return spaced, turn.ids[turn.prompt_length + turn.lead :]
 
-    def _learn(self, facts: Sequence[Edit]) -> list[tuple[Ids, Ids]]:
-        """Find what says the answers of edits, all tokens of all answers at once; return the tokens as `_answer` does.
+    def _prepare(self, facts: Sequence[Edit]) -> list[tuple[Ids, Ids]]:
+        """Compute the vectors that produce the answers of edits, all at once; return the answers' tokens as `_answer` does.
 
         Raises:
-            ValueError: one of them cannot be said.
+            ValueError: no output of the last block produces one of the tokens.
         """
         answers = [self._answer(fact) for fact in facts]
         tokens = dict.fromkeys(token for both in answers for ids in both for token in ids)
         try:
             self.part.answers().vectors(list(tokens))
-        except Unsayable as error:
-            raise Unsayable(error.token, self.tokenizer.decode([error.token])) from None
+        except UnreachableTokenError as error:
+            text = self.tokenizer.decode([error.token])
+            raise UnreachableTokenError(error.token, str(text)) from None
         return answers
 
     def _loss(self, ids: Ids) -> float:
-        """Return the mean cross entropy of an answer's tokens, each said in its place."""
-        _, likely = self.part.answers().vectors(ids)
-        return sum(-math.log(max(chance, 1e-30)) for chance in likely.tolist()) / len(likely)
+        """Return the mean cross entropy of an answer's tokens."""
+        _, probabilities = self.part.answers().vectors(ids)
+        losses = [-math.log(max(probability, 1e-30)) for probability in probabilities.tolist()]
+        return sum(losses) / len(losses)
 
     def _places(self) -> dict[Ids, int]:
         return {edit.question: place for place, edit in enumerate(self.part.index().edits)}
 
     def known(self, edits: Iterable[Edit]) -> dict[int, int]:
-        """Tell which of some edits have questions that are in the memory: by their places among these, the numbers there."""
-        here, numbers = self._places(), self.numbers
-        places = [here.get(self._question(fact.prompt)) for fact in checked_edits(edits)]
+        """Find edits whose questions are in the memory.
+
+        Returns:
+            For the place of each such edit in `edits`, the number of the stored edit with its question.
+        """
+        stored, numbers = self._places(), self.numbers
+        places = [stored.get(self._question(fact.prompt)) for fact in checked_edits(edits)]
         return {n: numbers[place] for n, place in enumerate(places) if place is not None}
 
     def reworded(self, edits: Iterable[Edit]) -> dict[int, int]:
-        """Tell which of some edits ask in other words what edits in the memory answer: by their places, the numbers of those.
+        """Find edits that ask in other words what the memory already answers.
 
-        Both stay in the memory when these are made, and a prompt is answered by the one whose wording is nearer.
+        If they are made, both stay in the memory, and a prompt is answered by the one with the more similar wording.
+
+        Returns:
+            For the place of each such edit in `edits`, the number of the stored edit that answers its question.
         """
         facts = checked_edits(edits)
         known = self.known(facts)
@@ -262,20 +280,20 @@ class MemoryEditor(AttachedEditor):
         return {place: number for place, number in found if number is not None}
 
     def forget(self, number: int) -> None:
-        """Take one edit out of the memory; what the others answer stays bit for bit.
+        """Remove one edit from the memory; the others are unchanged, bit for bit.
 
         Raises:
-            ValueError: there is no edit of this number.
+            ValueError: there is no edit with this number.
         """
         place = self._place(number)
         with self._restored_on_error():
             self.part.keep_only([n for n in range(self.part.count) if n != place])
 
     def replace(self, number: int, edit: Edit) -> EditResult:
-        """Put another edit in the place of one, under the same number.
+        """Replace an edit by another one, which gets its number.
 
         Raises:
-            ValueError: there is no edit of this number; or as `edit`. In each case nothing has changed.
+            ValueError: there is no edit with this number; or as `edit`. In each case nothing has changed.
         """
         self._place(number)
         with self._restored_on_error():
@@ -292,12 +310,12 @@ class MemoryEditor(AttachedEditor):
         return numbers.index(number)
 
     def matches(self, prompt: Prompt) -> MemoryMatch:
-        """Tell which edit answers a prompt, and how near it came."""
+        """Return the edit that answers a prompt, with its similarities; without one, describe the most similar edit."""
         (found,) = self.part.find([self._question(prompt)])
         numbers = self.numbers
 
         def number(place: int) -> int | None:
-            return None if place == NOWHERE else numbers[place]
+            return None if place == NO_EDIT else numbers[place]
 
         return MemoryMatch(
             number(found.edit),
@@ -307,19 +325,19 @@ class MemoryEditor(AttachedEditor):
             found.relation,
             self._settings.least_subject,
             self._settings.strictness,
-            found.asked_for,
+            found.asks_for,
             found.best_asks_for,
             found.differs,
         )
 
     def routed(self, prompts: Sequence[Prompt]) -> list[int | None]:
-        """Tell which edit answers each prompt, as `RoutedEditor.routed`."""
+        """Return the number of the edit that answers each prompt, as `RoutedEditor.routed`."""
         numbers = self.numbers
         found = self.part.find([self._question(prompt) for prompt in prompts])
-        return [None if one.edit == NOWHERE else numbers[one.edit] for one in found]
+        return [None if match.edit == NO_EDIT else numbers[match.edit] for match in found]
 
     def snapshot(self) -> Callable[[], None]:
-        """Remember the edits and the form that the adapter's config remembers; calling the result puts them back."""
+        """Save the edits and the prompt form in the adapter's config; calling the result restores them."""
         restore_part = self.part.snapshot()
         restore_form = remembered_forms([self.model.peft_config[self.adapter_name]])
 
@@ -330,56 +348,57 @@ class MemoryEditor(AttachedEditor):
         return restore
 
     def described(self) -> dict[str, str]:
-        """Say what decides how edits come out, besides the adapter's config, for a journal to compare."""
+        """Return what determines the result of edits in addition to the adapter's config, for a journal to compare."""
         return {"templates": repr(self.templates)}
 
-    def _saved(self, folder: Path) -> dict[str, Tensor]:
-        """Read what was measured of the base model from a folder with another memory.
+    def _load_measurements(self, folder: Path) -> dict[str, Tensor]:
+        """Load the measurements of the base model from a folder with another memory.
 
         Raises:
-            ValueError: the folder holds no memory, or one that was made on another base model, or whose keys are made in another
-                way.
+            ValueError: the folder does not contain a memory, or the memory has another base model, tokenizer or key size.
         """
         memory = SavedMemory.read(folder)
-        # The folder's config knows its base model; on another one this raises.
+        # Raises if the memory was made on another base model.
         identify_base(self._base, memory.config)
         same_keys = memory.settings.key_dimensions == self._settings.key_dimensions
-        texts = unpacked(memory.tensors["reading"]).get("texts")
+        texts = unpack_json(memory.tensors["reading"]).get("texts")
         if not same_keys or texts != token_texts(self.tokenizer):
             what = "tokenizer" if same_keys else "key size"
             raise ValueError(
-                f"The statistics in {folder} are of another {what}. Leave statistics out to measure them anew."
+                f"The statistics in {folder} are for another {what}. Leave statistics out to measure the model again."
             )
-        return {name: memory.tensors[name] for name in OF_MODEL}
+        return {name: memory.tensors[name] for name in PER_MODEL}
 
     def _measure(self) -> dict[str, Tensor]:
-        """Measure the base model, or take what another editor of it measured."""
+        """Measure the base model, or reuse the measurements of another editor or process."""
         context = find_context(self.model)
         assert context is not None, "a memory has a context"
         dimensions = self._settings.key_dimensions
-        known = ("memory", dimensions, repr(self._options), len(self.tokenizer))
-        if known not in self._prepared.computed:
-            file = kept_file(self._base, self.tokenizer, dimensions, self._options)
-            found = load_kept(file)
-            if found is None:
-                found = measured(
+        computed = self._prepared.computed
+        key = ("memory", dimensions, repr(self._options), len(self.tokenizer))
+        if key not in computed:
+            file = cache_file(self._base, self.tokenizer, dimensions, self._options)
+            tensors = load_cached(file)
+            if tensors is None:
+                tensors = measure(
                     context, self.adapter_name, self.tokenizer, dimensions, self._options
                 )
-                found["reading"] = self._sayable_ends(found["reading"])
-                keep(file, found)
-            self._prepared.computed[known] = found
-        return self._prepared.computed[known]
+                tensors["reading"] = self._with_reachable_ends(tensors["reading"])
+                save_cached(file, tensors)
+            computed[key] = tensors
+        measurements: dict[str, Tensor] = computed[key]
+        return measurements
 
-    def _sayable_ends(self, tensor: Tensor) -> Tensor:
-        """Leave ends of replies out that the model cannot be made to say."""
-        reading = Reading.from_json(unpacked(tensor))
-        ends = {}
+    def _with_reachable_ends(self, tensor: Tensor) -> Tensor:
+        """Cut the ends of replies off before tokens that no output of the last block produces."""
+        prompt_format = PromptFormat.from_json(unpack_json(tensor))
+        ends: dict[str, Any] = {}
         for name in ("chat_end", "raw_end"):
-            ids = getattr(reading, name)
+            ids: Ids = getattr(prompt_format, name)
             try:
                 self.part.answers().vectors(ids or (0,))
-            except Unsayable as error:
-                logger.warning(UNSAYABLE_END, self.tokenizer.decode([error.token]), error.token)
+            except UnreachableTokenError as error:
+                logger.warning(UNREACHABLE_END, self.tokenizer.decode([error.token]), error.token)
                 ids = ids[: ids.index(error.token)] if error.token in ids else ids
             ends[name] = ids
-        return packed(replace(reading, **ends).to_json())
+        return pack_json(replace(prompt_format, **ends).to_json())

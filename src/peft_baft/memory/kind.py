@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from peft_baft.adapter.kinds import SavedTensor
 from peft_baft.adapter.layer import BaftLayer
 from peft_baft.memory.config import MemoryConfig
 from peft_baft.memory.part import MemoryPart
-from peft_baft.memory.tensors import require_whole, saved_tensors
+from peft_baft.memory.tensors import require_consistent, saved_tensors
 
 FORMAT = 4
 PART = "part."
@@ -31,7 +31,7 @@ UNUSED = (
 
 
 class Memory:
-    """A memory of edits: a router finds the edit that a prompt asks for, and the last block says its answer."""
+    """A memory of edits: a router finds the edit that a prompt asks for, and the last block outputs its answer."""
 
     name: ClassVar[str] = "memory"
     settings: ClassVar[type | None] = MemoryConfig
@@ -39,15 +39,16 @@ class Memory:
     trains: ClassVar[bool] = False
     sets: ClassVar[bool] = True
     needs_same_base: ClassVar[bool] = True
+    editor: ClassVar[str | None] = "peft_baft.memory.editor:MemoryEditor"
 
     def check_config(self, config: BaftConfig) -> None:
-        """Raise a ValueError if a config has settings that mean nothing to a memory."""
+        """Raise a ValueError if a config has settings that a memory does not use."""
         given = [name for name in UNUSED if getattr(config, name) not in (None, 0.0)]
         if config.target_modules is not None and not config.comes_from_a_file:
             given += [] if config.hidden_size is not None else ["target_modules"]
         if given:
             raise ValueError(
-                f"A memory of edits has no {given[0]}, and always writes at the last block: leave it out."
+                f"A memory of edits has no {given[0]}, and is always in the last block: leave it out."
             )
 
     def saved_format(self, config: BaftConfig) -> int:
@@ -59,7 +60,7 @@ class Memory:
         return [last_block(model)]
 
     def attach(self, layer: BaftLayer, adapter_name: str, config: BaftConfig, width: int) -> None:
-        """Make an empty memory in the last block."""
+        """Attach an empty memory to the last block."""
         part = MemoryPart(config, width, layer.context, adapter_name, layer.name)
         layer.baft_part[adapter_name] = part
         layer.context.read_texts()
@@ -67,8 +68,9 @@ class Memory:
     def change(
         self, layer: BaftLayer, adapter_name: str, hidden: Tensor, call: Call
     ) -> Tensor | None:
-        """Compute what brings the block's output to the vectors of answers' next tokens."""
-        return self._part(layer, adapter_name).change(hidden, call)
+        """Compute the change of the block's output that produces the next tokens of answers."""
+        change: Tensor | None = self._part(layer, adapter_name).change(hidden, call)
+        return change
 
     def change_rows(
         self, layer: BaftLayer, rows: Mapping[str, Sequence[int]], hidden: Tensor, call: Call
@@ -90,12 +92,11 @@ class Memory:
 
     def check_tensors(self, tensors: Mapping[str, Tensor], where: str) -> None:
         """Raise a ValueError unless the tensors of a memory belong together."""
-        require_whole({name.removeprefix(PART): t for name, t in tensors.items()}, where)
+        require_consistent({name.removeprefix(PART): t for name, t in tensors.items()}, where)
 
     @staticmethod
     def _part(layer: BaftLayer, adapter_name: str) -> MemoryPart:
-        part: Any = layer.baft_part[adapter_name]
-        return part
+        return cast(MemoryPart, layer.baft_part[adapter_name])
 
 
 MEMORY = Memory()

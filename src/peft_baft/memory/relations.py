@@ -1,7 +1,7 @@
-"""Tell which common relations a question asks for, by the wordings of them that the package brings.
+"""Find the common relations that a question asks for, by comparing it with the package's wordings of them.
 
-Two questions about one subject may share most of their words and ask for different things: "The place of birth of X is", "The
-gender of X is". Others share none and ask for the same. What tells them apart is that each is like the wordings of a relation.
+Two questions about one subject may share most words and ask for different things: "The place of birth of X is", "The gender of
+X is". Others share no words and ask for the same. The wordings of a relation distinguish the two cases.
 """
 
 from __future__ import annotations
@@ -12,93 +12,107 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ANYTHING = 0  # the kind of answer that is wanted where words do not tell
-OWN = 0.6  # how alike a question must be to a relation's wordings to ask for it
-NEARLY = 0.05  # relations that a question is like by so much less than by most are its own as well
-SAME = 0.95  # how alike two tokens are that stand for the same word in other words' company
+from peft_baft.memory.english import ANY_ANSWER
+
+LEAST_SCORE = 0.6  # below this, a question does not ask for a relation
+TIE_MARGIN = 0.05  # relations this close to the highest score are asked for as well
+SAME_WORD = (
+    0.95  # the least similarity of two tokens that stand for the same word in different contexts
+)
 
 
 @dataclass(frozen=True)
-class AskedFor:
-    """Which relations a question asks for.
+class RelationScores:
+    """How similar a question is to each relation.
 
     Attributes:
-        of_tokens: (n, relations), how much each of some of its tokens is like a relation's most similar one.
-        of_question: (relations,), how much they are altogether, in both directions, like the relation's most similar wording; -1
-            for relations to which another kind of answer belongs than the question wants.
+        per_token: (n, relations), the similarity of each of the question's tokens to the most similar one of the relation.
+        per_question: (relations,), the similarity of the whole question, in both directions, to the relation's most similar
+            wording; -1 if the relation has another kind of answer than the question asks for.
     """
 
-    of_tokens: Tensor
-    of_question: Tensor
+    per_token: Tensor
+    per_question: Tensor
 
     @property
-    def own(self) -> Tensor:
-        """(relations,) bool, which relations it asks for; none where it is like none."""
-        return self.of_question >= max(OWN, float(self.of_question.max()) - NEARLY)
+    def is_asked(self) -> Tensor:
+        """(relations,) bool, which relations the question asks for; none if it is similar to none."""
+        return self.per_question >= max(LEAST_SCORE, float(self.per_question.max()) - TIE_MARGIN)
 
 
 class Relations:
     """Common relations, each in several wordings.
 
     Args:
-        keys: (tokens, k) of the wordings' tokens, of length 1, wording by wording; those alone that tell the relation.
-        wordings: (wordings, 3), how many tokens each has, at least one, the number of its relation, and the kind of answer it
-            wants, `ANYTHING` where it does not say.
-        names: of the relations.
+        keys: (tokens, k) of length 1, of the wordings' tokens, one wording after another. Only tokens that express the relation
+            are included.
+        wordings: (wordings, 3): how many tokens each has (at least one), the number of its relation, and the kind of answer it
+            asks for, which may be `ANY_ANSWER`.
+        names: the relations' names.
     """
 
     def __init__(self, keys: Tensor, wordings: Tensor, names: Sequence[str]) -> None:
         self.names, self._keys = names, keys
-        self._lengths, self._of_wordings, kinds = wordings.long().cpu().unbind(1)
-        wanted: list[set[int]] = [set() for _ in names]
-        for relation, kind in zip(self._of_wordings.tolist(), kinds.tolist(), strict=True):
-            wanted[relation] |= {kind} - {ANYTHING}
-        # The kind that a relation's wordings want, if they agree.
-        self._kinds = torch.tensor([min(of) if len(of) == 1 else ANYTHING for of in wanted])
-        self._wording = torch.arange(len(wordings)).repeat_interleave(self._lengths)
+        self._lengths, self._relation_of_wording, answer_kinds = wordings.long().cpu().unbind(1)
+        self._wording_of_token = torch.arange(len(wordings)).repeat_interleave(self._lengths)
+        kinds: list[set[int]] = [set() for _ in names]
+        pairs = zip(self._relation_of_wording.tolist(), answer_kinds.tolist(), strict=True)
+        for relation, kind in pairs:
+            kinds[relation] |= {kind} - {ANY_ANSWER}
+        # A relation whose wordings ask for different kinds of answers has none.
+        self._answer_kinds = torch.tensor([min(k) if len(k) == 1 else ANY_ANSWER for k in kinds])
 
-    def asked_for(self, keys: Tensor, kind: int) -> AskedFor | None:
+    def score(self, keys: Tensor, answer_kind: int) -> RelationScores | None:
         """Compare a question with all wordings.
 
         Args:
-            keys: (n, k) of its tokens that tell the relation. kind: of answer that it wants, or `ANYTHING`.
+            keys: (n, k), of the question's tokens that express what it asks for.
+            answer_kind: the kind of answer it asks for, or `ANY_ANSWER`.
 
         Returns:
-            None where there are no such tokens.
+            None if there are no such tokens.
         """
         if not len(keys) or not len(self._keys):
             return None
-        similar = (keys.to(self._keys.device) @ self._keys.mT).cpu()
-        of_wordings = largest(similar, self._wording, len(self._lengths))
-        to_wordings = of_wordings.mean(0)
-        from_wordings = torch.zeros(len(self._lengths), dtype=torch.float32).index_add_(
-            0, self._wording, similar.amax(0)
+        similarity = (keys.to(self._keys.device) @ self._keys.mT).cpu()
+        per_wording = group_max(similarity, self._wording_of_token, len(self._lengths))
+        question_to_wording = per_wording.mean(0)
+        wording_to_question = torch.zeros(len(self._lengths), dtype=torch.float32).index_add_(
+            0, self._wording_of_token, similarity.amax(0)
         )
-        alike = (to_wordings + from_wordings / self._lengths) / 2
-        relations = len(self.names)
-        of_question = largest(alike[None], self._of_wordings, relations)[0]
-        if kind != ANYTHING:
-            of_question[(self._kinds != ANYTHING) & (self._kinds != kind)] = -1.0
-        return AskedFor(largest(of_wordings, self._of_wordings, relations), of_question)
+        wording_scores = (question_to_wording + wording_to_question / self._lengths) / 2
+        count = len(self.names)
+        per_question = group_max(wording_scores[None], self._relation_of_wording, count)[0]
+        if answer_kind != ANY_ANSWER:
+            is_other = (self._answer_kinds != ANY_ANSWER) & (self._answer_kinds != answer_kind)
+            per_question[is_other] = -1.0
+        per_token = group_max(per_wording, self._relation_of_wording, count)
+        return RelationScores(per_token, per_question)
 
-    def knows(self, keys: Tensor) -> Tensor:
-        """Tell which tokens (n,) with keys (n, k) are words of a relation."""
+    def contains(self, keys: Tensor) -> Tensor:
+        """Return which tokens (n,) with keys (n, k) are words of a relation."""
         if not len(keys) or not len(self._keys):
             return torch.zeros(len(keys), dtype=torch.bool)
-        return ((keys.to(self._keys.device) @ self._keys.mT).amax(1) > SAME).cpu()
+        return ((keys.to(self._keys.device) @ self._keys.mT).amax(1) > SAME_WORD).cpu()
 
-    def kind(self, asked_for: AskedFor | None) -> int:
-        """Give the kind of answer that all relations want for which a question asks, else `ANYTHING`."""
-        kinds = set() if asked_for is None else set(self._kinds[asked_for.own].tolist())
-        return kinds.pop() if len(kinds) == 1 else ANYTHING
+    def answer_kind(self, scores: RelationScores | None) -> int:
+        """Return the kind of answer that all relations have for which a question asks, else `ANY_ANSWER`."""
+        kinds = set() if scores is None else set(self._answer_kinds[scores.is_asked].tolist())
+        return kinds.pop() if len(kinds) == 1 else ANY_ANSWER
 
-    def likeliest(self, asked_for: AskedFor) -> str | None:
-        """Give the name of the relation that a question is most like, None where it is like none."""
-        alike, number = asked_for.of_question.max(0)
-        return self.names[int(number)] if alike >= OWN else None
+    def likeliest(self, scores: RelationScores) -> str | None:
+        """Return the name of the relation that a question is most similar to; None if it is similar to none."""
+        score, number = scores.per_question.max(0)
+        return self.names[int(number)] if score >= LEAST_SCORE else None
 
 
-def largest(values: Tensor, groups: Tensor, count: int) -> Tensor:
-    """Take the largest value (rows, n) of each group, (rows, count), -1 of empty ones; groups: (n,)."""
+def group_max(values: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Return the maximum of each group, (rows, count); -1 for empty groups.
+
+    Args:
+        values: (rows, n), none below -1.
+        groups: (n,), the group of each column.
+        count: of groups.
+    """
     smallest = values.new_full((len(values), count), -1.0)
     return smallest.scatter_reduce(1, groups.expand(len(values), -1), values, "amax")

@@ -1,4 +1,4 @@
-"""What a model computes after its last block, from hidden vectors to logits, run on vectors of our own choice."""
+"""What a model computes after its last block, from hidden vectors to logits, as a function of arbitrary vectors."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from transformers import PreTrainedModel
 
 from peft_baft.adapter.blocks import text_config
 from peft_baft.data.batching import context_window
 
-TOKENS = 24  # of the text that is read to find out what follows the last block
-ALIKE = 0.02  # of the spread of logits: what a replay may differ by, in low precision
-CAPS = ("final_logit_softcapping", "logits_soft_cap")  # what configs call a soft cap of logits
+TOKENS = 24  # of the text with which the modules after the last block are traced
+TOLERANCE = 0.02  # by which a replay may differ, relative to the spread of the logits; low precision needs it
+CAPS = ("final_logit_softcapping", "logits_soft_cap")  # names in configs of a soft cap of logits
 AT_ONCE = 64  # vectors whose logits are computed together
 UNKNOWN_TAIL = (
-    "What {} computes after its last block could not be replayed, so that answers cannot be taught to it in closed form: {}. "
-    "Take a plain adapter for this model."
+    "The computation of {} after its last block could not be replayed, so a memory cannot store answers in closed form: {}. "
+    "Use a plain adapter for this model."
 )
 
 
 @dataclass(frozen=True)
 class Step:
-    """A module after the last block. name: in the model. scale: what its input is, in terms of the output before it."""
+    """A module after the last block.
+
+    Attributes:
+        name: its name in the model.
+        scale: the factor between the previous module's output and its input.
+    """
 
     name: str
     module: nn.Module
@@ -39,12 +45,13 @@ class Step:
 
 
 class Tail:
-    """The modules after a model's last block, in their order, and what becomes of the last one's output.
+    """The modules after a model's last block, in order, and what turns the last one's output into logits.
 
-    It is found by watching one forward, and used only if it repeats that forward's logits.
+    They are found by tracing one forward, and used only if they reproduce its logits.
 
     Attributes:
-        typical: (d,) a usual output of the last block. dtype, device: of such outputs.
+        typical: (d,), a typical output of the last block: that of median length.
+        dtype, device: of such outputs.
     """
 
     def __init__(
@@ -54,45 +61,47 @@ class Tail:
         finish: Callable[[Tensor], Tensor],
         states: Tensor,
     ) -> None:
-        self._model, self.steps, self._finish = model, list(steps), finish
+        self.steps = list(steps)
+        self._model, self._finish = model, finish
         self.dtype, self.device = states.dtype, states.device
         norms = states.float().norm(dim=-1)
         self.typical = states[int(norms.argsort()[len(norms) // 2])].float()
-        self._mark = self._fingerprint()
+        self._weights_mark = self._fingerprint()
 
     @classmethod
-    def of(cls, model: Any, block: nn.Module, run: Callable[[Tensor], Tensor]) -> Tail:
+    def of(cls, model: PreTrainedModel, block: nn.Module, run: Callable[[Tensor], Tensor]) -> Tail:
         """Find what follows a model's last block.
 
         Args:
-            run: calls the model on ids (1, tokens) without edits, and returns its logits.
+            run: calls the model without edits on ids (1, tokens), and returns its logits.
 
         Raises:
-            NotImplementedError: it cannot be repeated.
+            NotImplementedError: it cannot be replayed.
         """
-        vocabulary = model.get_input_embeddings().num_embeddings
+        embeddings: Any = model.get_input_embeddings()
+        vocabulary = embeddings.num_embeddings
         count = min(TOKENS, context_window(model) or TOKENS)
         ids = (torch.arange(1, count + 1) * max(1, vocabulary // (count + 2)) % vocabulary)[None]
-        with _watching(block) as watched:
+        with _traced(block) as trace:
             logits = run(ids)
-        if not watched.states or logits.shape[:-1] != watched.states[0].shape[:-1]:
-            raise _unknown(model, "its last block does not give one vector a token")
-        # The first token's vector is of another size than all others.
-        states, wanted = watched.states[0][0, 1:], logits[0, 1:]
+        if not trace.states or logits.shape[:-1] != trace.states[0].shape[:-1]:
+            raise _unknown(model, "its last block does not return one vector per token")
+        # The first token is left out: its vector is of a different magnitude.
+        states, expected = trace.states[0][0, 1:], logits[0, 1:]
         names = {id(module): name for name, module in model.named_modules()}
-        steps, x = [], watched.states[0]
-        for module, given, output in watched.calls:
+        steps, x = [], trace.states[0]
+        for module, given, output in trace.calls:
             scale = _scale(given, x)
             if scale is not None and id(module) in names:
                 steps.append(Step(names[id(module)], module, scale))
                 x = output
-        finish = _finish(model, x[0, 1:], wanted)
+        finish = _finish(model, x[0, 1:], expected)
         if not steps or finish is None:
-            raise _unknown(model, "its logits do not follow from the outputs of modules")
+            raise _unknown(model, "its logits are not a known function of the outputs of modules")
         tail = cls(model, steps, finish, states.detach())
-        error = (tail.logits(states) - wanted.float()).abs().max()
-        if not error <= ALIKE * wanted.float().std().clamp(min=1e-6) + 1e-6:
-            raise _unknown(model, f"repeated logits differ by {float(error):.3g}")
+        error = (tail.logits(states) - expected.float()).abs().max()
+        if not error <= TOLERANCE * expected.float().std().clamp(min=1e-6) + 1e-6:
+            raise _unknown(model, f"replayed logits differ by {float(error):.3g}")
         return tail
 
     def logits(self, states: Tensor) -> Tensor:
@@ -106,14 +115,14 @@ class Tail:
         return x[0]
 
     def is_current(self) -> bool:
-        """Return whether the modules are those of the model, with the weights that they had."""
+        """Return whether the model still has these modules, with unchanged weights."""
         return (
             all(_submodule(self._model, step.name) is step.module for step in self.steps)
-            and self._mark == self._fingerprint()
+            and self._weights_mark == self._fingerprint()
         )
 
     def _fingerprint(self) -> list[Any]:
-        """Collect what changes when a weight does, or when an adapter on these modules is switched."""
+        """Return values that change when a weight does, or when an adapter on these modules is switched."""
         marks: list[Any] = []
         for step in self.steps:
             for part in step.module.modules():
@@ -123,7 +132,7 @@ class Tail:
                     if hasattr(part, name)
                 ]
             for weight in step.module.parameters():
-                # Of a model that was made in inference mode nobody counts changes.
+                # Tensors created in inference mode have no version counter.
                 version = None if weight.is_inference() else weight._version
                 marks += [weight.data_ptr(), version, tuple(weight.shape)]
                 if (
@@ -136,7 +145,7 @@ class Tail:
         return marks
 
     def head(self) -> Tensor | None:
-        """Return the weight (vocabulary, d) of the last module where it is a plain linear layer after norms only; else None."""
+        """Return the weight (vocabulary, d) of the last module if it is a plain linear layer after norms only; else None."""
         module = self.steps[-1].module
         weight = getattr(module, "weight", None)
         if not isinstance(module, nn.Linear) or type(weight) is not nn.Parameter or weight.is_meta:
@@ -148,17 +157,18 @@ class Tail:
 
     @torch.no_grad()
     def gain(self) -> Tensor:
-        """Return what the modules before the last one multiply each number of a vector by, (d,), but for its length."""
+        """Return the factor (d,) by which the modules before the last one scale each dimension, up to a common factor."""
         generator = torch.Generator().manual_seed(0)
         half = len(self.typical) // 2
         signs = torch.ones(len(self.typical), dtype=torch.float32)
         signs[torch.randperm(len(signs), generator=generator)[:half]] = -1
-        # Of both signs: a norm's bias cancels out.
+        # With vectors of both signs, a norm's bias cancels out.
         up, down = self._run(self.steps[:-1], torch.stack([signs, -signs])).float()
-        return (up - down) / 2 * signs.to(self.device)
+        gain: Tensor = (up - down) / 2 * signs.to(self.device)
+        return gain
 
     def gradients(self, tokens: Sequence[int]) -> Tensor:
-        """Return the gradients (n, d) of tokens' logits at a usual output of the last block, whatever the modules are."""
+        """Return the gradients (n, d) of tokens' logits at a typical output of the last block. This works for any modules."""
         found = []
         for start in range(0, len(tokens), AT_ONCE):
             index = torch.tensor(list(tokens[start : start + AT_ONCE]), device=self.device)
@@ -174,47 +184,49 @@ class Tail:
         return torch.cat(found)
 
 
-class _Watched:
+class _Trace:
+    """What one forward computed: outputs of the block, and calls of modules after it with input and output."""
+
     def __init__(self) -> None:
         self.states: list[Tensor] = []
         self.calls: list[tuple[nn.Module, Tensor, Any]] = []
 
 
 @contextmanager
-def _watching(block: nn.Module) -> Iterator[_Watched]:
-    """Collect a block's output in this thread, and the outermost modules that run after it, with input and output."""
-    watched, begun, thread = _Watched(), [], threading.get_ident()
-    # Adapters of the block run after it, in its own hooks.
+def _traced(block: nn.Module) -> Iterator[_Trace]:
+    """Record a block's output in this thread, and the calls of the outermost modules that run after it."""
+    trace, begun, thread = _Trace(), [], threading.get_ident()
+    # The block's own adapters run after it, in its hooks.
     inside = {id(module) for module in block.modules()}
 
-    def before(module: nn.Module, args: tuple) -> None:
-        is_after = watched.states and id(module) not in inside
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        is_after = trace.states and id(module) not in inside
         if is_after and threading.get_ident() == thread:
             begun.append((module, args))
 
-    def after(module: nn.Module, args: tuple, output: Any) -> None:
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if threading.get_ident() != thread:
             return
         if module is block:
-            watched.states = [_first(output)]
+            trace.states = [_first(output)]
             begun.clear()
-            watched.calls.clear()
+            trace.calls.clear()
         elif begun and begun[-1][0] is module:
             begun.pop()
             found = _first(output)
             if not begun and args and isinstance(args[0], Tensor) and isinstance(found, Tensor):
-                watched.calls.append((module, args[0], found))
+                trace.calls.append((module, args[0], found))
 
     handles = [register_module_forward_pre_hook(before), register_module_forward_hook(after)]
     try:
-        yield watched
+        yield trace
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _scale(given: Tensor, before: Tensor) -> float | None:
-    """Return by what a tensor was multiplied to become another one; None if it did not become that."""
+    """Return the factor by which `before` was multiplied to get `given`; None if it was not."""
     if given.shape != before.shape:
         return None
     if torch.equal(given, before):
@@ -223,14 +235,15 @@ def _scale(given: Tensor, before: Tensor) -> float | None:
 
 
 def _ratio(one: Tensor, other: Tensor) -> float | None:
+    """Return the positive factor from `other` to `one`; None if they are not proportional within the tolerance."""
     one, other = one.float(), other.float()
     ratio = float((one * other).sum() / other.square().sum().clamp(min=1e-30))
-    close = torch.allclose(one, ratio * other, rtol=ALIKE, atol=float(ALIKE * one.std()))
+    close = torch.allclose(one, ratio * other, rtol=TOLERANCE, atol=float(TOLERANCE * one.std()))
     return ratio if close and ratio > 0 else None
 
 
 def _finish(model: Any, output: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """Find what a model makes of its last module's output (tokens, ...) to get logits: it scales, caps or shifts them."""
+    """Find the function from the last module's output (tokens, ...) to logits: scaling, a soft cap, or a shift."""
     if output.shape[-1] < logits.shape[-1] or len(output) != len(logits):
         return None
     width = logits.shape[-1]
@@ -246,10 +259,12 @@ def _finish(model: Any, output: Tensor, logits: Tensor) -> Callable[[Tensor], Te
         found.append(lambda x: x * scale)
     shift = (logits - output).mean(0)
     found.append(lambda x: x + shift)
-    # While logits are small, a cap looks like a scale.
+    # For small logits a cap looks like a scale, so the candidate with the smallest error is taken.
     errors = [float((make(output) - logits).abs().max()) for make in found]
     best = found[errors.index(min(errors))]
-    if not torch.allclose(best(output), logits, rtol=ALIKE, atol=float(ALIKE * logits.std())):
+    if not torch.allclose(
+        best(output), logits, rtol=TOLERANCE, atol=float(TOLERANCE * logits.std())
+    ):
         return None
     return lambda x: best(x[..., :width].float())
 
@@ -259,7 +274,7 @@ def _capped(logits: Tensor, cap: float) -> Tensor:
 
 
 def _first(output: Any) -> Any:
-    """Return the hidden vectors of what a module returns."""
+    """Return the hidden vectors among a module's outputs."""
     return output[0] if isinstance(output, tuple | list) else output
 
 

@@ -1,1 +1,1 @@
-"""Tools for a finished adapter: check it on a model, look inside it, report on it."""
+"""Tools for a finished adapter: check that it works on a model, inspect an edit, and report on all edits."""

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter.blocks import blocks_before
-from peft_baft.adapter.model_call import full_logits, input_device
 from peft_baft.adapter.state import frozen
 from peft_baft.data.batching import collate, padding_id
 from peft_baft.data.cases import Edit
 from peft_baft.data.templates import RAW, Template
-from peft_baft.editing.acceleration.module_patches import (
+from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
+from peft_baft.editing.module_patches import (
     FixedBlocks,
     at_least_four,
     logits_only_at,
 )
-from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
 from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms, descend
 from peft_baft.losses import answer_losses
+from peft_baft.running import full_logits, input_device
 from peft_baft_bench.methods.method import EditorSetup, MethodSettings
 from peft_baft_bench.methods.projections import down_projection, require_layer
 

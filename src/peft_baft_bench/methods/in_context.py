@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_baft.adapter.model_call import full_logits, input_device
 from peft_baft.data.batching import (
     Tokens,
     collate,
@@ -31,6 +30,7 @@ from peft_baft.editing.editor import EditResult, checked_edits, encode_edits
 from peft_baft.editing.train import STOP_TERM
 from peft_baft.evaluation.forward import answer_ids, answer_logits
 from peft_baft.losses import answer_losses
+from peft_baft.running import full_logits, input_device
 from peft_baft.span import OUTSIDE, relative_positions_of_input
 from peft_baft_bench.methods.in_place import require_raw
 from peft_baft_bench.methods.method import EditorSetup, MethodSettings
@@ -96,7 +96,7 @@ class InContextEditor:
         """Return the mean cross entropy of the answers, and whether all of their tokens are predicted."""
         losses, all_predicted = [], True
         for fact in facts:
-            row = encode_fitting(self.model, self.tokenizer, fact.prompt, fact.target)
+            row = encode_fitting(self.model.base, self.tokenizer, fact.prompt, fact.target)
             batch = collate([row], padding_id(self.tokenizer))
             logits = answer_logits(row, full_logits(self.model, **batch)[0])
             answer = answer_ids(row).to(logits.device)

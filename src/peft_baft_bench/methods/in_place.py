@@ -14,7 +14,7 @@ from peft_baft.adapter.state import frozen
 from peft_baft.data.batching import Tokens, encode_fitting
 from peft_baft.data.cases import Edit, Prompt
 from peft_baft.data.templates import RAW, Template
-from peft_baft.editing.editor import EditResult, checked_edits, encode_edits, in_turn
+from peft_baft.editing.editor import EditResult, checked_edits, combine_results, encode_edits
 from peft_baft.editing.train import STOP_TERM, Terms
 
 
@@ -47,7 +47,7 @@ class InTurnEditor(ABC):
         before = self.state_dict()
         try:
             with frozen(self.model):
-                return in_turn([self._learn(fact) for fact in facts])
+                return combine_results([self._learn(fact) for fact in facts])
         except BaseException:
             self.load_state_dict(before)
             raise

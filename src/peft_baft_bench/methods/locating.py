@@ -16,18 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter.blocks import blocks_before
-from peft_baft.adapter.model_call import full_logits, generate_sampled, input_device
 from peft_baft.data.batching import Tokens, collate, encode_fitting, last_token_of, padding_id
 from peft_baft.data.cases import Edit, Prompt, prompt_words
 from peft_baft.data.contexts import Context
 from peft_baft.data.templates import RAW, Template
-from peft_baft.editing.acceleration.module_patches import no_logits
-from peft_baft.editing.acceleration.repeated_texts import CachedTexts
 from peft_baft.editing.edit_cache import EditCache
 from peft_baft.editing.editor import EditResult
+from peft_baft.editing.fast_paths import repeated_texts
+from peft_baft.editing.module_patches import no_logits
+from peft_baft.editing.repeated_texts import RepeatedTexts
 from peft_baft.editing.train import STOP_TERM, Terms
 from peft_baft.editing.written_texts import BEGINNINGS
 from peft_baft.losses import answer_losses
+from peft_baft.running import full_logits, generate_sampled, input_device
 from peft_baft_bench.methods.in_place import minimise, stop_below
 from peft_baft_bench.methods.projections import by_rows
 
@@ -191,13 +192,13 @@ def search_target(
     answer = labels[labels >= 0].to(input_device(model))
     answer_lengths = [len(row.ids) - row.prompt_length for row in located.rows]
     module, fixed = model.get_submodule(module_name), blocks_before(model, module_name)
-    whole = CachedTexts.whole(model, tokenizer, rows, read, fixed)
+    whole = RepeatedTexts.whole(model, tokenizer, rows, read, fixed)
     with torch.no_grad(), capture(module, len(rows)) as seen:
         unedited = whole.logits()
     before = unedited[-1].float().log_softmax(-1)
     original = seen[0].output[0, located.places[0]].detach().float()
     # Activations before the subject's last token cannot change, so they are computed once.
-    texts = CachedTexts.of(model, tokenizer, rows, places, read, fixed)
+    texts = repeated_texts(model, tokenizer, rows, places, read, fixed)
     at = torch.tensor(places) - torch.tensor(texts.cuts)
     longest = search.clamp * original.norm()
     delta = nn.Parameter(torch.zeros_like(original))

@@ -23,8 +23,8 @@ from peft_baft.adapter.blocks import blocks_before
 from peft_baft.adapter.state import frozen
 from peft_baft.data.batching import Tokens
 from peft_baft.data.cases import Edit
-from peft_baft.editing.acceleration.module_patches import FixedBlocks
-from peft_baft.editing.editor import EditResult, checked_edits, encode_edits, in_turn
+from peft_baft.editing.editor import EditResult, checked_edits, combine_results, encode_edits
+from peft_baft.editing.module_patches import FixedBlocks
 from peft_baft.editing.train import STOP_TERM, DescentConfig, Terms
 from peft_baft.evaluation.forward import answer_ids
 from peft_baft_bench.methods.grace import GAP, NO_TOKEN, append_answer, distances
@@ -141,7 +141,7 @@ class MeloEditor:
         try:
             with frozen(self.model):
                 groups = [rows[start : start + step] for start in range(0, len(rows), step)]
-                return in_turn([self._learn(group) for group in groups])
+                return combine_results([self._learn(group) for group in groups])
         except BaseException:
             self.load_state_dict(before)
             raise

@@ -29,7 +29,7 @@ from peft_baft.adapter.state import frozen
 from peft_baft.data.cases import Edit
 from peft_baft.data.templates import RAW, Template
 from peft_baft.editing.edit_cache import EditCache
-from peft_baft.editing.editor import EditResult, checked_edits, encode_edits, in_turn
+from peft_baft.editing.editor import EditResult, checked_edits, combine_results, encode_edits
 from peft_baft_bench.methods.locating import (
     LocatedFact,
     Search,
@@ -228,7 +228,7 @@ class MemitEditor:
             name: sum(one.losses[name] for one in results) / len(results)
             for name in results[0].losses
         }
-        return replace(in_turn(results), losses=losses)
+        return replace(combine_results(results), losses=losses)
 
     def _keys_and_missing(
         self, name: str, located: Sequence[LocatedFact], targets: Tensor

@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_baft.adapter.model_call import full_logits, input_device
 from peft_baft.data.batching import Tokens, collate, encode_prompt, padding_id
 from peft_baft.data.cases import Edit, Unrelated
 from peft_baft.data.templates import Template
 from peft_baft.data.unrelated import GENERAL
-from peft_baft.editing.acceleration.module_patches import no_logits
 from peft_baft.editing.edit_cache import EditCache
 from peft_baft.editing.editor import EditResult
+from peft_baft.editing.module_patches import no_logits
 from peft_baft.editing.train import STOP_TERM, DescentConfig, Terms
+from peft_baft.running import full_logits, input_device
 from peft_baft_bench.methods.in_place import minimise, stop_when_settled
 from peft_baft_bench.methods.locating import cached_prefixes, capture, with_prefixes
 from peft_baft_bench.methods.method import EditorSetup, MethodSettings

@@ -14,16 +14,16 @@ from torch.utils.hooks import RemovableHandle
 
 from peft_baft.adapter.blocks import blocks_before, stack_owner
 from peft_baft.adapter.context import EditContext
-from peft_baft.adapter.model_call import full_logits, input_device
 from peft_baft.data.batching import Tokens, collate, padding_id
 from peft_baft.data.templates import Template
-from peft_baft.editing.acceleration.module_patches import (
+from peft_baft.editing.module_patches import (
     FixedBlocks,
     at_least_four,
     logits_only_at,
 )
 from peft_baft.evaluation.forward import answer_ids
 from peft_baft.losses import answer_losses
+from peft_baft.running import full_logits, input_device
 from peft_baft.span import OUTSIDE
 from peft_baft_bench.methods.in_place import InTurnEditor
 from peft_baft_bench.methods.projections import by_rows

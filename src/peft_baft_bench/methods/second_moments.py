@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from peft_baft.adapter.model_call import full_logits, input_device
 from peft_baft.data.batching import Tokens, collate, padding_id
 from peft_baft.data.unrelated import GENERAL
-from peft_baft.editing.written_texts import written_now
+from peft_baft.editing.written_texts import sample_texts
 from peft_baft.loading import fingerprint
+from peft_baft.running import full_logits, input_device
 from peft_baft_bench.methods.locating import capture
 
 
@@ -96,7 +96,7 @@ def _computed(
             counted += new
             bar.update(min(new, tokens - bar.n))
             if counted < tokens:
-                rows = written_now(model, tokenizer)
+                rows = sample_texts(model, tokenizer)
     return {name: (total / counted).cpu() for name, total in sums.items()}
 
 

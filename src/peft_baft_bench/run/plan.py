@@ -134,8 +134,8 @@ def perform_run(
     else:
         cases = runner.ask_model(runner.base)
     line = result_line(run.head, cases, averaged, command)
-    with runner.processes.together():
-        if runner.processes.first:
+    with runner.processes.barrier():
+        if runner.processes.is_main:
             append_line(output, line.to_json())
             for file in _progress_files(output, run):
                 file.unlink(missing_ok=True)
@@ -182,8 +182,8 @@ def mean_of(values: Sequence[Any]) -> Any:
 def progress_file(output: Path, run: PlannedRun, runner: Runner | None = None) -> Path:
     """Return the path of the file of an unfinished run, next to the output; one per process where they split blocks."""
     part = ""
-    if runner is not None and runner.processes.count > 1 and runner.split != "facts":
-        part = f".{runner.processes.rank}of{runner.processes.count}"
+    if runner is not None and runner.processes.world_size > 1 and runner.split != "facts":
+        part = f".{runner.processes.rank}of{runner.processes.world_size}"
     return output.with_suffix(".progress") / f"{run.head.key}{part}.safetensors"
 
 
@@ -217,8 +217,8 @@ def _load_progress(runner: Runner, run: PlannedRun, schedule: Schedule, output: 
 
     if runner.split != "facts":
         return load()
-    progress = runner.processes.of_first(load)
-    return progress if runner.processes.first else replace(progress, file=None)
+    progress = runner.processes.on_main(load)
+    return progress if runner.processes.is_main else replace(progress, file=None)
 
 
 def split_off_finished(
@@ -226,5 +226,5 @@ def split_off_finished(
 ) -> tuple[list[ResultLine], list[PlannedRun]]:
     """Return the lines of runs that `output` already contains (in the first process only), and the runs that remain."""
     wanted = [run.head.key for run in runs]
-    lines = (processes or Processes()).of_first(lambda: find_finished(output, wanted))
+    lines = (processes or Processes()).on_main(lambda: find_finished(output, wanted))
     return list(lines.values()), [run for run in runs if run.head.key not in lines]

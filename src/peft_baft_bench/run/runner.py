@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peft_baft.adapter.model_call import input_device
 from peft_baft.data.cases import Case, Unrelated
 from peft_baft.data.templates import RAW, Template
 from peft_baft.editing.edit_cache import EditCache
@@ -22,6 +21,7 @@ from peft_baft.editing.editor import (
 )
 from peft_baft.evaluation.forward import one_model
 from peft_baft.processes import Processes
+from peft_baft.running import input_device
 from peft_baft_bench.methods.method import EditorSetup
 from peft_baft_bench.methods.methods import Method
 from peft_baft_bench.metrics.metrics import Metric
@@ -109,18 +109,18 @@ class Runner:
         if self.split == "facts":
             return self._edit_blocks(method, schedule, seed, progress)
         return sort_by_row(
-            self.processes.gather(lambda: self._edit_blocks(method, schedule, seed, progress))
+            self.processes.all_gather(lambda: self._edit_blocks(method, schedule, seed, progress))
         )
 
     def own_blocks(self, schedule: Schedule) -> list[range]:
         """List the blocks that this process works on."""
         blocks = schedule.blocks(self.first, self.last)
-        return blocks if self.split == "facts" else self.processes.share(blocks)
+        return blocks if self.split == "facts" else self.processes.shard(blocks)
 
     def count_rows(self, schedule: Schedule | None) -> int:
         """Count the rows that this process handles with a schedule, or without one when it only asks."""
         if schedule is None:
-            return len(self.processes.share(range(self.first, self.last)))
+            return len(self.processes.shard(range(self.first, self.last)))
         return schedule.block_size * len(self.own_blocks(schedule))
 
     def _edit_blocks(
@@ -141,7 +141,7 @@ class Runner:
         if schedule.block_size == 1 and self.parallel > 1 and side_by_side:
             self._edit_singles(method, [block.start for block in blocks], seed, progress)
         for block in self._unfinished(schedule, progress):
-            self.processes.look_up()
+            self.processes.raise_if_peer_failed()
             editor = self._start(method, block, seed * SEED_STRIDE + block.start)
             try:
                 progress.restore(editor)
@@ -169,7 +169,7 @@ class Runner:
         """Make single edits in shared forwards, up to the first group in which one diverged."""
         for start in range(0, len(rows), self.parallel):
             # If another process has failed, stop now instead of after finishing this share.
-            self.processes.look_up()
+            self.processes.raise_if_peer_failed()
             entries = self._edit_side_by_side(method, rows[start : start + self.parallel], seed)
             if entries is None:
                 break
@@ -275,19 +275,19 @@ class Runner:
         Args:
             without: returns a context in which `model` is unedited, such as `disable_adapter`.
         """
-        rows = self.processes.share(range(self.first, self.last))
+        rows = self.processes.shard(range(self.first, self.last))
 
         def ask_rows() -> list[dict[str, Any]]:
             with without():
                 self.unedited.ask(model, self._questions(rows))
             entries: list[dict[str, Any]] = []
             for start in range(0, len(rows), ROWS_PER_UPDATE):
-                self.processes.look_up()
+                self.processes.raise_if_peer_failed()
                 entries += self._ask(model, rows[start : start + ROWS_PER_UPDATE])
                 self.tick(len(entries) - start)
             return entries
 
-        return sort_by_row(self.processes.gather(ask_rows))
+        return sort_by_row(self.processes.all_gather(ask_rows))
 
     @property
     def _sharing(self) -> Processes:
@@ -296,7 +296,7 @@ class Runner:
 
     def _asked_here(self, rows: Sequence[int]) -> list[int]:
         """List the rows of a block that this process asks about."""
-        return [row for row in rows if row % self._sharing.count == self._sharing.rank]
+        return [row for row in rows if row % self._sharing.world_size == self._sharing.rank]
 
     def _ask_here(
         self, model: Any, rows: Sequence[int], edited: Sequence[int], routed: Routed | None
@@ -304,7 +304,7 @@ class Runner:
         def ask_rows() -> list[dict[str, Any]]:
             return self._ask(model, self._asked_here(rows), edited=edited, routed=routed)
 
-        return sort_by_row(self._sharing.gather(ask_rows))
+        return sort_by_row(self._sharing.all_gather(ask_rows))
 
     def _ask(
         self,

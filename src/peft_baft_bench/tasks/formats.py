@@ -23,15 +23,15 @@ from typing import Any
 from peft_baft.data.cases import Case, Edit, Probe
 from peft_baft.data.datasets import old_answer, with_subject, zsre_case
 from peft_baft.data.files import (
+    abbreviated,
+    as_list,
     field,
-    listed,
-    placed,
+    read_text,
     records,
     require_object,
-    shown,
     text,
-    text_of,
     texts,
+    with_place,
 )
 
 _NOUNS = "opinion of,stance on,position on,attitude about,view on,take on,impression of,assessment of,judgment of"
@@ -100,7 +100,7 @@ def read_convsent(path: Path) -> list[Case]:
     """
     placed_records = enumerate(records(Path(path)))
     return [
-        placed(place, partial(_convsent_case, row), record)
+        with_place(place, partial(_convsent_case, row), record)
         for row, (place, record) in placed_records
     ]
 
@@ -119,11 +119,11 @@ def read_piqa(path: str | Path) -> list[PiqaItem]:
         raise FileNotFoundError(
             f"There is no file {labels_file}; it must contain the labels of {path}, a 0 or 1 per line."
         )
-    labels = text_of(labels_file).rstrip().split("\n")
+    labels = read_text(labels_file).rstrip().split("\n")
     for line, label in enumerate(labels, start=1):
         if label.strip() not in ("0", "1"):
             raise ValueError(
-                f"{labels_file}:{line}: expected the label 0 or 1, not {shown(label)}."
+                f"{labels_file}:{line}: expected the label 0 or 1, not {abbreviated(label)}."
             )
     if len(labels) != len(placed_records):
         raise ValueError(
@@ -131,12 +131,12 @@ def read_piqa(path: str | Path) -> list[PiqaItem]:
         )
     items = []
     for (place, record), label in zip(placed_records, labels, strict=True):
-        items.append(placed(place, partial(_piqa_item, int(label)), record))
+        items.append(with_place(place, partial(_piqa_item, int(label)), record))
     return items
 
 
 def _cases(path: Path, case_of_record: Callable[[Any], Case]) -> list[Case]:
-    return [placed(place, case_of_record, record) for place, record in records(Path(path))]
+    return [with_place(place, case_of_record, record) for place, record in records(Path(path))]
 
 
 def _knowedit_case(prompt: str, target: str, record: Any) -> Case:
@@ -161,8 +161,8 @@ def _topics(kind: str, record: dict[str, Any]) -> Iterator[Probe]:
         return
     require_object(topics, kind)
     for topic, items in topics.items():
-        for item in listed(items):
-            probe = placed(f"{kind}: {topic:.40}", partial(_probe, kind, topic), item)
+        for item in as_list(items):
+            probe = with_place(f"{kind}: {topic:.40}", partial(_probe, kind, topic), item)
             if probe:
                 yield probe
 
@@ -184,7 +184,7 @@ def _answer(record: dict[str, Any], name: str) -> str:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(
-            f"the field {name!r} must be a text or a list of texts, not {shown(value)}"
+            f"the field {name!r} must be a text or a list of texts, not {abbreviated(value)}"
         )
     return str(value).strip()
 
@@ -203,7 +203,7 @@ def _counterfact_case(record: Any) -> Case:
         prompt, subject = text(rewrite, "prompt"), text(rewrite, "subject")
         if "{}" not in prompt:
             raise ValueError(
-                f"the field 'prompt' must contain {{}} in place of the subject, not {shown(prompt)}"
+                f"the field 'prompt' must contain {{}} in place of the subject, not {abbreviated(prompt)}"
             )
         edit = Edit(prompt.replace("{}", subject), _worded(rewrite, "target_new"), subject)
         rephrased, nearby = (

@@ -1,1 +1,1 @@
-"""The work of each command, in a function that takes its options and returns its exit code."""
+"""The work of each command: a function that takes its options and returns its exit code."""

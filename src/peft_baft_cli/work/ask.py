@@ -15,15 +15,15 @@ from peft_baft_cli.work.common import (
     adapter_folder,
     attach_adapter,
     chosen_form,
-    chosen_subject,
+    chosen_model,
 )
 
 
 def ask(options: AskCommand) -> int:
-    """Print the greedy answers to prompts without and with the edits; return the exit code."""
-    subject = chosen_subject(options)
-    base, tokenizer = subject.load_base()
-    template = chosen_form(options.template, tokenizer, subject.adapter)
+    """Print the greedy answers to prompts with and without the edits; return the exit code."""
+    choice = chosen_model(options)
+    base, tokenizer = choice.load_base()
+    template = chosen_form(options.template, tokenizer, choice.adapter)
     ask_model = partial(
         greedy_answers,
         tokenizer=tokenizer,
@@ -34,13 +34,13 @@ def ask(options: AskCommand) -> int:
     with doing("asking"):
         without = ask_model(base)
         model = attach_adapter(base, options.adapter, options.adapter_revision)
-        why = None
+        matches = None
         if options.explain:
             from peft_baft_cli.work.memory import explained, require_memory_editor
 
             editor = require_memory_editor(model, tokenizer, template, options.adapter)
             folder = adapter_folder(options.adapter, options.adapter_revision)
-            why = explained(editor, options.prompts, folder)
+            matches = explained(editor, options.prompts, folder)
         answers = ask_model(model)
     sent = [prompt_text(tokenizer, prompt, template=template) for prompt in options.prompts]
     rows = list(zip(options.prompts, without, answers, strict=True))
@@ -50,22 +50,22 @@ def ask(options: AskCommand) -> int:
         ]
         if options.show_sent:
             listed = [row | {"sent": text} for row, text in zip(listed, sent, strict=True)]
-        if why is not None:
-            listed = [row | {"match": match} for row, match in zip(listed, why, strict=True)]
-        asked = {
-            "model": subject.model,
+        if matches is not None:
+            listed = [row | {"match": match} for row, match in zip(listed, matches, strict=True)]
+        report = {
+            "model": choice.model,
             "adapter": options.adapter,
             "template": template.name,
             "answers": listed,
         }
-        print(dumps(asked, indent=2))
+        print(dumps(report, indent=2))
     else:
         if options.show_sent:
             for text in sent:
                 print(f"sent: {shown(text)}")
         print_table(("prompt", "without the edits", "with the edits"), rows)
-        if why is not None:
+        if matches is not None:
             from peft_baft_cli.work.memory import print_explained
 
-            print_explained(why)
+            print_explained(matches)
     return DONE

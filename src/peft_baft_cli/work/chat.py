@@ -9,20 +9,20 @@ from peft_baft.evaluation.chatting import Conversation
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import ChatCommand
 from peft_baft_cli.screen import shown
-from peft_baft_cli.work.common import attach_adapter, chosen_subject
+from peft_baft_cli.work.common import attach_adapter, chosen_model
 
-HELP = "/unedited: the last answer without the edits   /again: forget the conversation   /quit: end"
+HELP = "/unedited: answer the last question without the edits   /again: start over   /quit: end"
 
 
 def chat(options: ChatCommand) -> int:
-    """Talk to an edited model in the terminal, or answer the lines of a pipe; return the exit code."""
-    subject = chosen_subject(options)
-    base, tokenizer = subject.load_base()
+    """Chat with an edited model in the terminal, or answer the lines of a pipe; return the exit code."""
+    choice = chosen_model(options)
+    base, tokenizer = choice.load_base()
     model = attach_adapter(base, options.adapter, options.adapter_revision)
     conversation = Conversation(
         model, tokenizer, options.system, max_new_tokens=options.max_new_tokens
     )
-    warn_of_another(subject.adapter, {"chat"}, tokenizer)
+    warn_of_another(choice.adapter, {"chat"}, tokenizer)
     in_terminal = sys.stdin.isatty()
     if in_terminal:
         print(HELP)
@@ -35,7 +35,7 @@ def chat(options: ChatCommand) -> int:
 
 
 def _next_line(in_terminal: bool) -> str | None:
-    """Read a line of the user; None at the end of the input."""
+    """Read a line from the user; None at the end of the input."""
     try:
         return input("> " if in_terminal else "").strip()
     except EOFError:
@@ -43,9 +43,9 @@ def _next_line(in_terminal: bool) -> str | None:
 
 
 def _reply(conversation: Conversation, line: str) -> str:
-    """Do what a line says, and give the answer; what cannot be done is said, and the conversation goes on."""
+    """Return the answer to a line, or the result of a command. An error is returned as text, so that the chat continues."""
     if line == "/again":
-        conversation.again()
+        conversation.restart()
         return "(forgotten)"
     try:
         if line == "/unedited":

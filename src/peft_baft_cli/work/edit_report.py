@@ -1,4 +1,4 @@
-"""The report of `baft edit`: as data, and as text for somebody who sees it for the first time."""
+"""The report of `baft edit`: as data, and as text for a first-time reader."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from peft_baft_cli.screen import print_table, shortened, shown
 NOTHING = "(nothing)"
 MEASURES = (
     ("reliability", "of the new answers are predicted"),
-    ("generality", "of the new answers are predicted where the question is put in other words"),
-    ("locality", "of what the model predicted for other questions is unchanged"),
+    ("generality", "of the new answers are predicted when the question is rephrased"),
+    ("locality", "of the predictions for other questions are unchanged"),
 )
-MOVED = 0.9  # a locality below which the report says what can be done
+LOW_LOCALITY = 0.9  # below this, the report says what can be done
 
 
 def summary(report: Report, records: Sequence[EditRecord]) -> dict[str, Any]:
-    """Return what became of each fact and of the model, in a form that JSON keeps.
+    """Return the outcome for each fact and for the model, in a form that JSON can represent.
 
-    A fact is `learned` if its loss fell below the stop when it was made, and `known` if the model's own answer begins with
-    it at the end: later edits may have overwritten it. `kept` is False for one that was taken back.
+    A fact is `learned` if its loss fell below the threshold when it was taught. It is `known` if the model's answer at the end
+    begins with it: later edits may have overwritten it. `kept` is False if it was reverted.
     """
     batches = [batch for batch in records for _ in batch.edits]
     answers = [
@@ -52,18 +52,20 @@ def summary(report: Report, records: Sequence[EditRecord]) -> dict[str, Any]:
 
 
 def _reworded(found: Sequence[Mapping[str, Any]], folder: str) -> str:
-    """Say which facts ask in other words what earlier edits answer."""
-    shown_first = ", ".join(f"{one['prompt']!r:.60} (edit {one['edit']})" for one in found[:3])
+    """Describe which facts ask in other words what earlier edits answer."""
+    examples = [f"{one['prompt']!r:.60} (edit {one['edit']})" for one in found[:3]]
+    if len(found) > len(examples):
+        examples.append("…")
     numbers = ",".join(str(number) for number in sorted({one["edit"] for one in found}))
     return (
-        f"{len(found)} of these facts ask in other words what the memory answered already: {shown_first}"
-        f"{', …' if len(found) > 3 else ''}. Both stay, and a prompt is answered by the nearer wording; "
-        f"`baft forget {folder} --edit {numbers}` takes the earlier ones out."
+        f"{len(found)} of these facts ask in other words what the memory already answered: {', '.join(examples)}. Both stay, and "
+        "a prompt is answered by the edit with the more similar wording; "
+        f"`baft forget {folder} --edit {numbers}` removes the earlier ones."
     )
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """Print the report: what `summary` returned, with what the command added."""
+    """Print the report: the result of `summary`, with the additions of the command."""
     count = report["facts"]
     print(f"{count} {'fact' if count == 1 else 'facts'} taught to {shown(report['model'])}:")
     print_table(
@@ -85,18 +87,18 @@ def print_report(report: Mapping[str, Any]) -> None:
         print(line)
     if report.get("replaced"):
         numbers = ", ".join(map(str, report["replaced"]))
-        print(f"Facts with questions that were in the memory replace its edits {numbers}.")
+        print(f"Facts whose questions were already in the memory replace its edits {numbers}.")
     if report.get("reworded"):
         print(_reworded(report["reworded"], report["adapter"]))
-    print("\nMeasured on the tokens of answers, as shares:")
+    print("\nShares of answer tokens:")
     for name, what in MEASURES:
         if report[name] is None:
-            print(f"     –  {what} ({name}): not asked, since no record has such a prompt")
+            print(f"     –  {what} ({name}): not measured, since no record has such a prompt")
         else:
             print(f"  {report[name]:.2f}  {what} ({name})")
-    if report["locality"] < MOVED and report.get("method") != "memory":
+    if report["locality"] < LOW_LOCALITY and report.get("method") != "memory":
         print(
-            "Answers close to an edited fact move with it. --unrelated FILE trains beside answers that should stay."
+            "Some answers to other questions changed. --unrelated FILE trains with answers that should stay the same."
         )
     size, seconds = report["bytes"] / 1000, report["seconds"]
     if report.get("method") == "memory":
@@ -104,7 +106,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     else:
         what = f"an adapter of {size:.0f} kB, {report['steps']} steps, {seconds:.1f} s"
     print(f"\nSaved in {shown(report['adapter'])}: {what}.")
-    print("The model's own weights are as they were. Compare for yourself:\n")
+    print("The model's own weights are unchanged. Compare for yourself:\n")
     question = report["answers"][0]["prompt"]
     words = ["baft", "ask", "--model", report["model"], "--adapter", report["adapter"]]
     words.append(question)
@@ -118,7 +120,7 @@ def _outcome(report: Mapping[str, Any]) -> str:
         known = f"{report['known']} still known"
     text = f"{report['learned']} of {report['facts']} learned when made, {known} at the end"
     if report["taken_back"]:
-        text += f", {report['taken_back']} taken back"
+        text += f", {report['taken_back']} reverted"
     return f"{text}."
 
 
@@ -127,19 +129,19 @@ def _problems(answers: Sequence[Mapping[str, Any]]) -> list[str]:
     for answer in answers:
         if answer["problem"] is not None:
             fact = f"{shortened(shown(answer['prompt']), 60)} -> {shortened(shown(answer['wanted']), 40)}"
-            state = "kept" if answer["kept"] else "taken back"
+            state = "kept" if answer["kept"] else "reverted"
             lines.append(f"  {fact}: {answer['problem']} ({state})")
     return lines
 
 
 def _lost(report: Mapping[str, Any]) -> list[str]:
-    """Return what to do about facts that later edits have overwritten, as a line or none."""
+    """Return advice on facts that later edits have overwritten, as one line or none."""
     lost = sum(
         answer["learned"] and answer["kept"] and not answer["known"] for answer in report["answers"]
     )
     if not lost or report["batches"] == 1 or report.get("method") == "memory":
         return []
     return [
-        "Edits that follow each other in one adapter overwrite each other. Learn facts that are known together at once "
-        "(without --one-by-one and --batch-size), or keep them in a memory (--method memory)."
+        "Successive edits in one adapter overwrite each other. Teach all facts at once (without --one-by-one and --batch-size), "
+        "or use a memory (--method memory)."
     ]

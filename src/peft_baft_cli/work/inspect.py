@@ -11,21 +11,21 @@ from peft_baft.tools.inspect.inspect import inspect as inspect_prompt
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import InspectCommand
 from peft_baft_cli.screen import doing
-from peft_baft_cli.work.common import attach_adapter, chosen_form, chosen_subject
+from peft_baft_cli.work.common import attach_adapter, chosen_form, chosen_model
 
 
 def inspect(options: InspectCommand) -> int:
-    """Write a page, and a PNG where matplotlib is installed, of what an adapter does to a prompt; return the exit code."""
-    subject = chosen_subject(options)
-    kind = getattr(subject.adapter, "peft_type", None)
+    """Write a page, and a PNG if matplotlib is installed, on how an adapter processes a prompt; return the exit code."""
+    choice = chosen_model(options)
+    kind = getattr(choice.adapter, "peft_type", None)
     if kind != BAFT:
         raise ValueError(
             f"baft inspect shows the gates of a BaFT adapter, but {options.adapter} is of type {kind}."
         )
-    base, tokenizer = subject.load_base()
-    template = chosen_form(options.template, tokenizer, subject.adapter)
+    base, tokenizer = choice.load_base()
+    template = chosen_form(options.template, tokenizer, choice.adapter)
     edited = attach_adapter(base, options.adapter, options.adapter_revision)
-    with doing("looking"):
+    with doing("inspecting"):
         inspection = inspect_prompt(
             edited, tokenizer, options.prompt, options.max_new_tokens, template=template
         )
@@ -36,7 +36,7 @@ def inspect(options: InspectCommand) -> int:
     try:
         figure.draw(inspection, output.with_suffix(".png"))
         print(output.with_suffix(".png"))
-    except ImportError as error:  # the page needs nothing
+    except ImportError as error:  # the page does not need matplotlib
         print(f"no PNG: {error}")
     return DONE
 

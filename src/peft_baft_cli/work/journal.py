@@ -7,7 +7,7 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
-from peft_baft.editing.journal import LINES, EditLine, ForgetLine, Journal
+from peft_baft.editing.journal import LINES, EditLine, Journal
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import LogCommand, RollbackCommand
 from peft_baft_cli.screen import print_table
@@ -19,13 +19,13 @@ def log(options: LogCommand) -> int:
     folder = adapter_folder(options.adapter, options.adapter_revision)
     journal = _journal(folder)
     snapshots = set(journal.snapshots())
-    edits = [_described(line, snapshots) for line in journal.edits()]
+    state = journal.state()
+    edits = [_described(line, snapshots) for line in state.edits]
     numbers = _numbers_in(folder)
-    if numbers is not None:  # what its own file holds is what it is
-        forgotten = {line.forgotten for line in journal.lines() if isinstance(line, ForgetLine)}
+    if numbers is not None:  # the adapter's file, not the journal, determines what is in a memory
         for edit in edits:
             edit["in_memory"] = edit["edit"] in numbers
-            edit["forgotten"] = edit["edit"] in forgotten and not edit["in_memory"]
+            edit["forgotten"] = edit["edit"] in state.forgotten and not edit["in_memory"]
     if options.json:
         print(dumps({"adapter": options.adapter, "edits": edits}, indent=2))
     else:
@@ -37,7 +37,7 @@ def log(options: LogCommand) -> int:
 
 
 def _numbers_in(folder: Path) -> list[int] | None:
-    """Read the numbers of the edits that a memory in a folder holds; None for another adapter."""
+    """Return the numbers of the edits of the memory in a folder; None for other adapters."""
     if find_spec("peft_baft.memory") is None:
         return None
     from peft_baft.memory.folder import saved_numbers
@@ -56,7 +56,7 @@ def _described(line: EditLine, snapshots: set[int]) -> dict[str, Any]:
 
 
 def _row(edit: dict[str, Any]) -> tuple[str, ...]:
-    state = "in the adapter" if edit["kept"] else "taken back"
+    state = "in the adapter" if edit["kept"] else "reverted"
     if edit["kept"] and not edit.get("in_memory", True):
         state = "forgotten" if edit["forgotten"] else "replaced by a later edit"
     return (
@@ -71,16 +71,16 @@ def _row(edit: dict[str, Any]) -> tuple[str, ...]:
 
 
 def rollback(options: RollbackCommand) -> int:
-    """Bring the adapter in a folder back to what it was after one of its edits; return the exit code."""
+    """Restore the adapter in a folder to its state after one of its edits; return the exit code."""
     _journal(options.adapter).roll_back(options.to)
     state = f"after edit {options.to}" if options.to else "before its first edit"
-    print(f"{options.adapter} is as it was {state}.")
+    print(f"{options.adapter} is restored to its state {state}.")
     return DONE
 
 
 def _journal(adapter: Path) -> Journal:
     if not (adapter / LINES).exists():
         raise ValueError(
-            f"{adapter} holds no journal ({LINES}): its edits were not made by `baft edit`."
+            f"{adapter} contains no journal ({LINES}): its edits were not made by `baft edit`."
         )
     return Journal(adapter)

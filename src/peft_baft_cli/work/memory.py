@@ -1,4 +1,4 @@
-"""`baft forget`, `baft merge`, and what `baft ask --explain` says."""
+"""`baft forget`, `baft merge`, and the explanations of `baft ask --explain`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from peft_baft.data.templates import Template
 from peft_baft.editing.journal import Journal
 from peft_baft.memory.editor import MemoryEditor
 from peft_baft.memory.folder import (
@@ -19,99 +23,101 @@ from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import ForgetCommand, MergeCommand
 from peft_baft_cli.screen import print_table
 
-NO_MEMORY = "{} is no memory of edits; `baft edit --method memory` makes one."
+NO_MEMORY = "{} is not a memory of edits; `baft edit --method memory` makes one."
 
 
 def forget(options: ForgetCommand) -> int:
-    """Take edits out of the memory in a folder; return the exit code."""
+    """Remove edits from the memory in a folder; return the exit code."""
     try:
         numbers = [int(part) for part in options.edit.split(",")]
     except ValueError:
         raise ValueError(
-            f"--edit takes numbers with commas, such as 37 or 3,5, not {options.edit!r}."
+            f"--edit takes numbers separated by commas, such as 37 or 3,5, not {options.edit!r}."
         ) from None
     _require_memory(options.adapter)
     forget_saved(options.adapter, numbers)
-    left = len(saved_numbers(options.adapter) or ())
+    remaining = len(saved_numbers(options.adapter) or ())
     what = f"edit {numbers[0]}" if len(numbers) == 1 else f"{len(set(numbers))} edits"
-    print(f"{options.adapter} has forgotten {what}; {_edits(left)} left.")
+    print(f"{options.adapter} has forgotten {what}; {_edits(remaining)} left.")
     return DONE
 
 
 def merge(options: MergeCommand) -> int:
-    """Put two memories into one; return the exit code."""
+    """Merge two memories; return the exit code."""
     for folder in (options.first, options.second):
         _require_memory(folder)
     replaced = merge_saved(options.first, options.second, options.output)
     for old, new in replaced.items():
         print(f"edit {old} has the same question as edit {new}, which replaces it")
-    print(f"{options.output} holds {_edits(len(saved_numbers(options.output) or ()))}.")
+    print(f"{options.output} contains {_edits(len(saved_numbers(options.output) or ()))}.")
     return DONE
 
 
 def explained(editor: MemoryEditor, prompts: Sequence[str], folder: Path) -> list[dict[str, Any]]:
-    """Say of each prompt which edit answers it, and how near the best one came.
+    """Return for each prompt which edit answers it, with the scores, as `--json` prints them.
 
     Args:
-        folder: of the memory, whose journal tells the facts where it has one.
+        folder: of the memory. If it has a journal, the facts are taken from it.
     """
-    facts = facts_by_number(Journal(folder).edits())
-    listed = []
+    facts = facts_by_number(Journal(folder).state().edits)
+    matches = []
     for prompt in prompts:
         match = editor.matches(prompt)
         fact = facts.get(match.best) if match.best is not None else None
-        listed.append({"prompt": prompt, **asdict(match), "fact": fact})
-    return listed
+        matches.append({"prompt": prompt, **asdict(match), "fact": fact})
+    return matches
 
 
-def print_explained(listed: Sequence[dict[str, Any]]) -> None:
-    """Print what `explained` found."""
-    rows = []
-    for one in listed:
-        fact = one["fact"]
-        rows.append(
-            (
-                one["prompt"],
-                "none" if one["edit"] is None else str(one["edit"]),
-                "–"
-                if one["best"] is None
-                else f"{one['best']}{f': {fact[0]} -> {fact[1]}' if fact else ''}",
-                f"{one['subject']:.2f}",
-                f"{one['relation']:.2f}",
-                _asked_for(one),
-                "–" if one["runner_up"] is None else str(one["runner_up"]),
-            )
-        )
-    print_table(
-        (
-            "prompt",
-            "answered by",
-            "likeliest edit",
-            "subject",
-            "relation",
-            "asked for",
-            "runner-up",
-        ),
-        rows,
+def print_explained(matches: Sequence[Mapping[str, Any]]) -> None:
+    """Print what `explained` returned."""
+    header = (
+        "prompt",
+        "answered by",
+        "best edit",
+        "subject",
+        "relation",
+        "asks for",
+        "runner-up",
     )
-    if listed:
+    print_table(header, [_explained_row(match) for match in matches])
+    if matches:
         print(
-            f"An edit answers if the prompt is alike to its own in subject (above {listed[0]['least_subject']}) and in relation "
-            f"(above {listed[0]['strictness']}, or clearly the same one of the list), and asks for nothing else."
+            "An edit answers if its question is similar to the prompt in subject (above "
+            f"{matches[0]['least_subject']}) and in relation (above {matches[0]['strictness']}, or clearly the same common "
+            "relation), and the prompt asks for nothing else."
         )
 
 
-def _asked_for(match: Mapping[str, Any]) -> str:
-    """Say what a prompt asks for, where the memory's list of relations tells."""
-    asked = match["asks_for"] or "–"
-    return f"{asked} (differs: {match['differs']})" if match["differs"] else asked
+def _explained_row(match: Mapping[str, Any]) -> tuple[str, ...]:
+    best = _or_dash(match["best"])
+    if match["fact"]:
+        prompt, target = match["fact"]
+        best += f": {prompt} -> {target}"
+    asks_for = _or_dash(match["asks_for"])
+    if match["differs"]:
+        asks_for += f" (differs: {match['differs']})"
+    return (
+        match["prompt"],
+        "none" if match["edit"] is None else str(match["edit"]),
+        best,
+        f"{match['subject']:.2f}",
+        f"{match['relation']:.2f}",
+        asks_for,
+        _or_dash(match["runner_up"]),
+    )
 
 
-def require_memory_editor(model: Any, tokenizer: Any, template: Any, adapter: str) -> MemoryEditor:
-    """Make the editor of a memory, which tells what matches.
+def _or_dash(value: object) -> str:
+    return "–" if value is None else str(value)
+
+
+def require_memory_editor(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, template: Template, adapter: str
+) -> MemoryEditor:
+    """Return the editor of a memory, which can explain its matches.
 
     Raises:
-        ValueError: the adapter is no memory of edits.
+        ValueError: the adapter is not a memory of edits.
     """
     config = model.peft_config[model.active_adapters[0]]
     if getattr(config, "memory", None) is None:

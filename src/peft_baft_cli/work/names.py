@@ -12,14 +12,15 @@ from peft_baft_bench.metrics.metrics import METRICS
 from peft_baft_bench.questions.probing import FURTHER_KINDS
 from peft_baft_bench.tasks.tasks import TASKS
 from peft_baft_cli.errors import DONE
+from peft_baft_cli.options import ListCommand
 from peft_baft_cli.screen import print_table
 
 
-def print_names() -> int:
-    """Print the names that other commands take, from the package's tables; return the exit code."""
+def print_names(_options: ListCommand) -> int:
+    """Print the names that other commands take; return the exit code."""
     print_table(("benchmark", "for `baft bench BENCHMARK`"), list(_benchmarks()))
     print_table(
-        ("method", "for --method, with settings if wanted: baft:lr=0.001;r=4"), list(_methods())
+        ("method", "for --method, with optional settings: baft:lr=0.001;r=4"), list(_methods())
     )
     print_table(("metric", "for --also"), list(_metrics()))
     print_table(("preset", "for --preset"), list(_presets()))
@@ -40,7 +41,7 @@ def _methods() -> Iterator[tuple[str, str]]:
 
 
 def _summary(settings: Any) -> str:
-    """Return the settings of a method in one line, without those of its training; of one that has no others, its docstring's."""
+    """Return a method's settings, without those of its training, in one line; if it has none, its docstring's first line."""
     parts = []
     for field in fields(settings):
         value = getattr(settings, field.name)

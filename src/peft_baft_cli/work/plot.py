@@ -10,7 +10,7 @@ from peft_baft_cli.options import PlotCommand
 
 
 def plot(options: PlotCommand) -> int:
-    """Turn files of result lines into tables and figures in a folder; return the exit code."""
+    """Write tables and figures of result lines to a folder; return the exit code."""
     lines, output = read_results(options.results), options.output
     drawn_tables = tables(lines)
     output.mkdir(parents=True, exist_ok=True)

@@ -12,14 +12,14 @@ from peft_baft_cli.options import PushCommand
 from peft_baft_cli.screen import doing, shown
 from peft_baft_cli.work.common import require_file
 
-RESULT_FILE = "a file of result lines that `baft bench --adapter` has made"
+RESULT_FILE = "a file of result lines from `baft bench --adapter`"
 
 
 def push(options: PushCommand) -> int:
     """Upload the adapter in a folder to the Hub; return the exit code."""
     if not options.folder.is_dir():
         raise ValueError(
-            f"There is no folder {options.folder}. baft push takes one that `baft edit --output` has made."
+            f"There is no folder {options.folder}. baft push takes a folder made by `baft edit --output`."
         )
     results = _results(options.results)
     with doing(f"uploading to {options.repository}"):
@@ -40,11 +40,13 @@ def push(options: PushCommand) -> int:
 
 
 def _results(file: Path | None) -> list[ResultLine]:
-    """Return the result lines of a file that are about an adapter."""
+    """Return the result lines of adapters in a file."""
     if file is None:
         return []
     lines = read_results([require_file(file, "--results", RESULT_FILE)])
-    of_adapters = [line for line in lines if line.method == ADAPTER]
-    if not of_adapters:
-        raise ValueError(f"--results {file} has no line of an adapter. It takes {RESULT_FILE}.")
-    return of_adapters
+    lines = [line for line in lines if line.method == ADAPTER]
+    if not lines:
+        raise ValueError(
+            f"--results {file} has no result of an adapter. The option takes {RESULT_FILE}."
+        )
+    return lines

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from json import dumps
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from peft_baft.data.cases import Case
 from peft_baft.data.datasets import read_cases
@@ -28,30 +28,28 @@ from peft_baft.tools.report.taught import (
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import ReportCommand
 from peft_baft_cli.screen import doing, progress_shown, shown
-from peft_baft_cli.work.common import adapter_folder, attach_adapter, chosen_subject, require_file
+from peft_baft_cli.work.common import adapter_folder, attach_adapter, chosen_model, require_file
 
 PAGE = "report.html"
-EDIT_FILE = "the .jsonl, .json or .csv file that `baft edit` was given"
+EDIT_FILE = "the .jsonl, .json or .csv file of `baft edit`"
 
 
 def report(options: ReportCommand) -> int:
     """Write the page of an adapter with its journal; return the exit code."""
-    is_here = Path(options.adapter).is_dir()
-    output = options.output or (Path(options.adapter) / PAGE if is_here else Path(PAGE))
+    local = Path(options.adapter)
+    output = options.output or (local / PAGE if local.is_dir() else Path(PAGE))
     if output.is_dir():
         raise ValueError(
             f"--output {output} is a folder; it takes a file, such as {output / PAGE}."
         )
     directory = adapter_folder(options.adapter, options.adapter_revision)
-    subject = chosen_subject(options)
-    cases = (
-        []
-        if options.edits is None
-        else read_cases(require_file(options.edits, "--edits", EDIT_FILE))
-    )
+    choice = chosen_model(options)
+    cases: Sequence[Case] = ()
+    if options.edits is not None:
+        cases = read_cases(require_file(options.edits, "--edits", EDIT_FILE))
     folder = read_folder(directory)
     facts = _facts(directory, cases)
-    base, tokenizer = subject.load_base()
+    base, tokenizer = choice.load_base()
     forms = _forms(tokenizer, options.template)
     with ExitStack() as stack:
         result = gather(
@@ -60,7 +58,7 @@ def report(options: ReportCommand) -> int:
             facts,
             forms,
             folder,
-            _handed_on(subject.model),
+            _public_name(choice.model),
             limit=options.limit,
             neighbours=options.neighbours,
             notes=_notes(directory, folder, facts, cases, forms, options.edits),
@@ -78,24 +76,24 @@ def report(options: ReportCommand) -> int:
     return DONE
 
 
-def _handed_on(model: str) -> str:
-    """Name a base model for a reader elsewhere: a folder or file of this machine by its last part."""
+def _public_name(model: str) -> str:
+    """Return a base model's name for readers elsewhere: of a local folder or file, only the last part of its path."""
     return Path(model).name if Path(model).exists() else model
 
 
 def _facts(directory: Path, cases: Sequence[Case]) -> list[TaughtFact]:
-    """Return the facts of the journal; of the edit file where there is none."""
+    """Return the facts of the journal; without a journal, those of the edit file."""
     if (directory / LINES).exists():
         return with_cases(facts_of_journal(Journal(directory)), cases)
     if not cases:
         raise ValueError(
-            f"{directory} holds no journal ({LINES}), so its facts are not known here. Give them with --edits FILE."
+            f"{directory} contains no journal ({LINES}), so its facts are unknown. Give them with --edits FILE."
         )
     return facts_of_cases(cases)
 
 
-def _forms(tokenizer: Any, chosen: str | None) -> tuple[Template, ...]:
-    """Return the forms in which to ask: the chosen ones, or all that the tokenizer has."""
+def _forms(tokenizer: PreTrainedTokenizerBase, chosen: str | None) -> tuple[Template, ...]:
+    """Return the forms of prompts: the chosen ones, or all that the tokenizer supports."""
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     return chosen_templates(tokenizer, chosen or ("both" if has_chat else "raw"))
 
@@ -108,32 +106,33 @@ def _notes(
     forms: Sequence[Template],
     edits: Path | None,
 ) -> list[str]:
-    """Return what a reader of the page must know about where its facts come from."""
+    """Return what readers of the page should know about the source of its facts."""
     notes = []
     if not (directory / LINES).exists():
         notes.append(
-            f"The folder holds no journal. The facts are those of {edits}; when and how they were taught is not known."
+            f"The folder contains no journal. The facts are those of {edits}; when and how they were taught is unknown."
         )
     elif unknown := unknown_cases(facts, cases):
         notes.append(
-            f"{unknown} of the {len(cases)} records of {edits} are not in the journal, and were not asked."
+            f"{unknown} of the {len(cases)} records of {edits} are not in the journal, and were not asked about."
         )
     if folder.as_journal is False:
         notes.append(
-            "The adapter's file is not what the last edit of its journal left: the run was interrupted (`baft edit --resume` "
-            "goes on with it), or something else has written the file."
+            "The adapter's file differs from the last edit of its journal: the run was interrupted (`baft edit --resume` "
+            "continues it), or something else has written the file."
         )
     asked = {form.name for form in forms}
     elsewhere = sum(bool(fact.forms) and not asked & set(fact.forms) for fact in facts)
     if elsewhere:
         notes.append(
-            f"{elsewhere} of the facts were taught in a form that was not asked here; an edit holds in its own form."
+            f"{elsewhere} of the facts were taught in a prompt format that was not used here; an edit works only in its own "
+            "format."
         )
     return notes
 
 
 def _bar(stack: ExitStack, total: int) -> Callable[[int], object]:
-    """Show a progress bar until the stack ends; return what moves it on."""
+    """Show a progress bar until the stack is closed; return the function that advances it."""
     bar = stack.enter_context(
         tqdm(total=total, desc="asking", unit="answer", disable=not progress_shown(), leave=False)
     )

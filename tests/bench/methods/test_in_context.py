@@ -8,10 +8,10 @@ import torch
 import facts
 from facts import CAPITALS, MEALS, FactModel, edits
 from peft_baft import Edit
-from peft_baft.adapter.model_call import generate_greedily
 from peft_baft.data.batching import special_ids
 from peft_baft.data.templates import Template
 from peft_baft.data.unrelated import GENERAL
+from peft_baft.running import generate_greedily
 from peft_baft_bench.methods.in_context import InContext, InContextEditor
 from peft_baft_bench.methods.method import EditorSetup
 from peft_baft_bench.methods.word_index import WordIndex

@@ -95,7 +95,7 @@ def test_a_state_of_another_adapter_is_refused_and_changes_nothing(
             editor.load_state_dict(zeros)
     if name != "lora":
         with pytest.raises(
-            ValueError, match=r"'editor\.unrelated_used'; this one, of an adapter alone"
+            ValueError, match=r"'editor\.unrelated_used'; this state has only the adapter"
         ):
             editor.load_state_dict(weights_alone)
     assert all(torch.equal(tensor, state[key]) for key, tensor in editor.state_dict().items())

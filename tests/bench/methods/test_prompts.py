@@ -10,9 +10,9 @@ from torch import Tensor
 
 import facts
 from facts import CAPITALS, FactModel
-from peft_baft.adapter.model_call import call_with_cache
 from peft_baft.data.batching import encode
-from peft_baft.editing.acceleration.module_patches import FixedBlocks
+from peft_baft.editing.module_patches import FixedBlocks
+from peft_baft.running import call_with_cache
 from peft_baft_bench.methods.prompts import PromptTracker, TrainingTexts, mean_over
 
 fact_model = facts.fact_model

@@ -14,12 +14,12 @@ from conftest import make_model
 from peft_baft import BaftConfig
 from peft_baft.data.batching import Tokens
 from peft_baft.editing.acceleration import packed_linear
+from peft_baft.editing.acceleration.cached_prefix import CachedPrefix
 from peft_baft.editing.acceleration.packed_linear import (
     PackedWeight,
     packed_forwards,
     packed_weight,
 )
-from peft_baft.editing.acceleration.repeated_texts import CachedPrefix
 from peft_baft.editing.edit_cache import EditCache
 
 pytestmark = pytest.mark.skipif(

@@ -12,7 +12,7 @@ from peft_baft import BaftConfig, Scope
 from peft_baft.adapter import baft_layers
 from peft_baft.data.batching import context_window
 from peft_baft.data.templates import CHAT
-from peft_baft.editing.contrasts import contrast_rows, hold, squared_lengths
+from peft_baft.editing.contrasts import contrast_rows, contrast_targets, squared_lengths
 from peft_baft.editing.edit_cache import EditCache
 from tiny_models import tiny_model
 from tiny_tokenizer import FACT, tiny_tokenizer
@@ -29,8 +29,13 @@ def held(name: str, prepared: EditCache) -> tuple[dict[str, Any], dict[str, Any]
     layers = baft_layers(model)
     rows = sorted(contrast_rows(model, tokenizer, FACT, CHAT, SCOPE), key=lambda row: len(row.ids))
     assert len({len(row.ids) for row in rows}) > 1
-    together = hold(model, tokenizer, layers, rows, SCOPE, 3, "default", prepared).hidden
-    parts = [hold(model, tokenizer, layers, [row], SCOPE, 3, "default").hidden for row in rows]
+    together = contrast_targets(
+        model, tokenizer, layers, rows, SCOPE, 3, "default", prepared
+    ).hidden
+    parts = [
+        contrast_targets(model, tokenizer, layers, [row], SCOPE, 3, "default").hidden
+        for row in rows
+    ]
     alone = {layer.name: torch.cat([part[layer.name] for part in parts]) for layer in layers}
     return dict(together), alone
 

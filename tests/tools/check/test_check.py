@@ -24,7 +24,7 @@ from peft_baft.adapter import config as config_module
 from peft_baft.adapter import context as context_module
 from peft_baft.adapter.call import Call
 from peft_baft.adapter.layer import BaftLayer
-from peft_baft.editing.acceleration.repeated_texts import CachedPrefix
+from peft_baft.editing.acceleration.cached_prefix import CachedPrefix
 from peft_baft.tools.check import edit_trials
 from peft_baft.tools.check.check import ATTACHED, UNLOADS
 from peft_baft.tools.check.trials import (
@@ -39,7 +39,7 @@ from peft_baft.tools.check.trials import (
     RIGHT,
     RUNS,
 )
-from peft_baft_cli.errors import NOT_SO
+from peft_baft_cli.errors import CHECK_FAILED
 
 
 def traces(model: nn.Module) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def test_what_goes_wrong_is_found(
     report = peft_baft.check(make_model())
     assert not report.ok
     assert found <= {finding.name for finding in report.findings if finding.holds is False}
-    assert "NOT WHOLE" in str(report)
+    assert "FAILED" in str(report)
 
 
 def test_a_fast_path_that_is_not_taken_is_no_failure(
@@ -206,7 +206,9 @@ def test_an_edit_that_cannot_be_seen_proves_nothing() -> None:
     model = get_peft_model(make_model(), config())
     report = peft_baft.check(model)
     assert (
-        report[CONTROL].holds is False and "Cannot tell" in report[CONTROL].detail and not report.ok
+        report[CONTROL].holds is False
+        and "Inconclusive" in report[CONTROL].detail
+        and not report.ok
     )
 
 
@@ -219,7 +221,7 @@ def test_a_models_own_adapter_is_used_and_stays_as_it_is() -> None:
     assert traces(model) == before and list(model.peft_config) == ["default"]
     with pytest.raises(ValueError, match="not both"):
         peft_baft.check(model, adapter="a folder")
-    with pytest.raises(ValueError, match="is no PeftModel"):
+    with pytest.raises(ValueError, match="is not a PeftModel"):
         peft_baft.check(model.get_base_model())
 
 
@@ -232,7 +234,7 @@ def test_an_adapter_of_a_folder_is_tried_on_a_base_model(tmp_path) -> None:
     get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(
         tmp_path / "lora"
     )
-    with pytest.raises(ValueError, match="no BaFT adapter"):
+    with pytest.raises(ValueError, match="is not a BaFT adapter"):
         peft_baft.check(base, adapter=str(tmp_path / "lora"))
     with pytest.raises(ValueError, match="active is"):
         peft_baft.check(get_peft_model(base, LoraConfig(target_modules=["q_proj"])))
@@ -305,8 +307,8 @@ def test_the_command_prints_the_table_or_json_and_tells_by_its_exit_code(
     assert cli.main(["check", "--model", saved_model, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"] is True
     too_many(monkeypatch)
-    assert cli.main(["check", "--model", saved_model]) == NOT_SO
-    assert "NOT WHOLE" in capsys.readouterr().out
+    assert cli.main(["check", "--model", saved_model]) == CHECK_FAILED
+    assert "FAILED" in capsys.readouterr().out
     assert cli.main(["check", "--model", saved_model, "--adapter", saved_model]) == 2
 
 

@@ -1,6 +1,6 @@
 """`inspect` measures what an edit does to one prompt, and leaves the model as it was."""
 
-# mypy: disable-error-code="attr-defined, index, union-attr"
+# mypy: disable-error-code="arg-type, attr-defined, index, union-attr"
 from __future__ import annotations
 
 from typing import Any
@@ -214,9 +214,9 @@ def test_what_cannot_be_inspected_is_refused_with_advice(
     lora = get_peft_model(
         edited_model(base).unload(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     )
-    with pytest.raises(TypeError, match=r"carries LORA\. Load a BaFT adapter with"):
+    with pytest.raises(TypeError, match=r"has LORA\. Load a BaFT adapter with"):
         inspect(lora, tokenizer, PROMPT)
-    with pytest.raises(TypeError, match=r"LlamaForCausalLM carries no adapter\. Load"):
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM has no adapter\. Load"):
         inspect(base, tokenizer, PROMPT)  # type: ignore[arg-type]
     with model.disable_adapter(), pytest.raises(ValueError, match="set_adapter"):
         inspect(model, tokenizer, PROMPT)

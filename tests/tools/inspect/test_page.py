@@ -144,7 +144,7 @@ def test_the_page_shows_what_was_measured() -> None:
     }
     assert (
         all(sentence in text for sentence in summary(seen))
-        and "the last prompt token and on every" in text
+        and "the last prompt token and every" in text
     )
     data = reader.data()
     assert [block["label"] for block in data["blocks"]] == ["block 7", "model.attention"]
@@ -164,15 +164,15 @@ def test_the_summary_says_where_how_strongly_and_what_turned() -> None:
     seen = measured()
     assert summary(seen) == [
         "The edits act in 2 blocks, on 1 of the prompt's 2 tokens and on every token of the answer.",
-        "The answer's first token turns: “Paris” 80% → 5.0%, “Rome” 0.77% → 90%.",
-        "They are strongest at “is” in model.attention: the update is 47% as long as the hidden vector.",
+        "The first token of the answer changes: “Paris” 80% → 5.0%, “Rome” 0.77% → 90%.",
+        "They are strongest at “is” in model.attention: the norm of the update is 47% of the hidden vector's.",
     ]
     still = replace(seen.tokens[1], changes=(Change(1, " a", 0.8, 0.9),))
     stays = summary(replace(seen, tokens=(seen.tokens[0], still), blocks=seen.blocks[:1]))
     assert stays[0] == "The edits act in 1 block, on 1 of the prompt's 2 tokens."
     assert (
         stays[1]
-        == "The answer's likeliest first token stays “a”: 80% without the edits, 90% with them."
+        == "The most probable first token of the answer stays “a”: 80% without the edits, 90% with them."
     )
 
 

@@ -67,7 +67,9 @@ def test_a_fact_that_was_taught_holds_and_one_that_was_not_does_not(fact_model, 
     made = report(fact_model, edited, taught(0), taught(5, nearby=()))
     assert [fact.holds for fact in made.facts] == [True, False]
     assert made.counts["facts"] == 2 and made.counts["hold"] == 1
-    assert made.held_in("answers", "raw") == (1, 2) and made.held_in("rephrasings", "raw") == (0, 0)
+    assert made.count_holding("answers", "raw") == (1, 2) and made.count_holding(
+        "rephrasings", "raw"
+    ) == (0, 0)
     first = made.facts[0].answers[0]
     assert first.before.startswith(CAPITALS[0].answer) and first.after.startswith(
         CAPITALS[8].answer

@@ -153,7 +153,7 @@ def test_what_moved_stands_before_everything_else_and_all_parts_in_their_order()
     first = text[text.index("Neighbours that moved") : text.index("Every fact")]
     assert first.index("says the new answer") < first.index("moved", 30)
     assert (
-        "says what edit 7 taught about text" in first
+        "says the answer of edit 7 about text" in first
         and "new text" in first
         and "old text" in first
     )
@@ -163,7 +163,7 @@ def test_nothing_is_left_out_in_silence() -> None:
     text = " ".join(Reader(page(made_up(facts=2))).text.split())
     assert "3 facts of this adapter were not asked, and are not on this page" in text
     assert "--limit 5 asks all of them" in text and "1 fact that is not in the adapter" in text
-    assert "taken back: text" in text and "Kept although it is not good: text" in text
+    assert "undone: text" in text and "Kept although it was rejected: text" in text
     assert "Not asked: text" in text and "(3 more not asked)" in summary(made_up())
     whole = page(replace(made_up(), left_out=0))
     assert "not asked</b>" not in whole
@@ -188,16 +188,16 @@ def test_the_marked_words_are_those_that_differ() -> None:
 
 def test_a_fact_is_blamed_only_in_the_form_that_it_was_taught_in() -> None:
     text = Reader(page(made_up())).text
-    assert "does not hold; not taught so" in text  # as chat, which was not taught
+    assert "does not hold; not trained in this format" in text  # as chat, which was not taught
     report = made_up()
     both = replace(report.facts[0], fact=replace(report.facts[0].fact, forms=("raw", "chat")))
-    assert "not taught so" not in page(replace(report, facts=(both,)))
+    assert "not trained in this format" not in page(replace(report, facts=(both,)))
     assert both.holds is False and report.facts[0].holds is True
 
 
 def test_a_report_without_facts_or_neighbours_says_so() -> None:
     html = page(replace(made_up(), facts=()))
-    assert "The adapter holds no fact." in html and "No neighbour was asked" in html
+    assert "The adapter has no facts." in html and "No neighbour was asked" in html
     assert counted(1, "fact") == "1 fact" and counted(1200, "fact") == "1,200 facts"
 
 

@@ -1,1 +1,1 @@
-"""What makes an edit faster and changes nothing else: without this folder edits take longer and come out the same."""
+"""Faster implementations of computations of an edit. Without this folder, edits take longer and have the same results."""

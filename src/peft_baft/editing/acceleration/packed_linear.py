@@ -1,7 +1,7 @@
-"""Products with frozen weights on a CPU, in the layout in which oneDNN multiplies few tokens fastest.
+"""Products with frozen weights on a CPU, in the memory layout in which oneDNN multiplies few tokens fastest.
 
-A step of an edit multiplies some ten tokens with every weight, forward and backward. For so few, a CPU's time goes into
-fetching the weights, and it fetches them about twice as fast from blocks that are laid out for that product.
+A step of an edit multiplies about ten tokens with every weight, forward and backward. With so few tokens, the CPU spends its
+time loading the weights, which is about twice as fast in a blocked layout made for this product.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LARGEST = 500_000_000  # weights of a model that are packed; each then takes 12 bytes instead of 4
-TOKENS = 8  # the number of tokens that blocks are laid out for; they serve any other number
+LARGEST = 500_000_000  # largest number of weights that are packed; a packed weight takes 12 bytes instead of 4
+TOKENS = 8  # the number of tokens the layout is optimised for; it works with any number
 
 
 class PackedWeight:
-    """The weight (out, in) of a layer, laid out for products with it, and, once a backward needs it, its transpose.
+    """The packed weight (out, in) of a layer and, from the first backward pass on, its packed transpose.
 
     Attributes:
-        weight: the packed weight. probe: what tells whether the layer's weight has changed since (`probed`).
+        weight: the packed weight. probe: detects later changes of the layer's weight (`probed`).
     """
 
     def __init__(self, layer: nn.Linear, probe: Tensor) -> None:
@@ -40,15 +40,15 @@ class PackedWeight:
 def packed_forwards(
     modules: Iterable[nn.Module], packed: dict[nn.Module, PackedWeight]
 ) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
-    """Make forwards for those linear layers among the modules whose weights are frozen, in float32 and on the CPU.
+    """Return forwards with packed weights for the linear layers whose weights are frozen, in float32 and on the CPU.
 
-    They give what the layers' own forwards give, to float noise, and gradients of the layers' inputs alone.
+    They compute the same as the layers' own forwards up to rounding, and gradients with respect to the input only.
 
     Args:
-        packed: weights that were packed before. New ones are added, and those of layers that are not packed now are dropped.
+        packed: the weights packed so far. New ones are added; those of layers that cannot be packed any more are removed.
 
     Returns:
-        A forward by layer; none where torch has no such product, or there are more than `LARGEST` weights.
+        A forward per layer; empty if torch was built without oneDNN or there are more than `LARGEST` weights.
     """
     layers: list[Any] = [module for module in modules if _can_pack(module)]
     count = sum(layer.weight.numel() for layer in layers)
@@ -68,7 +68,7 @@ def _can_pack(module: nn.Module) -> bool:
 
 
 def packed_weight(layer: Any, packed: dict[nn.Module, PackedWeight]) -> PackedWeight:
-    """Pack a layer's weight as it is now, or take it from `packed` if it has not changed since."""
+    """Return a layer's packed weight from `packed`; pack it if it is missing there or the layer's weight has changed."""
     probe = probed(layer.weight.detach())
     known = packed.get(layer)
     if known is None or not torch.equal(known.probe, probe):
@@ -77,10 +77,10 @@ def packed_weight(layer: Any, packed: dict[nn.Module, PackedWeight]) -> PackedWe
 
 
 def probed(weight: Tensor) -> Tensor:
-    """Multiply a weight (out, in) with a vector that is always the same and has no pattern: (out,).
+    """Multiply a weight (out, in) with a fixed pseudorandom vector, to detect changes: (out,).
 
-    A pointer and a version do not tell of writes through `.data`. This reads every value, once, at the speed of memory. A change
-    that it does not show is lost in the rounding of other products as well.
+    A pointer and a version counter do not detect writes through `.data`. This reads every value once, at memory speed. A change
+    that does not affect this product is lost in the rounding of other products as well.
     """
     return torch.mv(weight, _direction(weight.shape[1]))
 
@@ -92,7 +92,8 @@ def _direction(size: int) -> Tensor:
 
 
 def _pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, TOKENS)
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, TOKENS)
+    return packed
 
 
 def _linear(layer: Any, packed: PackedWeight, h: Tensor) -> Tensor:
@@ -114,4 +115,5 @@ class _PackedProduct(torch.autograd.Function):
 
 def product(h: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply h (…, in) with a packed weight (out, in): (…, out)."""
-    return torch.ops.mkldnn._linear_pointwise(h, packed, bias, "none", [], "")
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(h, packed, bias, "none", [], "")
+    return result

@@ -1,61 +1,61 @@
-"""Whether prompts can be answered together, in a batch that is padded on the left.
+"""A test whether a model can answer prompts in a batch that is padded on the left.
 
-Most models give a row of such a batch what they give it alone. Some do not: BART counts positions by columns, and RWKV takes
-padding into its state. Their prompts are answered one by one.
+Most models compute the same for a row in such a batch as for a single row. Some do not: BART counts positions by columns, and
+RWKV includes padding in its state. Their prompts are answered one by one.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
-from peft_baft.adapter.model_call import generate_greedily, input_device
 from peft_baft.data.batching import Tokens, collate
-from peft_baft.editing.acceleration.module_patches import collected_outputs
 from peft_baft.editing.edit_cache import EditCache
+from peft_baft.editing.module_patches import collected_outputs
+from peft_baft.running import generate_greedily, input_device
 
 logger = logging.getLogger(__name__)
-# Of the size of the compared hidden vectors: the least tolerance, and that in spacings of their dtype's numbers.
+# Tolerance relative to the size of the hidden vectors: a minimum, and in units of the dtype's spacing.
 TOLERANCE, ROUNDINGS = 1e-3, 16
 ONE_BY_ONE = (
-    "%s gives a row of a left-padded batch other hidden vectors than the row alone, so contrast texts are answered one by one; "
-    "this is slower."
+    "%s computes other hidden vectors for a row in a left-padded batch than for a single row, so contrast texts are answered "
+    "one by one, which is slower."
 )
 
 
 def takes_left_padding(
-    model: Any,
+    model: PeftModel,
     block: nn.Module,
     prompts: Sequence[Tokens],
     padding: int,
     positions: int,
     prepared: EditCache,
 ) -> bool:
-    """Tell whether the shortest of some prompts has the same hidden vectors in a batch with the longest one as alone.
+    """Return whether the shortest prompt has the same hidden vectors in a batch with the longest prompt as by itself.
 
-    A model is asked once, with the first prompts that differ in length.
+    A model is tested once, with the first prompts that differ in length.
 
     Args:
-        model: without its adapters. block: whose outputs are compared, at the last `positions` tokens.
-        padding: a token id to pad with. prepared: remembers the answer.
+        model: with its adapters disabled. block: its outputs at the last `positions` tokens are compared.
+        padding: a token id for padding. prepared: stores the result.
     """
     shortest = min(prompts, key=lambda prompt: len(prompt.ids))
     longest = max(prompts, key=lambda prompt: len(prompt.ids))
     if len(shortest.ids) == len(longest.ids):
         return True
     if prepared.takes_left_padding is None:
-        alone = _hidden(model, block, [shortest], padding, positions)
+        single = _hidden(model, block, [shortest], padding, positions)
         try:
-            beside = _hidden(model, block, [shortest, longest], padding, positions)
-            difference = torch.linalg.vector_norm(beside[-len(alone) :] - alone)
-            tolerance = max(TOLERANCE, ROUNDINGS * torch.finfo(alone.dtype).eps)
-            equal = difference <= tolerance * torch.linalg.vector_norm(alone)
+            in_batch = _hidden(model, block, [shortest, longest], padding, positions)
+            difference = torch.linalg.vector_norm(in_batch[-len(single) :] - single)
+            tolerance = max(TOLERANCE, ROUNDINGS * torch.finfo(single.dtype).eps)
+            equal = difference <= tolerance * torch.linalg.vector_norm(single)
             prepared.takes_left_padding = bool(equal)
-        except (RuntimeError, IndexError, ValueError):  # a model that cannot be called so
+        except (RuntimeError, IndexError, ValueError):  # the model does not accept such a batch
             prepared.takes_left_padding = False
         if not prepared.takes_left_padding:
             logger.warning(ONE_BY_ONE, type(model.get_base_model()).__name__)
@@ -63,9 +63,9 @@ def takes_left_padding(
 
 
 def _hidden(
-    model: Any, block: nn.Module, rows: Sequence[Tokens], padding: int, positions: int
+    model: PeftModel, block: nn.Module, rows: Sequence[Tokens], padding: int, positions: int
 ) -> Tensor:
-    """Compute the first row's hidden vectors (positions + 1, d) at a block: of its last tokens and of the first new one."""
+    """Compute the first row's hidden vectors (positions + 1, d) at a block: of its last tokens and its first new token."""
     device, batch = input_device(model), collate(rows, padding, "left")
     ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
     with torch.no_grad(), collected_outputs(block) as outputs:

@@ -1,17 +1,24 @@
-"""Let a model answer texts that begin alike, as all questions in one chat template do: what they share is computed once."""
+"""Answering of prompts in batches, where a common prefix, such as that of a chat template, is computed only once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_baft.adapter.blocks import attention_window
-from peft_baft.adapter.model_call import (
+from peft_baft.data.batching import Tokens, collate
+from peft_baft.editing.acceleration.packed_linear import packed_forwards
+from peft_baft.editing.acceleration.padded_prompts import takes_left_padding
+from peft_baft.editing.acceleration.padding import forwards_without_padding
+from peft_baft.editing.edit_cache import EditCache
+from peft_baft.editing.module_patches import no_logits, replaced_forwards
+from peft_baft.running import (
     cache_parameter,
     call_with_cache,
     generate_greedily,
@@ -21,50 +28,40 @@ from peft_baft.adapter.model_call import (
     select_rows,
     takes_position_ids,
 )
-from peft_baft.data.batching import Tokens, collate
-from peft_baft.editing.acceleration.module_patches import (
-    forwards_without_padding,
-    logits_only_at,
-    replaced_forwards,
-)
 
 PackedForwards = Mapping[nn.Module, Callable[..., Any]]
-SHORTEST = 8  # a forward of its own does not pay for fewer tokens
+BATCH_SIZE = 64  # prompts that are answered together
+SHORTEST = 8  # tokens of a prefix below which its own forward pass does not pay off
 
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Tokens that stand at the beginning of several texts, and what later tokens need of them.
+    """Tokens with which several texts begin, and their cache.
 
     Attributes:
-        ids: the tokens; none where nothing is shared. cache: keys and values of one row.
+        ids: the tokens; empty if nothing is shared. cache: keys and values, of one row.
     """
 
     ids: tuple[int, ...] = ()
     cache: Any = None
 
     @classmethod
-    def of(cls, model: Any, ids: tuple[int, ...], packed: PackedForwards) -> SharedPrefix:
-        """Run the tokens of a prefix; a recurrent model shares none, since other texts cannot leave out a state."""
-        base, device = model.get_base_model(), input_device(model)
-        nowhere = (torch.zeros(0, dtype=torch.long, device=device),) * 2  # nobody reads its logits
-        inputs = {"input_ids": torch.tensor([ids], device=device)}
-        with (
-            torch.no_grad(),
-            replaced_forwards(packed),
-            logits_only_at(base.get_output_embeddings(), nowhere),
-        ):
+    def of(cls, model: PeftModel, ids: tuple[int, ...], packed: PackedForwards) -> SharedPrefix:
+        """Compute the cache of a prefix. The prefix is empty for a recurrent model, whose state cannot be masked out."""
+        base: Any = model.get_base_model()
+        inputs = {"input_ids": torch.tensor([ids], device=input_device(model))}
+        with torch.no_grad(), replaced_forwards(packed), no_logits(base):
             _, cache = call_with_cache(model, base, inputs)
         return cls(ids, cache) if holds_keys_alone(cache) else cls()
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts to be answered together, some of which begin with a prefix.
+    """A batch of prompts to be answered, some of which begin with a shared prefix.
 
     Attributes:
-        begins: (rows,) bool, which ones.
-        ids, mask: (rows, tokens), padded on the left: what is left of those, and the others whole.
+        begins: (rows,) bool, whether a prompt begins with the prefix.
+        ids, mask: (rows, tokens), padded on the left: the prompts, without the prefix where they begin with it.
     """
 
     prefix: SharedPrefix
@@ -74,59 +71,85 @@ class PromptBatch:
 
     @classmethod
     def of(cls, prompts: Sequence[Tokens], padding: int, prefix: SharedPrefix) -> PromptBatch:
-        """Take the prefix off the prompts that begin with it."""
-        rests = [rest_behind(prefix.ids, prompt) for prompt in prompts]
+        """Remove the prefix from the prompts that begin with it."""
+        rests = [without_prefix(prefix.ids, prompt) for prompt in prompts]
         begins = [len(rest) < len(prompt.ids) for rest, prompt in zip(rests, prompts, strict=True)]
         batch = collate([Tokens(rest, len(rest)) for rest in rests], padding, side="left")
         return cls(prefix, torch.tensor(begins), batch["input_ids"], batch["attention_mask"])
 
     def answers(
-        self, model: Any, padding: int, max_new_tokens: int, packed: PackedForwards
+        self, model: PeftModel, padding: int, max_new_tokens: int, packed: PackedForwards
     ) -> Tensor:
-        """Decode (rows, up to `max_new_tokens`) new tokens of each, greedily."""
+        """Decode (rows, up to `max_new_tokens`) new tokens greedily."""
         base, device = model.get_base_model(), input_device(model)
-        ids, mask, given = self.ids, self.mask, {}
+        ids, mask = self.ids, self.mask
+        past: dict[str, Any] = {}
         if self.prefix.ids:
             rows = len(ids)
             first_row = torch.zeros(rows, dtype=torch.long, device=device)
-            given[cache_parameter(base)] = select_rows(self.prefix.cache, first_row)
+            past[cache_parameter(base)] = select_rows(self.prefix.cache, first_row)
             before = torch.tensor(self.prefix.ids).expand(rows, -1)
             ids = torch.cat([before, ids], 1)
             mask = torch.cat([self.begins[:, None].expand_as(before).to(mask), mask], 1)
         real = self.mask.to(device).bool()
         with replaced_forwards(forwards_without_padding(base, real, packed)):
-            return generate_greedily(model, ids, mask, padding, max_new_tokens, **given)
+            return generate_greedily(model, ids, mask, padding, max_new_tokens, **past)
 
 
-def rest_behind(prefix: tuple[int, ...], prompt: Tokens) -> tuple[int, ...]:
-    """Give a prompt's tokens behind a prefix; all of them where it does not begin with it."""
+def padded_batches(
+    model: PeftModel,
+    block: nn.Module,
+    prompts: Sequence[Tokens],
+    padding: int,
+    prompt_positions: int,
+    prepared: EditCache,
+) -> Iterator[tuple[Tensor, Callable[[int], Tensor]]]:
+    """Yield the batches of `fast_paths.prompt_batches`: several prompts each where the model supports left padding."""
+    packed = packed_forwards(model.get_base_model().modules(), prepared.packed)
+    prefix, size = SharedPrefix(), 1
+    if takes_left_padding(model, block, prompts, padding, prompt_positions, prepared):
+        size = BATCH_SIZE
+        ids = find_prefix(model, prompts, prompt_positions, prepared.verified_length)
+        if ids:
+            prefix = SharedPrefix.of(model, ids, packed)
+    for start in range(0, len(prompts), size):
+        batch = PromptBatch.of(prompts[start : start + size], padding, prefix)
+        yield batch.mask, partial(batch.answers, model, padding, packed=packed)
+
+
+def without_prefix(prefix: tuple[int, ...], prompt: Tokens) -> tuple[int, ...]:
+    """Return a prompt's tokens after a prefix; all of them if it does not begin with the prefix."""
     begins = prompt.ids[: len(prefix)] == prefix
     return prompt.ids[len(prefix) :] if begins else prompt.ids
 
 
-def find_prefix(model: Any, prompts: Sequence[Tokens], own: int, verified: int) -> tuple[int, ...]:
-    """Find the tokens with which at least half of the prompts begin; none where that saves nothing or may not be relied on.
+def find_prefix(
+    model: PeftModel, prompts: Sequence[Tokens], own: int, verified: int
+) -> tuple[int, ...]:
+    """Find the tokens with which at least half of the prompts begin; empty if sharing them saves nothing or is not safe.
 
-    Behind a prefix shorter prompts are padded in their middle. So a model must take its positions from the caller, and an
-    attention window, which is counted in columns, must hold everything.
+    With a prefix, shorter prompts have padding in the middle. Therefore the model must take position ids, and the attention
+    window, which is counted in columns, must cover the whole batch.
 
     Args:
-        own: how many of a prompt's last tokens are not shared.
-        verified: up to how many tokens going on from a cache was found right with this model (`EditCache`).
+        own: the number of a prompt's last tokens that are never shared.
+        verified: the length up to which this model's cache was verified (`EditCache`).
     """
     base = model.get_base_model()
     if len(prompts) < 2 or not takes_position_ids(base) or not generates_with_cache(model):
         return ()
-    # Of texts in alphabetical order, those in between begin as the first and the last do.
+    # Sorted texts between two texts share the common prefix of these two.
     ordered = sorted(prompt.ids[: max(0, len(prompt.ids) - own)] for prompt in prompts)
     half = (len(ordered) + 1) // 2
     pairs = zip(ordered, ordered[half - 1 :], strict=False)
-    prefix = max((_common_beginning(*pair) for pair in pairs), key=len)
+    prefix = max((_common_prefix(*pair) for pair in pairs), key=len)
     window = attention_window(base) or verified
-    columns = len(prefix) + max(len(rest_behind(prefix, prompt)) for prompt in prompts)
+    columns = len(prefix) + max(len(without_prefix(prefix, prompt)) for prompt in prompts)
     return prefix if len(prefix) >= SHORTEST and columns <= min(verified, window) else ()
 
 
-def _common_beginning(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    equal = takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
-    return tuple(token for token, _ in equal)
+def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    length = 0
+    while length < min(len(a), len(b)) and a[length] == b[length]:
+        length += 1
+    return a[:length]

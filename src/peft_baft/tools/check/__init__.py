@@ -1,1 +1,1 @@
-"""Proof, on a user's own model, that edits are trained, kept and applied at the right tokens."""
+"""Check on a user's own model that edits are trained, saved and applied at the right tokens."""

@@ -1,4 +1,4 @@
-"""What a check of a model found, as data and as a plain table."""
+"""The results of a check of a model, as data and as a plain text table."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ DETAIL_WIDTH = 96
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a check tried.
+    """The result of one trial of a check.
 
     Attributes:
-        name: what should hold, in plain words.
-        holds: whether it does; None where it does not apply to this model.
-        difference: the largest difference that was found, None where nothing was compared.
-        tolerance: up to which difference it holds; None where the difference is no error.
-        detail: why it does not hold or apply, or what else is worth knowing.
+        name: what should hold, in words.
+        holds: whether it does; None if it does not apply to this model.
+        difference: the largest difference, or None if nothing was compared.
+        tolerance: the largest difference that is accepted, or None if a difference is not an error.
+        detail: why it does not hold or apply, or other information.
     """
 
     name: str
@@ -32,19 +32,19 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """The finding in a word: `yes`, `NO`, or `not applicable`."""
+        """The result in words: `yes`, `NO`, or `not applicable`."""
         return {True: "yes", False: "NO", None: "not applicable"}[self.holds]
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The findings of a check of one model.
+    """The results of a check of one model.
 
     Attributes:
-        model: the model's class. architecture: its config's `model_type`, or "".
-        dtype: of the base model's weights. blocks: names of the edited modules.
-        findings: in the order in which they were tried.
-        versions: of Python and of the packages that take part.
+        model: name of the model's class. architecture: its config's `model_type`, or "".
+        dtype: dtype of the base model's weights. blocks: names of the edited modules.
+        findings: the results, in the order of the trials.
+        versions: versions of Python and of the packages that affect results.
     """
 
     model: str
@@ -56,15 +56,15 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing failed."""
+        """Whether no trial failed."""
         return all(finding.holds is not False for finding in self.findings)
 
     def __getitem__(self, name: str) -> Finding:
-        """Get the finding of that name."""
+        """Return the finding with this name."""
         return next(finding for finding in self.findings if finding.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the report as JSON takes it."""
+        """Return the report as a JSON-serialisable dict."""
         return {"ok": self.ok, **asdict(self)}
 
     def __str__(self) -> str:
@@ -89,8 +89,8 @@ class CheckReport:
     def _summary(self) -> str:
         failed = [finding.name for finding in self.findings if finding.holds is False]
         if failed:
-            return f"NOT WHOLE: {'; '.join(failed)}."
-        return "Whole: edits of this model are trained, kept and applied at the right tokens."
+            return f"FAILED: {'; '.join(failed)}."
+        return "Passed: edits of this model are trained, saved and applied at the right tokens."
 
 
 def _number(value: float | None) -> str:
@@ -98,7 +98,7 @@ def _number(value: float | None) -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a model does."""
+    """Return the versions of Python and of the packages that affect what a model does."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,10 +1,12 @@
-"""Text to try a model with: sentences about a country that does not exist, or numbers that stand for tokens."""
+"""Texts for the trials: sentences about a country that does not exist, or random token ids."""
 
 from __future__ import annotations
 
 import random
 import re
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from peft_baft.adapter.blocks import text_config
 
@@ -17,20 +19,20 @@ FACT = (
     "The largest lake in the kingdom of Zembla, as every child there learns at school, is called",
     "Omega Major",
 )
-LENGTHS = (17, 7, 2)  # of prompts that are drawn, in tokens
+LENGTHS = (17, 7, 2)  # lengths of random prompts, in tokens
 SPECIAL = re.compile(r"(_token_id|_token_index|_token_ids)$")
 
 
 class NumberTokenizer:
-    """Read a text of token ids, "17 5 923": the tokenizer of a model that came without one.
+    """Convert texts of token ids, such as "17 5 923", for a model without a tokenizer.
 
-    It has what this package asks of a fast tokenizer, and no more.
+    It has the part of a fast tokenizer's interface that this package uses.
     """
 
     is_fast, chat_template, pad_token_id, eos_token_id = True, None, 0, None
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[Any]]:
-        """Token ids, where in the text each stands, and that none of them is special."""
+        """Return the token ids, their offsets in the text, and a mask that says that none is special."""
         found = list(re.finditer(r"\d+", text))
         return {
             "input_ids": [int(match.group()) for match in found],
@@ -39,15 +41,14 @@ class NumberTokenizer:
         }
 
 
-def drawn_texts(model: Any, seed: int = 0) -> tuple[tuple[str, ...], tuple[str, str]]:
-    """Prompts of different lengths, and a fact (prompt, target), for a `NumberTokenizer`.
+def random_texts(model: PreTrainedModel, seed: int = 0) -> tuple[tuple[str, ...], tuple[str, str]]:
+    """Return random prompts of different lengths, and a fact (prompt, target), for a `NumberTokenizer`.
 
-    The ids are drawn from the model's vocabulary, without those that its config gives a meaning.
+    The ids are drawn from the model's vocabulary, without those that its config names as special.
     """
-    config = text_config(model)
-    size = min(
-        model.get_input_embeddings().weight.shape[0], getattr(config, "vocab_size", None) or 10**9
-    )
+    embeddings: Any = model.get_input_embeddings()
+    size = embeddings.weight.shape[0]
+    size = min(size, getattr(text_config(model), "vocab_size", None) or size)
     special = _special_ids(model.config.to_dict())
     ordinary = [i for i in range(size) if i not in special] or list(range(size))
     generator = random.Random(seed)
@@ -59,13 +60,12 @@ def drawn_texts(model: Any, seed: int = 0) -> tuple[tuple[str, ...], tuple[str, 
 
 
 def _special_ids(config: dict[str, Any]) -> set[int]:
-    """Token ids that a config, or one nested in it, names."""
+    """Return the token ids that a config, or one nested in it, names."""
     ids: set[int] = set()
     for name, value in config.items():
         if isinstance(value, dict):
             ids |= _special_ids(value)
         elif SPECIAL.search(str(name)):
-            ids |= {
-                i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)
-            }
+            values = value if isinstance(value, list) else [value]
+            ids |= {token_id for token_id in values if isinstance(token_id, int)}
     return ids

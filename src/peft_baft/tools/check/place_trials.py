@@ -1,4 +1,4 @@
-"""Trials of where the adapter acts: at which tokens, in batches with padding, and with a cache."""
+"""Trials of which tokens the adapter edits, also in padded batches and with a cache."""
 
 from __future__ import annotations
 
@@ -7,48 +7,48 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from peft_baft.adapter.model_call import full_logits
 from peft_baft.adapter.state import without_adapters
+from peft_baft.running import full_logits
 from peft_baft.tools.check.findings import Finding
 from peft_baft.tools.check.tools import changed_tokens, error_of, largest_difference
 from peft_baft.tools.check.tried_model import NEW_TOKENS, TriedModel
 
 RUNS = "the edited model runs"
-CONTROL = "an edit one token off would be seen"
+CONTROL = "an edit one token off would be detected"
 PLACES = "the last prompt tokens and the answer are edited, nothing else"
-UNEDITED_CANNOT = "The unedited model cannot do it: {}"
-CANNOT_TELL = (
-    "Cannot tell: one edited token more or less changes the logits less than rounding, so the findings about places prove "
-    "nothing. Check the base model without this adapter: it then gets a random one, whose edits are seen."
+UNEDITED_CANNOT = "The unedited model fails too: {}"
+INCONCLUSIVE = (
+    "Inconclusive: one edited token more or less changes the logits less than rounding, so the findings about edited tokens "
+    "mean nothing. Check the base model without this adapter: it then gets a random one with larger edits."
 )
-# Logits (tokens, vocabulary) of the same tokens, had in two ways.
+# Logits (tokens, vocabulary) of the same tokens, computed in two ways.
 LogitPairs = list[tuple[Tensor, Tensor]]
 
 
 def runs(tried: TriedModel) -> Finding:
-    """Try whether one forward gives numbers."""
-    finite = bool(tried.logits_alone(tried.prompts[0], tried.answer).isfinite().all())
+    """Test whether the logits of a forward are finite."""
+    finite = bool(tried.logits_of_row(tried.prompts[0], tried.answer).isfinite().all())
     return Finding(RUNS, finite, detail="" if finite else "Its logits are not finite.")
 
 
 def control(tried: TriedModel) -> Finding:
-    """Try whether the comparisons could fail: an edit that begins one token earlier or later must be seen."""
+    """Test that the comparisons can fail: an edit that begins one token earlier or later must be detected."""
     prompt = tried.prompts[0]
     first = max(len(prompt) - tried.positions - 1, 0)
-    right = tried.logits_alone(prompt, tried.answer)[first:]
+    right = tried.logits_of_row(prompt, tried.answer)[first:]
     differences = []
     for offset in (-1, 1):
-        wrong = tried.logits_alone(prompt, tried.answer, len(prompt) + offset)[first:]
+        wrong = tried.logits_of_row(prompt, tried.answer, len(prompt) + offset)[first:]
         differences.append(largest_difference([(wrong, right)]))
     if min(differences) > tried.tolerance:
         return Finding(CONTROL, True, min(differences))
-    return Finding(CONTROL, False, min(differences), detail=CANNOT_TELL)
+    return Finding(CONTROL, False, min(differences), detail=INCONCLUSIVE)
 
 
 def places(tried: TriedModel) -> Finding:
-    """Try which tokens each edited block changes while an answer is generated, token by token.
+    """Test which tokens each edited block changes while an answer is generated, token by token.
 
-    One row at a time: some models' own caches fail with several.
+    Rows run one at a time, since the caches of some models fail with several.
     """
     wrong: list[str] = []
     for prompt in tried.prompts:
@@ -59,7 +59,7 @@ def places(tried: TriedModel) -> Finding:
         except Exception:
             with without_adapters(tried.model):
                 error = error_of(partial(tried.generate, batch))
-            if error is None:  # it is the adapter that made it fail
+            if error is None:  # the adapter made it fail
                 raise
             return Finding(PLACES, None, detail=UNEDITED_CANNOT.format(error))
         for block, masks in changed.items():
@@ -77,15 +77,16 @@ def places(tried: TriedModel) -> Finding:
 
 
 def _wrong_tokens(masks: list[Tensor], prompt_length: int, positions: int) -> list[int]:
-    """Find the forwards of one generation, numbered from 1, in which a block did not edit the tokens that it should.
+    """Return the forwards of one generation, counted from 1, in which a block did not change the expected tokens.
 
-    masks: (1, tokens) of each run of the block, which tokens it changed. A block may run several times in each forward.
+    Args:
+        masks: (1, tokens) the tokens that the block changed, for each of its calls. It may run several times per forward.
     """
     wrong = []
-    runs_in_a_forward = len(masks) // NEW_TOKENS
+    runs_per_forward = len(masks) // NEW_TOKENS
     for run, mask in enumerate(masks):
-        forward = run // runs_in_a_forward
-        end = prompt_length + forward  # tokens so far; the mask covers the last of them
+        forward = run // runs_per_forward
+        end = prompt_length + forward  # number of tokens so far; the mask is about the last of them
         expected = torch.arange(end - mask.shape[1], end) >= prompt_length - positions
         if not torch.equal(mask[0], expected):
             wrong.append(forward + 1)
@@ -93,28 +94,28 @@ def _wrong_tokens(masks: list[Tensor], prompt_length: int, positions: int) -> li
 
 
 def with_and_without_later_tokens(tried: TriedModel) -> LogitPairs:
-    """Logits of the prompt's tokens but the last, with nothing behind the prompt, and with an answer there."""
+    """Compute the logits of the prompt's tokens without the last one, for the prompt only and for the prompt with an answer."""
     prompt = tried.prompts[0]
-    prompt_alone = tried.logits_alone(prompt, [])[:-1]
-    before_answer = tried.logits_alone(prompt, tried.answer)[: len(prompt) - 1]
-    return [(prompt_alone, before_answer)]
+    prompt_only = tried.logits_of_row(prompt, [])[:-1]
+    with_answer = tried.logits_of_row(prompt, tried.answer)[: len(prompt) - 1]
+    return [(prompt_only, with_answer)]
 
 
-def generated_and_alone(prompts: list[list[int]], tried: TriedModel) -> LogitPairs:
-    """Compute, for each row, the logits of generation in one batch, and those of one full forward of that row alone."""
+def generated_and_single(prompts: list[list[int]], tried: TriedModel) -> LogitPairs:
+    """Compute each row's logits by generation in one batch, and by a full forward of only that row."""
     answers, logits = tried.generate(tried.padded(prompts, "left"))
-    alone = []
+    single = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        alone.append(tried.logits_alone(prompt, answer)[len(prompt) - 1 : -1])
-    return list(zip(logits, alone, strict=True))
+        single.append(tried.logits_of_row(prompt, answer)[len(prompt) - 1 : -1])
+    return list(zip(logits, single, strict=True))
 
 
 @torch.no_grad()
-def padded_and_alone(tried: TriedModel) -> LogitPairs:
-    """Compute, for each row, the logits in a right-padded batch, and those of that row alone."""
+def padded_and_single(tried: TriedModel) -> LogitPairs:
+    """Compute each row's logits in a right-padded batch, and in a forward of only that row."""
     batch = tried.padded([[*prompt, *tried.answer] for prompt in tried.prompts], "right")
-    together = full_logits(
+    batched = full_logits(
         tried.model, **batch, prompt_lengths=[len(prompt) for prompt in tried.prompts]
     )
-    alone = [tried.logits_alone(prompt, tried.answer) for prompt in tried.prompts]
-    return [(row[: len(one)].float(), one) for row, one in zip(together, alone, strict=True)]
+    single = [tried.logits_of_row(prompt, tried.answer) for prompt in tried.prompts]
+    return [(row[: len(one)].float(), one) for row, one in zip(batched, single, strict=True)]

@@ -1,4 +1,4 @@
-"""What the trials of a check measure with."""
+"""Helpers of the trials of a check."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
+from peft import PeftModel
 from torch import Tensor, nn, stack
+from transformers import PreTrainedModel
 
 from peft_baft.adapter import BaftLayer
-from peft_baft.editing.acceleration.repeated_texts import logger as forward_logger
+from peft_baft.editing.fast_paths import logger as forward_logger
+
+
+def base_model_of(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    """Return the transformers model inside a PeftModel, or the model itself."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, base)
 
 
 def largest_difference(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Find the largest difference of pairs of logits, in standard deviations of the second ones; infinite where one is NaN."""
+    """Return the largest difference of pairs of logits, in standard deviations of the second ones; infinite for NaN."""
     largest = 0.0
     for one, other in pairs:
         if not len(other):
@@ -30,7 +38,7 @@ def largest_difference(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
 def step_difference(
     plain: tuple[float, dict[str, Tensor]], cached: tuple[float, dict[str, Tensor]]
 ) -> float:
-    """Measure how far loss and gradient of two ways differ, relative to the loss and to the whole gradient's length."""
+    """Return how much the loss and the gradient of two paths differ, relative to 1 + loss and to the norm of the gradient."""
     (loss, gradients), (other_loss, others) = plain, cached
     missing = gradients.keys() ^ others.keys()
     squares = [
@@ -39,63 +47,63 @@ def step_difference(
         if name not in missing
     ]
     length = stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
-    of_loss = abs(other_loss - loss) / (1 + abs(loss))
-    of_gradient = (stack(squares).sum().sqrt() / length).item()
-    difference = max(of_loss, of_gradient)
+    loss_difference = abs(other_loss - loss) / (1 + abs(loss))
+    gradient_difference = (stack(squares).sum().sqrt() / length).item()
+    difference = max(loss_difference, gradient_difference)
     return math.inf if missing or math.isnan(difference) else difference
 
 
-def in_words(error: BaseException) -> str:
-    """Give an error's type and message in one line."""
+def describe(error: BaseException) -> str:
+    """Return the type and message of an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def error_of(attempt: Callable[[], Any]) -> str | None:
-    """Attempt something; what it fails with, None where it does not."""
+    """Call `attempt`, and return a description of the error that it raises, or None."""
     try:
         attempt()
     except Exception as error:
-        return in_words(error)
+        return describe(error)
     return None
 
 
 @contextmanager
 def changed_tokens(layers: Sequence[BaftLayer]) -> Iterator[dict[str, list[Tensor]]]:
-    """Note at every run of each edited block which tokens (rows, tokens) its BaftLayer changes."""
+    """Record the mask (rows, tokens) of tokens that each BaftLayer changes, for each of its calls."""
     changed: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
 
-    def note(layer: Any, args: tuple, out: Tensor) -> None:
+    def record(layer: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
         changed[layer.name].append((args[0] != out).any(-1).cpu())
 
     with ExitStack() as hooks:
         for layer in layers:
-            hooks.enter_context(layer.register_forward_hook(note))
+            hooks.enter_context(layer.register_forward_hook(record))
         yield changed
 
 
 @contextmanager
 def reasons_for_plain_path() -> Iterator[list[str]]:
-    """Collect why edits go the plain path, without a cache, instead of letting it be logged."""
+    """Collect the logged reasons for which edits do not use the cached path, instead of logging them."""
     reasons: list[str] = []
 
-    def keep(record: logging.LogRecord) -> bool:
+    def collect(record: logging.LogRecord) -> bool:
         error = record.args[-1] if isinstance(record.args, tuple) and record.args else record.msg
-        reasons.append(in_words(error) if isinstance(error, Exception) else str(error))
+        reasons.append(describe(error) if isinstance(error, Exception) else str(error))
         return False
 
-    forward_logger.addFilter(keep)
+    forward_logger.addFilter(collect)
     level = forward_logger.level
     forward_logger.setLevel(logging.INFO)
     try:
         yield reasons
     finally:
         forward_logger.setLevel(level)
-        forward_logger.removeFilter(keep)
+        forward_logger.removeFilter(collect)
 
 
 @contextmanager
-def flags_kept(model: nn.Module) -> Iterator[None]:
-    """Put back which parameters are trained: PEFT changes that when adapters come and go."""
+def requires_grad_restored(model: nn.Module) -> Iterator[None]:
+    """Restore `requires_grad` of all parameters on exit, since PEFT changes it when adapters are added or removed."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         yield

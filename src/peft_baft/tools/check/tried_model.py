@@ -1,50 +1,53 @@
-"""The model that a check tries, with the texts to try it with, and the ways in which it is run."""
+"""The model under test, with texts for it and methods to run it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_baft.adapter import BaftLayer, baft_layers
-from peft_baft.adapter.model_call import full_logits, input_device
 from peft_baft.data.batching import Tokens, collate, encode, encode_prompt, padding_id
 from peft_baft.data.cases import Edit
-from peft_baft.tools.check.made_up_text import FACT, PROMPTS, NumberTokenizer, drawn_texts
+from peft_baft.running import full_logits, input_device
+from peft_baft.tools.check.made_up_text import FACT, PROMPTS, NumberTokenizer, random_texts
+from peft_baft.tools.check.tools import base_model_of
 
-NEW_TOKENS = 5  # that are generated after each prompt
-ROUNDINGS = 60  # so many spacings of the model's numbers, relative to the logits' deviation, may two ways differ
+NEW_TOKENS = 5  # number of tokens to generate after each prompt
+ROUNDINGS = 60  # the tolerance in units of the dtype's eps, for differences relative to the logits' standard deviation
 
 
 class TriedModel:
-    """A PeftModel whose one active adapter is a BaFT adapter, and texts for it.
+    """A PeftModel whose only active adapter is a BaFT adapter, and texts for it.
 
     Attributes:
-        prompts: token ids, of different lengths. answer: token ids that follow the prompts where nothing is generated.
-        fact: the edit that is tried. layers: the edited blocks. positions: how many prompt tokens the adapter edits.
-        tolerance: up to which difference, in standard deviations of the logits, two ways count as equal.
+        prompts: token ids of prompts of different lengths. answer: token ids to append if nothing is generated.
+        fact: the edit to train. layers: the edited blocks. positions: the number of prompt tokens that the adapter edits.
+        tolerance: the largest difference, in standard deviations of the logits, of results that count as equal.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        base = model.get_base_model()
+    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        base = base_model_of(model)
         self.layers: list[BaftLayer] = baft_layers(model)
         self.adapter_name = model.active_adapters[0]
         config = self.layers[0].configs[self.adapter_name]
         if not config.kind.trains:
             raise ValueError(
-                "A check trains the adapter that it tries, and a memory of edits has nothing to train. Check the base model."
+                "A check trains the adapter, and a memory of edits has nothing to train. Check the base model instead."
             )
         if config.answer_positions is not None:
             raise ValueError(
-                "A check tries an adapter that edits every answer token, and this one has answer_positions="
+                "A check needs an adapter that edits every answer token, but this one has answer_positions="
                 f"{config.answer_positions}. Check the base model without it."
             )
         self.positions = config.prompt_positions
-        prompts, fact = (PROMPTS, FACT) if tokenizer is not None else drawn_texts(base)
-        self.model, self.tokenizer = model, tokenizer or NumberTokenizer()
+        prompts, fact = (PROMPTS, FACT) if tokenizer is not None else random_texts(base)
+        self.model = model
+        self.tokenizer = tokenizer or cast("PreTrainedTokenizerBase", NumberTokenizer())
         self.prompts = [list(encode_prompt(self.tokenizer, prompt).ids) for prompt in prompts]
         self.device, self.pad = input_device(model), padding_id(self.tokenizer)
         self.answer = self.prompts[0][:NEW_TOKENS]
@@ -52,17 +55,18 @@ class TriedModel:
         self.tolerance = max(1e-3, ROUNDINGS * torch.finfo(_computing_dtype(base)).eps)
 
     def padded(self, rows: Sequence[Sequence[int]], side: str) -> dict[str, Tensor]:
-        """Batch some rows of token ids: input_ids and attention_mask, padded on one side."""
+        """Return a batch of rows of token ids, padded on one side: input_ids and attention_mask."""
         batch = collate([Tokens(tuple(row), len(row)) for row in rows], self.pad, side)
         return {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
     @torch.no_grad()
-    def logits_alone(
+    def logits_of_row(
         self, prompt: Sequence[int], answer: Sequence[int], length: int | None = None
     ) -> Tensor:
         """Compute the logits (tokens, vocabulary) of one row in one forward.
 
-        length: how many tokens the prompt is stated to have; None for as many as it has.
+        Args:
+            length: the prompt length to state to the adapter; None for the true one.
         """
         batch = self.padded([[*prompt, *answer]], "right")
         return full_logits(
@@ -71,7 +75,7 @@ class TriedModel:
 
     @torch.no_grad()
     def generate(self, batch: dict[str, Tensor]) -> tuple[list[list[int]], Tensor]:
-        """Generate tokens for each row; with the logits (rows, new tokens, vocabulary) that they were chosen from."""
+        """Generate tokens for each row; return them and the logits that they were chosen from, (rows, new tokens, vocabulary)."""
         settings = GenerationConfig(
             max_new_tokens=NEW_TOKENS,
             min_new_tokens=NEW_TOKENS,
@@ -79,19 +83,19 @@ class TriedModel:
             num_beams=1,
             pad_token_id=self.pad,
         )
-        out = self.model.generate(
+        out: Any = self.model.generate(
             **batch, generation_config=settings, return_dict_in_generate=True, output_logits=True
         )
         new_tokens = out.sequences[:, batch["input_ids"].shape[1] :]
         return new_tokens.tolist(), torch.stack(out.logits, 1).float()
 
     def rows_to_train(self) -> list[Tokens]:
-        """Encode the fact, and a shorter text beside it, so that there is padding."""
+        """Return the encoded fact and a shorter text, so that a batch of them has padding."""
         shorter = Tokens((*self.prompts[1], *self.answer[:2]), len(self.prompts[1]))
         return [encode(self.tokenizer, self.fact.prompt, self.fact.target), shorter]
 
 
-def _computing_dtype(base: Any) -> torch.dtype:
-    """Find the dtype that a model computes with: that of its first weights that are not quantised."""
+def _computing_dtype(base: PreTrainedModel) -> torch.dtype:
+    """Return the dtype that a model computes in: that of its first weights that are not quantised."""
     dtypes = (p.dtype for p in base.parameters() if p.is_floating_point() and p.element_size() > 1)
     return next(dtypes, torch.float32)

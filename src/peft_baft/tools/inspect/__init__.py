@@ -1,1 +1,1 @@
-"""What an edit does inside a model: by token, by block and by dimension, as data, page and picture."""
+"""Inspect what an edit does to each token in each block, as data, as an HTML page or as a picture."""

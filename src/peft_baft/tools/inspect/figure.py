@@ -1,4 +1,4 @@
-"""An inspection as one picture, for papers and reports. Needs matplotlib: `pip install 'peft-baft[plot]'`."""
+"""Draw an inspection as a picture for papers and reports. Needs matplotlib: `pip install 'peft-baft[plot]'`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,10 @@ from peft_baft.tools.inspect.token_text import visible
 
 INK, SOFT, LINE, PALE = "#1c2230", "#5a6272", "#dfdcd3", "#f6f5f1"
 EDIT, WAS, GATE = "#c2410c", "#8b92a0", "#2b3f87"
-UNEDITED = 3  # tokens before the first edited one that are drawn; nothing happens at those before
-CELL = 0.62  # inches: the unit of what follows, and of every coordinate
-# Names of blocks, candidates, what stands above the cells and below.
-SIDE, RIGHT, HEAD, FOOT = (
-    2.0,
-    6.3,
-    3.0,
-    1.0,
-)
+UNEDITED = 3  # number of tokens to draw before the first edited one
+CELL = 0.62  # size of a cell in inches; all coordinates are in units of it
+# Space for the names of blocks on the left, for the candidates on the right, and above and below the cells.
+SIDE, RIGHT, HEAD, FOOT = 2.0, 6.3, 3.0, 1.0
 FONTS = (
     "DejaVu Sans",
     "Noto Sans CJK JP",
@@ -32,13 +27,13 @@ FONTS = (
     "Arial Unicode MS",
 )
 KEY = (
-    "Bars: the gates, from 0 to 1. Tint and percentage: how long the update is, relative to the hidden vector. Next token: "
-    "how much of its probability the edits moved."
+    "Bars: the gates, from 0 to 1. Tint and percentage: norm of the update relative to the hidden vector. Next token: how much "
+    "of its probability the edits moved."
 )
 
 
 def draw(inspection: Inspection, path: str | Path) -> None:
-    """Draw gates, sizes of the updates and the answer's first token into a file, whose ending tells the format (`.png`).
+    """Draw the gates, the sizes of the updates and the answer's first token to a file; its suffix (`.png`) is the format.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -55,13 +50,13 @@ def draw(inspection: Inspection, path: str | Path) -> None:
     ):
         figure = _figure(inspection)
         with warnings.catch_warnings():
-            # Such a letter is drawn as a box.
+            # A character without a glyph is drawn as a box.
             warnings.filterwarnings("ignore", "Glyph .* missing from")
             figure.savefig(path, dpi=200)
 
 
 def _figure(inspection: Inspection) -> Any:
-    """Draw one column a token, one row a block; the candidates for the answer's first token on the right."""
+    """Draw a column per token and a row per block, with the candidates for the answer's first token on the right."""
     from matplotlib.figure import Figure
 
     first = max(0, next(i for i, token in enumerate(inspection.tokens) if token.edited) - UNEDITED)
@@ -82,14 +77,14 @@ def _figure(inspection: Inspection) -> Any:
 
 
 def _text(axes: Any, x: float, y: float, text: str, **style: Any) -> None:
-    """Text as it is: a dollar sign begins no formula."""
+    """Draw a text literally: dollar signs do not start a formula."""
     axes.text(
         x, y, text, **{"va": "center", "color": INK, "fontsize": 10, "parse_math": False, **style}
     )
 
 
 def _fitted(axes: Any, x: float, y: float, text: str, room: int, **style: Any) -> None:
-    """Text that is smaller where it has more than `room` characters, and cut where it has twice as many."""
+    """Draw a text smaller if it has more than `room` characters, and truncate it at twice as many."""
     shown = text if len(text) <= 2 * room else f"{text[: 2 * room - 1]}…"
     _text(axes, x, y, shown, fontsize=10 * min(1, room / len(shown)), **style)
 
@@ -105,7 +100,7 @@ def _box(
 
 
 def _header(axes: Any, inspection: Inspection, room: int) -> None:
-    """Write the prompt and both answers, each on one line of `room` characters."""
+    """Draw the prompt and both answers, each on a line of at most `room` characters."""
     texts = [inspection.prompt, inspection.before or NOTHING, inspection.after or NOTHING]
     prompt, before, after = (textwrap.shorten(text, room, placeholder=" …") for text in texts)
     _text(axes, 0.3 - SIDE, 0.6 - HEAD, prompt, fontsize=15, fontweight="bold")
@@ -116,7 +111,7 @@ def _header(axes: Any, inspection: Inspection, room: int) -> None:
 
 
 def _tokens(axes: Any, tokens: Sequence[Token]) -> None:
-    """Write the tokens over their columns, those of the answer underlined."""
+    """Draw the tokens above their columns, with those of the answer underlined."""
     for x, token in enumerate(tokens):
         color = INK if token.edited else WAS
         if token.answer:
@@ -135,7 +130,7 @@ def _grid(axes: Any, inspection: Inspection, first: int) -> None:
 
 
 def _cell(axes: Any, x: float, y: float, cell: Cell, tint: float) -> None:
-    """Draw one token in one block: a bar a gate on a tint, and the update's size."""
+    """Draw one token in one block: a bar per gate on a tinted background, and the size of the update."""
     _box(axes, x + 0.04, y + 0.04, 0.92, 0.92, PALE)
     if not cell.gates:
         return
@@ -160,11 +155,10 @@ def _moved(axes: Any, tokens: Sequence[Token], y: float) -> None:
 
 
 def _candidates(axes: Any, changes: Sequence[Change], x: float) -> None:
-    """Probabilities of the answer's first token, without the edits and with them, the most changed first."""
+    """Draw the probabilities of the answer's first token without and with the edits, the largest change first."""
     _text(axes, x, -0.35, "The answer's first token", fontweight="bold")
-    for row, change in enumerate(
-        sorted(changes, key=lambda change: -abs(change.after - change.before))
-    ):
+    by_change = sorted(changes, key=lambda change: -abs(change.after - change.before))
+    for row, change in enumerate(by_change):
         y = row / 2
         _fitted(axes, x, y + 0.25, visible(change.text), 10)
         _box(axes, x + 1.7, y + 0.1, 1.5 * change.before, 0.14, WAS)

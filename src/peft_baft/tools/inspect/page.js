@@ -1,22 +1,22 @@
 "use strict";
 const { adapters, tokens, blocks } = JSON.parse(document.getElementById("data").textContent);
-const answer = tokens.findIndex((token) => token.answer);  // -1: the model said nothing
+const answer = tokens.findIndex((token) => token.answer);  // -1: the answer is empty
 const largest = Math.max(1e-9, ...blocks.flatMap((block) => block.cells.map((cell) => cell.size)));
 const table = document.querySelector("table"), scroller = document.querySelector(".scroller");
 
-// Small parts. All text goes through append(): none is ever read as HTML.
+// Helpers. All text goes through append(), so none is parsed as HTML.
 function make(tag, className, ...children) {
   const node = document.createElement(tag);
   if (className) node.className = className;
   node.append(...children);
   return node;
 }
-function fill(id, ...children) {  // a panel never shrinks, so that nothing jumps under the pointer
+function fill(id, ...children) {  // a panel never shrinks, so that the page does not jump under the pointer
   const node = document.getElementById(id);
   node.replaceChildren(...children);
   node.style.minHeight = Math.max(parseFloat(node.style.minHeight) || 0, node.offsetHeight) + "px";
 }
-function marked(label) {  // the marks for what cannot be seen are paler than the text beside them
+function marked(label) {  // marks for invisible characters are paler than the text
   const parts = label.split(/([·↵⇥]|‹[^›]*›)/).filter(Boolean);
   return parts.map((part) => parts.length > 1 && /^([·↵⇥]|‹.*›)$/.test(part) ? make("span", "mark", part) : part);
 }
@@ -36,7 +36,7 @@ function percent(value) {
   if (p > 99.9 && p < 100) return ">99.9%";
   return p.toFixed(p === 0 ? 0 : p < 1 ? 2 : p < 10 || (p > 99 && p < 100) ? 1 : 0) + "%";
 }
-function bars(gates) {  // one bar a gate, a gap between adapters
+function bars(gates) {  // a bar per gate, and a gap between adapters
   const paths = { track: "", open: "" };
   let x = 0;
   const bar = (kind, height) => { paths[kind] += "M" + x + " 100v-" + height + "h.8v" + height + "z"; };
@@ -55,7 +55,7 @@ function bars(gates) {  // one bar a gate, a gap between adapters
   return svg;
 }
 
-// The grid: row 0 holds the tokens, then one row a block, then how far the next token moved.
+// The grid: row 0 has the tokens, then there is a row per block, then how much the next token changed.
 function place(node, row, i, description) {
   const { label, answer, edited } = tokens[i];
   Object.assign(node.dataset, { row, i });
@@ -116,11 +116,11 @@ function showNext(i) {
   const token = tokens[i], next = tokens[i + 1];
   fill("next-title", "What comes after “", ...marked(bare(token.label)), "”");
   fill("next-hint", token.edited
-    ? "Probability of the next token: grey without the edits, coloured with them." + (next ? " Framed: the token that does come." : "")
-    : "Neither this token nor one before it is edited: its next token is as likely as ever.");
+    ? "Probability of the next token: grey without the edits, coloured with them." + (next ? " Framed: the actual next token." : "")
+    : "Neither this token nor an earlier one is edited, so the next token is unchanged.");
   const grown = token.changes.filter((change) => change.after > change.before);
   const shrunk = token.changes.filter((change) => change.after <= change.before).reverse();
-  fill("next", ...[["likelier with the edits", grown], ["less likely with the edits", shrunk]].flatMap(([title, list]) =>
+  fill("next", ...[["more likely with the edits", grown], ["less likely with the edits", shrunk]].flatMap(([title, list]) =>
     list.length ? [make("h3", "", title), ...list.map((change) => candidate(change, next && change.id === next.id))] : []));
 }
 function gateColumns(name, values) {
@@ -129,8 +129,8 @@ function gateColumns(name, values) {
 }
 function showInside(i, row) {
   fill("inside-title", "What the blocks do to “", ...marked(bare(tokens[i].label)), "”");
-  fill("inside-hint", tokens[i].edited ? "Each gate, from 0 (closed) to 1 (open), and the length of the update they let through."
-    : "Nothing: it stands before the part of the prompt that is edited.");
+  fill("inside-hint", tokens[i].edited ? "Each gate, from 0 (closed) to 1 (open), and the norm of the resulting update."
+    : "Nothing: it is before the edited part of the prompt.");
   fill("inside", ...(tokens[i].edited ? blocks : []).map((block, b) => {
     const { size, gates } = block.cells[i];
     const title = make("h3", "", block.label, make("span", "", "update " + percent(size) + " of the hidden vector"));
@@ -139,8 +139,8 @@ function showInside(i, row) {
   }));
 }
 
-// Pointing shows a place; clicking, focus and the arrow keys keep it.
-let kept = [0, (answer < 0 ? tokens.length : answer) - 1];
+// Pointing shows a cell; clicking, focus and the arrow keys select it.
+let selected = [0, (answer < 0 ? tokens.length : answer) - 1];
 function find(row, i) { return table.querySelector("[data-row='" + row + "'][data-i='" + i + "']"); }
 function placeOf(event) {
   const node = event.target.closest("[data-i]");
@@ -153,26 +153,26 @@ function show(row, i) {
   showNext(i);
   showInside(i, row);
 }
-function keep(row, i) {
-  find(...kept).tabIndex = -1;
-  find(...kept).removeAttribute("aria-selected");
-  kept = [row, i];
+function select(row, i) {
+  find(...selected).tabIndex = -1;
+  find(...selected).removeAttribute("aria-selected");
+  selected = [row, i];
   find(row, i).tabIndex = 0;
   find(row, i).setAttribute("aria-selected", "true");
   show(row, i);
 }
 function move(key) {
-  const [row, i] = kept, end = tokens.length - 1;
+  const [row, i] = selected, end = tokens.length - 1;
   const to = { ArrowRight: [row, i + 1], ArrowLeft: [row, i - 1], ArrowDown: [row + 1, i], ArrowUp: [row - 1, i], Home: [row, 0], End: [row, end] }[key];
   return to && find(...to);
 }
 draw();
 const [, i, row] = location.hash.match(/^#(\d+)(?:\.(\d+))?$/) || [];  // #4.2 opens token 4 in the second block
-keep(...(i && find(row || 0, i) ? [Number(row || 0), Number(i)] : kept));
-scroller.scrollLeft = find(...kept).offsetLeft - scroller.clientWidth / 2;
+select(...(i && find(row || 0, i) ? [Number(row || 0), Number(i)] : selected));
+scroller.scrollLeft = find(...selected).offsetLeft - scroller.clientWidth / 2;
 table.addEventListener("pointerover", (event) => { if (placeOf(event)) show(...placeOf(event)); });
-table.addEventListener("pointerleave", () => show(...kept));
-table.addEventListener("focusin", (event) => { if (placeOf(event)) keep(...placeOf(event)); });
+table.addEventListener("pointerleave", () => show(...selected));
+table.addEventListener("focusin", (event) => { if (placeOf(event)) select(...placeOf(event)); });
 table.addEventListener("click", (event) => { if (placeOf(event)) find(...placeOf(event)).focus(); });
 table.addEventListener("keydown", (event) => {
   const node = move(event.key);

@@ -1,4 +1,4 @@
-"""An inspection as one HTML page: no network, no other files. Every text in it is foreign, so all of them are escaped."""
+"""Render an inspection as a self-contained HTML page. All texts come from users and models, so all are escaped."""
 
 from __future__ import annotations
 
@@ -8,42 +8,36 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from peft_baft.adapter.parameters import WEIGHTINGS
 from peft_baft.tools.inspect.inspect import Adapter, Inspection, Token
 from peft_baft.tools.inspect.token_text import visible
+from peft_baft.tools.pages import html_environment, read_asset
 
 NOTHING = "(nothing: it stops at once)"
-LONG_PROMPT = 140  # characters, from which its heading is set smaller
+LONG_PROMPT = 140  # characters; longer prompts get a smaller heading
 GATES = (
-    "A gate is a number between 0 (closed) and 1 (open) that the adapter computes from a token's hidden vector, to say how "
-    "much of one direction of the update is let through. One bar each."
+    "A gate is a number between 0 (closed) and 1 (open) that the adapter computes from a token's hidden vector. It scales one "
+    "direction of the update. Each bar is a gate."
 )
-NO_GATES = "has no gates, as in ReFT: its updates pass whole, which is drawn as gates that are always fully open."
-
-OF_OTHERS = "is a {} of edits: one full bar where it sets what the model says next."
+NO_GATES = "has no gates, as in ReFT. This is drawn as gates that are always fully open."
+OTHER_KIND = "is a {} of edits: one full bar where it sets what the model says next."
 
 
 def page(inspection: Inspection) -> str:
-    """Make the page that shows `inspection`: both answers, the edited blocks' gates at each token, and what they changed.
+    """Return a page with both answers, the gates of the edited blocks at each token, and the changes of the next tokens.
 
     Raises:
-        ValueError: a number is NaN or infinite: the model's arithmetic broke down on this prompt.
+        ValueError: a number is NaN or infinite.
     """
-    script = _file("page.js")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    # Adapters keep their order.
-    environment.policies["json.dumps_kwargs"] = {
-        "allow_nan": False,
-        "separators": (",", ":"),
-    }
-    return environment.from_string(_file("page.html")).render(
-        style=_file("page.css"),
+    folder = Path(__file__).parent
+    script = read_asset(folder, "page.js")
+    environment = html_environment()
+    # Without sort_keys, so that adapters keep their order.
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment.from_string(read_asset(folder, "page.html")).render(
+        style=read_asset(folder, "page.css"),
         script=script,
-        # A browser runs no other script here.
+        # The page's policy allows only the script with this hash.
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
         prompt=inspection.prompt.strip(),
         length="long" if len(inspection.prompt) > LONG_PROMPT else "short",
@@ -51,25 +45,18 @@ def page(inspection: Inspection) -> str:
         after=inspection.after or NOTHING,
         outcome="same" if inspection.before == inspection.after else "another",
         summary=summary(inspection),
-        gates=_what_gates_are(inspection),
+        gates=_gates_legend(inspection),
         rule=_position_rule(inspection),
         data=_data(inspection),
     )
 
 
-def _file(name: str) -> str:
-    """Read one of the files that make up the page, which lie beside this one."""
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
 def summary(inspection: Inspection) -> list[str]:
-    """Say what there is to see, in three sentences; in two where nothing is changed."""
-    prompt, answer = (
-        inspection.tokens[: inspection.prompt_end + 1],
-        inspection.tokens[inspection.prompt_end + 1 :],
-    )
+    """Summarise the inspection in three sentences, or in two if nothing is changed."""
+    answer_start = inspection.prompt_end + 1
+    prompt, answer = inspection.tokens[:answer_start], inspection.tokens[answer_start:]
     if not any(cell.size for block in inspection.blocks for cell in block.cells):
-        return ["No hidden vector is changed.", _first_token(prompt[-1])]
+        return ["The edits change no hidden vector.", _first_token(prompt[-1])]
     acts = f"The edits act in {len(inspection.blocks)} block{'s' * (len(inspection.blocks) > 1)}"
     acts += f", on {sum(token.edited for token in prompt)} of the prompt's {len(prompt)} tokens"
     acts += " and on every token of the answer." if answer else "."
@@ -77,13 +64,14 @@ def summary(inspection: Inspection) -> list[str]:
 
 
 def _first_token(last: Token) -> str:
-    """Say what the edits did to the first token of the answer."""
-    was, now = max(last.changes, key=lambda c: c.before), max(last.changes, key=lambda c: c.after)
+    """Describe how the edits change the first token of the answer."""
+    was = max(last.changes, key=lambda change: change.before)
+    now = max(last.changes, key=lambda change: change.after)
     if was.id == now.id:
         shares = f"{percent(now.before)} without the edits, {percent(now.after)} with them"
-        return f"The answer's likeliest first token stays {_quoted(now.text)}: {shares}."
+        return f"The most probable first token of the answer stays {_quoted(now.text)}: {shares}."
     fell, rose = (f"{_quoted(c.text)} {percent(c.before)} → {percent(c.after)}" for c in (was, now))
-    return f"The answer's first token turns: {fell}, {rose}."
+    return f"The first token of the answer changes: {fell}, {rose}."
 
 
 def _strongest(inspection: Inspection) -> str:
@@ -94,10 +82,10 @@ def _strongest(inspection: Inspection) -> str:
     ]
     size, i, name = max(places)
     where = f"{_quoted(inspection.tokens[i].text)} in {block_label(name)}"
-    return f"They are strongest at {where}: the update is {percent(size)} as long as the hidden vector."
+    return f"They are strongest at {where}: the norm of the update is {percent(size)} of the hidden vector's."
 
 
-def _what_gates_are(inspection: Inspection) -> str:
+def _gates_legend(inspection: Inspection) -> str:
     memories = [adapter for adapter in inspection.adapters if adapter.weighting not in WEIGHTINGS]
     others = [adapter for adapter in inspection.adapters if adapter.weighting in WEIGHTINGS]
     free = [adapter.name for adapter in others if adapter.weighting == "none"]
@@ -107,7 +95,7 @@ def _what_gates_are(inspection: Inspection) -> str:
         sentences.append(f"{which} {NO_GATES}")
     for memory in memories:
         sentences.append(
-            f"{memory.name} {OF_OTHERS.format(memory.weighting)} Here {_answering(memory)}."
+            f"{memory.name} {OTHER_KIND.format(memory.weighting)} Here {_answering(memory)}."
         )
     return " ".join(sentences)
 
@@ -119,7 +107,7 @@ def _answering(memory: Adapter) -> str:
 def _position_rule(inspection: Inspection) -> str:
     spans = {(a.prompt_positions, a.answer_positions) for a in inspection.adapters}
     rules = sorted(f"{_last_tokens(prompt)}{_answer_tokens(answer)}" for prompt, answer in spans)
-    return f"Pale: not edited. An adapter acts on {', or on '.join(rules)}."
+    return f"Pale: not edited. An adapter edits {', or '.join(rules)}."
 
 
 def _last_tokens(count: int) -> str:
@@ -128,13 +116,13 @@ def _last_tokens(count: int) -> str:
 
 def _answer_tokens(count: int | None) -> str:
     if count is None:
-        return " and on every token of the answer"
+        return " and every token of the answer"
     if count == 0:
         return ""
     return (
-        f" and on the first {count} tokens of the answer"
+        f" and the first {count} tokens of the answer"
         if count > 1
-        else " and on the first token of the answer"
+        else " and the answer's first token"
     )
 
 
@@ -143,7 +131,7 @@ def _quoted(text: str) -> str:
 
 
 def percent(share: float) -> str:
-    """Write a share in [0, 1] as a percentage that never rounds a little to nothing or nearly all to all."""
+    """Format a share in [0, 1] as a percentage; small and large shares are never rounded to 0% or 100%."""
     if 0 < share < 0.0001:
         return "<0.01%"
     if 0.999 < share < 1:
@@ -158,13 +146,13 @@ def percent(share: float) -> str:
 
 
 def block_label(name: str) -> str:
-    """Make a short name for a block of the base model: `block 7` for `model.layers.7`."""
+    """Return a short name for a block of the base model: `block 7` for `model.layers.7`."""
     last = name.rpartition(".")[2]
     return f"block {last}" if last.isdigit() else name
 
 
 def _data(inspection: Inspection) -> dict[str, Any]:
-    """Collect the data for the script; the page's template writes it as JSON that cannot end the element it stands in."""
+    """Collect the data for the script. The template writes it as JSON that cannot close the script element."""
     data: dict[str, Any] = asdict(inspection)
     for token in data["tokens"]:
         for shown in (token, *token["changes"]):

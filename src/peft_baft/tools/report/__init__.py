@@ -1,1 +1,1 @@
-"""What an engineer attaches to a change request: an adapter, its facts before and after, and what moved beside them."""
+"""Report on an adapter for a review: the answers to its facts before and after, and other answers that changed."""

@@ -1,4 +1,4 @@
-"""The files of an adapter's folder that a report names: its weights, its settings, pictures of its edits."""
+"""Read what a report shows of an adapter's folder: its weights, its settings and pictures of its edits."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from peft_baft.adapter.weights import FILE as WEIGHTS
 from peft_baft.editing.editor import CURSOR
 from peft_baft.editing.journal import Journal
 
-# The title of a page that `baft inspect` writes.
+# The title of the pages that `baft inspect` writes.
 INSPECTION_TITLE = re.compile(r"<title>(.*?) · what the edits do</title>", re.S)
 INSPECTION_FOLDERS = (".", "inspect")
-BASE = "base_model_name_or_path"  # may be a folder of this machine; a report names the base itself
-HEAD = 4000  # characters of a page that hold its title, unless its prompt is very long
+BASE = "base_model_name_or_path"  # may be a local folder; a report names the base model separately
+HEAD = 4000  # number of characters of a page to read; they include the title unless the prompt is very long
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A page of `baft inspect` in the folder: its prompt, its path from the folder, and that of the PNG beside it or None."""
+    """A page of `baft inspect`: its prompt, its path relative to the folder, and the path of the matching PNG or None."""
 
     title: str
     page: str
@@ -40,9 +40,11 @@ class AdapterFolder:
     """An adapter's folder.
 
     Attributes:
-        path: as the user gave it. sha256, bytes: of the weights. config: what `adapter_config.json` says, without what is
-            empty and without the base model. run: the settings of the journal's last run.
-        as_journal: whether the weights are those of the journal's last edit; None where there is no journal.
+        path: the path as given by the user.
+        sha256, bytes: hash and size of the weights.
+        config: content of `adapter_config.json`, without empty values and without the base model.
+        run: settings of the journal's last run.
+        as_journal: whether the weights are those of the journal's last edit; None if there is no journal.
     """
 
     path: str
@@ -55,10 +57,10 @@ class AdapterFolder:
 
 
 def read_folder(folder: str | Path) -> AdapterFolder:
-    """Read what a report says about an adapter's folder.
+    """Read an adapter's folder.
 
     Raises:
-        FileNotFoundError: the folder holds no adapter. ValueError: its config or journal is damaged.
+        FileNotFoundError: the folder has no adapter. ValueError: its config or journal is damaged.
     """
     folder = Path(folder)
     weights = (folder / WEIGHTS).read_bytes()
@@ -67,27 +69,25 @@ def read_folder(folder: str | Path) -> AdapterFolder:
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_NAME} is damaged: {error}.") from None
     if not isinstance(config, Mapping):
-        raise ValueError(f"{folder / CONFIG_NAME} is damaged: it holds no JSON object.")
+        raise ValueError(f"{folder / CONFIG_NAME} is damaged: it is not a JSON object.")
     journal = Journal(folder)
-    runs = journal.runs()
+    runs = journal.state().runs
+    shown = {name: value for name, value in sorted(config.items()) if value not in (None, [], {})}
+    shown.pop(BASE, None)
     return AdapterFolder(
-        str(folder),
-        hashlib.sha256(weights).hexdigest(),
-        len(weights),
-        {
-            name: value
-            for name, value in sorted(config.items())
-            if value not in (None, [], {}) and name != BASE
-        },
-        dict(runs[-1].settings) if runs else {},
-        _as_journal(folder, journal),
-        tuple(pictures_of(folder)),
+        path=str(folder),
+        sha256=hashlib.sha256(weights).hexdigest(),
+        bytes=len(weights),
+        config=shown,
+        run=dict(runs[-1].settings) if runs else {},
+        as_journal=_is_journal_state(folder, journal),
+        pictures=tuple(pictures_of(folder)),
     )
 
 
-def _as_journal(folder: Path, journal: Journal) -> bool | None:
-    """Tell whether the adapter's file holds what the journal's last edit left."""
-    edits, snapshots = journal.edits(), journal.snapshots()
+def _is_journal_state(folder: Path, journal: Journal) -> bool | None:
+    """Check whether the saved weights are those after the journal's last edit; None if there are no edits."""
+    edits, snapshots = journal.state().edits, journal.snapshots()
     if not edits:
         return None
     if not snapshots or snapshots[-1] != edits[-1].edit:
@@ -101,7 +101,7 @@ def _as_journal(folder: Path, journal: Journal) -> bool | None:
 
 
 def pictures_of(folder: Path) -> list[Picture]:
-    """Find the pages of `baft inspect`; other HTML files are passed over."""
+    """List the pages of `baft inspect` in a folder; other HTML files are ignored."""
     pictures = []
     for place in INSPECTION_FOLDERS:
         for page in sorted((folder / place).glob("*.html")):

@@ -1,14 +1,14 @@
-"""Ask about every fact of an adapter: itself, in other words, in contexts, and what stands beside it."""
+"""Plan and ask the questions of a report: each fact's own question, rephrased, in contexts, and its neighbours."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
 
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from peft_baft.data.batching import context_window, encode_prompt
 from peft_baft.data.cases import Prompt, asked_words
@@ -26,14 +26,15 @@ from peft_baft.tools.report.subjects import kind_of, neighbouring_subjects
 from peft_baft.tools.report.taught import TaughtFact
 
 LIMIT, NEIGHBOURS, CONTEXTS = 50, 4, 3
-LONGER_SUBJECT = 16  # tokens by which another subject may be longer than the fact's own
+LONGER_SUBJECT = 16  # number of tokens by which another subject may be longer than the fact's
 QUESTION, REPHRASING = "question", "rephrasing"
-Asked = tuple[tuple[str, Question], ...]  # questions, each with what it is asked as
+# Pairs of QUESTION, REPHRASING or the name of a context, and a question.
+NamedQuestions = tuple[tuple[str, Question], ...]
 
 
 @dataclass(frozen=True)
 class PlannedNeighbour:
-    """A neighbour before it is asked."""
+    """A neighbour that has not been asked yet. See `Neighbour` for its attributes."""
 
     question: Question
     subject: str | None
@@ -42,17 +43,17 @@ class PlannedNeighbour:
 
 @dataclass(frozen=True)
 class Plan:
-    """All questions about one fact; each of `answers`, `rephrasings` and `contexts` with what it is asked as."""
+    """All questions about one fact."""
 
     fact: TaughtFact
     subject: str | None
-    answers: Asked
-    rephrasings: Asked
-    contexts: Asked
+    answers: NamedQuestions
+    rephrasings: NamedQuestions
+    contexts: NamedQuestions
     neighbours: tuple[PlannedNeighbour, ...]
 
     def questions(self) -> Iterable[Question]:
-        """Give every question."""
+        """Yield every question."""
         for _, question in (*self.answers, *self.rephrasings, *self.contexts):
             yield question
         for neighbour in self.neighbours:
@@ -61,7 +62,7 @@ class Plan:
 
 def gather(
     model: PeftModel,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     facts: Sequence[TaughtFact],
     forms: Sequence[Template],
     folder: AdapterFolder,
@@ -73,50 +74,51 @@ def gather(
     notes: Sequence[str] = (),
     begin: Callable[[int], Callable[[int], object]] = lambda total: lambda asked: None,
 ) -> AdapterReport:
-    """Ask the unedited and the edited model about the facts of an adapter.
+    """Ask the unedited and the edited model about the facts of an adapter, and report the answers.
 
     Args:
-        model: the base model with the adapter on it. forms: the templates in which everything is asked.
-        folder, base: what the report says of the adapter's files and of the base model's name.
-        limit: about so many facts is asked, at most: the first, the last, and others evenly between them.
-        neighbours, contexts: for each fact and form at most so many neighbours with another subject, and contexts.
-        notes: what else a reader of the report must know.
-        begin: called with the number of answers to come; gives what is called with the number of those just made.
+        model: the base model with the adapter.
+        forms: the prompt formats to ask in.
+        folder, base: the adapter's files and the base model's name, for the report.
+        limit: maximum number of facts to ask: the first, the last, and others evenly between them.
+        neighbours, contexts: maximum number of neighbours with another subject, and of contexts, per fact and format.
+        notes: further notes for the reader of the report.
+        begin: called with the total number of answers; returns a function that is called with the number of each new batch.
 
     Raises:
-        ValueError: limit is below 1, or no form is given.
+        ValueError: limit is below 1, neighbours or contexts is negative, or there are no formats.
     """
     if limit < 1 or neighbours < 0 or contexts < 0 or not forms:
         raise ValueError(
-            f"A report needs a form, limit of 1 or more, and neighbours and contexts of 0 or more, not {limit}, {neighbours} "
-            f"and {contexts}."
+            f"A report needs a prompt format, limit of 1 or more, and neighbours and contexts of 0 or more, not {limit}, "
+            f"{neighbours} and {contexts}."
         )
     current = [fact for fact in facts if fact.in_adapter]
     asked = evenly_spread(current, limit)
     plans = _plans(model, tokenizer, asked, current, forms, neighbours, contexts)
     canaries = [Question(form.name, canary.prompt) for form in forms for canary in CANARIES]
-    questions = list(dict.fromkeys([*canaries, *(q for plan in plans for q in plan.questions())]))
+    questions = list(dict.fromkeys(chain(canaries, *(plan.questions() for plan in plans))))
     replies = ask_both(model, tokenizer, questions, forms, begin(2 * len(questions)))
-    targets = _targets_by_subject(plans)
+    facts_by_subject = _facts_by_subject(plans)
     return AdapterReport(
-        folder,
-        base,
-        tuple(form.name for form in forms),
-        tuple(_reported(plan, replies, targets) for plan in plans),
-        tuple(fact for fact in facts if not fact.in_adapter),
-        len(current) - len(asked),
-        tuple(_comparison(question, replies[question]) for question in canaries),
-        tuple(notes),
-        installed_versions() | {"weights": str(model.dtype), "device": str(model.device)},
-        datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        folder=folder,
+        base=base,
+        forms=tuple(form.name for form in forms),
+        facts=tuple(_report_fact(plan, replies, facts_by_subject) for plan in plans),
+        not_in_adapter=tuple(fact for fact in facts if not fact.in_adapter),
+        left_out=len(current) - len(asked),
+        canaries=tuple(_comparison(question, replies[question]) for question in canaries),
+        notes=tuple(notes),
+        versions=installed_versions() | {"weights": str(model.dtype), "device": str(model.device)},
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 
 
 def evenly_spread(facts: Sequence[TaughtFact], limit: int) -> list[TaughtFact]:
-    """Choose at most so many facts: the first, the last, and others evenly between them.
+    """Choose at most `limit` facts: the first, the last, and others evenly between them.
 
-    In an adapter that was edited many times the first facts are the likeliest to be forgotten, and the last ones the least, so
-    neither end alone would be a fair sample.
+    In an adapter that was edited many times, the first facts are the most likely to be forgotten and the last ones the least
+    likely, so taking only one end would not be a fair sample.
     """
     if len(facts) <= limit:
         return list(facts)
@@ -127,7 +129,7 @@ def evenly_spread(facts: Sequence[TaughtFact], limit: int) -> list[TaughtFact]:
 
 def _plans(
     model: PeftModel,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     asked: Sequence[TaughtFact],
     current: Sequence[TaughtFact],
     forms: Sequence[Template],
@@ -140,25 +142,25 @@ def _plans(
     for fact, subject in zip(asked, subjects, strict=True):
         if subject is not None:
             pool.setdefault(subject, kind_of(fact.prompt, subject))
-    # A question that another fact was taught for is meant to change.
-    taught = {asked_words(p) for fact in current for p in (fact.prompt, *fact.rephrasings)}
+    # The answer to another fact's question is meant to change.
+    trained = {asked_words(p) for fact in current for p in (fact.prompt, *fact.rephrasings)}
     plans = []
     for fact, subject in zip(asked, subjects, strict=True):
-        beside = _neighbours(fact, subject, pool, taught, neighbours)
-        answers, rephrasings, in_contexts = _asked_of_fact(tokenizer, fact, forms, contexts)
+        nearby = _neighbours(fact, subject, pool, trained, neighbours)
+        answers, rephrasings, in_contexts = _questions_of_fact(tokenizer, fact, forms, contexts)
         planned = [
             PlannedNeighbour(question_for(tokenizer, form, prompt, fact.target), other, source)
-            for prompt, other, source in beside
+            for prompt, other, source in nearby
             for form in _form_names(prompt, forms)
         ]
         plans.append(Plan(fact, subject, answers, rephrasings, in_contexts, tuple(planned)))
     return plans
 
 
-def _asked_of_fact(
-    tokenizer: Any, fact: TaughtFact, forms: Sequence[Template], contexts: int
-) -> tuple[Asked, Asked, Asked]:
-    """List what a fact itself is asked as: its question, its rephrasings, and it in contexts."""
+def _questions_of_fact(
+    tokenizer: PreTrainedTokenizerBase, fact: TaughtFact, forms: Sequence[Template], contexts: int
+) -> tuple[NamedQuestions, NamedQuestions, NamedQuestions]:
+    """Return the questions for a fact itself: its own question, its rephrasings, and its question in contexts."""
 
     def questions(prompt: Prompt, name: str) -> list[tuple[str, Question]]:
         return [
@@ -171,27 +173,30 @@ def _asked_of_fact(
         frames = framed(fact.prompt, CHAT if form == "chat" else RAW)
         for name, prompt in islice(frames.items(), contexts):
             in_contexts.append((name, question_for(tokenizer, form, prompt, fact.target)))
-    rephrased = [pair for prompt in fact.rephrasings for pair in questions(prompt, REPHRASING)]
+    rephrased = chain.from_iterable(questions(p, REPHRASING) for p in fact.rephrasings)
     return tuple(questions(fact.prompt, QUESTION)), tuple(rephrased), tuple(in_contexts)
 
 
 def _form_names(prompt: Prompt, forms: Sequence[Template]) -> list[str]:
-    """List the forms that differ for a prompt: messages are a chat in any."""
+    """List the formats that differ for a prompt: messages are a chat in every format."""
     if isinstance(prompt, str):
         return [form.name for form in forms]
     return ["chat" if any(form.chat for form in forms) else forms[0].name]
 
 
 def _subject(
-    model: PeftModel, tokenizer: Any, fact: TaughtFact, forms: Sequence[Template]
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    fact: TaughtFact,
+    forms: Sequence[Template],
 ) -> str | None:
-    """Give a fact's subject, found where nobody has named it; None where there is none or the prompt is too long."""
+    """Return a fact's subject, searching for it if it was not given; None if there is none or the prompt is too long."""
     if fact.subject is not None:
         return fact.subject
     form = next((form for form in forms if form.name in fact.forms), forms[0])
     try:
         length = len(encode_prompt(tokenizer, fact.prompt, template=form).ids)
-    except ValueError:  # the same is said of the question itself
+    except ValueError:  # the report shows this error at the fact's own question
         return None
     window = context_window(model)
     if window is not None and length + LONGER_SUBJECT > window:
@@ -203,22 +208,25 @@ def _neighbours(
     fact: TaughtFact,
     subject: str | None,
     pool: Mapping[str, str | None],
-    taught: set[str],
+    trained: set[str],
     count: int,
 ) -> list[tuple[Prompt, str | None, str]]:
-    """List questions beside a fact's: those of the edit file, then with other subjects, each with its subject and source."""
+    """List a fact's neighbours: those in the edit file, then ones with other subjects; each with its subject and source."""
     found: list[tuple[Prompt, str | None, str]] = [(p, None, "file") for p in fact.nearby]
     if subject is None:
         return found
-    exchanged = (
-        (with_other_subject(fact.prompt, subject, other), other, "fact" if of_fact else "name")
-        for other, of_fact in neighbouring_subjects(fact.prompt, subject, pool.items())
-    )
-    return found + list(islice((n for n in exchanged if asked_words(n[0]) not in taught), count))
+    wanted = len(found) + count
+    for other, is_of_fact in neighbouring_subjects(fact.prompt, subject, pool.items()):
+        if len(found) == wanted:
+            break
+        prompt = with_other_subject(fact.prompt, subject, other)
+        if asked_words(prompt) not in trained:
+            found.append((prompt, other, "fact" if is_of_fact else "name"))
+    return found
 
 
-def _targets_by_subject(plans: Sequence[Plan]) -> dict[str, list[TaughtFact]]:
-    """List the facts about each subject."""
+def _facts_by_subject(plans: Sequence[Plan]) -> dict[str, list[TaughtFact]]:
+    """Group the facts by subject."""
     facts: dict[str, list[TaughtFact]] = {}
     for plan in plans:
         if plan.subject is not None:
@@ -226,25 +234,27 @@ def _targets_by_subject(plans: Sequence[Plan]) -> dict[str, list[TaughtFact]]:
     return facts
 
 
-def _reported(
-    plan: Plan, replies: Mapping[Question, Replies], about: Mapping[str, Sequence[TaughtFact]]
+def _report_fact(
+    plan: Plan, replies: Mapping[Question, Replies], by_subject: Mapping[str, Sequence[TaughtFact]]
 ) -> FactReport:
+    """Judge the replies to the questions about one fact."""
     fact = plan.fact
-    answers, rephrasings, contexts = (
-        tuple(_answer(fact, name, question, replies[question]) for name, question in part)
-        for part in (plan.answers, plan.rephrasings, plan.contexts)
-    )
+
+    def judged(questions: NamedQuestions) -> tuple[Answer, ...]:
+        return tuple(_answer(fact, name, asked, replies[asked]) for name, asked in questions)
+
+    neighbours = [
+        _neighbour(fact, planned, replies[planned.question], by_subject)
+        for planned in plan.neighbours
+    ]
     return FactReport(
-        fact,
-        plan.subject,
-        plan.subject is not None and fact.subject is None,
-        answers,
-        rephrasings,
-        contexts,
-        tuple(
-            _neighbour(fact, planned, replies[planned.question], about)
-            for planned in plan.neighbours
-        ),
+        fact=fact,
+        subject=plan.subject,
+        subject_found=plan.subject is not None and fact.subject is None,
+        answers=judged(plan.answers),
+        rephrasings=judged(plan.rephrasings),
+        contexts=judged(plan.contexts),
+        neighbours=tuple(neighbours),
     )
 
 
@@ -262,9 +272,9 @@ def _answer(fact: TaughtFact, asked_as: str, question: Question, reply: Replies)
 
 
 def _old_answer(fact: TaughtFact, reply: Replies) -> str | None:
-    """Give the answer that should be gone: what the edit file names, else all that the unedited model says.
+    """Return the answer that the edit should replace: the one in the edit file, or else what the unedited model says.
 
-    An unedited model that says the new answer already has none that should be gone.
+    It is None if the unedited model already says the new answer.
     """
     if fact.old is not None:
         return fact.old
@@ -275,21 +285,21 @@ def _neighbour(
     fact: TaughtFact,
     planned: PlannedNeighbour,
     reply: Replies,
-    about: Mapping[str, Sequence[TaughtFact]],
+    by_subject: Mapping[str, Sequence[TaughtFact]],
 ) -> Neighbour:
     question = planned.question
     taught_by = None
-    for other in about.get(planned.subject or "", ()):
+    for other in by_subject.get(planned.subject or "", ()):
         if says(reply.after, other.target) and not says(reply.before, other.target):
             taught_by = other.key
     return Neighbour(
-        question.form,
-        question.prompt,
-        reply.before,
-        reply.after,
-        reply.problem,
-        planned.subject,
-        planned.source,
-        says(reply.after, fact.target) and not says(reply.before, fact.target),
-        taught_by,
+        form=question.form,
+        prompt=question.prompt,
+        before=reply.before,
+        after=reply.after,
+        problem=reply.problem,
+        subject=planned.subject,
+        source=planned.source,
+        says_new=says(reply.after, fact.target) and not says(reply.before, fact.target),
+        taught_by=taught_by,
     )

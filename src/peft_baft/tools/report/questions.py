@@ -1,12 +1,12 @@
-"""Ask the unedited and the edited model the questions of a report: each question once, in batches, freely."""
+"""Generate the answers of the unedited and the edited model to the questions of a report, in batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from peft_baft.adapter.state import evaluating, without_adapters
 from peft_baft.data.batching import Tokens, context_window, encode_prompt
@@ -15,15 +15,17 @@ from peft_baft.data.templates import Template
 from peft_baft.evaluation.forward import BATCH_SIZE, greedy_tokens
 from peft_baft.evaluation.scoring import EXTRA_TOKENS, STATEMENT_TOKENS, first_line, free_length
 
-TOGETHER = 16 * BATCH_SIZE  # so many questions are sorted into batches at once
+CHUNK_SIZE = (
+    16 * BATCH_SIZE
+)  # number of questions to answer before the adapter is switched on or off
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt in a form, and how many tokens its answer may and must have room for.
+    """A prompt in a format, with the maximum and minimum number of tokens for its answer.
 
     Args:
-        form: `raw` or `chat`. room: the longest answer. least: fewer tokens than this could not hold the wanted answer.
+        form: `raw` or `chat`. room: maximum length of the answer. least: length of the expected answer.
     """
 
     form: str
@@ -34,35 +36,37 @@ class Question:
 
 @dataclass(frozen=True)
 class Replies:
-    """The first line that the unedited (`before`) and the edited model (`after`) said; or why the question was not asked."""
+    """The first lines that the unedited (`before`) and the edited model (`after`) generate; or why it was not asked."""
 
     before: str = ""
     after: str = ""
     problem: str | None = None
 
 
-def question_for(tokenizer: Any, form: str, prompt: Prompt, target: str) -> Question:
-    """Make the question that leaves room for a sentence, and for the whole target."""
+def question_for(
+    tokenizer: PreTrainedTokenizerBase, form: str, prompt: Prompt, target: str
+) -> Question:
+    """Return a question whose answer has room for a sentence and for the whole target."""
     length = free_length(tokenizer, target)
     return Question(form, prompt, max(STATEMENT_TOKENS, length), length - EXTRA_TOKENS)
 
 
 def ask_both(
     model: PeftModel,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     questions: Iterable[Question],
     forms: Sequence[Template],
     tick: Callable[[int], object] = lambda asked: None,
 ) -> dict[Question, Replies]:
-    """Let the model answer every question greedily, without and with its adapter.
+    """Answer every question greedily, with and without the adapter.
 
     Args:
-        forms: the templates that the questions' forms name.
-        tick: called with the number of answers whenever some more are known; a question has two.
+        forms: the templates for the formats of the questions.
+        tick: called with the number of new answers after each batch of them; each question has two answers.
 
     Returns:
-        For each question its replies. A question that is too long for the model, or whose messages the chat template refuses,
-        is not asked, and its replies say why.
+        The replies to each question. A question that is too long for the model, or whose messages the chat template rejects, is
+        not asked, and its replies say why.
     """
     template_of = {template.name: template for template in forms}
     window = context_window(model)
@@ -76,28 +80,30 @@ def ask_both(
             continue
         if window is not None and len(row.ids) + question.least > window:
             replies[question] = Replies(
-                problem=f"too long: {len(row.ids)} tokens before the answer, of {window} that the model reads"
+                problem=f"too long: {len(row.ids)} tokens before the answer, of at most {window} that the model reads"
             )
         else:
             rows[question] = row
     asked = list(rows)
-    # Questions of like length go into one batch.
+    # Questions of similar length share a batch.
     asked.sort(key=lambda question: len(rows[question].ids))
     with evaluating(model):
-        for start in range(0, len(asked), TOGETHER):
-            some = asked[start : start + TOGETHER]
-            after = _lines(model, tokenizer, some, rows)
-            tick(len(some))
+        for start in range(0, len(asked), CHUNK_SIZE):
+            chunk = asked[start : start + CHUNK_SIZE]
+            after = _first_lines(model, tokenizer, chunk, rows)
+            tick(len(chunk))
             with without_adapters(model):
-                before = _lines(model, tokenizer, some, rows)
-            tick(len(some))
-            pairs = zip(before, after, strict=True)
-            replies |= dict(zip(some, (Replies(*pair) for pair in pairs), strict=True))
+                before = _first_lines(model, tokenizer, chunk, rows)
+            tick(len(chunk))
+            replies |= dict(zip(chunk, map(Replies, before, after), strict=True))
     return replies
 
 
-def _lines(
-    model: PeftModel, tokenizer: Any, questions: Sequence[Question], rows: dict[Question, Tokens]
+def _first_lines(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    rows: dict[Question, Tokens],
 ) -> list[str]:
     encoded = [rows[question] for question in questions]
     new = greedy_tokens(model, tokenizer, encoded, [question.room for question in questions])

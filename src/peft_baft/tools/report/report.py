@@ -1,4 +1,4 @@
-"""What a report of an adapter holds, as data. The page and `--json` show the same."""
+"""The data of a report on an adapter, which the page and `--json` show."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from peft_baft.tools.report.taught import TaughtFact
 
 @dataclass(frozen=True)
 class Comparison:
-    """One question, asked without (`before`) and with (`after`) the edits in one form.
+    """A question in one format, with the answers without (`before`) and with (`after`) the edits.
 
     Attributes:
-        form: `raw` or `chat`. before, after: the first line of each answer. problem: why it was not asked, or None.
+        form: `raw` or `chat`. before, after: the first line of each answer.
+        problem: why the question was not asked, or None.
     """
 
     form: str
@@ -27,12 +28,12 @@ class Comparison:
 
     @property
     def moved(self) -> bool:
-        """Whether the answers differ in any letter; a question that was not asked has not moved."""
+        """Whether the answers differ at all; False if the question was not asked."""
         return self.before != self.after
 
     @property
     def shared_words(self) -> int:
-        """With how many words both answers begin."""
+        """Number of words in the common prefix of both answers."""
         count = 0
         for one, other in zip(self.before.split(), self.after.split(), strict=False):
             if one != other:
@@ -46,8 +47,8 @@ class Answer(Comparison):
     """An answer that should be the fact's new one.
 
     Attributes:
-        asked_as: `question`, `rephrasing`, or the name of what stands around the question.
-        holds: whether the edited model says the new answer, as whole words, and not the old one; None where it was not asked.
+        asked_as: `question`, `rephrasing`, or the name of the context of the question.
+        holds: whether the edited model says the new answer, as whole words, and not the old one; None if it was not asked.
     """
 
     asked_as: str
@@ -56,13 +57,13 @@ class Answer(Comparison):
 
 @dataclass(frozen=True)
 class Neighbour(Comparison):
-    """A question that looks like the fact's, whose answer should stay.
+    """A question that is similar to the fact's, and whose answer should not change.
 
     Attributes:
-        subject: what stands in the place of the fact's own; None for a question of the edit file.
-        source: `fact` (the subject of another fact), `name` (a well-known name) or `file`.
-        says_new: the edited model says the fact's new answer here, and the unedited did not.
-        taught_by: the key of another fact about this subject whose new answer it says, or None.
+        subject: the subject that replaces the fact's; None for a question from the edit file.
+        source: `fact` (the subject of another fact), `name` (a well-known name) or `file` (the edit file).
+        says_new: whether the edited model says the fact's new answer here, and the unedited model does not.
+        taught_by: key of another fact about this subject whose new answer the edited model says, or None.
     """
 
     subject: str | None
@@ -73,12 +74,13 @@ class Neighbour(Comparison):
 
 @dataclass(frozen=True)
 class FactReport:
-    """A fact, and all that was asked about it.
+    """A fact with all answers to questions about it.
 
     Attributes:
-        subject: what was exchanged for the neighbours, None where the prompt has nothing that could be one.
-        subject_found: nobody has named it; it is the span whose exchange changes the unedited model's answer most.
-        answers: the question itself, once in each form; `rephrasings` and `contexts` likewise.
+        subject: the span of the prompt that was replaced to make neighbours; None if nothing in the prompt can be its subject.
+        subject_found: whether the subject was not given, but found as the span whose replacement changes the unedited model's
+            answer most.
+        answers: answers to the fact's own question, one per format. rephrasings, contexts: likewise.
     """
 
     fact: TaughtFact
@@ -91,13 +93,13 @@ class FactReport:
 
     @property
     def judged(self) -> tuple[Answer, ...]:
-        """The answers in the forms in which the fact was taught; in every form where none of those was asked."""
-        taught = tuple(answer for answer in self.answers if answer.form in self.fact.forms)
-        return taught or self.answers
+        """The answers in the formats that the fact was trained in, or all answers if none of those was asked."""
+        trained = tuple(answer for answer in self.answers if answer.form in self.fact.forms)
+        return trained or self.answers
 
     @property
     def holds(self) -> bool | None:
-        """Whether the fact holds in each form in which it was taught; None where one could not be asked."""
+        """Whether the fact holds in every format that it was trained in; None if one of them could not be asked."""
         verdicts = [answer.holds for answer in self.judged]
         if False in verdicts:
             return False
@@ -105,21 +107,22 @@ class FactReport:
 
     @property
     def moved(self) -> tuple[Neighbour, ...]:
-        """The neighbours that moved."""
+        """The neighbours whose answers changed."""
         return tuple(neighbour for neighbour in self.neighbours if neighbour.moved)
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """An adapter with its facts, as they are now.
+    """An adapter and the present answers to its facts.
 
     Attributes:
-        folder: the adapter's own files. base: the name of the base model, with its dtype and device in `versions`.
-        forms: `raw` and `chat`, those in which was asked. facts: those that were asked.
-        not_in_adapter: facts that were taken back or replaced by later ones. left_out: how many more are in the adapter and
-            were not asked.
-        canaries: general questions that no fact is about.
-        notes: what else a reader must know. versions: of the packages. created: when, as ISO 8601 has it.
+        folder: the adapter's files. base: name of the base model; its dtype and device are in `versions`.
+        forms: the formats that were asked, of `raw` and `chat`. facts: the facts that were asked.
+        not_in_adapter: facts that were undone or replaced by later ones.
+        left_out: number of further facts in the adapter, which were not asked.
+        canaries: general questions that are not about any fact.
+        notes: further notes for the reader. versions: versions of the packages.
+        created: time of the report in ISO 8601.
     """
 
     folder: AdapterFolder
@@ -135,13 +138,13 @@ class AdapterReport:
 
     @property
     def moved(self) -> list[tuple[FactReport, Neighbour]]:
-        """The neighbours that moved, each with its fact: first those that say the fact's new answer, then the most changed."""
+        """The neighbours that changed, with their facts: first those that say the fact's new answer, then the most changed."""
         moved = [(fact, neighbour) for fact in self.facts for neighbour in fact.moved]
         return sorted(moved, key=lambda pair: (not pair[1].says_new, pair[1].shared_words))
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many facts, neighbours and canaries were asked, and what became of them."""
+        """Numbers of facts, neighbours and canaries, and of those that hold or changed."""
         neighbours = [neighbour for fact in self.facts for neighbour in fact.neighbours]
         return {
             "facts": len(self.facts),
@@ -156,23 +159,21 @@ class AdapterReport:
             "canaries_moved": sum(canary.moved for canary in self.canaries),
         }
 
-    def held_in(self, kind: str, form: str) -> tuple[int, int]:
-        """Count what holds, and what was asked, of one kind (`answers`, `rephrasings` or `contexts`) in one form."""
-        answers = [
-            answer
-            for fact in self.facts
-            for answer in getattr(fact, kind)
-            if answer.form == form and answer.holds is not None
-        ]
-        return sum(answer.holds is True for answer in answers), len(answers)
+    def count_holding(self, kind: str, form: str) -> tuple[int, int]:
+        """Count the answers of a kind (`answers`, `rephrasings` or `contexts`) in a format: those that hold, and all."""
+        verdicts: list[bool] = []
+        for fact in self.facts:
+            answers: tuple[Answer, ...] = getattr(fact, kind)
+            verdicts += [a.holds for a in answers if a.form == form and a.holds is not None]
+        return sum(verdicts), len(verdicts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the report as JSON takes it, with what follows from its parts."""
+        """Return the report as a JSON-serialisable dict, with the derived values."""
         data = asdict(self)
         for shown, fact in zip(data["facts"], self.facts, strict=True):
             shown["holds"] = fact.holds
-            for neighbour, of in zip(shown["neighbours"], fact.neighbours, strict=True):
-                neighbour["moved"] = of.moved
+            for entry, neighbour in zip(shown["neighbours"], fact.neighbours, strict=True):
+                entry["moved"] = neighbour.moved
         for shown, canary in zip(data["canaries"], self.canaries, strict=True):
             shown["moved"] = canary.moved
         return {"counts": self.counts, **data}

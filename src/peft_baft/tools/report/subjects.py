@@ -1,7 +1,6 @@
-"""Other subjects for a fact's question: those of the adapter's other facts first, then well-known names of the same rough kind.
+"""Other subjects for a fact's question: those of the adapter's other facts, then well-known names of roughly the same kind.
 
-None of these names is among those that facts are trained beside (`data/neighbours.py`), so that what is asked here was never
-held in place by the training.
+None of these names is used in training (`data/neighbours.py`), so that the report asks questions that training did not protect.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ NAMES = {
         "The Magic Flute",
     ),
 }
-# Words of a question that tell what it is about. The first kind whose words occur is taken.
+# Words that tell the kind of a question's subject. The first kind with a word in the question is used.
 CLUES = {
     "work": "novel book film movie album song series episode opera painting author director composer lyrics character publisher",
     "organisation": "company founded headquarter headquarters ceo manufacturer club airline employer organisation organization",
@@ -48,7 +47,7 @@ CLUES = {
 
 
 def kind_of(prompt: Prompt, subject: str) -> str | None:
-    """Guess what a question's subject is: a key of `NAMES`; None where nothing tells."""
+    """Guess the kind of a question's subject: a key of `NAMES`, or None if there is no clue."""
     for kind, names in NAMES.items():
         if _bare(subject) in map(_bare, names):
             return kind
@@ -60,23 +59,23 @@ def kind_of(prompt: Prompt, subject: str) -> str | None:
 def neighbouring_subjects(
     prompt: Prompt, subject: str, others: Iterable[tuple[str, str | None]]
 ) -> list[tuple[str, bool]]:
-    """List the subjects to exchange a question's own for, the best first.
+    """List subjects to replace a question's subject with, the best first.
 
     Args:
         others: the subjects of the adapter's other facts, each with its kind.
 
     Returns:
-        Subjects of other facts of the same kind, or of no known one, then well-known names; whether each is of a fact. They are
-        always the same ones for the same question.
+        First the subjects of other facts of the same kind (or also of unknown kind), then well-known names; each with whether it
+        belongs to a fact. The list is the same whenever the question is.
     """
     kind = kind_of(prompt, subject)
-    alike = [other for other, of_kind in others if of_kind == kind]
-    of_facts = other_subjects(prompt, subject, len(alike), list(dict.fromkeys(alike)))
+    same_kind = list(dict.fromkeys(other for other, its_kind in others if its_kind == kind))
+    from_facts = other_subjects(prompt, subject, len(same_kind), same_kind)
     names = _names(kind)
     built_in = other_subjects(prompt, subject, len(names), names)
-    chosen = dict.fromkeys((name, True) for name in of_facts)
-    known = set(map(_bare, of_facts))
-    return [*chosen, *((name, False) for name in built_in if _bare(name) not in known)]
+    used = set(map(_bare, from_facts))
+    new = [name for name in built_in if _bare(name) not in used]
+    return [*((name, True) for name in from_facts), *((name, False) for name in new)]
 
 
 def _names(kind: str | None) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""The facts of an adapter, as its journal and the user's edit file know them, before anything is asked."""
+"""Collect the facts of an adapter from its journal and the user's edit file."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peft_baft.data.cases import Case, Edit, Prompt
-from peft_baft.editing.journal import EditLine, ForgetLine, Journal, ReturnLine, RunLine
+from peft_baft.editing.journal import EditLine, Journal, RunLine
 
 FORMS = ("raw", "chat")
-FIRST_FORMS = ("raw",)  # of journals from before facts were taught in forms
+FIRST_FORMS = ("raw",)  # the format of all edits in journals that do not record formats
 
 
 @dataclass(frozen=True)
 class TaughtFact:
-    """One fact that an adapter was taught.
+    """A fact that an adapter was trained on.
 
     Attributes:
-        key: the edit's number, with the fact's place in its batch where that holds several: `7` or `7.2`; a number in the edit
-            file where there is no journal.
-        prompt, target, subject: the fact. The subject is None where nobody has named it.
-        forms: `raw` and `chat`, those in which it was taught; empty where that is not known.
-        rephrasings: its question in other words. nearby: questions whose answers should stay. old: the answer before the edit;
-            each from the edit file.
-        batch: how many facts were learned with it at once, itself included. steps, seconds, loss: what that batch cost.
-        learned: whether it was learned when it was made; None where there is no journal.
-        problem: why the edit was not good. kept: whether it is in the adapter.
-        replaced_by: the key of a later edit of the same question.
+        key: the number of the edit, and the fact's place if the edit has several facts: `7` or `7.2`. Without a journal, the
+            fact's number in the edit file.
+        prompt, target, subject: the fact. The subject is None if it was not given.
+        forms: the formats in which it was trained, of `raw` and `chat`; empty if unknown.
+        rephrasings: rephrased prompts, from the edit file.
+        nearby: questions whose answers should not change, from the edit file.
+        old: the answer before the edit, from the edit file.
+        batch: number of facts that were trained together, including this one.
+        steps, seconds, loss: steps, duration and final loss of that batch.
+        learned: whether the edit was learned when it was made; None if there is no journal.
+        problem: why the edit was rejected, or None. kept: whether it is in the adapter nevertheless.
+        replaced_by: key of a later edit of the same prompt, or None.
     """
 
     key: str
@@ -49,18 +51,21 @@ class TaughtFact:
 
     @property
     def in_adapter(self) -> bool:
-        """Whether the adapter should know it: it was kept, and no later edit changed the same answer."""
+        """Whether the adapter should know the fact: it was kept, and no later edit changed its answer."""
         return self.kept and self.replaced_by is None
 
 
 def facts_of_journal(journal: Journal) -> list[TaughtFact]:
-    """List the facts of a journal that count, in the order in which they were taught.
+    """List the facts of a journal that were not undone, in the order of their edits.
 
     Raises:
         ValueError: a line is damaged.
     """
     facts: list[TaughtFact] = []
-    for line, run in _edits_with_runs(journal):
+    state = journal.state()
+    for line, run in zip(state.edits, state.edit_runs, strict=True):
+        if line.edit in state.forgotten:
+            continue
         several = len(line.facts) > 1
         for place, pair in enumerate(line.facts, start=1):
             key = f"{line.edit}.{place}" if several else str(line.edit)
@@ -69,7 +74,7 @@ def facts_of_journal(journal: Journal) -> list[TaughtFact]:
 
 
 def facts_of_cases(cases: Sequence[Case]) -> list[TaughtFact]:
-    """List the facts of an edit file, for an adapter that has no journal."""
+    """List the facts of an edit file, for an adapter without a journal."""
     facts = [
         TaughtFact(str(number), case.edit.prompt, case.edit.target)
         for number, case in enumerate(cases, start=1)
@@ -78,11 +83,11 @@ def facts_of_cases(cases: Sequence[Case]) -> list[TaughtFact]:
 
 
 def with_cases(facts: Sequence[TaughtFact], cases: Sequence[Case]) -> list[TaughtFact]:
-    """Add what an edit file says about the facts: subjects, rephrasings, questions nearby and old answers."""
-    of_edit = {_identity(case.edit.prompt, case.edit.target): case for case in cases}
+    """Add subjects, rephrasings, nearby questions and old answers from an edit file to the facts."""
+    cases_by_edit = {_identity(case.edit.prompt, case.edit.target): case for case in cases}
     completed = []
     for fact in facts:
-        case = of_edit.get(_identity(fact.prompt, fact.target))
+        case = cases_by_edit.get(_identity(fact.prompt, fact.target))
         if case is not None:
             fact = replace(
                 fact,
@@ -101,28 +106,12 @@ def unknown_cases(facts: Sequence[TaughtFact], cases: Sequence[Case]) -> int:
     return sum(_identity(case.edit.prompt, case.edit.target) not in known for case in cases)
 
 
-def _edits_with_runs(journal: Journal) -> list[tuple[EditLine, RunLine | None]]:
-    """List the edits that count, each with the run that made it."""
-    run: RunLine | None = None
-    standing: list[tuple[EditLine, RunLine | None]] = []
-    for line in journal.lines():
-        if isinstance(line, RunLine):
-            run = line
-        elif isinstance(line, ReturnLine):
-            standing = [(edit, of) for edit, of in standing if edit.edit <= line.back_to]
-        elif isinstance(line, ForgetLine):
-            standing = [(edit, of) for edit, of in standing if edit.edit != line.forgotten]
-        else:
-            standing.append((line, run))
-    return standing
-
-
 def _fact(
     key: str, line: EditLine, pair: Sequence[Any], run: RunLine | None, journal: Journal
 ) -> TaughtFact:
     try:
         prompt, target = pair
-        edit = Edit(prompt, target)  # checks both, and makes messages of what JSON has
+        edit = Edit(prompt, target)  # validates both, and converts JSON messages
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"The journal of {journal.folder}, edit {line.edit}, is damaged: {error}"
@@ -143,7 +132,7 @@ def _fact(
 
 
 def _forms(prompt: Prompt, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Read from the settings of a run in which forms it taught a prompt; messages are a chat in any."""
+    """Return the formats in which a run trained a prompt, from its settings. Messages are a chat in every format."""
     if not isinstance(prompt, str):
         return ("chat",)
     described = settings.get("templates")
@@ -153,7 +142,7 @@ def _forms(prompt: Prompt, settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _with_replaced(facts: Sequence[TaughtFact]) -> list[TaughtFact]:
-    """Note which facts a later one of the same question has replaced."""
+    """Set `replaced_by` of the facts whose prompt was edited again later."""
     last = {_question(fact.prompt): fact for fact in facts if fact.kept}
     marked = []
     for fact in facts:

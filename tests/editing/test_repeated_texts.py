@@ -11,21 +11,23 @@ from torch import Tensor
 import facts
 from facts import CAPITALS, MEALS, FactModel
 from peft_baft.data.batching import Tokens, encode
-from peft_baft.editing.acceleration import repeated_texts
-from peft_baft.editing.acceleration.repeated_texts import CachedTexts
+from peft_baft.editing import repeated_texts
+from peft_baft.editing.acceleration import cached_prefix
+from peft_baft.editing.fast_paths import repeated_texts as open_texts
+from peft_baft.editing.repeated_texts import RepeatedTexts
 
 fact_model = facts.fact_model
 
 
-def texts_of(toy: FactModel, cuts: list[int]) -> tuple[list[Tokens], CachedTexts]:
+def texts_of(toy: FactModel, cuts: list[int]) -> tuple[list[Tokens], RepeatedTexts]:
     rows = [encode(toy.tokenizer, f.prompt, f.answer) for f in (*CAPITALS[2:5], *MEALS[:2])]
     numbers = torch.tensor([0, 0, 1, 2, 3, 4, 4])
     columns = torch.tensor([4, 3, 4, 4, 4, 3, 4])
     blocks = list(toy.base.model.layers)[:2]
-    return rows, CachedTexts.of(toy.base, toy.tokenizer, rows, cuts, (numbers, columns), blocks)
+    return rows, open_texts(toy.base, toy.tokenizer, rows, cuts, (numbers, columns), blocks)
 
 
-def plain(toy: FactModel, rows: list[Tokens], texts: CachedTexts) -> Tensor:
+def plain(toy: FactModel, rows: list[Tokens], texts: RepeatedTexts) -> Tensor:
     """The logits that are read, text by text."""
     places = zip(texts.read[0].tolist(), texts.read[1].tolist(), strict=True)
     return torch.stack(
@@ -69,7 +71,8 @@ def test_a_cache_that_gives_something_else_is_not_used_and_that_is_told(
         logits, cache = call(*given)
         return logits + 0.5, cache
 
-    monkeypatch.setattr(repeated_texts, "call_with_cache", broken)
+    for module in (cached_prefix, repeated_texts):
+        monkeypatch.setattr(module, "call_with_cache", broken)
     with torch.no_grad():
         rows, texts = texts_of(fact_model, [3, 2, 3, 1, 2])
         assert texts.cache is None

@@ -17,14 +17,14 @@ from conftest import ARCHITECTURES, make_model, randomise
 from facts import DESCENT, OBJECTIVE, FactModel, adapted, edits, meals
 from peft_baft import NARROW, BaftConfig, BaftEditor
 from peft_baft.adapter import find_context
-from peft_baft.adapter.model_call import fork
 from peft_baft.data.batching import Tokens
 from peft_baft.editing import baft as baft_module
-from peft_baft.editing.acceleration import module_patches
-from peft_baft.editing.acceleration import repeated_texts as prefix_cache
-from peft_baft.editing.acceleration.repeated_texts import CachedPrefix, open_forward
+from peft_baft.editing.acceleration import cached_prefix, padding
+from peft_baft.editing.acceleration.cached_prefix import CachedPrefix
 from peft_baft.editing.answers import AnswerForward, FullForward
+from peft_baft.editing.fast_paths import open_forward
 from peft_baft.editing.train import Descent, DescentConfig, descend
+from peft_baft.running import fork
 
 fact_model = facts.fact_model
 CPU = torch.device("cpu")
@@ -133,7 +133,7 @@ def test_logits_are_computed_where_an_answer_is_learned(model: PeftModel) -> Non
 
 
 def test_padding_is_not_computed(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_patches, "SPARED_FROM", 0)
+    monkeypatch.setattr(padding, "SPARED_FROM", 0)
     widths: set[int] = set()
     for name, module in model.named_modules():
         if name.endswith(("down_proj", "out_proj", "dense_4h_to_h", "mlp.c_proj")):
@@ -287,7 +287,7 @@ def test_a_model_without_a_cache_is_edited_without_a_warning(
     def no_cache(*_: Any) -> None:
         raise NotImplementedError("no cache here")
 
-    monkeypatch.setattr(prefix_cache, "call_with_cache", no_cache)
+    monkeypatch.setattr(cached_prefix, "call_with_cache", no_cache)
     assert type(open_forward(model, [ROW], [0], 0, 3)) is FullForward
     assert not caplog.records
 
@@ -301,7 +301,7 @@ def test_an_error_of_a_model_whose_cache_was_right_before_is_not_swallowed(
     def broken(*_: Any) -> None:
         raise TypeError("a bug")
 
-    monkeypatch.setattr(prefix_cache, "call_with_cache", broken)
+    monkeypatch.setattr(cached_prefix, "call_with_cache", broken)
     with pytest.raises(TypeError, match="a bug"):
         open_forward(model, [ROW], [0], 0, 3)
 
