@@ -14,7 +14,7 @@ from peft_baft import PRESETS, DescentConfig, Edit, Editor, EditResult, load_mod
 from peft_baft.data.batching import collate, encode_fitting, padding_id
 from peft_baft.editing.train import Descent, descend
 from peft_baft_bench.methods.method import EditorSetup, MethodSettings
-from peft_baft_bench.methods.methods import METHODS, method
+from peft_baft_bench.methods.methods import METHODS, parse_method
 
 
 class NormEditor:  # follows the protocol peft_baft.Editor
@@ -58,10 +58,10 @@ METHODS["norm"] = lambda preset: NormTuning()
 
 
 def main(model_name: str = "smollm2") -> None:
-    settings = method("norm:stop_loss=0.05", PRESETS["default"]).settings
+    settings = parse_method("norm:stop_loss=0.05", PRESETS["default"]).settings
     editor: Editor = settings.start(*load_model(model_name))
     result = editor.edit([Edit("The capital of France is", "Lyon")])
-    print(f"{settings.described()}: learned {result.learned} after {result.steps} steps")
+    print(f"{settings.describe()}: learned {result.learned} after {result.steps} steps")
     editor.remove()  # the base model again, bit for bit
 
 

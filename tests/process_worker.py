@@ -219,7 +219,7 @@ COMMON: dict[str, Any] = {
 def line(rows: Runner, schedule: Schedule | None, output: Path) -> Found:
     """What the line of one run says but for the seconds; it is kept in a file."""
     run = plan.plan_runs(COMMON, [METHOD if schedule else None], [schedule or Schedule()], [0])[0]
-    found = plan.perform(rows, run, ("reliability",), output, "")
+    found = plan.perform_run(rows, run, ("reliability",), output, "")
     parts = {"cases": found.cases, "blocks": found.blocks or [], "scores": [found.scores]}
     return {
         name: [one | {"seconds": 0, "edit_seconds": 0, "peak_bytes": 0} for one in part]

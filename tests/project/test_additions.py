@@ -21,7 +21,7 @@ from peft_baft import Case, Edit
 from peft_baft.adapter.parameters import GATE_NORMS, WEIGHTINGS
 from peft_baft.editing.presets import PRESETS
 from peft_baft_bench.methods.ft_m import FineTuning
-from peft_baft_bench.methods.methods import METHODS, method
+from peft_baft_bench.methods.methods import METHODS, parse_method
 from peft_baft_bench.run.progress import Progress
 from peft_baft_bench.run.results import read_results
 from peft_baft_bench.run.runner import Runner
@@ -151,9 +151,9 @@ def test_a_user_adds_a_method_with_one_class_and_one_entry(
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     cases = [Case(Edit(CAPITALS[0].prompt, CAPITALS[8].answer))]
     runner = Runner(base, fact_model.tokenizer, cases, 0, 1)
-    mine = method("mine:size=0.01;lr=0.02;max_steps=60", PRESETS["plain"])
-    (entry,) = runner.edited(mine, Schedule(), 0, Progress(None))
-    assert entry["learned"] and mine.settings.described()["size"] == 0.01
+    mine = parse_method("mine:size=0.01;lr=0.02;max_steps=60", PRESETS["plain"])
+    (entry,) = runner.edit_and_ask(mine, Schedule(), 0, Progress(None))
+    assert entry["learned"] and mine.settings.describe()["size"] == 0.01
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
 
 

@@ -1,1 +1,1 @@
-"""Editing methods to compare with, one file a method."""
+"""Editing methods, one file per method."""

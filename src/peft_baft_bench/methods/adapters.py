@@ -1,4 +1,4 @@
-"""Editing through a PEFT adapter: BaFT, its ablations (Table 4), ReFT, and adapters of other methods such as LoRA."""
+"""Editing with a PEFT adapter: BaFT, its ablations (Table 4), ReFT, and adapters of other types such as LoRA."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peft_baft.editing.scope import NARROW, Scope
 from peft_baft.editing.train import DescentConfig
 from peft_baft_bench.methods.method import EditorSetup, MethodSettings
 
-# Settings of a BaFT adapter that a result line spells out, whether or not they were given.
+# Settings of a BaFT config that are always written to result lines, including defaults.
 BAFT_SETTINGS = (
     "r",
     "prompt_positions",
@@ -36,11 +36,11 @@ class AdapterMethod(MethodSettings):
     """Settings of a method that trains a PEFT adapter.
 
     Args:
-        config_class, config: the class of the adapter's config, and the arguments it is made with.
-        descent, batch_descent: how one fact, and a batch, is trained.
-        objective: BaFT's regularisers; None for teacher forcing alone.
-        scope: in which surroundings facts are taught, and, for BaFT and ReFT, beside which contrast texts.
-        unrelated: whether the method trains beside unrelated text where there is some.
+        config_class, config: the class of the adapter's config, and its arguments.
+        descent, batch_descent: how one fact, and a batch of facts, is trained.
+        objective: BaFT's regularisers; None for teacher forcing only.
+        scope: the contexts in which facts are taught and, for BaFT and ReFT, the contrast texts.
+        unrelated: whether unrelated text is used in training, where there is some.
     """
 
     config_class: Callable[..., PeftConfig] = BaftConfig
@@ -57,7 +57,7 @@ class AdapterMethod(MethodSettings):
         return self.objective is not None
 
     def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> AdapterEditor:
-        """Put a fresh adapter on `base`, and make its editor."""
+        """Attach a fresh adapter to `base` and create its editor."""
         setup = setup or EditorSetup()
         torch.manual_seed(setup.seed)
         model = get_peft_model(base, self.config_class(task_type="CAUSAL_LM", **self.config)).eval()
@@ -85,22 +85,22 @@ class AdapterMethod(MethodSettings):
         )
 
     def setting_names(self) -> set[str]:
-        """List what may be set by name: of the adapter's config, what BaFT's result lines spell out."""
+        """List the settings that can be set by name, including the main ones of a BaFT config."""
         return super().setting_names() | set(BAFT_SETTINGS)
 
     def with_setting(self, name: str, value: Any) -> MethodSettings:
-        """Set one setting of the training or of the objective, else of the adapter's config."""
-        of_config = {f.name for f in fields(self.config_class)}  # type: ignore[arg-type]
-        if name in super().setting_names() or name not in of_config:
+        """Return a copy with one setting changed: of the training or the objective, otherwise of the adapter's config."""
+        config_names = {f.name for f in fields(self.config_class)}  # type: ignore[arg-type]
+        if name in super().setting_names() or name not in config_names:
             return super().with_setting(name, value)
         return replace(self, config=self.config | {name: value})
 
     def _own_settings(self) -> list[str]:
-        """List none: the fields of this class say what the method is."""
+        """Return an empty list: the fields of this class define the method and cannot be set by name."""
         return []
 
-    def described(self) -> dict[str, Any]:
-        """Give the settings, resolved, as they stand in a result line."""
+    def describe(self) -> dict[str, Any]:
+        """Return the resolved settings for a result line."""
         config = {"peft_type": self.config_class.__name__.removesuffix("Config"), **self.config}
         if self.config_class is BaftConfig:
             defaults = {name: getattr(BaftConfig(), name) for name in BAFT_SETTINGS}
@@ -117,7 +117,7 @@ class AdapterMethod(MethodSettings):
 
 
 def baft(preset: Preset, *, unrelated: bool = True, **config: Any) -> AdapterMethod:
-    """Make BaFT, or an ablation of it, with a preset's settings."""
+    """Create BaFT, or an ablation of it, with a preset's settings."""
     return AdapterMethod(
         config={**preset.config, **config},
         descent=preset.descent,
@@ -136,7 +136,9 @@ def other_adapter(
     batch_descent: DescentConfig | None = None,
     **config: Any,
 ) -> AdapterMethod:
-    """Make an adapter of another PEFT method, trained by teacher forcing, as the preset says unless a descent is given."""
+    """Create an adapter method of another PEFT type, trained by teacher forcing with the preset's settings
+    unless a descent is given.
+    """
     return AdapterMethod(
         config_class=config_class,
         config=config,

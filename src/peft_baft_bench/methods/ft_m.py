@@ -1,8 +1,9 @@
 """FT-M and FT-L: fine-tune one MLP down projection.
 
-FT-M learns the answer tokens by teacher forcing (EasyEdit's `objective_optimization: target_new`); it is the strongest of the
-cheap baselines that the BaFT paper leaves out. FT-L, which the paper compares with (`prompt_last`), predicts all answer tokens
-from the last prompt token, and so cannot learn an answer of several tokens.
+FT-M learns the answer tokens by teacher forcing (EasyEdit's `objective_optimization: target_new`); it is the
+strongest of the simple baselines missing from the BaFT paper. FT-L, which the paper compares with
+(`prompt_last`), predicts all answer tokens from the last prompt token, and so cannot learn an answer of
+several tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from peft_baft_bench.methods.method import EditorSetup, MethodSettings
 from peft_baft_bench.methods.projections import down_projection, require_layer
 
 EASYEDIT_BLOCK = 21  # of a model of 32, counted from 0
-# What is learned, with the name that errors give the method.
+# The method's name in error messages, by objective.
 OBJECTIVES = {"answer": "ft-m", "last_prompt_token": "ft-l"}
 
 
@@ -40,16 +41,19 @@ OBJECTIVES = {"answer": "ft-m", "last_prompt_token": "ft-l"}
 class FineTuning(MethodSettings):
     """Fine-tune one MLP down projection, by default with EasyEdit's settings.
 
-    These are AdamW without weight decay, at most 25 steps, and the answer alone without its end.
+    These are AdamW without weight decay, at most 25 steps, and only the answer's tokens, without an end
+    token.
 
     Args:
-        objective: `answer` predicts each answer token from the tokens before it (FT-M); `last_prompt_token` predicts all of
-            them from the last prompt token (FT-L).
-        layer: block whose down projection is trained, counted from 0; by default EasyEdit's 21 of 32 scaled to the model.
+        objective: `answer` predicts each answer token from the tokens before it (FT-M); `last_prompt_token`
+            predicts all of them from the last prompt token (FT-L).
+        layer: the block whose down projection is trained, counted from 0; by default EasyEdit's 21 of 32,
+            scaled to the model.
         descent: how an edit, or a batch of edits, is trained.
 
     Raises:
-        TypeError: layer is no integer. ValueError: there is no such objective.
+        TypeError: layer is not an integer.
+        ValueError: there is no such objective.
     """
 
     objective: str = "answer"
@@ -71,15 +75,16 @@ class FineTuning(MethodSettings):
 
     @property
     def name(self) -> str:
-        """The method's name in errors."""
+        """The method's name in error messages."""
         return OBJECTIVES[self.objective]
 
     def start(
         self, base: Any, tokenizer: Any, setup: EditorSetup | None = None
     ) -> FineTuningEditor:
-        """Make an editor of `base`. Fine-tuning takes no unrelated text, and draws no random numbers.
+        """Create an editor of `base`. Fine-tuning uses neither unrelated text nor random numbers.
 
-        Where several processes share the facts of a batch, each one trains on all of them, and they come out alike.
+        If several processes share the facts of a batch, each of them trains on all facts, with identical
+        results.
         """
         template = RAW if setup is None else setup.template
         return FineTuningEditor(base, tokenizer, self, template)
@@ -88,10 +93,12 @@ class FineTuning(MethodSettings):
 class FineTuningEditor:
     """Fine-tunes one weight of a model; an `Editor`.
 
-    template: the form in which facts are taught.
+    Args:
+        template: the prompt format in which facts are taught.
 
     Raises:
-        ValueError: the block does not exist, has not one down projection under a known name, or a quantised one.
+        ValueError: the block does not exist, is quantised, or does not have exactly one down projection with
+            a known name.
     """
 
     def __init__(
@@ -104,13 +111,13 @@ class FineTuningEditor:
         self._weight: nn.Parameter = model.get_parameter(self.weight_name)
         if not self._weight.is_floating_point():
             raise ValueError(
-                f"{settings.name} trains a weight of floating-point numbers, but {self.weight_name} is "
+                f"{settings.name} trains a floating-point weight, but {self.weight_name} is "
                 f"{self._weight.dtype}: load the model without quantisation."
             )
         self._original = self._weight.detach().clone()
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
-        """Train the weight until the answers are learned; as `Editor.edit`."""
+        """Train the weight until the answers are learned; see `Editor.edit`."""
         end = self.settings.descent.learn_end
         facts = encode_edits(
             self.model, self.tokenizer, checked_edits(edits), (self._template,), end=end
@@ -123,8 +130,8 @@ class FineTuningEditor:
         }
         labels = batch.pop("labels")[:, 1:]
         is_answer = labels >= 0
-        wanted = labels[is_answer]
-        # The logits before a token predict it; in FT-L those of the last prompt token predict every answer token.
+        answer = labels[is_answer]
+        # A token is predicted by the logits before it; in FT-L, all answer tokens by those of the last prompt token.
         rows_of_answers, predicting = is_answer.nonzero(as_tuple=True)
         if self.settings.objective == "last_prompt_token":
             predicting = is_answer.int().argmax(1)[rows_of_answers]
@@ -134,8 +141,8 @@ class FineTuningEditor:
 
         def losses(_: Sequence[Descent]) -> list[Terms]:
             with fixed.run_once(), logits_only_at(head, at_least_four(places)):
-                logits = full_logits(self.model, **batch)[: len(wanted)]
-            return [{STOP_TERM: answer_losses(logits, wanted.to(logits.device)).mean()}]
+                logits = full_logits(self.model, **batch)[: len(answer)]
+            return [{STOP_TERM: answer_losses(logits, answer.to(logits.device)).mean()}]
 
         try:
             with frozen(self.model):
@@ -149,15 +156,15 @@ class FineTuningEditor:
         return result
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give the trained weight by its name."""
+        """Return the trained weight under its name."""
         return {self.weight_name: self._weight.detach()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self._write(state[self.weight_name])
 
     def remove(self) -> None:
-        """Write the original weight back."""
+        """Restore the original weight."""
         self._write(self._original)
 
     @torch.no_grad()

@@ -1,11 +1,13 @@
 """GRACE: a codebook at one MLP down projection (arXiv 2211.11031), as EasyEdit runs it on language models.
 
-The key of an edit is what enters the projection at the last prompt token, its value replaces what leaves it there. A prompt
-whose own key lies within an entry's radius gets that entry's value; every other prompt is computed as without edits. Radii
-are moved when keys come near each other, so that different answers keep apart and equal ones share an entry.
+The key of an edit is the projection's input at the last prompt token; its value replaces the projection's
+output there. A prompt whose key lies within an entry's radius gets that entry's value; all other prompts give
+the output of the unedited model. Radii are adjusted when keys are close to each other, so that edits with
+different answers stay separate and edits with the same answer share an entry.
 
-Differences from EasyEdit on purpose: it compares the mean of the answers' token ids, and finds it under the wrong entry from
-the second key on, where this compares the answers; it serves one row at a time, where this serves any batch.
+Deliberate differences from EasyEdit: it compares the mean of the answers' token ids, and from the second key
+on looks this up for the wrong entry, while this implementation compares the answers; it handles one row at a
+time, this one any batch.
 """
 
 from __future__ import annotations
@@ -33,15 +35,17 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class Grace(MethodSettings):
-    """Keep edits in a codebook (GRACE), by default with EasyEdit's settings and the BaFT paper's 100 steps.
+    """Store edits in a codebook (GRACE), by default with EasyEdit's settings and the BaFT paper's 100 steps.
 
     Args:
-        radius: of a new entry that lies far from all others (Euclidean distance of keys).
-        layer: block whose down projection has the codebook, counted from 0; by default EasyEdit's 27 of 32 scaled.
+        radius: the radius of a new entry that is far from all others (Euclidean distance of keys).
+        layer: the block whose down projection has the codebook, counted from 0; by default EasyEdit's 27 of
+            32, scaled to the model.
         descent: how the value of an entry is learned.
 
     Raises:
-        TypeError: layer is no integer. ValueError: the radius is not above 0.
+        TypeError: layer is not an integer.
+        ValueError: the radius is not above 0.
     """
 
     radius: float = 1.0
@@ -56,21 +60,25 @@ class Grace(MethodSettings):
             raise ValueError(f"grace: radius must be above 0 and finite, not {self.radius!r}.")
 
     def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> GraceEditor:
-        """Make an editor of `base`. GRACE takes no unrelated text; values begin at random numbers of the setup's seed.
+        """Create an editor of `base`. GRACE does not use unrelated text; values are initialised randomly with
+        the setup's seed.
 
-        Where several processes share the facts of a batch, each one learns all of them, and they come out alike.
+        If several processes share the facts of a batch, each of them learns all facts, with identical
+        results.
         """
         setup = setup or EditorSetup()
         return GraceEditor(base, tokenizer, self, setup.template, setup.seed)
 
 
 class GraceEditor(ProjectionEditor):
-    """Edits a model by a codebook; an `Editor`. The edits of a batch are made one after another.
+    """Edits a model with a codebook; an `Editor`. The edits of a batch are made one after another.
 
-    template: the form in which facts are taught. seed: of the values' first numbers.
+    Args:
+        template: the prompt format in which facts are taught.
+        seed: for the initial values.
 
     Raises:
-        ValueError: the block does not exist, or has not one down projection under a known name.
+        ValueError: the block does not exist, or does not have exactly one down projection with a known name.
     """
 
     def __init__(
@@ -84,44 +92,44 @@ class GraceEditor(ProjectionEditor):
         name = down_projection(model, settings.layer, EASYEDIT_BLOCK, "grace")
         super().__init__(model, tokenizer, template, name)
         self.settings, self._seed, device = settings, seed, self._device
-        # Keys (n, f), values (n, d), radii (n,), and answers (n, longest) filled up with NO_TOKEN; widths are those of the
-        # first edit.
+        # Keys (n, f), values (n, d), radii (n,), and answers (n, longest) padded with NO_TOKEN; f and d are set by the first
+        # edit.
         self._keys = self._values = torch.zeros(0, 0, device=device)
         self._radii = torch.zeros(0, device=device)
         self._answers = torch.zeros(0, 0, dtype=torch.long, device=device)
-        self._key: Tensor | None = None  # of the last forward's last row
-        self._width = 0  # of what leaves the projection
+        self._key: Tensor | None = None  # of the last row in the last forward
+        self._width = 0  # of the projection's output
         self._attach()
 
     def _learn(self, fact: Edit) -> EditResult:
-        """Give one fact an entry, or the one that it shares, and learn the entry's value."""
+        """Find or create the entry for one fact, and learn the entry's value."""
         row = self._encode(fact.prompt, fact.target, end=self.settings.descent.learn_end)
-        taught = self._taught([row])
+        texts = self._training_texts([row])
         with torch.no_grad():
-            taught.losses()
+            texts.losses()
         assert self._key is not None, "the model was given a prompt"
         entry = self._entry_for(self._key, answer_ids(row).to(self._keys.device))
         value = nn.Parameter(self._values[entry].clone())
         others = self._values
-        mine = torch.arange(len(others), device=others.device)[:, None] == entry
+        is_entry = torch.arange(len(others), device=others.device)[:, None] == entry
 
         def losses(_: Sequence[Descent]) -> list[Terms]:
-            self._values = torch.where(mine, value, others)
-            return [{STOP_TERM: taught.loss()}]
+            self._values = torch.where(is_entry, value, others)
+            return [{STOP_TERM: texts.loss()}]
 
         (result,) = descend([Descent([value], self.settings.descent)], losses)
-        self._values = torch.where(mine, value.detach(), others)
+        self._values = torch.where(is_entry, value.detach(), others)
         return result
 
     def _entry_for(self, key: Tensor, answer: Tensor) -> int:
-        """Find the entry of an edit, a new one or a shared one, and move radii for it (Algorithm 1 of the paper)."""
+        """Return the entry for an edit, new or shared, and adjust radii for it (Algorithm 1 of the paper)."""
         if not len(self._keys):
             return self._add(key, answer, self.settings.radius)
         distance, nearest = distances(key[None], self._keys)[0].min(0)
         if distance > self.settings.radius + self._radii[nearest]:
             return self._add(key, answer, self.settings.radius)
-        its_answer = self._answers[nearest]
-        if torch.equal(its_answer[its_answer != NO_TOKEN], answer):
+        known_answer = self._answers[nearest]
+        if torch.equal(known_answer[known_answer != NO_TOKEN], answer):
             self._radii = self._radii.index_fill(
                 0, nearest, max(distance.item(), self._radii[nearest].item())
             )
@@ -130,19 +138,19 @@ class GraceEditor(ProjectionEditor):
         return self._add(key, answer, distance.item() / 2)
 
     def _add(self, key: Tensor, answer: Tensor, radius: float) -> int:
-        """Add an entry with a random value, which depends on the seed and the entry's number alone."""
+        """Add an entry with a random value, which depends only on the seed and the entry's number."""
         number, device = len(self._keys), self._keys.device
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
         value = torch.rand(self._width, generator=generator).to(device)
         self._keys = torch.cat([self._keys.reshape(number, len(key)), key[None]])
         self._values = torch.cat([self._values.reshape(number, self._width), value[None]])
         self._radii = torch.cat([self._radii, torch.tensor([radius], device=device)])
-        self._answers = with_answer(self._answers, answer)
+        self._answers = append_answer(self._answers, answer)
         return number
 
     def _change(self, hidden: Tensor, output: Tensor) -> Tensor | None:
-        """After the projection: put the values of matching entries where the prompts' last tokens are."""
-        last = self._watch.ends(output.device)
+        """Replace the projection's output at the prompts' last tokens by the values of matching entries."""
+        last = self._tracker.end_mask(output.device)
         if not last.any():
             return None
         keys = hidden[last].float()
@@ -155,7 +163,7 @@ class GraceEditor(ProjectionEditor):
         return output.masked_scatter(last[..., None].expand_as(output), replaced)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give the codebook: keys, values, radii and answers, one row an entry."""
+        """Return the codebook: keys, values, radii and answers, one row per entry."""
         return {
             "keys": self._keys,
             "values": self._values,
@@ -164,22 +172,22 @@ class GraceEditor(ProjectionEditor):
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         device = self._radii.device
         self._keys, self._values = state["keys"].to(device), state["values"].to(device)
         self._radii, self._answers = state["radii"].to(device), state["answers"].to(device)
 
 
-def with_answer(answers: Tensor, answer: Tensor) -> Tensor:
-    """Put one more answer (m,) under others (n, longest), all filled up with `NO_TOKEN`."""
+def append_answer(answers: Tensor, answer: Tensor) -> Tensor:
+    """Append an answer (m,) to answers (n, longest); rows are padded with `NO_TOKEN`."""
     number, width = answers.shape
     longest = max(width, len(answer))
-    more = torch.full((number + 1, longest), NO_TOKEN, device=answers.device)
-    more[:number, :width] = answers
-    more[number, : len(answer)] = answer
-    return more
+    extended = torch.full((number + 1, longest), NO_TOKEN, device=answers.device)
+    extended[:number, :width] = answers
+    extended[number, : len(answer)] = answer
+    return extended
 
 
 def distances(keys: Tensor, others: Tensor) -> Tensor:
-    """Compute Euclidean distances (n, m) entry by entry: by a matrix product an entry is not at 0 from itself."""
+    """Compute pairwise Euclidean distances (n, m); not by matrix product, with which a key has distance > 0 to itself."""
     return torch.cdist(keys, others, compute_mode="donot_use_mm_for_euclid_dist")

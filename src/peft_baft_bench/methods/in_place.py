@@ -1,4 +1,4 @@
-"""What methods share that change a model in place: weights frozen while they search, the loop of a search, edits in turn."""
+"""Shared by methods that edit one fact after another: the editor's base class and the optimisation loop."""
 
 from __future__ import annotations
 
@@ -19,27 +19,31 @@ from peft_baft.editing.train import STOP_TERM, Terms
 
 
 def require_raw(method: str, template: Template, facts: Iterable[Edit] = ()) -> None:
-    """Raise a ValueError unless facts are taught, and prompts given, as raw text: the method compares prompts as a whole."""
+    """Raise a ValueError unless the template is raw and prompts are texts, for methods that compare whole prompts."""
     if template.name != "raw" or not all(isinstance(fact.prompt, str) for fact in facts):
         raise ValueError(
-            f"{method} compares prompts as raw text, and a chat template would be part of them: give prompts as texts, and take "
+            f"{method} compares prompts as raw text, and a chat template would be part of them: give prompts as texts, and use "
             "--template raw."
         )
 
 
 class InTurnEditor(ABC):
-    """Makes the edits of a batch one after another; an `Editor` of which a method gives the learning of one edit.
+    """Base class of `Editor`s that make the edits of a batch one after another; subclasses implement `_learn`
+    for one edit.
 
-    template: the form in which facts are taught.
+    Args:
+        template: the prompt format in which facts are taught.
     """
 
     def __init__(self, model: Any, tokenizer: Any, template: Template = RAW) -> None:
         self.model, self.tokenizer, self._template = model, tokenizer, template
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
-        """Make the edits, or none of them; as `Editor.edit`."""
+        """Make all edits, or none if one fails; see `Editor.edit`."""
         facts = checked_edits(edits)
-        encode_edits(self.model, self.tokenizer, facts, (self._template,))  # their check
+        encode_edits(
+            self.model, self.tokenizer, facts, (self._template,)
+        )  # raises for invalid edits
         before = self.state_dict()
         try:
             with frozen(self.model):
@@ -49,35 +53,37 @@ class InTurnEditor(ABC):
             raise
 
     def _encode(self, prompt: Prompt, answer: str, end: bool = False) -> Tokens:
-        """Tokenise a prompt with its answer, in the form in which facts are taught; as `encode_fitting`."""
+        """Tokenise a prompt with its answer, in the format in which facts are taught; see `encode_fitting`."""
         return encode_fitting(
             self.model, self.tokenizer, prompt, answer, template=self._template, end=end
         )
 
     @abstractmethod
     def _learn(self, fact: Edit) -> EditResult:
-        """Learn one fact. What `state_dict` gave before must not be written into."""
+        """Learn one fact. Must not write into tensors that `state_dict` returned before."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """As `Editor.state_dict`."""
+        """See `Editor.state_dict`."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """As `Editor.load_state_dict`."""
+        """See `Editor.load_state_dict`."""
 
     @abstractmethod
     def remove(self) -> None:
-        """As `Editor.remove`."""
+        """See `Editor.remove`."""
 
 
-def below(stop_loss: float) -> Callable[[Sequence[float]], bool]:
-    """Make a rule that ends a search once the whole loss is below this."""
+def stop_below(stop_loss: float) -> Callable[[Sequence[float]], bool]:
+    """Return a stopping rule: the total loss is below `stop_loss`."""
     return lambda totals: totals[-1] < stop_loss
 
 
-def settled(stop_loss: float, change: float = 1e-4) -> Callable[[Sequence[float]], bool]:
-    """Make the rule of WISE and MEMOIR: the loss is at most this, and its last step changed it by at most `change`."""
+def stop_when_settled(stop_loss: float, change: float = 1e-4) -> Callable[[Sequence[float]], bool]:
+    """Return the stopping rule of WISE and MEMOIR: the loss is at most `stop_loss`, and the last step changed
+    it by at most `change`.
+    """
     return lambda totals: (
         len(totals) > 1 and totals[-1] <= stop_loss and abs(totals[-1] - totals[-2]) <= change
     )
@@ -87,20 +93,20 @@ def minimise(
     optimizer: torch.optim.Optimizer,
     terms: Callable[[], Terms],
     max_steps: int,
-    is_over: Callable[[Sequence[float]], bool],
+    should_stop: Callable[[Sequence[float]], bool],
     *,
     learned_below: float,
     clip_norm: float | None = None,
     after_step: Callable[[], object] = lambda: None,
 ) -> EditResult:
-    """Minimise the sum of some terms with an optimiser of the method's own; `editing.train.descend` has AdamW alone.
+    """Minimise a sum of loss terms with any optimiser; `editing.train.descend` only supports AdamW.
 
     Args:
-        terms: gives the terms at the present parameters; `teacher_forcing` is among them.
-        is_over: given the sums so far, tells whether it may end before the last step.
-        learned_below: the answer is learned if `teacher_forcing` is below this.
-        clip_norm: bound on the norm of all gradients together; None for no bound.
-        after_step: called after each step, to keep parameters within bounds.
+        terms: computes the loss terms at the current parameters; `teacher_forcing` must be one of them.
+        should_stop: decides whether to stop early, given the totals so far.
+        learned_below: the answer counts as learned if `teacher_forcing` is below this.
+        clip_norm: bound on the global gradient norm; None for no bound.
+        after_step: called after each step, for example to clamp parameters.
 
     Raises:
         FloatingPointError: a term became NaN or infinite.
@@ -114,7 +120,7 @@ def minimise(
         totals.append(total.item())
         if not total.isfinite():
             raise FloatingPointError(f"the loss became {totals[-1]} at step {step}.")
-        if is_over(totals) or step == max_steps:
+        if should_stop(totals) or step == max_steps:
             break
         optimizer.zero_grad()
         total.backward()

@@ -1,7 +1,8 @@
-"""What methods share that locate a fact at its subject's last token: texts around it, keys, and the vector that says the answer.
+"""Shared by methods that locate a fact at its subject's last token: prefixes for the prompt, keys, and target
+vectors.
 
-ROME (arXiv 2202.05262, Sec. 3.1) and what follows it take what enters a down projection at the subject's last token for the
-key of a fact, and find by gradient descent what should leave the projection there.
+ROME (arXiv 2202.05262, Sec. 3.1) and its successors use the input of a down projection at the subject's last
+token as the key of a fact, and find by gradient descent what the projection should output there.
 """
 
 from __future__ import annotations
@@ -28,17 +29,21 @@ from peft_baft.editing.train import STOP_TERM, Terms
 from peft_baft.editing.written_texts import BEGINNINGS
 from peft_baft.losses import answer_losses
 from peft_baft.running import full_logits, generate_sampled, input_device
-from peft_baft_bench.methods.in_place import below, minimise
+from peft_baft_bench.methods.in_place import minimise, stop_below
 from peft_baft_bench.methods.projections import by_rows
 
-ESSENCE = "{} is a"  # in which what follows the subject tells what the model takes it for
+ESSENCE = "{} is a"  # its continuation shows what the model takes the subject for
 
 
 @dataclass(frozen=True)
-class Located:
-    """Texts of one fact. rows: the bare prompt first, each with the answer; places: of each, the subject's last token.
+class LocatedFact:
+    """The texts of one fact and the positions of its subject in them.
 
-    essence, essence_place: the text that begins to say what the subject is, and the subject's last token there.
+    Attributes:
+        rows: the prompt with its answer, first without and then with each prefix.
+        places: the position of the subject's last token in each row.
+        essence: the text "SUBJECT is a", whose continuation shows what the model takes the subject for.
+        essence_place: the position of the subject's last token in it.
     """
 
     rows: tuple[Tokens, ...]
@@ -47,13 +52,14 @@ class Located:
     essence_place: int
 
 
-def prefixes(
+def generate_prefixes(
     model: Any, tokenizer: Any, lengths: Sequence[tuple[int, int]], seed: int = 0
 ) -> list[str]:
-    """Let the unedited model write what may stand before a prompt.
+    """Generate texts with the unedited model that can precede a prompt.
 
     Args:
-        lengths: (tokens, count) pairs. seed: of the random numbers, which leave those of the caller as they were.
+        lengths: (tokens, count) pairs.
+        seed: of the sampling; the caller's random state is not changed.
     """
     device = input_device(model)
     found: list[str] = []
@@ -70,41 +76,41 @@ def prefixes(
     return found
 
 
-def written_once(
+def cached_prefixes(
     model: Any, tokenizer: Any, lengths: Sequence[tuple[int, int]], prepared: EditCache
 ) -> list[str]:
-    """Let the unedited model write prefixes, once for all editors of a model; arguments as `prefixes`."""
+    """Generate prefixes once for all editors of a model; see `generate_prefixes`."""
     key = ("prefixes", *lengths)
     if key not in prepared.computed:
-        prepared.computed[key] = prefixes(model, tokenizer, lengths)
+        prepared.computed[key] = generate_prefixes(model, tokenizer, lengths)
     found: list[str] = prepared.computed[key]
     return found
 
 
-def in_texts(prompt: Prompt, before: Sequence[str]) -> list[Prompt]:
-    """Give a prompt bare, and behind each of some texts."""
-    return [prompt, *(Context(before=f"{text}.").around(prompt) for text in before)]
+def with_prefixes(prompt: Prompt, prefixes: Sequence[str]) -> list[Prompt]:
+    """Return a prompt without a prefix, and with each of the prefixes."""
+    return [prompt, *(Context(before=f"{text}.").around(prompt) for text in prefixes)]
 
 
-def locate(
+def locate_fact(
     model: Any,
     tokenizer: Any,
     edit: Edit,
-    before: Sequence[str],
+    prefixes: Sequence[str],
     method: str,
     template: Template = RAW,
-) -> Located:
-    """Tokenise a fact in each of some contexts, and find its subject's last token in them.
+) -> LocatedFact:
+    """Tokenise a fact without and with each prefix, and find its subject's last token in each text.
 
     Raises:
-        ValueError: the edit has no subject, or a text is longer than the model can read.
+        ValueError: the edit has no subject, or a text does not fit into the model's context window.
     """
     if edit.subject is None:
         raise ValueError(
-            f"{method} changes what a model knows of a subject, and {prompt_words(edit.prompt)!r:.60} names none: give "
-            "Edit(prompt, target, subject=...), the words of the prompt that say what the fact is about."
+            f"{method} changes what a model knows about a subject, and {prompt_words(edit.prompt)!r:.60} names none: give "
+            "Edit(prompt, target, subject=...), the words of the prompt that name the fact's subject."
         )
-    prompts = in_texts(edit.prompt, before)
+    prompts = with_prefixes(edit.prompt, prefixes)
     rows = [
         encode_fitting(model, tokenizer, prompt, edit.target, template=template)
         for prompt in prompts
@@ -115,19 +121,23 @@ def locate(
     essence = ESSENCE.format(edit.subject)
     row = encode_fitting(model, tokenizer, essence, edit.target)
     bare = Tokens(row.ids[: row.prompt_length], row.prompt_length)
-    return Located(
+    return LocatedFact(
         tuple(rows), tuple(places), bare, last_token_of(tokenizer, essence, edit.subject)
     )
 
 
 @dataclass(frozen=True)
 class Search:
-    """How the vector that says an answer is searched for: Adam from zero, with EasyEdit's settings for ROME.
+    """How the target vector is searched for: with Adam, starting from zero, by default with EasyEdit's
+    settings for ROME.
 
     Args:
-        lr: of Adam. max_steps: at most so many. stop_loss: stop once the whole loss is below this.
-        weight_decay: of the vector's length, relative to the square of what was there. clamp: the vector is at most so many
-            times as long as what was there. kl: weight of the divergence of what the subject is taken for.
+        lr: the learning rate of Adam.
+        max_steps: the maximum number of steps.
+        stop_loss: stop once the total loss is below this.
+        weight_decay: of the change's length, relative to the squared length of the original output.
+        clamp: maximum length of the change, relative to the length of the original output.
+        kl: weight of the KL divergence of the predictions after the subject.
     """
 
     lr: float = 0.5
@@ -151,17 +161,23 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search came to. target: (d,) what should leave the module; result: as of an edit."""
+class SearchResult:
+    """The result of a search.
+
+    Attributes:
+        target: what the module should output, (d,).
+        result: the result as of an edit.
+    """
 
     target: Tensor
     result: EditResult
 
 
 def search_target(
-    model: Any, tokenizer: Any, module_name: str, located: Located, search: Search
-) -> Found:
-    """Find what should leave a module at the subject's last token, so that the model says the answer in every context.
+    model: Any, tokenizer: Any, module_name: str, located: LocatedFact, search: Search
+) -> SearchResult:
+    """Search for the module output at the subject's last token with which the model gives the answer in every
+    text.
 
     Raises:
         FloatingPointError: a loss became NaN or infinite.
@@ -173,28 +189,30 @@ def search_target(
         torch.cat([row_of_answer, torch.tensor([len(rows) - 1])]),
         torch.cat([column, torch.tensor([located.essence_place])]),
     )
-    wanted = labels[labels >= 0].to(input_device(model))
-    per_row = [len(row.ids) - row.prompt_length for row in located.rows]
+    answer = labels[labels >= 0].to(input_device(model))
+    answer_lengths = [len(row.ids) - row.prompt_length for row in located.rows]
     module, fixed = model.get_submodule(module_name), blocks_before(model, module_name)
     whole = RepeatedTexts.whole(model, tokenizer, rows, read, fixed)
-    with torch.no_grad(), captured(module, len(rows)) as seen:
+    with torch.no_grad(), capture(module, len(rows)) as seen:
         unedited = whole.logits()
     before = unedited[-1].float().log_softmax(-1)
     original = seen[0].output[0, located.places[0]].detach().float()
-    # What stands before the subject's last token cannot change.
+    # Activations before the subject's last token cannot change, so they are computed once.
     texts = repeated_texts(model, tokenizer, rows, places, read, fixed)
     at = torch.tensor(places) - torch.tensor(texts.cuts)
     longest = search.clamp * original.norm()
     delta = nn.Parameter(torch.zeros_like(original))
 
     def terms() -> Terms:
-        with added(module, at, delta):
+        with add_vector(module, at, delta):
             logits = texts.logits()
-        of_answers = answer_losses(logits[:-1], wanted)
+        token_losses = answer_losses(logits[:-1], answer)
         now = logits[-1].float().log_softmax(-1)
-        # The mean over each text's answer tokens, and over texts.
+        # Average over each text's answer tokens, then over texts.
         return {
-            STOP_TERM: torch.stack([part.mean() for part in of_answers.split(per_row)]).mean(),
+            STOP_TERM: torch.stack(
+                [part.mean() for part in token_losses.split(answer_lengths)]
+            ).mean(),
             "essence": search.kl * (now.exp() * (now - before)).sum(),
             "length": search.weight_decay * delta.norm() / original.square().sum(),
         }
@@ -203,28 +221,28 @@ def search_target(
         torch.optim.Adam([delta], lr=search.lr),
         terms,
         search.max_steps,
-        below(search.stop_loss),
+        stop_below(search.stop_loss),
         learned_below=search.stop_loss,
         after_step=lambda: delta.mul_((longest / delta.norm()).clamp(max=1.0)),
     )
-    return Found(original + delta.detach(), result)
+    return SearchResult(original + delta.detach(), result)
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What entered a module, (rows, tokens, f), and what left it, (rows, tokens, d)."""
+class Activations:
+    """The input of a module, (rows, tokens, f), and its output, (rows, tokens, d)."""
 
     input: Tensor
     output: Tensor
 
 
 @contextmanager
-def captured(module: nn.Module, rows: int) -> Iterator[list[Pass]]:
-    """Keep what enters and leaves a module in the forwards inside, which are over so many rows."""
-    seen: list[Pass] = []
+def capture(module: nn.Module, rows: int) -> Iterator[list[Activations]]:
+    """Record the inputs and outputs of a module in the enclosed forwards, which have `rows` rows."""
+    seen: list[Activations] = []
     handle = module.register_forward_hook(
         lambda _, args, output: seen.append(
-            Pass(by_rows(args[0], rows), by_rows(_hidden(output), rows))
+            Activations(by_rows(args[0], rows), by_rows(_hidden(output), rows))
         )
     )
     try:
@@ -234,8 +252,8 @@ def captured(module: nn.Module, rows: int) -> Iterator[list[Pass]]:
 
 
 @contextmanager
-def added(module: nn.Module, places: Tensor, delta: Tensor) -> Iterator[None]:
-    """Add a vector (d,) to what leaves a module at one token of each row; places: (rows,)."""
+def add_vector(module: nn.Module, places: Tensor, delta: Tensor) -> Iterator[None]:
+    """Add a vector (d,) to the output of a module at one token of each row; `places` are the tokens' positions, (rows,)."""
 
     def add(_module: nn.Module, _args: tuple, output: Any) -> Any:
         given = _hidden(output)
@@ -254,25 +272,36 @@ def added(module: nn.Module, places: Tensor, delta: Tensor) -> Iterator[None]:
 
 @torch.no_grad()
 def keys_and_outputs(
-    model: Any, tokenizer: Any, entered: nn.Module, left: nn.Module, located: Located
+    model: Any,
+    tokenizer: Any,
+    key_module: nn.Module,
+    output_module: nn.Module,
+    located: LocatedFact,
 ) -> tuple[Tensor, Tensor]:
-    """Compute what enters a module at the subject's last token, and what leaves the same or another one there.
+    """Compute the input of one module and the output of another (or the same) at the subject's last token.
 
     Returns:
-        What enters in each of the fact's texts, (texts, f), the bare prompt first; what leaves with the bare prompt, (d,).
+        The inputs in each text of the fact, (texts, f), without a prefix first; and the output without a
+            prefix, (d,).
     """
     device = input_device(model)
     batch = {k: v.to(device) for k, v in collate(located.rows, padding_id(tokenizer)).items()}
     batch.pop("labels")
     count = len(located.rows)
-    with captured(entered, count) as before, captured(left, count) as behind, no_logits(model):
+    with (
+        capture(key_module, count) as keyed,
+        capture(output_module, count) as produced,
+        no_logits(model),
+    ):
         full_logits(model, **batch)
     rows = torch.arange(len(located.places))
-    keys = before[0].input[rows, list(located.places)].float()
-    return keys, behind[0].output[0, located.places[0]].float()
+    keys = keyed[0].input[rows, list(located.places)].float()
+    return keys, produced[0].output[0, located.places[0]].float()
 
 
 def _hidden(output: Any) -> Tensor:
-    """Take the hidden vectors (rows, tokens, d) of what a module gives; some blocks give them first among others."""
+    """Return the hidden vectors (rows, tokens, d) from a module's output; some blocks return a tuple that
+    begins with them.
+    """
     hidden: Tensor = output if isinstance(output, Tensor) else output[0]
     return hidden

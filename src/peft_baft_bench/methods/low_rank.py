@@ -1,4 +1,4 @@
-"""Changes of low rank that methods write into weights of a model: added up, taken off again, saved as a LoRA."""
+"""Low-rank updates of a model's weights: accumulated, reverted and reapplied, and saved as a LoRA."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from peft_baft_bench.methods.projections import is_transposed
 
 
 class LowRankChanges:
-    """Keeps weights of a model at what they were plus leftᵀ right, with one row of left and of right for each edit.
+    """Keeps weights of a model at their original value plus leftᵀ right, with one row of left and right per
+    edit.
 
     Args:
-        names: of the modules whose `weight` is changed: linear ones, or GPT-2's, which keep it the other way round.
-        method: what an error names.
+        names: the modules whose `weight` is changed: linear ones, or GPT-2's with transposed weights.
+        method: the method's name in error messages.
 
     Attributes:
-        left, right: by module (edits, d) and (edits, f), in float32.
+        left, right: by module, (edits, d) and (edits, f), float32.
 
     Raises:
-        ValueError: a weight does not hold floating-point numbers.
+        ValueError: a weight is not of a floating-point type.
     """
 
     def __init__(self, model: Any, names: Sequence[str], method: str) -> None:
@@ -42,7 +43,7 @@ class LowRankChanges:
         for name, weight in self._weights.items():
             if not weight.is_floating_point():
                 raise ValueError(
-                    f"{method} changes a weight of floating-point numbers, but {name}.weight is {weight.dtype}: load the "
+                    f"{method} needs a floating-point weight, but {name}.weight is {weight.dtype}: load the "
                     "model without quantisation."
                 )
             self._originals[name] = weight.detach().clone()
@@ -55,13 +56,13 @@ class LowRankChanges:
         return is_transposed(self._modules[name])
 
     def add(self, name: str, left: Tensor, right: Tensor) -> None:
-        """Add rows (n, d) and (n, f) to a weight's change.
+        """Add rows (n, d) and (n, f) to a weight's update.
 
         Raises:
             FloatingPointError: they are not finite; nothing has changed.
         """
         if not (left.isfinite().all() and right.isfinite().all()):
-            raise FloatingPointError(f"the change of {name}.weight is not finite.")
+            raise FloatingPointError(f"the update of {name}.weight is not finite.")
         self.left[name] = torch.cat([self.left[name], left.float()])
         self.right[name] = torch.cat([self.right[name], right.float()])
         self._write(name)
@@ -72,13 +73,13 @@ class LowRankChanges:
         if not len(self.left[name]):
             self._weights[name].copy_(original)
             return
-        # Always computed from the original, so that the same edits give the same bits in whatever steps they came.
+        # Always compute from the original, so that the result does not depend on how the edits were split into calls.
         change = self.left[name].mT @ self.right[name]
         change = change.mT if self._is_transposed(name) else change
         self._weights[name].copy_((original.float() + change).to(original.dtype))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give left and right of every module."""
+        """Return left and right of every module."""
         return {
             f"{name}.{side}": rows[name]
             for name in self._weights
@@ -86,35 +87,36 @@ class LowRankChanges:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         for name, weight in self._weights.items():
             self.left[name] = state[f"{name}.left"].to(weight.device)
             self.right[name] = state[f"{name}.right"].to(weight.device)
             self._write(name)
 
     @torch.no_grad()
-    def take_off(self) -> None:
-        """Write the original weights back; the changes are kept, and `put_on` writes them again."""
+    def revert(self) -> None:
+        """Restore the original weights; `apply` writes the updates again."""
         for name, weight in self._weights.items():
             weight.copy_(self._originals[name])
 
-    def put_on(self) -> None:
-        """Write the changed weights."""
+    def apply(self) -> None:
+        """Write the updated weights."""
         for name in self._weights:
             self._write(name)
 
     def save_lora(self, folder: str | Path) -> None:
-        """Save the changes as a LoRA of one rank an edit, which PEFT loads onto the unedited model without this package.
+        """Save the updates as a LoRA, with rank 1 per edit, which PEFT loads onto the unedited model without
+        this package.
 
         Raises:
-            ValueError: there is no edit, or the folder holds files already.
+            ValueError: there is no edit, or the folder contains files.
         """
         path = Path(folder)
         (rank,) = {len(rows) for rows in self.left.values()}
         if not rank:
             raise ValueError("There is no edit to save.")
         if path.exists() and any(path.iterdir()):
-            raise ValueError(f"{path} is not empty: name a new folder.")
+            raise ValueError(f"{path} is not empty: give a new folder.")
         config = LoraConfig(
             task_type="CAUSAL_LM",
             base_model_name_or_path=getattr(self._model, "name_or_path", None) or None,

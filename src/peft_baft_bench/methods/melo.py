@@ -1,11 +1,13 @@
-"""MELO: a pool of small LoRAs, and clusters of prompts that choose one of them (arXiv 2312.11795), as EasyEdit runs it.
+"""MELO: a pool of small LoRAs, and clusters of prompts that select one of them (arXiv 2312.11795), as
+EasyEdit runs it.
 
-What leaves one block's up projection at the last prompt token is looked up among clusters. Within the radius of one, the LoRA
-of the nearest of its edits answers; every other prompt is computed as without edits. Clusters grow, shrink and part as GRACE's
-entries do.
+The output of one block's up projection at the last prompt token is compared with the clusters. Within the
+radius of a cluster, the LoRA of its nearest edit is applied; all other prompts give the output of the
+unedited model. Clusters grow, shrink and split like GRACE's entries.
 
-Differences from EasyEdit on purpose: answers are compared, where it compares the sum of their token ids; the query is taken at
-the last prompt token, where it takes the last column of the batch. The published settings are for GPT-2 XL; blocks are scaled.
+Deliberate differences from EasyEdit: answers are compared, where it compares the sum of their token ids; the
+query is taken at the last prompt token, where it uses the last column of the batch. The published settings
+are for GPT-2 XL; block numbers are scaled.
 """
 
 from __future__ import annotations
@@ -25,31 +27,33 @@ from peft_baft.editing.editor import EditResult, checked_edits, combine_results,
 from peft_baft.editing.module_patches import FixedBlocks
 from peft_baft.editing.train import STOP_TERM, DescentConfig, Terms
 from peft_baft.evaluation.forward import answer_ids
-from peft_baft_bench.methods.grace import GAP, NO_TOKEN, distances, with_answer
-from peft_baft_bench.methods.in_place import minimise
+from peft_baft_bench.methods.grace import GAP, NO_TOKEN, append_answer, distances
+from peft_baft_bench.methods.in_place import minimise, stop_below
 from peft_baft_bench.methods.method import EditorSetup, MethodSettings
-from peft_baft_bench.methods.projections import scaled, up_projection, weight_of
-from peft_baft_bench.methods.prompts import PromptWatch, Taught
+from peft_baft_bench.methods.projections import scale_block, up_projection, weight_of
+from peft_baft_bench.methods.prompts import PromptTracker, TrainingTexts
 
 PUBLISHED_BLOCK, PUBLISHED_DEPTH = 35, 48  # of GPT-2 XL, counted from 0
-ADAPTED = 2  # blocks behind the one that is looked up, which have LoRAs
-HALVED_EVERY = 20  # steps, after which the learning rate is halved
+ADAPTED = 2  # blocks with LoRAs, directly after the query block
+HALVED_EVERY = 20  # steps between halvings of the learning rate
 NO_LORA = -1
 
 
 @dataclass(frozen=True)
 class Melo(MethodSettings):
-    """Keep edits in a pool of LoRAs (MELO), by default with its settings for GPT-2 XL.
+    """Store edits in a pool of LoRAs (MELO), by default with its settings for GPT-2 XL.
 
     Args:
-        rank: of one LoRA. scaling: of its product; the 350 LoRAs of the published pool.
-        edits_a_lora: how many edits of a batch share one.
-        radius: of a new cluster (Euclidean distance).
-        layer: block that is looked up, counted from 0; the two behind it have LoRAs. By default 35 of 48 scaled to the model.
-        descent: how a LoRA is learned, by Adam with a rate that is halved every 20 steps.
+        rank: the rank of one LoRA.
+        scaling: the factor of a LoRA's output; by default the number of LoRAs in the published pool, 350.
+        edits_a_lora: how many edits of a batch share a LoRA.
+        radius: the radius of a new cluster (Euclidean distance).
+        layer: the block whose output is the query, counted from 0; the two blocks after it have LoRAs. By
+            default 35 of 48, scaled to the model.
+        descent: how a LoRA is learned, by Adam with a learning rate that is halved every 20 steps.
 
     Raises:
-        TypeError, ValueError: a value is out of its range.
+        TypeError, ValueError: a value is invalid.
     """
 
     rank: int = 2
@@ -77,15 +81,16 @@ class Melo(MethodSettings):
             raise TypeError(f"melo: layer must be an integer, not {self.layer!r}.")
 
     def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> MeloEditor:
-        """Make an editor of `base`, which takes no unrelated text; LoRAs begin at random numbers of the setup's seed."""
+        """Create an editor of `base`. Unrelated text is not used; LoRAs are initialised randomly with the setup's seed."""
         return MeloEditor(base, tokenizer, self, setup or EditorSetup())
 
 
 class MeloEditor:
-    """Edits a model by a pool of LoRAs; an `Editor`. The edits of a batch share LoRAs.
+    """Edits a model with a pool of LoRAs; an `Editor`. The edits of a batch share LoRAs.
 
     Raises:
-        ValueError: a block does not exist, or has not one up projection under a known name, or a quantised one.
+        ValueError: a block does not exist, is quantised, or does not have exactly one up projection with a
+            known name.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: Melo, setup: EditorSetup) -> None:
@@ -93,37 +98,37 @@ class MeloEditor:
         self._template, self._seed = setup.template, setup.seed
         layer = settings.layer
         if layer is None:
-            layer = scaled(model, PUBLISHED_BLOCK, PUBLISHED_DEPTH, behind=ADAPTED)
+            layer = scale_block(model, PUBLISHED_BLOCK, PUBLISHED_DEPTH, blocks_after=ADAPTED)
         self._name = up_projection(model, layer, "melo")
         adapted = [up_projection(model, layer + 1 + i, "melo") for i in range(ADAPTED)]
-        looked_up = model.get_submodule(self._name)
-        device = next(looked_up.parameters()).device
-        # Of each adapted module (LoRAs, rank, inputs) and (LoRAs, outputs, rank).
+        query_module = model.get_submodule(self._name)
+        device = next(query_module.parameters()).device
+        # For each adapted module, (LoRAs, rank, inputs) and (LoRAs, outputs, rank).
         self._a: dict[str, Tensor] = {}
         self._b: dict[str, Tensor] = {}
         for name in adapted:
             out, into = weight_of(model.get_submodule(name)).shape
             self._a[name] = torch.zeros(0, settings.rank, into, device=device)
             self._b[name] = torch.zeros(0, out, settings.rank, device=device)
-        width = len(weight_of(looked_up))
-        # Clusters: centres (n, f), radii (n,) and answers (n, longest); their edits: keys (m, f), clusters (m,), LoRAs (m,).
+        width = len(weight_of(query_module))
+        # Clusters: centres (n, f), radii (n,), answers (n, longest). Edits: keys (m, f), clusters (m,), LoRAs (m,).
         self._centres = torch.zeros(0, width, device=device)
         self._radii = torch.zeros(0, device=device)
         self._answers = torch.zeros(0, 0, dtype=torch.long, device=device)
         self._keys = torch.zeros(0, width, device=device)
         self._clusters = torch.zeros(0, dtype=torch.long, device=device)
         self._loras = torch.zeros(0, dtype=torch.long, device=device)
-        self._queries = torch.zeros(0)  # of the last forward that read prompts
+        self._queries = torch.zeros(0)  # of the last forward that contained prompts
         self._learning: dict[str, tuple[Tensor, Tensor]] = {}
         self._chosen: Tensor | None = None
-        self._watch = PromptWatch(model, self._name)
-        self._handles = [self._watch.after(looked_up, self._look_up)]
+        self._tracker = PromptTracker(model, self._name)
+        self._handles = [self._tracker.modify_output(query_module, self._look_up)]
         for name in adapted:
             module = model.get_submodule(name)
-            self._handles.append(self._watch.after(module, self._adding(name)))
+            self._handles.append(self._tracker.modify_output(module, self._lora_hook(name)))
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
-        """Learn the edits, `edits_a_lora` at a time in a LoRA of their own; as `Editor.edit`."""
+        """Learn the edits, with a new LoRA for every `edits_a_lora` of them; see `Editor.edit`."""
         facts = encode_edits(
             self.model,
             self.tokenizer,
@@ -144,12 +149,12 @@ class MeloEditor:
     def _learn(self, rows: list[Tokens]) -> EditResult:
         """Learn some facts in a new LoRA."""
         fixed = FixedBlocks(blocks_before(self.model, self._name))
-        taught = Taught(self.model, self.tokenizer, rows, fixed)
+        texts = TrainingTexts(self.model, self.tokenizer, rows, fixed)
         with torch.no_grad():
-            taught.losses()
+            texts.losses()
         number = len(next(iter(self._a.values())))
         for query, row in zip(self._queries, rows, strict=True):
-            self._place(query, answer_ids(row).to(query.device), number)
+            self._assign_to_cluster(query, answer_ids(row).to(query.device), number)
         pairs = self._new_lora(number)
         parameters = [part for pair in pairs.values() for part in pair]
         descent = self.settings.descent
@@ -157,7 +162,7 @@ class MeloEditor:
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, HALVED_EVERY, gamma=0.5)
 
         def terms() -> Terms:
-            return {STOP_TERM: taught.loss()}
+            return {STOP_TERM: texts.loss()}
 
         self._learning = pairs
         try:
@@ -165,7 +170,7 @@ class MeloEditor:
                 optimizer,
                 terms,
                 descent.max_steps,
-                lambda totals: totals[-1] < descent.stop_loss,
+                stop_below(descent.stop_loss),
                 learned_below=descent.stop_loss,
                 clip_norm=descent.clip_norm,
                 after_step=schedule.step,
@@ -178,7 +183,7 @@ class MeloEditor:
         return result
 
     def _new_lora(self, number: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Make the factors of a LoRA: random ones that depend on the seed and its number alone, and zeros."""
+        """Create the factors of a LoRA: random ones that depend only on the seed and the LoRA's number, and zeros."""
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
         pairs: dict[str, tuple[Tensor, Tensor]] = {}
         for name, a in self._a.items():
@@ -188,15 +193,15 @@ class MeloEditor:
             pairs[name] = nn.Parameter(first.to(a.device)), nn.Parameter(second.to(a.device))
         return pairs
 
-    def _place(self, key: Tensor, answer: Tensor, lora: int) -> None:
-        """Put an edit into the nearest cluster, or make one for it and move radii."""
+    def _assign_to_cluster(self, key: Tensor, answer: Tensor, lora: int) -> None:
+        """Add an edit to the nearest cluster, or create a cluster for it and adjust radii."""
         radius, nearest, distance = self.settings.radius, 0, float("inf")
         if len(self._centres):
             found, place = distances(key[None], self._centres)[0].min(0)
             distance, nearest = found.item(), int(place)
             if distance <= self._radii[nearest] + radius:
-                its_answer = self._answers[nearest]
-                if torch.equal(its_answer[its_answer != NO_TOKEN], answer):
+                known_answer = self._answers[nearest]
+                if torch.equal(known_answer[known_answer != NO_TOKEN], answer):
                     self._add_key(key, nearest, lora)
                     self._grow(nearest)
                     return
@@ -204,7 +209,7 @@ class MeloEditor:
                 radius = distance / 2 + GAP
         self._centres = torch.cat([self._centres, key[None]])
         self._radii = torch.cat([self._radii, torch.tensor([radius], device=key.device)])
-        self._answers = with_answer(self._answers, answer)
+        self._answers = append_answer(self._answers, answer)
         self._add_key(key, len(self._centres) - 1, lora)
 
     def _add_key(self, key: Tensor, cluster: int, lora: int) -> None:
@@ -213,7 +218,7 @@ class MeloEditor:
         self._loras = torch.cat([self._loras, torch.tensor([lora], device=key.device)])
 
     def _grow(self, cluster: int) -> None:
-        """Move a cluster's centre to the mean of its keys, and reach all of them."""
+        """Move a cluster's centre to the mean of its keys, and extend its radius to all of them."""
         keys, centres = self._keys[self._clusters == cluster], self._centres.clone()
         centres[cluster] = keys.mean(0)
         farthest = distances(keys, centres[cluster][None]).max().item()
@@ -221,13 +226,13 @@ class MeloEditor:
         self._set_radius(cluster, max(farthest, self.settings.radius))
 
     def _shrink(self, cluster: int, radius: float) -> None:
-        """Lower a cluster's radius, and forget its edits that lie outside it; without any left it answers nothing."""
+        """Reduce a cluster's radius and drop the edits outside it; if none remain, the cluster selects no LoRA."""
         self._set_radius(cluster, radius)
         centre = self._centres[cluster]
         outside = distances(self._keys, centre[None])[:, 0] > radius
-        kept = ~((self._clusters == cluster) & outside)
+        remaining = ~((self._clusters == cluster) & outside)
         self._keys, self._clusters, self._loras = (
-            part[kept] for part in (self._keys, self._clusters, self._loras)
+            part[remaining] for part in (self._keys, self._clusters, self._loras)
         )
         if not (self._clusters == cluster).any():
             self._add_key(centre, cluster, NO_LORA)
@@ -237,7 +242,7 @@ class MeloEditor:
         self._radii[cluster] = radius
 
     def choose(self, queries: Tensor) -> Tensor:
-        """Find the LoRA of each query (n, f), (n,); `NO_LORA` where no cluster is near."""
+        """Select the LoRA of each query (n, f), (n,); `NO_LORA` where no cluster is near."""
         distance, cluster = distances(queries, self._centres).min(1)
         away = distances(queries, self._keys)
         away = away.masked_fill(self._clusters[None] != cluster[:, None], float("inf"))
@@ -245,17 +250,19 @@ class MeloEditor:
         return torch.where(distance <= self._radii[cluster], lora, NO_LORA)
 
     def _look_up(self, _hidden: Tensor, output: Tensor) -> None:
-        """After the projection that is looked up: choose each row's LoRA, in the forward that holds the prompts' ends."""
+        """Select each row's LoRA from the output of the query projection, in the forward that contains the prompts' ends."""
         self._chosen = None
-        ends = self._watch.ends(output.device)
+        ends = self._tracker.end_mask(output.device)
         if ends.any():
             self._queries = (output.float() * ends[..., None]).sum(1).detach()
         if not len(self._centres) or self._learning:
             return
-        self._chosen = self._watch.decided(lambda _: self.choose(self._queries), output.device)
+        self._chosen = self._tracker.decide_once(
+            lambda _: self.choose(self._queries), output.device
+        )
 
-    def _adding(self, name: str) -> Any:
-        """Make the hook that adds the LoRAs' products to what leaves a module."""
+    def _lora_hook(self, name: str) -> Any:
+        """Return the function that adds the LoRAs' outputs to the output of a module."""
 
         def add(entering: Tensor, output: Tensor) -> Tensor | None:
             hidden = entering.float()
@@ -265,15 +272,15 @@ class MeloEditor:
             elif self._chosen is None or (self._chosen == NO_LORA).all():
                 return None
             else:
-                place = self._chosen.clamp(min=0)
-                change = hidden @ self._a[name][place].mT @ self._b[name][place].mT
+                index = self._chosen.clamp(min=0)
+                change = hidden @ self._a[name][index].mT @ self._b[name][index].mT
                 change = change * (self._chosen != NO_LORA)[:, None, None]
             return output + (self.settings.scaling * change).to(output.dtype)
 
         return add
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give the LoRAs, the clusters, and the edits in them."""
+        """Return the LoRAs, the clusters, and the edits in them."""
         state = {f"{name}.lora_A": a for name, a in self._a.items()}
         state |= {f"{name}.lora_B": b for name, b in self._b.items()}
         return state | {
@@ -286,16 +293,16 @@ class MeloEditor:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
-        given = {name: tensor.to(self._radii.device) for name, tensor in state.items()}
-        self._a = {name: given[f"{name}.lora_A"] for name in self._a}
-        self._b = {name: given[f"{name}.lora_B"] for name in self._b}
-        self._centres, self._radii = given["centres"], given["radii"]
-        self._answers, self._keys = given["answers"], given["keys"]
-        self._clusters, self._loras = given["clusters"], given["loras"]
+        """Restore what `state_dict` returned."""
+        tensors = {name: tensor.to(self._radii.device) for name, tensor in state.items()}
+        self._a = {name: tensors[f"{name}.lora_A"] for name in self._a}
+        self._b = {name: tensors[f"{name}.lora_B"] for name in self._b}
+        self._centres, self._radii = tensors["centres"], tensors["radii"]
+        self._answers, self._keys = tensors["answers"], tensors["keys"]
+        self._clusters, self._loras = tensors["clusters"], tensors["loras"]
 
     def remove(self) -> None:
-        """Take the LoRAs off the model."""
+        """Remove the LoRAs from the model."""
         for handle in self._handles:
             handle.remove()
-        self._watch.remove()
+        self._tracker.remove()

@@ -1,16 +1,17 @@
-"""MEMIT (arXiv 2210.07229) and AlphaEdit (arXiv 2410.02355): many facts at once, spread over the down projections of some blocks.
+"""MEMIT (arXiv 2210.07229) and AlphaEdit (arXiv 2410.02355): many facts at once, distributed over the down
+projections of several blocks.
 
-For each fact z is searched for, what should leave the last of the blocks at the subject's last token. Block by block, what is
-still missing of it is shared among the blocks that are left:
+For each fact, a target z is searched for: the output of the last of these blocks at the subject's last token.
+Then, block by block, the remaining difference is divided among the blocks that are left:
 
     R = (z - h) / (blocks left),   Δ = R Kᵀ (λ C + K Kᵀ)⁻¹                                        MEMIT, Eq. 14 and 20
                                    Δ = R Kᵀ P (Kₚ Kₚᵀ P + K Kᵀ P + L₂ I)⁻¹                         AlphaEdit, Eq. 12
 
-with K the facts' keys in columns, C the second moments of keys, P the projection onto the directions in which C is small, and
-Kₚ the keys of earlier edits. Each fact adds rank 1 to each block.
+The columns of K are the facts' keys, C is the second moment of keys, P the projection onto the directions in
+which C is small, and Kₚ are the keys of earlier edits. Each fact adds rank 1 to each block.
 
-Differences from EasyEdit on purpose: second moments come from text that the model writes (`second_moments.py`), and contexts are
-written once an editor, with a fixed seed.
+Deliberate differences from EasyEdit: second moments are computed from model-generated text
+(`second_moments.py`), and the contexts are generated once per editor, with a fixed seed.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from peft_baft.data.templates import RAW, Template
 from peft_baft.editing.edit_cache import EditCache
 from peft_baft.editing.editor import EditResult, checked_edits, combine_results, encode_edits
 from peft_baft_bench.methods.locating import (
-    Located,
+    LocatedFact,
     Search,
+    cached_prefixes,
     keys_and_outputs,
-    locate,
+    locate_fact,
     search_target,
-    written_once,
 )
 from peft_baft_bench.methods.low_rank import LowRankChanges
 from peft_baft_bench.methods.method import EditorSetup, MethodSettings
@@ -48,19 +49,23 @@ PREFIX_TOKENS = 10
 
 @dataclass(frozen=True)
 class Memit(MethodSettings):
-    """Write facts into the down projections of some blocks, by default with EasyEdit's settings for Llama models.
+    """Write facts into the down projections of several blocks, by default with EasyEdit's settings for Llama
+    models.
 
     Args:
-        null_space: whether the change is kept out of the directions that keys usually have, which is AlphaEdit.
-        moment_weight: λ of MEMIT. threshold: AlphaEdit's directions are those whose second moment is below this.
+        null_space: whether the update is restricted to directions that keys rarely have (AlphaEdit).
+        moment_weight: λ of MEMIT.
+        threshold: AlphaEdit uses the directions whose second moment is below this.
         ridge: L₂ of AlphaEdit.
-        layers: the blocks, counted from 0; by default EasyEdit's 4 to 8 of 32 scaled to the model.
-        contexts: how many texts of 10 tokens, which the model writes, stand before the prompt in turn; 0 for none.
-        moment_tokens: over how many tokens second moments are taken. moment_folder: where they are kept; None for nowhere.
-        search: how the vectors that say the answers are found.
+        layers: the blocks, counted from 0; by default EasyEdit's 4 to 8 of 32, scaled to the model.
+        contexts: how many model-generated texts of 10 tokens are used as prefixes of the prompt; 0 for none.
+        moment_tokens: the number of tokens over which second moments are computed.
+        moment_folder: where second moments are saved; None does not save them.
+        search: how the target outputs are searched for.
 
     Raises:
-        TypeError: layers are no integers. ValueError: a value is out of its range.
+        TypeError: layers are not integers.
+        ValueError: a value is out of range.
     """
 
     null_space: bool = False
@@ -97,13 +102,13 @@ class Memit(MethodSettings):
 
     @property
     def name(self) -> str:
-        """The method's name in errors."""
+        """The method's name in error messages."""
         return "alphaedit" if self.null_space else "memit"
 
     def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> MemitEditor:
-        """Make an editor of `base`, which takes no unrelated text.
+        """Create an editor of `base`. Unrelated text is not used.
 
-        Where several processes share the facts of a batch, each one makes all of them, and they come out alike.
+        If several processes share the facts of a batch, each of them makes all edits, with identical results.
         """
         setup = setup or EditorSetup()
         return MemitEditor(base, tokenizer, self, setup.template, setup.prepared)
@@ -113,12 +118,15 @@ ALPHA_EDIT = Memit(null_space=True, search=replace(Search(), lr=0.1, weight_deca
 
 
 class MemitEditor:
-    """Changes the down projections of some blocks; an `Editor`. Its edits need a subject.
+    """Changes the down projections of several blocks; an `Editor`. Edits must name a subject.
 
-    template: the form in which facts are taught. prepared: what editors of one base model share.
+    Args:
+        template: the prompt format in which facts are taught.
+        prepared: what editors of the same base model share.
 
     Raises:
-        ValueError: a block does not exist, has not one down projection under a known name, or a quantised one.
+        ValueError: a block does not exist, is quantised, or does not have exactly one down projection with a
+            known name.
     """
 
     def __init__(
@@ -148,9 +156,11 @@ class MemitEditor:
         self._prepared = prepared or EditCache()
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
-        """Write the facts into the blocks, all at once; as `Editor.edit`."""
+        """Write all facts into the blocks together; see `Editor.edit`."""
         facts = checked_edits(edits)
-        encode_edits(self.model, self.tokenizer, facts, (self._template,))  # their check
+        encode_edits(
+            self.model, self.tokenizer, facts, (self._template,)
+        )  # raises for invalid edits
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         try:
             with frozen(self.model):
@@ -160,44 +170,50 @@ class MemitEditor:
             raise
 
     def _prepare(self) -> tuple[list[str], dict[str, Tensor]]:
-        """Let the unedited model write contexts; compute for each block λ C, or P, (f, f) in float64."""
-        settings, computed = self.settings, self._prepared.computed
+        """Generate contexts with the unedited model, and compute λ C or P for each block, (f, f) in float64."""
+        settings, cache = self.settings, self._prepared.computed
+        model, tokenizer = self.model, self.tokenizer
         lengths = ((PREFIX_TOKENS, settings.contexts),)
-        of_moments = ("moments", *self.module_names, settings.moment_tokens)
-        by = settings.threshold if settings.null_space else settings.moment_weight
-        of_matrices = (*of_moments, settings.null_space, by)
-        parts = self.model, self.tokenizer
+        moments_key = ("moments", *self.module_names, settings.moment_tokens)
+        parameter = settings.threshold if settings.null_space else settings.moment_weight
+        matrices_key = (*moments_key, settings.null_space, parameter)
         try:
-            self.changes.take_off()
-            before = written_once(*parts, lengths, self._prepared)
-            if of_moments not in computed:
-                folder = settings.moment_folder
-                computed[of_moments] = second_moments(
-                    *parts, self.module_names, settings.moment_tokens, folder=folder
+            self.changes.revert()
+            prefixes = cached_prefixes(model, tokenizer, lengths, self._prepared)
+            if moments_key not in cache:
+                cache[moments_key] = second_moments(
+                    model,
+                    tokenizer,
+                    self.module_names,
+                    settings.moment_tokens,
+                    folder=settings.moment_folder,
                 )
         finally:
-            self.changes.put_on()
-        if of_matrices not in computed:
-            of_block = null_space if settings.null_space else torch.mul
-            computed[of_matrices] = {
-                name: of_block(moment.double(), by) for name, moment in computed[of_moments].items()
+            self.changes.apply()
+        if matrices_key not in cache:
+            transform = null_space if settings.null_space else torch.mul
+            cache[matrices_key] = {
+                name: transform(moment.double(), parameter)
+                for name, moment in cache[moments_key].items()
             }
-        return before, computed[of_matrices]
+        return prefixes, cache[matrices_key]
 
     def _write(
-        self, facts: Sequence[Edit], before: list[str], matrices: Mapping[str, Tensor]
+        self, facts: Sequence[Edit], prefixes: list[str], matrices: Mapping[str, Tensor]
     ) -> EditResult:
-        """Write facts into all blocks, the first one first: what enters a block depends on those before it."""
-        parts = self.model, self.tokenizer
+        """Write facts into all blocks, from first to last, since the input of each block depends on those before it."""
+        model, tokenizer, settings = self.model, self.tokenizer, self.settings
         located = [
-            locate(*parts, fact, before, self.settings.name, self._template) for fact in facts
+            locate_fact(model, tokenizer, fact, prefixes, settings.name, self._template)
+            for fact in facts
         ]
         found = [
-            search_target(*parts, self._last_name, one, self.settings.search) for one in located
+            search_target(model, tokenizer, self._last_name, one, settings.search)
+            for one in located
         ]
-        wanted = torch.stack([one.target for one in found])
+        targets = torch.stack([one.target for one in found])
         for number, name in enumerate(self.module_names):
-            keys, missing = self._keys_and_missing(name, located, wanted)
+            keys, missing = self._keys_and_missing(name, located, targets)
             share = missing / (len(self.module_names) - number)
             matrix = matrices[name].to(keys.device)
             if self.settings.null_space:
@@ -215,45 +231,51 @@ class MemitEditor:
         return replace(combine_results(results), losses=losses)
 
     def _keys_and_missing(
-        self, name: str, located: Sequence[Located], wanted: Tensor
+        self, name: str, located: Sequence[LocatedFact], targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Compute the facts' present keys at a projection, (n, f) float64, and what the last block lacks, (n, d)."""
-        parts, module = (self.model, self.tokenizer), self.model.get_submodule(name)
-        found = [keys_and_outputs(*parts, module, self._last_block, one) for one in located]
-        keys = torch.stack([_mean_key(of_fact) for of_fact, _ in found])
-        return keys.double(), wanted - torch.stack([present for _, present in found])
+        """Compute the facts' current keys at a projection, (n, f) in float64, and what is missing in the last
+        block's output, (n, d).
+        """
+        module = self.model.get_submodule(name)
+        found = [
+            keys_and_outputs(self.model, self.tokenizer, module, self._last_block, one)
+            for one in located
+        ]
+        keys = torch.stack([_mean_key(fact_keys) for fact_keys, _ in found])
+        return keys.double(), targets - torch.stack([output for _, output in found])
 
     def save_lora(self, folder: str | Path) -> None:
-        """Save the edits as a LoRA of rank 1 an edit; as `LowRankChanges.save_lora`."""
+        """Save the edits as a LoRA, with rank 1 per edit; see `LowRankChanges.save_lora`."""
         self.changes.save_lora(folder)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give the factors of the weights' changes, and of AlphaEdit the keys of the edits so far."""
+        """Return the factors of the weights' updates, and for AlphaEdit the keys of the edits so far."""
         keys = {f"{name}.keys": rows for name, rows in self._past_keys.items()}
         return self.changes.state_dict() | (keys if self.settings.null_space else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.changes.load_state_dict(state)
         if self.settings.null_space:
             for name, rows in self._past_keys.items():
                 self._past_keys[name] = state[f"{name}.keys"].to(rows.device)
 
     def remove(self) -> None:
-        """Write the original weights back."""
-        self.changes.take_off()
+        """Restore the original weights."""
+        self.changes.revert()
 
 
 def _mean_key(keys: Tensor) -> Tensor:
-    """Average a fact's keys (texts, f): the bare prompt's counts as much as those of all contexts together."""
+    """Average a fact's keys (texts, f): the bare prompt has the same weight as all contexts together."""
     return keys[0] if len(keys) == 1 else (keys[0] + keys[1:].mean(0)) / 2
 
 
 def memit_keys(keys: Tensor, weighted_moments: Tensor) -> Tensor:
-    """Compute the rows that multiply R in MEMIT's change: Kᵀ (λ C + K Kᵀ)⁻¹.
+    """Compute the rows that R is multiplied with in MEMIT's update: Kᵀ (λ C + K Kᵀ)⁻¹.
 
     Args:
-        keys: (n, f), one key a row. weighted_moments: λ C, (f, f).
+        keys: (n, f), one key per row.
+        weighted_moments: λ C, (f, f).
 
     Returns:
         (n, f).
@@ -262,10 +284,13 @@ def memit_keys(keys: Tensor, weighted_moments: Tensor) -> Tensor:
 
 
 def alpha_edit_keys(keys: Tensor, past: Tensor, projection: Tensor, ridge: float) -> Tensor:
-    """Compute the rows that multiply R in AlphaEdit's change: Kᵀ P (Kₚ Kₚᵀ P + K Kᵀ P + L₂ I)⁻¹.
+    """Compute the rows that R is multiplied with in AlphaEdit's update: Kᵀ P (Kₚ Kₚᵀ P + K Kᵀ P + L₂ I)⁻¹.
 
     Args:
-        keys: (n, f). past: (m, f) keys of earlier edits. projection: P, (f, f). ridge: L₂.
+        keys: (n, f).
+        past: keys of earlier edits, (m, f).
+        projection: P, (f, f).
+        ridge: L₂.
 
     Returns:
         (n, f).
@@ -276,10 +301,10 @@ def alpha_edit_keys(keys: Tensor, past: Tensor, projection: Tensor, ridge: float
 
 
 def null_space(moments: Tensor, threshold: float) -> Tensor:
-    """Compute the projection P (f, f) onto the directions whose second moment is below a threshold.
+    """Compute the projection P (f, f) onto the directions whose second moment is below `threshold`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such direction.
     """
     sizes, directions = torch.linalg.eigh(moments)
     small = directions[:, sizes < threshold]

@@ -1,14 +1,17 @@
-"""MEMOIR: edits in a residual memory beside one down projection, each in the columns that its prompt chooses (arXiv 2506.07899).
+"""MEMOIR: edits in a residual memory added to one down projection, each in the columns that its prompt
+selects (arXiv 2506.07899).
 
-    y ← W x + W_m (M ⊙ x)         at every token, with W_m zero at first
+    y ← W x + W_m (M ⊙ x)         at every token, with W_m initially zero
 
-The mask M of an edit are the k places where the mean of what enters the projection over the prompt's tokens, less that of
-unrelated prompts, is largest, moved by a fixed permutation. A prompt whose own mask shares at least a given part of its places
-with that of some edit is answered with this edit's mask; every other prompt is computed as without edits.
+The mask M of an edit marks the k inputs of the projection with the largest difference between their mean over
+the prompt's tokens and their mean over unrelated prompts, followed by a fixed permutation. A prompt whose
+mask overlaps sufficiently with that of an edit is answered with this edit's mask; all other prompts give the
+output of the unedited model.
 
-Differences on purpose: the mask is decided once a prompt and stays while its answer is decoded from a cache, where the authors
-decode without one; weight decay acts on the columns that are learned alone. What the paper leaves open: unrelated prompts are
-the package's own and those of the setup; the copies of an edit behind random texts use the mask of the bare prompt.
+Deliberate differences: the mask is selected once per prompt and kept while the answer is decoded with a
+cache, where the authors decode without one; weight decay applies only to the trained columns. What the paper
+leaves open: the unrelated prompts are the package's own and those of the setup; the copies of an edit with
+random prefixes use the mask of the bare prompt.
 """
 
 from __future__ import annotations
@@ -29,30 +32,32 @@ from peft_baft.editing.editor import EditResult
 from peft_baft.editing.module_patches import no_logits
 from peft_baft.editing.train import STOP_TERM, DescentConfig, Terms
 from peft_baft.running import full_logits, input_device
-from peft_baft_bench.methods.in_place import minimise, settled
-from peft_baft_bench.methods.locating import captured, in_texts, written_once
+from peft_baft_bench.methods.in_place import minimise, stop_when_settled
+from peft_baft_bench.methods.locating import cached_prefixes, capture, with_prefixes
 from peft_baft_bench.methods.method import EditorSetup, MethodSettings
 from peft_baft_bench.methods.projections import down_projection, require_layer, weight_of
 from peft_baft_bench.methods.prompts import ProjectionEditor, mean_over
 
 PUBLISHED_BLOCK = 27  # of a model of 32, counted from 0
 PREFIX_TOKENS = 10
-NONE = -1  # no edit
+NO_EDIT = -1
 
 
 @dataclass(frozen=True)
 class Memoir(MethodSettings):
-    """Keep edits in a residual memory (MEMOIR), by default with its settings for Llama-3.
+    """Store edits in a residual memory (MEMOIR), by default with its settings for Llama-3.
 
     Args:
-        share: of the projection's inputs, how many are in a mask; 4096 of 14336.
-        overlap: a prompt is answered by an edit if at least so large a part of their masks is common.
-        layer: block whose down projection has the memory, counted from 0; by default 27 of 32 scaled to the model.
-        contexts: how many texts of 10 tokens, which the model writes, stand before the prompt in turn; 0 for none.
+        share: the fraction of the projection's inputs in a mask; 4096 of 14336.
+        overlap: a prompt is answered by an edit if at least this fraction of their masks is common.
+        layer: the block whose down projection has the memory, counted from 0; by default 27 of 32, scaled to
+            the model.
+        contexts: how many model-generated texts of 10 tokens are used as prefixes of the prompt; 0 for none.
         descent: how an edit is learned, by plain gradient descent.
 
     Raises:
-        TypeError: layer is no integer. ValueError: a value is out of its range.
+        TypeError: layer is not an integer.
+        ValueError: a value is out of range.
     """
 
     share: float = 4096 / 14336
@@ -78,16 +83,17 @@ class Memoir(MethodSettings):
             )
 
     def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> MemoirEditor:
-        """Make an editor of `base`; the prompts of the setup's unrelated text are part of what masks are compared with."""
+        """Create an editor of `base`; masks are computed relative to unrelated prompts, those of the setup included."""
         setup = setup or EditorSetup()
         return MemoirEditor(base, tokenizer, self, setup)
 
 
 class MemoirEditor(ProjectionEditor):
-    """Edits a model by a residual memory; an `Editor`.
+    """Edits a model with a residual memory; an `Editor`.
 
     Raises:
-        ValueError: the block does not exist, has not one down projection under a known name, or a quantised one.
+        ValueError: the block does not exist, is quantised, or does not have exactly one down projection with
+            a known name.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: Memoir, setup: EditorSetup) -> None:
@@ -100,41 +106,45 @@ class MemoirEditor(ProjectionEditor):
         self._permutation = torch.randperm(into, generator=generator).to(device)
         self._background = self._mean_of_prompts(setup.unrelated, setup.template)
         lengths = ((PREFIX_TOKENS, settings.contexts),)
-        self._before = written_once(model, tokenizer, lengths, setup.prepared or EditCache())
+        self._prefixes = cached_prefixes(model, tokenizer, lengths, setup.prepared or EditCache())
         self._memory = torch.zeros(out, into, device=device)
         self._masks = torch.zeros(0, into, dtype=torch.bool, device=device)  # (edits, f)
-        self._learning: Tensor | None = None  # the columns that are learned, and their places
+        self._learning: Tensor | None = (
+            None  # during training: the trained columns and their indices
+        )
         self._places: Tensor | None = None
         self._attach()
 
     @torch.no_grad()
     def _mean_of_prompts(self, unrelated: Sequence[Unrelated], template: Template) -> Tensor:
-        """Average what enters the projection over the tokens of unrelated prompts, and over the prompts: (f,)."""
+        """Average the projection's input over the tokens of unrelated prompts, then over the prompts: (f,)."""
         texts = dict.fromkeys(text.prompt for text in (*GENERAL, *unrelated))
         rows = [encode_prompt(self.tokenizer, text, template=template) for text in texts]
         return self._prompt_means(rows).mean(0)
 
     @torch.no_grad()
     def _prompt_means(self, rows: Sequence[Tokens]) -> Tensor:
-        """Average what enters the projection over the prompt tokens of each row, (rows, f)."""
+        """Average the projection's input over the prompt tokens of each row, (rows, f)."""
         device = input_device(self.model)
         prompts = [Tokens(row.ids[: row.prompt_length], row.prompt_length) for row in rows]
         batch = collate(prompts, padding_id(self.tokenizer))
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        with captured(self._projection, len(rows)) as seen, no_logits(self.model):
+        with capture(self._projection, len(rows)) as seen, no_logits(self.model):
             full_logits(self.model, **inputs)
         return mean_over(seen[0].input, inputs["attention_mask"].bool().to(seen[0].input.device))
 
     def _learn(self, fact: Edit) -> EditResult:
-        """Learn one fact in the columns that its prompt chooses."""
-        rows = [self._encode(text, fact.target) for text in in_texts(fact.prompt, self._before)]
-        mask = self.masks_of(self._prompt_means(rows[:1]))[0]
+        """Learn one fact in the columns that its prompt selects."""
+        rows = [
+            self._encode(text, fact.target) for text in with_prefixes(fact.prompt, self._prefixes)
+        ]
+        mask = self.compute_masks(self._prompt_means(rows[:1]))[0]
         places = mask.nonzero()[:, 0]
         columns = nn.Parameter(self._memory[:, places].clone())
-        taught, descent = self._taught(rows), self.settings.descent
+        texts, descent = self._training_texts(rows), self.settings.descent
 
         def terms() -> Terms:
-            return {STOP_TERM: taught.loss()}
+            return {STOP_TERM: texts.loss()}
 
         self._learning, self._places = columns, places
         try:
@@ -142,7 +152,7 @@ class MemoirEditor(ProjectionEditor):
                 torch.optim.SGD([columns], lr=descent.lr, weight_decay=descent.weight_decay),
                 terms,
                 descent.max_steps,
-                settled(descent.stop_loss),
+                stop_when_settled(descent.stop_loss),
                 learned_below=2 * descent.stop_loss,
                 clip_norm=descent.clip_norm,
             )
@@ -152,21 +162,23 @@ class MemoirEditor(ProjectionEditor):
         self._masks = torch.cat([self._masks, mask[None]])
         return result
 
-    def masks_of(self, means: Tensor) -> Tensor:
-        """Choose the places of masks, (n, f) bool, by what enters the projection on average, (n, f)."""
+    def compute_masks(self, means: Tensor) -> Tensor:
+        """Compute masks, (n, f) bool, from the mean inputs of the projection, (n, f)."""
         largest = (means - self._background).abs().topk(self._chosen).indices
         return torch.zeros_like(means, dtype=torch.bool).scatter(
             1, self._permutation[largest], True
         )
 
     def nearest(self, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Find for each mask (n, f) the edit that shares the most places with it, (n,), and which part that is, (n,)."""
+        """Find for each mask (n, f) the edit with the largest overlap, (n,), and the overlap as a fraction of
+        the mask, (n,).
+        """
         common = (masks.float() @ self._masks.float().mT) / self._chosen
         share, edit = common.max(1)
         return edit, share
 
     def _change(self, hidden: Tensor, output: Tensor) -> Tensor | None:
-        """After the projection: add what the memory makes of the masked inputs."""
+        """Add the memory's output for the masked inputs to the projection's output."""
         if self._learning is not None:
             added = hidden[..., self._places].float() @ self._learning.mT
             return output + added.to(output.dtype)
@@ -174,11 +186,11 @@ class MemoirEditor(ProjectionEditor):
             return None
 
         def decide(prompts: Tensor) -> Tensor:
-            edit, share = self.nearest(self.masks_of(mean_over(hidden, prompts)))
-            return torch.where(share >= self.settings.overlap, edit, NONE)
+            edit, share = self.nearest(self.compute_masks(mean_over(hidden, prompts)))
+            return torch.where(share >= self.settings.overlap, edit, NO_EDIT)
 
-        edits = self._watch.decided(decide, output.device)
-        answered = edits != NONE
+        edits = self._tracker.decide_once(decide, output.device)
+        answered = edits != NO_EDIT
         if not answered.any():
             return None
         masked = hidden.float() * self._masks[edits.clamp(min=0)][:, None]
@@ -186,11 +198,11 @@ class MemoirEditor(ProjectionEditor):
         return torch.where(answered[:, None, None], output + added, output)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give the memory, the masks of the edits, one row an edit, and what prompts are compared with."""
+        """Return the memory, the masks with one row per edit, and the mean over unrelated prompts."""
         return {"memory": self._memory, "masks": self._masks, "background": self._background}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         device = self._memory.device
         self._memory, self._masks = state["memory"].to(device), state["masks"].to(device)
         self._background = state["background"].to(device)

@@ -1,4 +1,4 @@
-"""The memory of edits, as a method to be compared with others."""
+"""The memory of edits, as a method for comparisons."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from peft_baft_bench.methods.method import EditorSetup, MethodSettings
 
 @dataclass(frozen=True)
 class Memory(MethodSettings):
-    """Keep edits in a memory: a router picks one for a prompt, or none, and its answer is said in closed form.
+    """Store edits in a memory: a router selects at most one edit per prompt, and its answer is produced in
+    closed form.
 
     Args:
-        after, key_dimensions, least_subject, strictness, most_unlike: as in `MemoryConfig`.
+        after, key_dimensions, least_subject, strictness, most_unlike: see `MemoryConfig`.
 
     Raises:
         TypeError, ValueError: as `MemoryConfig`.
@@ -37,7 +38,7 @@ class Memory(MethodSettings):
         return BaftConfig(task_type="CAUSAL_LM", memory=MemoryConfig(**asdict(self)))
 
     def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> MemoryEditor:
-        """Put an empty memory on `base`, and make its editor, which takes no unrelated text and draws no random numbers."""
+        """Attach an empty memory to `base` and create its editor; it uses neither unrelated text nor random numbers."""
         setup = setup or EditorSetup()
         return MemoryEditor(
             get_peft_model(base, self._config()).eval(),

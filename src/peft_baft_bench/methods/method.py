@@ -1,4 +1,4 @@
-"""What a benchmark needs of an editing method: settings that a user may set by name, and that start editors."""
+"""The interface of an editing method in a benchmark: settings that can be set by name, and that create editors."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from peft_baft.processes import Processes
 
 @dataclass(frozen=True)
 class EditorSetup:
-    """What an editor is started with, besides its model and the method's settings; a method takes what it needs.
+    """What an editor is created with, in addition to its model and the method's settings. Methods ignore what
+    they do not need.
 
     Attributes:
-        unrelated: texts to leave alone, for the edits of this editor.
-        seed: of the first weights, where these are random.
-        processes: those that share the facts of each batch.
-        prepared: what editors of one base model share; None where there is only one.
-        template: the form in which facts are taught.
+        unrelated: texts whose predictions the edits should not change.
+        seed: for the initial weights, where these are random.
+        processes: the processes that share the facts of each batch.
+        prepared: what editors of the same base model share; None if there is only one.
+        template: the prompt format in which facts are taught.
     """
 
     unrelated: Sequence[Unrelated] = ()
@@ -34,9 +35,10 @@ class EditorSetup:
 
 
 class MethodSettings(ABC):
-    """Settings of an editing method. A method is a frozen dataclass below this, and what `start` returns.
+    """Base class for the settings of an editing method. A method is a frozen subclass and the editor that
+    `start` returns.
 
-    Its fields, and those of dataclasses in its fields, are what a user may set by name, as in `NAME:lr=0.001`.
+    Its fields, and those of nested dataclasses, can be set by name, as in `NAME:lr=0.001`.
 
     Attributes:
         side_by_side: whether its editors are `SideBySideEditor`s.
@@ -48,24 +50,25 @@ class MethodSettings(ABC):
 
     @abstractmethod
     def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> Editor:
-        """Make an editor of `base`, which has no edit yet; `editor.remove()` gives `base` back."""
+        """Create an editor of `base`, which must be unedited; `editor.remove()` restores `base`."""
 
-    def described(self) -> dict[str, Any]:
-        """Give the settings as they stand in a result line: two runs of one method differ in them, or are equal."""
+    def describe(self) -> dict[str, Any]:
+        """Return the settings for a result line; they are equal only for equal settings."""
         return asdict(self)  # type: ignore[call-overload]
 
     def setting_names(self) -> set[str]:
-        """List what may be set by name."""
+        """List the settings that can be set by name."""
         names = set(self._own_settings())
         for part in self._nested_settings().values():
             names |= {f.name for f in fields(part)}
         return names
 
     def with_setting(self, name: str, value: Any) -> MethodSettings:
-        """Set one setting, in each part that has one of this name.
+        """Return a copy with one setting changed, in each nested dataclass that has a field of this name.
 
         Raises:
-            ValueError: none has. TypeError, ValueError: as the part, for such a value.
+            ValueError: there is no such setting.
+            TypeError, ValueError: the value is invalid.
         """
         if name in self._own_settings():
             return replace(self, **{name: value})  # type: ignore[type-var]
@@ -79,12 +82,12 @@ class MethodSettings(ABC):
         return replace(self, **changes)  # type: ignore[type-var]
 
     def _own_settings(self) -> list[str]:
-        """List the fields that hold one setting each."""
+        """List the fields that are not nested dataclasses."""
         nested = self._nested_settings()
         return [f.name for f in fields(self) if f.name not in nested]  # type: ignore[arg-type]
 
     def _nested_settings(self) -> dict[str, Any]:
-        """Get the dataclasses in fields, by field."""
+        """Return the nested dataclasses by field name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return {
             name: value

@@ -1,6 +1,6 @@
-"""Editing methods by name: a name and some settings become what starts editors.
+"""Editing methods by name: resolve a name and settings to an object that creates editors.
 
-A new method is one file in `baselines/`, with its `MethodSettings` and its `Editor`, and one entry of `METHODS`.
+A new method is one file in `methods/` with its `MethodSettings` and its `Editor`, and one entry in `METHODS`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from peft_baft_bench.methods.wise import Wise
 
 @dataclass(frozen=True)
 class Method:
-    """A method as the user wrote it, `baft:lr=0.001`, and its settings."""
+    """A method as the user wrote it, such as `baft:lr=0.001`, and its settings."""
 
     name: str
     settings: MethodSettings
@@ -44,8 +44,8 @@ METHODS: dict[str, Callable[[Preset], MethodSettings]] = {
     "ss-w-lr": partial(baft, weighting="subspace"),
     "baft": partial(baft, weighting="basis"),
     "lora": partial(other_adapter, config_class=LoraConfig, r=8, lora_alpha=16),
-    # EasyEdit's settings, which the paper takes with a stop at a loss of 0.01 and 200 steps for a batch. Ranks are never
-    # pruned there: `total_step` is what PEFT wants to be told.
+    # EasyEdit's settings, used in the paper with a stop at a loss of 0.01 and 200 steps for a batch. Ranks are never pruned
+    # there; PEFT only requires that `total_step` is set.
     "adalora": partial(
         other_adapter,
         config_class=AdaLoraConfig,
@@ -73,7 +73,7 @@ METHODS: dict[str, Callable[[Preset], MethodSettings]] = {
 }
 GROUPS = {
     "table4": ("reft", "ss-w", "ba-w", "ss-w-lr", "baft"),  # the paper's ablation
-    # What the paper compares with.
+    # the methods of the paper's comparison
     "paper": (
         "adalora",
         "ft-l",
@@ -86,11 +86,11 @@ GROUPS = {
         "reft",
         "baft",
     ),
-    # What has led since, and what a sceptic asks for.
+    # the best methods since then, and simple baselines
     "leaders": ("memoir", "horen", "alphaedit", "ft-m", "lora", "in-context", "baft"),
 }
 GROUPS["all"] = tuple(dict.fromkeys((*GROUPS["paper"], *GROUPS["leaders"], "r-rome")))
-if find_spec("peft_baft.memory"):  # a folder that can be deleted, with its comparison
+if find_spec("peft_baft.memory"):  # peft_baft works without this folder
     from peft_baft_bench.methods.memory import Memory
 
     METHODS["memory"] = lambda preset: Memory()
@@ -98,30 +98,32 @@ if find_spec("peft_baft.memory"):  # a folder that can be deleted, with its comp
 UNEDITED = "none"
 
 
-def methods(
+def parse_methods(
     names: str, preset: Preset, overrides: Mapping[str, Any] | None = None
 ) -> list[Method | None]:
-    """Read a list of methods like `baft,reft` or `table4`, each with settings if wanted: `baft:lr=0.001;r=4`.
+    """Parse a list of methods like `baft,reft` or `table4`, each with optional settings: `baft:lr=0.001;r=4`.
 
     Args:
-        preset: what methods that have presets begin with.
-        overrides: settings of every method, which those behind a colon override.
+        preset: the initial settings of methods that have presets.
+        overrides: settings of every method; those after a method's colon take precedence.
 
     Returns:
-        The methods, each once; None stands for `none`, the unedited model.
+        The methods without duplicates; None stands for `none`, the unedited model.
 
     Raises:
         ValueError: a name or a setting is unknown.
     """
-    wanted: list[str] = []
+    expanded: list[str] = []
     for item in names.split(","):
-        wanted += GROUPS.get(item.strip(), (item.strip(),))
-    unique = dict.fromkeys(wanted)
-    return [None if name == UNEDITED else method(name, preset, overrides) for name in unique]
+        expanded += GROUPS.get(item.strip(), (item.strip(),))
+    unique = dict.fromkeys(expanded)
+    return [None if name == UNEDITED else parse_method(name, preset, overrides) for name in unique]
 
 
-def method(variant: str, preset: Preset, overrides: Mapping[str, Any] | None = None) -> Method:
-    """Read one method, with the settings after its colon."""
+def parse_method(
+    variant: str, preset: Preset, overrides: Mapping[str, Any] | None = None
+) -> Method:
+    """Parse one method and the settings after its colon."""
     name, _, rest = variant.partition(":")
     if name not in METHODS:
         known = ", ".join((UNEDITED, *METHODS, *GROUPS))
@@ -139,10 +141,10 @@ def method(variant: str, preset: Preset, overrides: Mapping[str, Any] | None = N
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    """Read `name=value`, whose value is JSON or a text."""
+    """Parse `name=value`, where the value is JSON or plain text."""
     key, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"A setting reads name=value, as in lr=0.001, not {text!r}.")
+        raise ValueError(f"A setting must have the form name=value, as in lr=0.001, not {text!r}.")
     try:
         return key.strip(), json.loads(value)
     except json.JSONDecodeError:

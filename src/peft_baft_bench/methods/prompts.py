@@ -1,4 +1,6 @@
-"""What methods share that decide, by a prompt, how it is answered: where prompts lie, and decisions that stay while decoding."""
+"""Shared by methods that decide per prompt how it is answered: the positions of prompts, and decisions that
+persist during decoding.
+"""
 
 from __future__ import annotations
 
@@ -26,27 +28,28 @@ from peft_baft.span import OUTSIDE
 from peft_baft_bench.methods.in_place import InTurnEditor
 from peft_baft_bench.methods.projections import by_rows
 
-LAST_PROMPT_TOKEN = -1  # its position relative to the end of the prompt
+LAST_PROMPT_TOKEN = -1  # position relative to the end of the prompt
 
 
-class PromptWatch:
-    """Tells, inside a forward of a model, where the prompts of its rows lie, and keeps what was decided of each row.
+class PromptTracker:
+    """Locates the prompts of each row during a forward of a model, and caches what was decided for each row.
 
-    A decision is made in the forward that holds a prompt's end, and stays for the forwards behind it, in which its answer is
-    decoded from a cache.
+    A decision is made in the forward that contains the end of a prompt, and persists in the following
+    forwards, in which the answer is decoded with a cache.
     """
 
     def __init__(self, model: Any, block_or_module: str) -> None:
         self._context = EditContext(model, stack_owner(model, block_or_module))
-        self._decided: Tensor | None = None
+        self._decisions: Tensor | None = None
 
-    def after(
+    def modify_output(
         self, module: nn.Module, change: Callable[[Tensor, Tensor], Tensor | None]
     ) -> RemovableHandle:
-        """Let a function change what leaves a module.
+        """Register a function that modifies the output of a module.
 
         Args:
-            change: makes anew what leaves, (rows, tokens, d), given what enters, (rows, tokens, f), and it; None leaves it.
+            change: called with the module's input, (rows, tokens, f), and output, (rows, tokens, d); returns
+                the new output, or None to keep it.
         """
 
         def hook(_module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
@@ -57,54 +60,59 @@ class PromptWatch:
         return module.register_forward_hook(hook)
 
     def remove(self) -> None:
-        """Leave the model alone."""
+        """Remove the hooks from the model."""
         self._context.detach()
 
     def positions(self, device: torch.device) -> Tensor:
-        """Give the position of each token relative to the end of its prompt, (rows, tokens)."""
+        """Return the position of each token relative to the end of its prompt, (rows, tokens)."""
         positions = self._context.relative_positions
         if positions is None:
-            raise ValueError("The method needs a model that is called with tokens, (rows, tokens).")
+            raise ValueError(
+                "The method needs a model that is called with token ids, (rows, tokens)."
+            )
         return positions.to(device)
 
-    def ends(self, device: torch.device) -> Tensor:
+    def end_mask(self, device: torch.device) -> Tensor:
         """Mark the last token of each prompt, (rows, tokens) bool."""
         return self.positions(device) == LAST_PROMPT_TOKEN
 
-    def prompts(self, device: torch.device) -> Tensor:
+    def prompt_mask(self, device: torch.device) -> Tensor:
         """Mark the tokens of prompts, (rows, tokens) bool."""
         positions = self.positions(device)
         return (positions < 0) & (positions != OUTSIDE)
 
-    def decided(self, decide: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
-        """Decide of each row, or give what was decided when its prompt was read.
+    def decide_once(self, decide: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+        """Make a decision for each row, or return the one made when its prompt was read.
 
         Args:
-            decide: given where the prompts' tokens are, (rows, tokens) bool, makes a tensor with an entry for each row.
+            decide: called with the mask of the prompts' tokens, (rows, tokens) bool; returns a tensor with
+                one entry per row.
 
         Raises:
-            ValueError: a prompt was read in pieces, or another number of rows is decoded than was decided of.
+            ValueError: a prompt was read in pieces, or the number of decoded rows differs from the number of
+                decisions.
         """
-        ends, prompts = self.ends(device).any(1), self.prompts(device)
+        ends, prompts = self.end_mask(device).any(1), self.prompt_mask(device)
         if ends.all():
-            self._decided = decide(prompts)
+            self._decisions = decide(prompts)
         elif ends.any() or prompts.any():
             raise ValueError(
-                "The method decides by whole prompts, but a forward held part of one: read each prompt in one forward, the "
+                "The method needs whole prompts, but a forward contained part of one: read each prompt in one forward, the "
                 "same for all rows of a batch."
             )
-        elif self._decided is None or len(self._decided) != len(ends):
-            known = "none" if self._decided is None else len(self._decided)
+        elif self._decisions is None or len(self._decisions) != len(ends):
+            count = 0 if self._decisions is None else len(self._decisions)
             raise ValueError(
-                f"{len(ends)} rows go on from a cache, but {known} were decided of: read their prompts first."
+                f"{len(ends)} rows continue from a cache, but {count} prompts were read: read their prompts first."
             )
-        return self._decided
+        return self._decisions
 
 
-class Taught:
-    """Rows of text that are put to a model, which a `PromptWatch` watches, again and again while their answers are learned.
+class TrainingTexts:
+    """Texts that are run repeatedly while their answers are learned, in a model with a `PromptTracker`.
 
-    fixed: blocks before what is learned, which run once.
+    Args:
+        fixed: the blocks before the trained part, which run only once.
     """
 
     def __init__(self, model: Any, tokenizer: Any, rows: Sequence[Tokens], fixed: FixedBlocks):
@@ -112,7 +120,7 @@ class Taught:
         device = input_device(model)
         batch = collate(rows, padding_id(tokenizer))
         self._batch = {name: part.to(device) for name, part in batch.items()}
-        # Labels would tell as well where prompts end, but let the model compute a loss of its own.
+        # Labels also mark where prompts end, but with them the model would compute its own loss.
         del self._batch["labels"]
         self._batch["prompt_lengths"] = torch.tensor([row.prompt_length for row in rows])
         answers = [answer_ids(row) for row in rows]
@@ -126,21 +134,23 @@ class Taught:
         self._places = numbers, torch.cat(columns)
 
     def losses(self) -> list[Tensor]:
-        """Compute for each row the cross entropies of its answer's tokens."""
+        """Compute the cross entropies of each row's answer tokens."""
         head = self._model.get_output_embeddings()
         with self._fixed.run_once(), logits_only_at(head, at_least_four(self._places)):
             logits = full_logits(self._model, **self._batch)[: len(self._wanted)]
         return list(answer_losses(logits, self._wanted.to(logits.device)).split(self._counts))
 
     def loss(self) -> Tensor:
-        """Compute the mean over rows of the mean over each one's answer tokens."""
+        """Average the cross entropy over each row's answer tokens, then over rows."""
         return torch.stack([losses.mean() for losses in self.losses()]).mean()
 
 
 class ProjectionEditor(InTurnEditor):
-    """Makes edits in turn at one projection, by what it reads of prompts; an `Editor` of which a method gives what changes.
+    """Base class of `Editor`s that make edits one after another at one projection, depending on the prompt;
+    subclasses implement `_change`.
 
-    name: of the projection. A subclass calls `_attach` once it is ready to be asked.
+    Args:
+        name: of the projection. Subclasses call `_attach` at the end of their `__init__`.
     """
 
     def __init__(self, model: Any, tokenizer: Any, template: Template, name: str) -> None:
@@ -148,27 +158,27 @@ class ProjectionEditor(InTurnEditor):
         self._name = name
         self._projection: nn.Module = model.get_submodule(name)
         self._device = next(self._projection.parameters()).device
-        self._watch = PromptWatch(model, name)
+        self._tracker = PromptTracker(model, name)
 
     def _attach(self) -> None:
-        self._handle = self._watch.after(self._projection, self._change)
+        self._handle = self._tracker.modify_output(self._projection, self._change)
 
     @abstractmethod
     def _change(self, hidden: Tensor, output: Tensor) -> Tensor | None:
-        """Change what leaves the projection; as `change` of `PromptWatch.after`."""
+        """Modify the output of the projection; see `PromptTracker.modify_output`."""
 
-    def _taught(self, rows: Sequence[Tokens]) -> Taught:
-        """Put rows to the model while something at the projection is learned."""
+    def _training_texts(self, rows: Sequence[Tokens]) -> TrainingTexts:
+        """Prepare rows for repeated forwards while something at the projection is trained."""
         fixed = FixedBlocks(blocks_before(self.model, self._name))
-        return Taught(self.model, self.tokenizer, rows, fixed)
+        return TrainingTexts(self.model, self.tokenizer, rows, fixed)
 
     def remove(self) -> None:
-        """Take what was learned off the model."""
+        """Remove the hooks from the model; the model is then unedited."""
         self._handle.remove()
-        self._watch.remove()
+        self._tracker.remove()
 
 
 def mean_over(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Average hidden vectors (rows, tokens, f) over the tokens that are marked (rows, tokens): (rows, f) float32."""
+    """Average hidden vectors (rows, tokens, f) over the marked tokens (rows, tokens): (rows, f) float32."""
     weights = mask.float()[..., None]
     return (hidden.float() * weights).sum(1) / weights.sum(1)

@@ -1,12 +1,15 @@
-"""ROME: one rank-1 change of one MLP down projection an edit (arXiv 2202.05262), as EasyEdit runs it on Llama models.
+"""ROME: each edit is a rank-1 update of one MLP down projection (arXiv 2202.05262), as EasyEdit runs it on
+Llama models.
 
     W ← W + (v - W k) uᵀ / (uᵀ k)        so that afterwards W k = v
 
-k is the key of the bare prompt, u the direction of its mean over contexts, and v what should leave the projection so that
-the answer is said. No second moments are used (`mom2_adjustment: false`, the setting for Llama).
+k is the key of the bare prompt, u the direction of the mean key over contexts, and v the output of the
+projection with which the model gives the answer. No second moments are used (`mom2_adjustment: false`,
+EasyEdit's setting for Llama).
 
-Differences from EasyEdit on purpose: `mean_key` takes the mean over contexts for k as well (R-ROME, arXiv 2403.07175), which
-mends that repeated edits break the model; the contexts are written once an editor, with a fixed seed.
+Deliberate differences from EasyEdit: with `mean_key`, k is the mean over contexts too (R-ROME, arXiv
+2403.07175), which prevents repeated edits from breaking the model; the contexts are generated once per
+editor, with a fixed seed.
 """
 
 from __future__ import annotations
@@ -25,10 +28,10 @@ from peft_baft.editing.editor import EditResult
 from peft_baft_bench.methods.in_place import InTurnEditor
 from peft_baft_bench.methods.locating import (
     Search,
+    cached_prefixes,
     keys_and_outputs,
-    locate,
+    locate_fact,
     search_target,
-    written_once,
 )
 from peft_baft_bench.methods.low_rank import LowRankChanges
 from peft_baft_bench.methods.method import EditorSetup, MethodSettings
@@ -40,16 +43,21 @@ PREFIX_TOKENS = (5, 10)
 
 @dataclass(frozen=True)
 class Rome(MethodSettings):
-    """Write each edit into one down projection as a change of rank 1 (ROME), by default with EasyEdit's settings.
+    """Write each edit into one down projection as a rank-1 update (ROME), by default with EasyEdit's
+    settings.
 
     Args:
-        layer: block whose down projection is changed, counted from 0; by default EasyEdit's 5 of 32 scaled to the model.
-        mean_key: whether the key that is divided by is the mean over contexts too, which is R-ROME.
-        contexts: how many texts of 5 and of 10 tokens, which the model writes, stand before the prompt in turn; 0 for none.
-        search: how the vector that says the answer is found.
+        layer: the block whose down projection is changed, counted from 0; by default EasyEdit's 5 of 32,
+            scaled to the model.
+        mean_key: whether the update is divided by the mean key over contexts (R-ROME) instead of the bare
+            prompt's key.
+        contexts: how many model-generated texts of 5 and of 10 tokens are used as prefixes of the prompt; 0
+            for none.
+        search: how the target output of the projection is searched for.
 
     Raises:
-        TypeError: layer is no integer. ValueError: contexts is no integer of at least 0.
+        TypeError: layer is not an integer.
+        ValueError: contexts is not an integer of at least 0.
     """
 
     layer: int | None = None
@@ -67,21 +75,25 @@ class Rome(MethodSettings):
             )
 
     def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> RomeEditor:
-        """Make an editor of `base`. ROME takes no unrelated text; the edits of a batch are made one after another.
+        """Create an editor of `base`. ROME does not use unrelated text; the edits of a batch are made one
+        after another.
 
-        Where several processes share the facts of a batch, each one makes all of them, and they come out alike.
+        If several processes share the facts of a batch, each of them makes all edits, with identical results.
         """
         setup = setup or EditorSetup()
         return RomeEditor(base, tokenizer, self, setup.template, setup.prepared)
 
 
 class RomeEditor(InTurnEditor):
-    """Changes one weight of a model by a matrix of rank 1 an edit; an `Editor`. Its edits need a subject.
+    """Makes each edit as a rank-1 update of one weight; an `Editor`. Edits must name a subject.
 
-    template: the form in which facts are taught. prepared: what editors of one base model share.
+    Args:
+        template: the prompt format in which facts are taught.
+        prepared: what editors of the same base model share.
 
     Raises:
-        ValueError: the block does not exist, has not one down projection under a known name, or a quantised one.
+        ValueError: the block does not exist, is quantised, or does not have exactly one down projection with a
+            known name.
     """
 
     def __init__(
@@ -100,20 +112,21 @@ class RomeEditor(InTurnEditor):
         self._prepared = prepared or EditCache()
 
     def _unedited_prefixes(self) -> list[str]:
-        """Let the model write contexts as it was before the first edit, so that they are the same after every edit."""
+        """Generate the contexts with the unedited model, so that they do not depend on earlier edits."""
         lengths = tuple((tokens, self.settings.contexts) for tokens in PREFIX_TOKENS)
         try:
-            self.changes.take_off()
-            return written_once(self.model, self.tokenizer, lengths, self._prepared)
+            self.changes.revert()
+            return cached_prefixes(self.model, self.tokenizer, lengths, self._prepared)
         finally:
-            self.changes.put_on()
+            self.changes.apply()
 
     def _learn(self, fact: Edit) -> EditResult:
         """Write one fact into the weight."""
-        parts, before = (self.model, self.tokenizer), self._unedited_prefixes()
-        located = locate(*parts, fact, before, "rome", self._template)
-        found = search_target(*parts, self.module_name, located, self.settings.search)
-        keys, output = keys_and_outputs(*parts, self._module, self._module, located)
+        model, tokenizer = self.model, self.tokenizer
+        prefixes = self._unedited_prefixes()
+        located = locate_fact(model, tokenizer, fact, prefixes, "rome", self._template)
+        found = search_target(model, tokenizer, self.module_name, located, self.settings.search)
+        keys, output = keys_and_outputs(model, tokenizer, self._module, self._module, located)
         direction = keys.mean(0) / keys.mean(0).norm()
         key = keys.mean(0) if self.settings.mean_key else keys[0]
         left = (found.target - output) / (direction @ key)
@@ -121,17 +134,17 @@ class RomeEditor(InTurnEditor):
         return found.result
 
     def save_lora(self, folder: str | Path) -> None:
-        """Save the edits as a LoRA of rank 1 an edit; as `LowRankChanges.save_lora`."""
+        """Save the edits as a LoRA, with rank 1 per edit; see `LowRankChanges.save_lora`."""
         self.changes.save_lora(folder)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give the two factors of the weight's change; as `LowRankChanges.state_dict`."""
+        """Return the two factors of the weight's update; see `LowRankChanges.state_dict`."""
         return self.changes.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.changes.load_state_dict(state)
 
     def remove(self) -> None:
-        """Write the original weight back."""
-        self.changes.take_off()
+        """Restore the original weight."""
+        self.changes.revert()

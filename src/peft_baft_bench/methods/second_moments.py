@@ -1,7 +1,7 @@
-"""Second moments E[k kᵀ] of what enters some modules, from text that the unedited model writes: no download.
+"""Second moments E[k kᵀ] of the inputs of modules, over model-generated text, so that nothing is downloaded.
 
-MEMIT and AlphaEdit weigh an edit's change by them, so that what is seldom an input of a matrix may be moved more. EasyEdit takes
-100,000 texts of Wikipedia; a small part of these suffices (arXiv 2506.04226).
+MEMIT and AlphaEdit weight an edit's update by them, so that directions in which inputs are rare may change
+more. EasyEdit uses 100,000 Wikipedia articles; a small fraction suffices (arXiv 2506.04226).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from peft_baft.data.unrelated import GENERAL
 from peft_baft.editing.written_texts import sample_texts
 from peft_baft.loading import fingerprint
 from peft_baft.running import full_logits, input_device
-from peft_baft_bench.methods.locating import captured
+from peft_baft_bench.methods.locating import capture
 
 
 def second_moments(
@@ -35,42 +35,45 @@ def second_moments(
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Compute the uncentred second moments of what enters some modules, over text that the model writes.
+    """Compute the uncentred second moments of the inputs of modules, over model-generated text.
 
-    The first token of each text is left out, since its inputs are of another size than all others.
+    The first token of each text is left out, since its activations are of a different magnitude.
 
     Args:
-        model: unedited. names: of the modules. tokens: over how many tokens at least. seed: of what is written.
-        folder: where they are kept; moments that lie there for the same model, tokens and seed are taken instead.
-        progress: whether a bar is shown.
+        model: the unedited model.
+        names: the modules' names.
+        tokens: the minimum number of tokens.
+        seed: for the sampling.
+        folder: where moments are saved; saved moments for the same model, tokens and seed are reused.
+        progress: whether to show a progress bar.
 
     Returns:
-        By module (f, f) float32.
+        By module, (f, f) float32.
 
     Raises:
-        ValueError: tokens is below 1, or the model writes no text.
+        ValueError: tokens is below 1, or the model generates no text.
     """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, not {tokens}.")
-    # Without a folder nothing is looked up.
-    of_model = "" if folder is None else fingerprint(model, samples=None)
-    known = {"model": of_model, "tokens": str(tokens), "seed": str(seed)}
-    file = None if folder is None else Path(folder) / f"moments-{known['model']}.safetensors"
-    if file is not None and file.exists():
-        with safe_open(file, "pt") as kept:
-            if kept.metadata() == known and set(names) <= set(kept.keys()):
-                return {name: kept.get_tensor(name) for name in names}
+    if folder is None:
+        return _computed(model, tokenizer, names, tokens, seed, progress)
+    model_hash = fingerprint(model, samples=None)
+    metadata = {"model": model_hash, "tokens": str(tokens), "seed": str(seed)}
+    file = Path(folder) / f"moments-{model_hash}.safetensors"
+    if file.exists():
+        with safe_open(file, "pt") as saved:
+            if saved.metadata() == metadata and set(names) <= set(saved.keys()):
+                return {name: saved.get_tensor(name) for name in names}
     moments = _computed(model, tokenizer, names, tokens, seed, progress)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(moments, file, metadata=known)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(moments, file, metadata=metadata)
     return moments
 
 
 def _computed(
     model: Any, tokenizer: Any, names: Sequence[str], tokens: int, seed: int, progress: bool
 ) -> dict[str, Tensor]:
-    """Compute the moments over the package's texts, and over what the model writes until there are tokens enough."""
+    """Compute the moments over the package's texts, then over generated texts until there are enough tokens."""
     device = input_device(model)
     sums: dict[str, Tensor] = {}
     counted = 0
@@ -80,7 +83,7 @@ def _computed(
     cuda = [device] if device.type == "cuda" else []
     with bar, torch.random.fork_rng(devices=cuda), torch.no_grad():
         torch.manual_seed(seed)
-        rows = [Tokens(tuple(ids), len(ids)) for ids in _brought(tokenizer)]
+        rows = [Tokens(tuple(ids), len(ids)) for ids in _package_texts(tokenizer)]
         while counted < tokens:
             new = 0
             for name, keys in _keys(model, tokenizer, names, rows).items():
@@ -88,7 +91,7 @@ def _computed(
                 new = len(keys)
             if not new:
                 raise ValueError(
-                    f"{type(model).__name__} writes no text to take second moments over: it ends each one at once."
+                    f"{type(model).__name__} generates no text to compute second moments over: each one ends at once."
                 )
             counted += new
             bar.update(min(new, tokens - bar.n))
@@ -100,21 +103,21 @@ def _computed(
 def _keys(
     model: Any, tokenizer: Any, names: Sequence[str], rows: Sequence[Tokens]
 ) -> dict[str, Tensor]:
-    """Collect what enters each module at every token of some texts but the first: (tokens, f) float32."""
+    """Collect the input of each module at every token except the first of each text: (tokens, f) float32."""
     device = input_device(model)
     batch = collate(rows, padding_id(tokenizer))
-    taken = batch["attention_mask"].bool()
-    taken[:, 0] = False
+    mask = batch["attention_mask"].bool()
+    mask[:, 0] = False
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
     with ExitStack() as stack:
-        seen = {n: stack.enter_context(captured(model.get_submodule(n), len(rows))) for n in names}
+        seen = {n: stack.enter_context(capture(model.get_submodule(n), len(rows))) for n in names}
         full_logits(model, **inputs)
     return {
-        n: passes[0].input[taken.to(passes[0].input.device)].float() for n, passes in seen.items()
+        n: passes[0].input[mask.to(passes[0].input.device)].float() for n, passes in seen.items()
     }
 
 
-def _brought(tokenizer: Any) -> list[list[int]]:
+def _package_texts(tokenizer: Any) -> list[list[int]]:
     """Tokenise the package's neutral texts."""
-    found = [tokenizer(f"{text.prompt} {text.answer}")["input_ids"] for text in GENERAL]
-    return [ids for ids in found if len(ids) > 1]
+    texts = [tokenizer(f"{text.prompt} {text.answer}")["input_ids"] for text in GENERAL]
+    return [ids for ids in texts if len(ids) > 1]

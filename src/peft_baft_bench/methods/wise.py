@@ -1,15 +1,18 @@
-"""WISE: edits in a copy of one down projection beside the original, and a choice between them by prompt (arXiv 2405.14768).
+"""WISE: edits are learned in a copy of one down projection, and each prompt is routed to the copy or the
+original (arXiv 2405.14768).
 
     y = W' x  where |act(W' x) - act(W x)|, averaged over the prompt's tokens, is large enough, else  y = W x
 
-W' differs from W at random places alone. An edit is learned behind texts that the model writes, beside one unrelated text, so
-that this distance is large for the edit and small for the other. After a number of edits W' is kept as a shard and begun anew;
-after more of them the shards are merged by TIES. A prompt is answered by the shard of the largest distance that is above a part
-of the smallest one that its own edits had.
+W' differs from W only at random entries. An edit is learned after model-generated prefixes, together with one
+unrelated text, so that this distance is large for the edit and small for the unrelated text. After a number
+of edits, W' is stored as a shard and a new one is started; after several shards, they are merged with TIES. A
+prompt is answered by the shard with the largest distance, if that exceeds a fraction of the smallest distance
+of the shard's own edits.
 
-Differences from EasyEdit on purpose: the distance is taken over the prompt's tokens alone, so that it is the same whether an
-answer is given or decoded, and is decided once a prompt, row by row; labels begin with the answer, where EasyEdit's begin a
-token early; weight decay acts on the change of the places that are learned, where EasyEdit's lets all of W' shrink.
+Deliberate differences from EasyEdit: the distance is averaged only over the prompt's tokens, so that it does
+not depend on whether an answer is given or decoded, and the decision is made once per prompt, row by row;
+labels begin with the answer, where EasyEdit's begin one token early; weight decay applies to the change of
+the trained entries, where EasyEdit's shrinks all of W'.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ from peft_baft.data.unrelated import GENERAL
 from peft_baft.editing.edit_cache import EditCache
 from peft_baft.editing.editor import CURSOR, EditResult
 from peft_baft.editing.train import STOP_TERM, DescentConfig, Terms
-from peft_baft_bench.methods.in_place import minimise, settled
-from peft_baft_bench.methods.locating import in_texts, written_once
+from peft_baft_bench.methods.in_place import minimise, stop_when_settled
+from peft_baft_bench.methods.locating import cached_prefixes, with_prefixes
 from peft_baft_bench.methods.method import EditorSetup, MethodSettings
 from peft_baft_bench.methods.projections import down_projection, require_layer, weight_of
 from peft_baft_bench.methods.prompts import ProjectionEditor, mean_over
@@ -43,23 +46,28 @@ COUNT = f"{CURSOR}edits"
 
 @dataclass(frozen=True)
 class Wise(MethodSettings):
-    """Keep edits in a copy of one down projection (WISE), by default with EasyEdit's settings for Llama-2.
+    """Learn edits in a copy of one down projection (WISE), by default with EasyEdit's settings for Llama-2.
 
     Args:
-        mask_share: of the places that may change, which part one shard changes. subset: which part of all places may change;
-            1/8 is the BaFT paper's WISE light.
-        near, far, gap: α, β and γ: distances of unrelated text are to be below `near`, those of the edit above `far`, and `gap`
-            apart.
-        threshold: a prompt is answered by a shard if its distance is above this part of the smallest of the shard's edits.
-        largest_change: bound on the change of each place.
-        edits_a_shard, shards_a_merge, density: when a shard is closed, how many closed ones are merged, and which part of their
-            largest changes TIES keeps.
-        layer: block whose down projection is copied, counted from 0; by default EasyEdit's 27 of 32 scaled to the model.
-        contexts: how many texts of 5 and of 10 tokens, which the model writes, stand before the prompt in turn; 0 for none.
+        mask_share: the fraction of the changeable entries that one shard changes.
+        subset: the fraction of all entries that may be changed; 1/8 is the BaFT paper's "WISE light".
+        near, far, gap: α, β and γ: distances of unrelated text should be below `near`, those of the edit
+            above `far`, and their difference above `gap`.
+        threshold: a prompt is answered by a shard if its distance exceeds this fraction of the smallest one
+            of the shard's edits.
+        largest_change: bound on the change of each entry.
+        edits_a_shard: the number of edits per shard.
+        shards_a_merge: the number of shards that are merged together.
+        density: the fraction of a shard's largest changes that TIES keeps.
+        layer: the block whose down projection is copied, counted from 0; by default EasyEdit's 27 of 32,
+            scaled to the model.
+        contexts: how many model-generated texts of 5 and of 10 tokens are used as prefixes of the prompt; 0
+            for none.
         descent: how an edit is learned, by plain gradient descent.
 
     Raises:
-        TypeError: layer is no integer. ValueError: a value is out of its range.
+        TypeError: layer is not an integer.
+        ValueError: a value is out of range.
     """
 
     mask_share: float = 0.2
@@ -100,12 +108,20 @@ class Wise(MethodSettings):
                 )
 
     def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> WiseEditor:
-        """Make an editor of `base`, which takes one of the setup's unrelated texts an edit; the package's own without any."""
+        """Create an editor of `base`, which uses one of the setup's unrelated texts per edit, or the
+        package's own if there are none.
+        """
         return WiseEditor(base, tokenizer, self, setup or EditorSetup())
 
 
 class Shard(NamedTuple):
-    """A change of some entries of a weight. places: (n,) in its flat form; values: (n,); smallest: distance of its edits."""
+    """A change of some entries of a weight.
+
+    Attributes:
+        places: indices into the flattened weight, (n,).
+        values: the changes, (n,).
+        smallest: the smallest distance of the shard's edits.
+    """
 
     places: Tensor
     values: Tensor
@@ -113,10 +129,11 @@ class Shard(NamedTuple):
 
 
 class WiseEditor(ProjectionEditor):
-    """Edits a model by a copy of a weight; an `Editor`.
+    """Learns edits in a copy of one weight; an `Editor`.
 
     Raises:
-        ValueError: the block does not exist, has not one down projection under a known name, or a quantised one.
+        ValueError: the block does not exist, is quantised, or does not have exactly one down projection with
+            a known name.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: Wise, setup: EditorSetup) -> None:
@@ -128,17 +145,17 @@ class WiseEditor(ProjectionEditor):
         self._bias = getattr(self._projection, "bias", None)
         self._act = ACT2FN[_activation(model)]
         lengths = tuple((tokens, settings.contexts) for tokens in PREFIX_TOKENS)
-        self._before = written_once(model, tokenizer, lengths, setup.prepared or EditCache())
+        self._prefixes = cached_prefixes(model, tokenizer, lengths, setup.prepared or EditCache())
         self._edits = 0
         self._closed: list[Shard] = []
         self._open = self._new_shard(0)
-        self._copies: list[Tensor] | None = None  # whole weights of the shards, closed ones first
-        self._learning: Tensor | None = None  # the whole weight while it is learned
-        self._distances = torch.zeros(0)  # (rows,) of the last forward while learning
+        self._copies: list[Tensor] | None = None  # full weights of the shards, closed ones first
+        self._learning: Tensor | None = None  # the full weight during training
+        self._distances = torch.zeros(0)  # (rows,) of the last forward during training
         self._attach()
 
     def _new_shard(self, number: int) -> Shard:
-        """Draw the places that a shard changes, which depend on the seed and its number alone."""
+        """Draw the entries that a shard changes; they depend only on the seed and the shard's number."""
         generator, size = torch.Generator().manual_seed(self._seed), self._weight.numel()
         allowed = torch.rand(size, generator=generator) < self.settings.subset
         generator.manual_seed(self._seed * 1_000_003 + number + 1)
@@ -148,23 +165,25 @@ class WiseEditor(ProjectionEditor):
         return Shard(places, values, float("inf"))
 
     def _with(self, places: Tensor, values: Tensor) -> Tensor:
-        """Make the whole weight of a shard, (d, f)."""
+        """Return the full weight of a shard, (d, f)."""
         return self._weight.flatten().index_add(0, places, values).view_as(self._weight)
 
     def _learn(self, fact: Edit) -> EditResult:
-        """Learn one fact in the open shard, beside one unrelated text."""
+        """Learn one fact in the open shard, together with one unrelated text."""
         other = self._unrelated[self._edits % len(self._unrelated)]
-        rows = [self._encode(text, fact.target) for text in in_texts(fact.prompt, self._before)]
-        taught = self._taught([*rows, self._encode(other.prompt, other.answer)])
+        rows = [
+            self._encode(text, fact.target) for text in with_prefixes(fact.prompt, self._prefixes)
+        ]
+        texts = self._training_texts([*rows, self._encode(other.prompt, other.answer)])
         settings, descent, places = self.settings, self.settings.descent, self._open.places
         values = nn.Parameter(self._open.values.clone())
 
         def terms() -> Terms:
             self._learning = self._with(places, values)
-            losses = taught.losses()[:-1]
+            losses = texts.losses()[:-1]
             near, far = self._distances[-1:], self._distances[:-1]
             return {
-                STOP_TERM: torch.stack([of_row.mean() for of_row in losses]).mean(),
+                STOP_TERM: torch.stack([row_losses.mean() for row_losses in losses]).mean(),
                 "near": positive_mean(near - settings.near),
                 "far": positive_mean(settings.far - far),
                 "gap": positive_mean(near - far + settings.gap),
@@ -178,7 +197,7 @@ class WiseEditor(ProjectionEditor):
                 torch.optim.SGD([values], lr=descent.lr, weight_decay=descent.weight_decay),
                 terms,
                 descent.max_steps,
-                settled(descent.stop_loss),
+                stop_when_settled(descent.stop_loss),
                 learned_below=2 * descent.stop_loss,
                 clip_norm=descent.clip_norm,
                 after_step=bound,
@@ -192,7 +211,7 @@ class WiseEditor(ProjectionEditor):
         return result
 
     def _close_and_merge(self) -> None:
-        """Close the open shard if it is full, and merge closed ones if there are enough."""
+        """Close the open shard if it is full, and merge closed shards if there are enough."""
         settings = self.settings
         if self._edits % settings.edits_a_shard:
             return
@@ -206,10 +225,10 @@ class WiseEditor(ProjectionEditor):
         self._open = self._new_shard(self._edits // settings.edits_a_shard)
 
     def _change(self, hidden: Tensor, output: Tensor) -> Tensor | None:
-        """After the projection: give each row the output of the shard that answers it."""
+        """Replace the projection's output in each row by that of the shard that answers it."""
         if self._learning is not None:
             changed = self._output(hidden, self._learning)
-            prompts = self._watch.prompts(output.device)
+            prompts = self._tracker.prompt_mask(output.device)
             self._distances = self._distance(changed, output, prompts)
             return changed.to(output.dtype)
         shards = [*self._closed, self._open]
@@ -226,10 +245,10 @@ class WiseEditor(ProjectionEditor):
             largest, shard = distances.masked_fill(~above, -1.0).max(0)
             return torch.where(largest >= 0, shard, NO_SHARD)
 
-        chosen = self._watch.decided(decide, output.device)
+        chosen = self._tracker.decide_once(decide, output.device)
         for number, changed in enumerate(outputs):
-            mine = (chosen == number)[:, None, None]
-            output = torch.where(mine, changed.to(output.dtype), output)
+            selected = (chosen == number)[:, None, None]
+            output = torch.where(selected, changed.to(output.dtype), output)
         return output
 
     def _output(self, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -237,14 +256,15 @@ class WiseEditor(ProjectionEditor):
         return F.linear(hidden.float(), weight, bias)
 
     def _distance(self, changed: Tensor, output: Tensor, prompts: Tensor) -> Tensor:
-        """Average over each prompt's tokens how far its activations are from the original ones, (rows,)."""
+        """Average the distance between changed and original activations over each prompt's tokens, (rows,)."""
         distance = (self._act(changed) - self._act(output.float())).norm(dim=-1, keepdim=True)
         return mean_over(distance, prompts)[:, 0]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give the changes of all shards, their smallest distances, and the number of edits.
+        """Return the changes of all shards, their smallest distances, and the number of edits.
 
-        The places of an open shard follow from the seed; those of a closed one are given, since merging mixes them.
+        The entries of the open shard follow from the seed; those of closed shards are included, since merging
+        mixes them.
         """
         state = {"open": self._open.values, COUNT: torch.tensor(self._edits)}
         state["smallest"] = torch.tensor([s.smallest for s in (*self._closed, self._open)])
@@ -254,9 +274,9 @@ class WiseEditor(ProjectionEditor):
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         device, self._edits = self._weight.device, int(state[COUNT])
-        *smallest, of_open = state["smallest"].tolist()
+        *smallest, smallest_of_open = state["smallest"].tolist()
         self._closed = [
             Shard(
                 state[f"closed.{number}.places"].long().to(device),
@@ -266,41 +286,42 @@ class WiseEditor(ProjectionEditor):
             for number, value in enumerate(smallest)
         ]
         places = self._new_shard(self._edits // self.settings.edits_a_shard).places
-        self._open, self._copies = Shard(places, state["open"].to(device), of_open), None
+        self._open, self._copies = Shard(places, state["open"].to(device), smallest_of_open), None
 
 
 def merge(shards: Sequence[Shard], density: float, size: int) -> Shard:
-    """Merge shards by TIES (arXiv 2306.01708): of each the largest changes, of these the ones of the prevailing sign, averaged.
+    """Merge shards with TIES (arXiv 2306.01708): keep the largest changes of each shard, and average those
+    with the prevailing sign.
 
     Args:
-        density: which part of all `size` places of the weight each shard keeps at most.
+        density: the maximum fraction of all `size` entries of the weight that each shard keeps.
     """
     device = shards[0].places.device
     total, votes = torch.zeros(size, device=device), []
     for shard in shards:
-        kept = min(len(shard.values), round(density * size))
-        order = shard.values.abs().topk(kept).indices
+        count = min(len(shard.values), round(density * size))
+        order = shard.values.abs().topk(count).indices
         votes.append((shard.places[order], shard.values[order]))
         total.index_add_(0, *votes[-1])
     sign = torch.where(total >= 0, 1.0, -1.0)
-    added, counted = torch.zeros_like(total), torch.zeros_like(total)
+    sums, counts = torch.zeros_like(total), torch.zeros_like(total)
     for places, values in votes:
         agrees = values.sign() == sign[places]
-        added.index_add_(0, places[agrees], values[agrees])
-        counted.index_add_(0, places[agrees], torch.ones_like(values[agrees]))
-    places = counted.nonzero()[:, 0]
+        sums.index_add_(0, places[agrees], values[agrees])
+        counts.index_add_(0, places[agrees], torch.ones_like(values[agrees]))
+    places = counts.nonzero()[:, 0]
     smallest = min(shard.smallest for shard in shards)
-    return Shard(places, added[places] / counted[places], smallest)
+    return Shard(places, sums[places] / counts[places], smallest)
 
 
 def positive_mean(values: Tensor) -> Tensor:
-    """Average those values that are above 0; 0 where none is."""
+    """Average the positive values; 0 if there are none."""
     positive = values.clamp(min=0.0)
     return positive.sum() / (values > 0).sum().clamp(min=1)
 
 
 def _activation(model: Any) -> str:
-    """Find the name of the activation of the model's MLPs."""
+    """Return the name of the activation function of the model's MLPs."""
     config = text_config(model)
     for name in ("hidden_act", "activation_function", "hidden_activation"):
         if isinstance(getattr(config, name, None), str):

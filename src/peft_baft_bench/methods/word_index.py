@@ -1,4 +1,4 @@
-"""Find the text that another one is most like by its words: cosines of tf-idf vectors."""
+"""Find the most similar text by its words: cosines of tf-idf vectors."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from peft_baft.data.unrelated import GENERAL
 
 
 class WordIndex:
-    """Compares texts with those of a list by their words, each weighed by how rare it is among these and the neutral ones."""
+    """Compares texts with a list of texts by their words, weighted by how rare each word is in the list and
+    the neutral texts.
+    """
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts = list(texts)
         self._neutral = [prompt_words(text.prompt) for text in GENERAL]
-        every = [*self._texts, *self._neutral]
-        self._documents = Counter(word for text in every for word in set(_words(text)))
-        self._count = len(every)
+        corpus = [*self._texts, *self._neutral]
+        self._documents = Counter(word for text in corpus for word in set(_words(text)))
+        self._count = len(corpus)
         self._vectors = [self._vector(text) for text in self._texts]
 
     def _vector(self, text: str) -> dict[str, float]:
-        """Weigh the words of a text, to a vector of length 1."""
+        """Return a text's tf-idf weights, normalised to length 1."""
         weights = {
             word: times * (1 + math.log((1 + self._count) / (1 + self._documents[word])))
             for word, times in Counter(_words(text)).items()
@@ -34,19 +36,19 @@ class WordIndex:
 
     @cached_property
     def threshold(self) -> float:
-        """The largest cosine of a neutral text with one of the list or with another neutral text."""
+        """The largest cosine of a neutral text with a listed text or with another neutral text."""
         neutral = [self._vector(text) for text in self._neutral]
         others = [cosine(a, b) for i, a in enumerate(neutral) for b in neutral[:i]]
         edits = [cosine(a, b) for a in neutral for b in self._vectors]
         return max(*others, *edits, 0.0)
 
     def cosines(self, text: str) -> list[float]:
-        """Compute the cosine of a text with each text of the list."""
+        """Compute the cosine of a text with each listed text."""
         vector = self._vector(text)
         return [cosine(vector, other) for other in self._vectors]
 
     def match(self, text: str) -> int | None:
-        """Find the number of the text that another one is most like; None unless they are more alike than the threshold."""
+        """Return the index of the most similar listed text; None unless its cosine is above the threshold."""
         best, number = max(
             zip(self.cosines(text), range(len(self._texts)), strict=True), default=(0.0, 0)
         )
@@ -58,6 +60,6 @@ def _words(text: str) -> list[str]:
 
 
 def cosine(a: Mapping[str, float], b: Mapping[str, float]) -> float:
-    """Multiply two vectors of length 1, given by the words that are not 0."""
+    """Compute the dot product of two sparse vectors of length 1."""
     small, large = sorted((a, b), key=len)
     return sum(weight * large[word] for word, weight in small.items() if word in large)

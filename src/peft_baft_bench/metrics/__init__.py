@@ -1,1 +1,1 @@
-"""Measures of what an edited model says, by name."""
+"""Metrics of an edited model, by name."""

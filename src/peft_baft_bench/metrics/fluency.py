@@ -1,4 +1,4 @@
-"""Measure the variety of the words in what a model writes by itself: KnowEdit's fluency, which an edit should not lower."""
+"""Measure the variety of words in generated text: KnowEdit's fluency, which an edit should not lower."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fluency(
     *,
     template: Template = RAW,
 ) -> list[float]:
-    """Compute the `n_gram_entropy` of what the model makes of each prompt; lower where it repeats itself."""
+    """Compute the `n_gram_entropy` of a continuation of each prompt; it is lower where the text repeats itself."""
     return [
         n_gram_entropy(text)
         for text in sampled_texts(model, tokenizer, prompts, seed, template=template)
@@ -38,17 +38,18 @@ def fluency(
 
 
 def n_gram_entropy(text: str) -> float:
-    """Compute the mean of 2/3 H2 and 4/3 H3: entropies, in bits, of how often which two, and three, words follow each other.
+    """Compute the mean of 2/3 H2 and 4/3 H3, where H2 and H3 are the entropies of word bigrams and trigrams
+    in bits.
 
-    Words are runs of letters and digits, and single punctuation marks. KnowEdit prints a hundredfold of this, with words
-    as nltk splits them.
+    Words are runs of letters and digits, and single punctuation marks. KnowEdit reports 100 times this value,
+    with words split by nltk.
     """
     words = WORD.findall(text)
     return (2 / 3 * _entropy(words, 2) + 4 / 3 * _entropy(words, 3)) / 2
 
 
 def _entropy(words: Sequence[str], n: int) -> float:
-    """Entropy of the n-grams, in bits; 0 where there are none."""
+    """Compute the entropy of the n-grams in bits; 0 if there are none."""
     counts = Counter(zip(*(words[i:] for i in range(n)), strict=False)).values()
     total = sum(counts)
     return sum(count / total * math.log2(total / count) for count in counts)
@@ -65,13 +66,13 @@ def sampled_texts(
     *,
     template: Template = RAW,
 ) -> list[str]:
-    """Continue each prompt with what is drawn token by token among the `top_k` likeliest, past any end of text.
+    """Continue each prompt by sampling each token from the `top_k` likeliest, ignoring end-of-text tokens.
 
-    What is drawn depends on the seed and the prompt alone; the caller's random numbers stay as they are.
+    The result depends only on the seed and the prompt; the caller's random state is not changed.
 
     Args:
-        length: tokens in all, prompt included; fewer where the context window ends before.
-        template: the form in which prompts are put to the model.
+        length: the total number of tokens, prompt included; fewer if the context window is shorter.
+        template: the prompt format.
     """
     rows = [encode_prompt(tokenizer, prompt, template=template) for prompt in prompts]
 
@@ -86,9 +87,10 @@ def sampled_texts(
 
 
 class SeededTopK(LogitsProcessor):
-    """Leaves each row one token, drawn among its `top_k` likeliest with random numbers of the row's own.
+    """Masks all tokens but one in each row, which is drawn from the `top_k` likeliest with the row's own
+    random numbers.
 
-    Greedy decoding then is sampling that neither the other rows nor anyone's global random state take part in.
+    Greedy decoding with it is sampling that depends neither on the other rows nor on the global random state.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, top_k: int) -> None:
@@ -96,7 +98,7 @@ class SeededTopK(LogitsProcessor):
         self.generators, self.top_k = [torch.Generator().manual_seed(seed) for seed in seeds], top_k
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """scores: (rows, vocabulary)."""
+        """Return scores (rows, vocabulary) that are -inf except for the drawn tokens."""
         likeliest = scores.topk(self.top_k)
         below = likeliest.values.float().softmax(-1).cumsum(-1).cpu()
         u = torch.stack([torch.rand(1, generator=generator) for generator in self.generators])

@@ -1,4 +1,4 @@
-"""Further metrics of an edited model and a case, by name; each is asked for, since each costs time."""
+"""Optional metrics of an edited model and a case, by name; each takes extra time."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from peft_baft_bench.metrics.sentiment import edit_success
 from peft_baft_bench.metrics.subspace import has_gates, mean_gates, removal_ladder, subspaces
 from peft_baft_bench.tasks.formats import ConvSentCase, PiqaItem
 
-# An edited model, its tokenizer, a case and the form in which it is asked, to values by name.
+# Called with an edited model, its tokenizer, a case and the prompt format; returns values by name.
 Metric = Callable[[Any, Any, Case, Template], dict[str, Any]]
 
 
 def _fluency(model: Any, tokenizer: Any, case: Case, template: Template = RAW) -> dict[str, Any]:
-    """Measure how varied the text is that the model writes after the edit's prompt."""
+    """Measure how varied the text is that the model generates after the edit's prompt."""
     return {"fluency": fluency(model, tokenizer, [case.edit.prompt], template=template)[0]}
 
 
 def _redundancy(model: Any, tokenizer: Any, case: Case, template: Template = RAW) -> dict[str, Any]:
-    """Measure how much of the edit is left without the least used dimensions; nothing where no BaFT adapter is active."""
+    """Measure how much of the edit remains without the least used dimensions; empty if no BaFT adapter is active."""
     return {"kept": removal_ladder(model, tokenizer, case, template)} if subspaces(model) else {}
 
 
 def _gates(model: Any, tokenizer: Any, case: Case, template: Template = RAW) -> dict[str, Any]:
-    """Average the gates over the edit and over its probes; nothing for a model without gates."""
+    """Average the gates over the edit and over its probes; empty for a model without gates."""
     return {"gates": mean_gates(model, tokenizer, case, template)} if has_gates(model) else {}
 
 
 def _sentiment(model: Any, tokenizer: Any, case: Case, template: Template = RAW) -> dict[str, Any]:
-    """Measure whether the model's opinion turned."""
+    """Measure whether the model's opinion changed as intended."""
     if not isinstance(case, ConvSentCase):
         raise ValueError(
-            "The metric `sentiment` needs answers of both sides, which the benchmark convsent alone has."
+            "The metric `sentiment` needs answers with both opinions, which only the benchmark convsent has."
         )
     sides = (case.positive, case.negative)
     wanted, unwanted = sides if case.wanted == "positive" else sides[::-1]
@@ -60,11 +60,11 @@ def piqa_cases(
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
     template: Template = RAW,
 ) -> list[dict[str, Any]]:
-    """Ask some rows of PIQA; each as it stands in a result line: whether it is right, by four rules.
+    """Ask some rows of PIQA; returns an entry per row for a result line: whether it is right, by four rules.
 
     Args:
-        progress: gives back the rows one by one, such as tqdm.
-        template: the form in which they are asked.
+        progress: wraps the iteration over the rows, like tqdm.
+        template: the prompt format.
     """
     return [
         {"row": row, "probes": [], **right_choices(model, tokenizer, items[row], template)}
@@ -75,6 +75,6 @@ def piqa_cases(
 def piqa_accuracy(
     model: Any, tokenizer: Any, items: Sequence[PiqaItem], template: Template = RAW
 ) -> dict[str, float]:
-    """Measure how many items of PIQA an edited model gets right by the paper's rule (Table 8)."""
+    """Compute the share of PIQA items that an edited model gets right by the paper's rule (Table 8)."""
     right = [right_choices(model, tokenizer, item, template)["accuracy"] for item in items]
     return {"piqa": sum(right) / len(right)}

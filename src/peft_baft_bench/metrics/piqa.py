@@ -1,4 +1,4 @@
-"""PIQA: find out which of two ways to reach a goal a model finds more probable."""
+"""PIQA: determine which of two ways to reach a goal a model finds more probable."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peft_baft.data.templates import RAW, Template
 from peft_baft.evaluation.likelihood import log_probabilities
 from peft_baft_bench.tasks.formats import PiqaItem
 
-QUESTION = "Question: {}\nAnswer:"  # as lm-evaluation-harness asks
+QUESTION = "Question: {}\nAnswer:"  # the prompt of lm-evaluation-harness
 
 
 def right_choices(
@@ -17,18 +17,18 @@ def right_choices(
 ) -> dict[str, bool]:
     """Judge by four rules whether the model prefers the right solution.
 
-    An adapter acts on the end of the prompt and on the solution. Equal values count as the first solution; values that
-    are not numbers as the wrong one.
+    An adapter acts on the end of the prompt and on the solution. Ties count as the first solution, NaN as
+    wrong.
 
     Args:
-        template: the form in which goal and question are put to the model; in a chat the solution is its reply.
+        template: the prompt format of goal and question; in a chat, the solution is the model's reply.
 
     Returns:
-        accuracy: the solution of lower perplexity after the goal, as in the paper's Table 8.
-        accuracy_sum: the more probable solution after the goal, longer ones having it harder.
+        accuracy: the solution with lower perplexity after the goal, as in the paper's Table 8.
+        accuracy_sum: the more probable solution after the goal, which disadvantages longer ones.
         lm_eval_acc: the more probable solution after `QUESTION`, which is `acc` of lm-evaluation-harness.
-        lm_eval_acc_norm: the same by log-probability per character, its `acc_norm`. It keeps white space around
-            solutions, which is dropped here.
+        lm_eval_acc_norm: the same by log-probability per character, its `acc_norm`. It keeps white space
+            around solutions, which is removed here.
     """
     solutions = (item.sol1, item.sol2)
     prompts = (item.goal, QUESTION.format(item.goal))
@@ -45,7 +45,7 @@ def right_choices(
             for tokens, count in zip(after_question, characters, strict=True)
         ],
     }
-    # Comparisons with NaN are false, so that values which are not numbers count as wrong.
+    # Comparisons with NaN are false, so NaN counts as wrong.
     return {
         name: second > first if item.label else first >= second
         for name, (first, second) in values.items()

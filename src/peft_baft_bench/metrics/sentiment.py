@@ -1,4 +1,4 @@
-"""ConvSent: measure whether an edit of an opinion turned what a model would say, and kept it to the topic."""
+"""ConvSent: measure whether an edit changed the model's opinion and kept its answers on topic."""
 
 from __future__ import annotations
 
@@ -24,32 +24,34 @@ def edit_success(
     *,
     template: Template = RAW,
 ) -> float:
-    """ES of MEND (Mitchell et al. 2022), in [0, 1]: the turn of opinion times the hold on the topic.
+    """Compute ES of MEND (Mitchell et al. 2022), in [0, 1]: the change of opinion times staying on topic.
 
-    σ(wanted - unwanted) · min(1, exp(wanted - wanted before the edit)), where each stands for the mean log-probability of
-    all tokens of all answers on that side. EasyEdit reads each token's probability off the logits behind that token
-    and not before it, and asks each answer a random question, so its figures differ.
+    σ(wanted - unwanted) · min(1, exp(wanted - wanted before the edit)), where each term is the mean
+    log-probability of all tokens of all answers with that opinion. EasyEdit reads each token's probability
+    from the logits after the token instead of those before it, and asks a random question for each answer, so
+    its values differ.
 
     Args:
-        model: edited; of an unedited one the second factor is 1.
-        question: asks for the opinion. wanted, unwanted: answers of the side that the edit takes, and of the other.
-        template: the form in which the question is put to the model.
+        model: the edited model; for an unedited one, the second factor is 1.
+        question: asks for the opinion.
+        wanted, unwanted: answers with the taught opinion and with the opposite one.
+        template: the prompt format of the question.
 
     Raises:
-        ValueError: there is no answer on one of the sides.
+        ValueError: one of the two lists of answers is empty.
     """
     if not wanted or not unwanted:
         raise ValueError(
-            f"Both sides need at least one answer, not {len(wanted)} wanted and {len(unwanted)} unwanted."
+            f"Both opinions need at least one answer, but there are {len(wanted)} wanted and {len(unwanted)} unwanted ones."
         )
     answers = [(question, answer) for answer in (*wanted, *unwanted)]
     after = log_probabilities(model, tokenizer, answers, template=template)
     with without_adapters(model) if isinstance(model, PeftModel) else nullcontext():
         before = log_probabilities(model, tokenizer, answers[: len(wanted)], template=template)
-    for_it, against = _mean(after[: len(wanted)]), _mean(after[len(wanted) :])
-    turn_of_opinion = (for_it - against).sigmoid().item()
-    hold_on_topic = (for_it - _mean(before)).exp().clamp(max=1).item()
-    return turn_of_opinion * hold_on_topic
+    taught, opposite = _mean(after[: len(wanted)]), _mean(after[len(wanted) :])
+    change_of_opinion = (taught - opposite).sigmoid().item()
+    staying_on_topic = (taught - _mean(before)).exp().clamp(max=1).item()
+    return change_of_opinion * staying_on_topic
 
 
 def _mean(answers: Sequence[Tensor]) -> Tensor:

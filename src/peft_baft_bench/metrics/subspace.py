@@ -20,7 +20,7 @@ Subspace = tuple[BaftLayer, str]  # an edited block and the name of the adapter 
 
 
 def subspaces(model: nn.Module) -> list[Subspace]:
-    """List the edited blocks with the BaFT adapter that is active there; none where there is no such adapter."""
+    """List the edited blocks with the BaFT adapter that is active there; empty if there is none."""
     blocks: list[Subspace] = []
     for layer in baft_layers(model):
         if not layer.disable_adapters:
@@ -30,7 +30,7 @@ def subspaces(model: nn.Module) -> list[Subspace]:
 
 
 def has_gates(model: nn.Module) -> bool:
-    """Tell whether a BaFT adapter with gates is active, and not ReFT."""
+    """Return whether a BaFT adapter with gates is active, as opposed to ReFT."""
     return any(name in layer.baft_gate for layer, name in subspaces(model))
 
 
@@ -40,20 +40,22 @@ def removal_ladder(
 ) -> list[float]:
     """Ask for the edit without the M least used dimensions of every block: the paper's Fig. 1.
 
-    A dimension's use is the mean size of its coefficient w_k (A h + b - R h)_k over the edited tokens, prompt end and
-    answer. Taken away, it moves the hidden vectors no more; the adapter itself is not touched.
+    The use of a dimension is the mean absolute coefficient w_k (A h + b - R h)_k over the edited tokens,
+    prompt end and answer. A removed dimension no longer moves the hidden vectors; the adapter itself is not
+    changed.
 
     Returns:
         r + 1 token matches of the edit, for M = 0 … r; the last is that of the unedited model.
 
     Raises:
-        TypeError: the model carries no BaFT adapter. ValueError: not exactly one is active.
+        TypeError: the model has no BaFT adapter.
+        ValueError: not exactly one is active.
     """
-    blocks = _one_adapter(model)
+    blocks = _require_one_adapter(model)
     edit = [(case.edit.prompt, case.edit.target)]
     first_layer, adapter_name = blocks[0]
     rows = first_layer.configs[adapter_name].r + 1
-    # (rows, r) by each block's source: which dimensions row M still has.
+    # (rows, r) by each block's source: the dimensions that remain in row M.
     remaining: dict[nn.Module, Tensor] = {}
     for (layer, name), (shift, w) in zip(
         blocks, _at_edited_tokens(model, tokenizer, edit, blocks, template), strict=True
@@ -62,11 +64,11 @@ def removal_ladder(
         rank_of_dimension = use.argsort(stable=True).argsort()  # 0 for the least used
         remaining[layer.baft_source[name]] = rank_of_dimension >= torch.arange(rows)[:, None]
 
-    def take_away(source: nn.Module, _: Any, shift: Tensor) -> Tensor:
+    def remove_dimensions(source: nn.Module, _: Any, shift: Tensor) -> Tensor:
         return torch.where(remaining[source].to(shift.device)[:, None], shift, 0)
 
-    # The edit is asked in all r + 1 ways at once: row M of the batch lacks M dimensions.
-    with _hooked(remaining, take_away):
+    # All r + 1 variants are one batch: row M lacks M dimensions.
+    with _hooked(remaining, remove_dimensions):
         return token_match(model, tokenizer, edit * rows, batch_size=rows, template=template)
 
 
@@ -74,19 +76,22 @@ def removal_ladder(
 def mean_gates(
     model: nn.Module, tokenizer: Any, case: Case, template: Template = RAW
 ) -> dict[str, Any]:
-    """Average the gates of every block over the edited tokens of the edit and of its probes: the paper's Fig. 2.
+    """Average the gates of every block over the edited tokens of the edit and of its probes: the paper's Fig.
+    2.
 
     Returns:
-        blocks: their names. edit, generality, locality: for each block, its mean gates: r of them, or the one of an
-        adapter that has one for all. A kind that the case has no probes of is absent.
+        blocks: the blocks' names.
+        edit, generality, locality: for each block, its r mean gates, or one if the adapter has a single gate.
+            Kinds without probes are absent.
 
     Raises:
-        TypeError: the model carries no BaFT adapter. ValueError: not exactly one is active, or it has no gates.
+        TypeError: the model has no BaFT adapter.
+        ValueError: not exactly one is active, or it has no gates.
     """
-    blocks = _one_adapter(model)
+    blocks = _require_one_adapter(model)
     if not has_gates(model):
         raise ValueError(
-            "The active adapter has no gates (weighting='none', which is ReFT); take one that has."
+            "The active adapter has no gates (weighting='none', which is ReFT); use one with gates."
         )
     pairs: dict[str, list[tuple[Prompt, str]]] = {"edit": [(case.edit.prompt, case.edit.target)]}
     for kind in ("generality", "locality"):
@@ -94,15 +99,15 @@ def mean_gates(
     means: dict[str, Any] = {"blocks": [layer.name for layer, _ in blocks]}
     for kind, pairs_of_kind in pairs.items():
         if pairs_of_kind:
-            of_blocks = _at_edited_tokens(model, tokenizer, pairs_of_kind, blocks, template)
-            means[kind] = [w.mean(0).tolist() for _, w in of_blocks]
+            by_block = _at_edited_tokens(model, tokenizer, pairs_of_kind, blocks, template)
+            means[kind] = [w.mean(0).tolist() for _, w in by_block]
     return means
 
 
-def _one_adapter(model: nn.Module) -> list[Subspace]:
+def _require_one_adapter(model: nn.Module) -> list[Subspace]:
     if not baft_layers(model):
         raise TypeError(
-            f"The dimensions and gates of a BaFT adapter were asked for, but this {type(model).__name__} carries none; "
+            f"This metric needs the dimensions and gates of a BaFT adapter, but this {type(model).__name__} has none; "
             "load one with PeftModel.from_pretrained(model, folder)."
         )
     blocks = subspaces(model)
@@ -119,15 +124,15 @@ def _at_edited_tokens(
     blocks: Sequence[Subspace],
     template: Template,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Collect what each block does at all n edited tokens of all pairs.
+    """Collect the intervention of each block at all n edited tokens of all pairs.
 
     Returns:
-        For each block, A h + b - R h (n, r), and the gates (n, r), or (n, 1) if shared.
+        For each block, A h + b - R h (n, r), and the gates (n, r), or (n, 1) for a single gate.
     """
-    with _watching(blocks) as seen:
+    with _recorded(blocks) as seen:
 
         def read(rows: Sequence[Tokens], _: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
-            by_block = [_of_rows(layer, name, seen) for layer, name in blocks]
+            by_block = [_per_row(layer, name, seen) for layer, name in blocks]
             return [list(blocks_of_row) for blocks_of_row in zip(*by_block, strict=True)]
 
         by_pair = teacher_forced(model, tokenizer, pairs, read, template=template)
@@ -138,10 +143,12 @@ def _at_edited_tokens(
     return by_block
 
 
-def _of_rows(
+def _per_row(
     layer: BaftLayer, name: str, seen: dict[nn.Module, Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give shift and gates of one block at the edited tokens of each row of the last forward; 1 where it has no gates."""
+    """Yield shift and gates of one block at the edited tokens of each row of the last forward; gates are 1 if
+    it has none.
+    """
     relative_positions = layer.context.relative_positions
     assert relative_positions is not None, "the model was given tokens"
     masks = layer.configs[name].edits(relative_positions).cpu()
@@ -154,8 +161,8 @@ def _of_rows(
 
 
 @contextmanager
-def _watching(blocks: Sequence[Subspace]) -> Iterator[dict[nn.Module, Tensor]]:
-    """Keep what the blocks' sources and gates give in the last forward inside."""
+def _recorded(blocks: Sequence[Subspace]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Record the outputs of the blocks' sources and gates in the last enclosed forward."""
     seen: dict[nn.Module, Tensor] = {}
 
     def keep(module: nn.Module, _: Any, output: Tensor) -> None:
@@ -169,7 +176,7 @@ def _watching(blocks: Sequence[Subspace]) -> Iterator[dict[nn.Module, Tensor]]:
 
 @contextmanager
 def _hooked(modules: Iterable[nn.Module], hook: Callable[..., Tensor | None]) -> Iterator[None]:
-    """Call `hook` after the forward of each module inside."""
+    """Call `hook` after each forward of the modules."""
     handles = [module.register_forward_hook(hook) for module in modules]
     try:
         yield

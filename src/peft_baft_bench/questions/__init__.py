@@ -1,1 +1,1 @@
-"""What is asked after editing: the facts themselves, their neighbours, and other contexts."""
+"""Questions put to models: those of the data, and further kinds that are generated from it."""

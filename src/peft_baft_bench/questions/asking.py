@@ -1,4 +1,4 @@
-"""Ask a model the questions of a benchmark: teacher forced and freely, before and after it is edited."""
+"""Ask a model the questions of a benchmark, teacher-forced and freely generated, before and after it is edited."""
 
 from __future__ import annotations
 
@@ -28,17 +28,20 @@ from peft_baft.evaluation.scoring import (
 )
 
 NEIGHBOUR = "neighbour"
-COMPARED = ("locality", NEIGHBOUR)  # with what the unedited model says, right or wrong
+COMPARED_KINDS = ("locality", NEIGHBOUR)  # compared with the unedited model's reply, right or wrong
 
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask about a row of a benchmark.
+    """One question about a row of a benchmark.
 
     Attributes:
-        kind: `reliability` (the edit itself), a probe's kind, or a kind of `peft_baft_bench/questions/probing.py`.
+        row: the number of the row.
+        kind: `reliability` (the edit itself), the kind of a probe, or a kind defined in
+            `peft_baft_bench/questions/probing.py`.
         topic: the benchmark's name for its sub-type, or empty.
-        answer: what is wanted; of a neighbour, the edit's answer, which is not wanted there.
+        prompt: the text or chat that is put to the model.
+        answer: the right answer; for a neighbour, the edit's answer, which would be wrong there.
         old: the answer that the edit replaces, where it is known and matters.
     """
 
@@ -51,39 +54,45 @@ class Question:
 
     @property
     def key(self) -> tuple[Prompt, str | None, bool]:
-        """What one model's reply depends on: of a neighbour, on the prompt alone."""
-        return self.prompt, None if self.kind == NEIGHBOUR else self.answer, self.kind in COMPARED
+        """Everything that a model's reply depends on; for a neighbour, only the prompt."""
+        return (
+            self.prompt,
+            None if self.kind == NEIGHBOUR else self.answer,
+            self.kind in COMPARED_KINDS,
+        )
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model replies to a question.
+    """A model's reply to a question.
 
     Attributes:
-        said, wanted: (answer tokens,) the model's and the answer's tokens, teacher forced. The answer to a neighbour is the
-            unedited model's own; where that one says nothing, there are no tokens.
-        text: its free answer, as long as the answer and a few tokens more.
-        statement: its free answer up to its end, or to as many tokens as were asked for; None where none were.
-        tokens: those of the statement, of a neighbour's reply alone.
+        predicted: tokens that the model predicts at the answer's positions, teacher-forced, (answer tokens,).
+        expected: the answer's tokens, (answer tokens,). A neighbour's answer is the unedited model's own
+            reply; if that is empty, there are no tokens.
+        text: the freely generated answer, a few tokens longer than the expected one.
+        statement: the freely generated answer up to its end or up to the requested number of tokens; None if
+            no statement was requested.
+        tokens: the tokens of the statement; only for neighbours.
     """
 
-    said: Tensor
-    wanted: Tensor
+    predicted: Tensor
+    expected: Tensor
     text: str
     statement: str | None = None
     tokens: tuple[int, ...] = ()
 
     def match(self, other: Tensor) -> float:
-        """Compute the share of the answer tokens at which the model says what stands in `other`."""
-        return (self.said == other).float().mean().item()
+        """Compute the share of answer tokens at which the prediction equals `other`."""
+        return (self.predicted == other).float().mean().item()
 
 
-def questions_of(row: int, case: Case) -> list[Question]:
-    """List what to ask about a row: the edit, then its probes in their order."""
+def data_questions(row: int, case: Case) -> list[Question]:
+    """List the questions that the data asks about a row: the edit, then its probes in order."""
     edit, old = case.edit, case.old_answer
     questions = [Question(row, "reliability", "", edit.prompt, edit.target, old)]
     for probe in case.probes:
-        # The old answer is wrong where the new one is asked for; a consequence of the edit has another answer.
+        # The old answer is only wrong where the new one is expected; consequences of the edit have other answers.
         replaced = old if probe.kind == "generality" else None
         questions.append(
             Question(row, probe.kind, probe.topic, probe.prompt, probe.answer, replaced)
@@ -101,25 +110,25 @@ def ask(
     statement_tokens: int = 0,
     unedited: Callable[[Question], Reply | None] = lambda question: None,
 ) -> list[Reply]:
-    """Ask every question twice: freely, and given the answer so far (teacher forcing).
+    """Ask every question twice: freely generated, and teacher-forced.
 
     Args:
-        template: the form in which every question is put to the model, locality included.
-        batched: given the numbers of the questions of a batch, a context to ask it in.
-        statement_tokens: how long a free answer may be in which the wanted one is searched; 0 asks for none. Neighbours are
-            always asked for one.
-        unedited: what the unedited model replied to a neighbour, whose tokens are those of the teacher forcing; None where
-            this is the unedited model.
+        template: the prompt format of every question, locality included.
+        batched: returns a context for asking a batch, given the indices of its questions.
+        statement_tokens: maximum length of the free answers that are searched for the expected one; 0
+            requests no statements. Neighbours are always asked for a statement.
+        unedited: returns the unedited model's reply to a neighbour, whose tokens are used for teacher
+            forcing; None if this model is the unedited one.
     """
     asking = _Asking(model, tokenizer, template, statement_tokens, unedited)
     if batched is not one_model:
-        return asking.each(questions, batched)
-    # One model answers equal questions alike, so each is asked once, whichever rows, kinds and topics it belongs to.
-    different: dict[tuple[Prompt, str | None, bool], Question] = {}
+        return asking.ask_each(questions, batched)
+    # A single model gives equal replies to equal questions, so ask each once for all rows, kinds and topics.
+    distinct: dict[tuple[Prompt, str | None, bool], Question] = {}
     for question in questions:
-        different.setdefault(question.key, question)
-    replies = asking.each(list(different.values()), batched)
-    reply_to = dict(zip(different, replies, strict=True))
+        distinct.setdefault(question.key, question)
+    replies = asking.ask_each(list(distinct.values()), batched)
+    reply_to = dict(zip(distinct, replies, strict=True))
     return [reply_to[question.key] for question in questions]
 
 
@@ -131,8 +140,8 @@ class _Asking:
     statement_tokens: int
     unedited: Callable[[Question], Reply | None]
 
-    def each(self, questions: Sequence[Question], batched: Batched) -> list[Reply]:
-        """Ask each of the questions, in common batches."""
+    def ask_each(self, questions: Sequence[Question], batched: Batched) -> list[Reply]:
+        """Ask each of the questions, in shared batches."""
         model, tokenizer = self.model, self.tokenizer
         prompts = [encode_prompt(tokenizer, q.prompt, template=self.template) for q in questions]
         limits = [self._limit(question) for question in questions]
@@ -142,7 +151,7 @@ class _Asking:
             self._with_answer(question, prompt, tokens)
             for question, prompt, (_, _, tokens) in zip(questions, prompts, freely, strict=True)
         ]
-        # An adapter finds a prompt's end by where the answer begins, so a row without an answer is none.
+        # An adapter locates the end of a prompt by the start of the answer, so leave out rows without an answer.
         present = [number for number, row in enumerate(rows) if len(row.ids) > row.prompt_length]
 
         def batched_present(numbers: Sequence[int]) -> AbstractContextManager[Any]:
@@ -155,33 +164,35 @@ class _Asking:
         nothing = torch.empty(0, dtype=torch.long)
         replies = []
         for number, (text, statement, tokens) in enumerate(freely):
-            said, wanted = forced.get(number, (nothing, nothing))
-            replies.append(Reply(said, wanted, text, statement, tokens))
+            predicted_ids, expected_ids = forced.get(number, (nothing, nothing))
+            replies.append(Reply(predicted_ids, expected_ids, text, statement, tokens))
         return replies
 
     def _limit(self, question: Question) -> int:
-        """Count the tokens that the model may say."""
+        """Return how many tokens the model may generate."""
         if question.kind == NEIGHBOUR:
             return self.statement_tokens or STATEMENT_TOKENS
         length = free_length(self.tokenizer, question.answer)
         return length if question.kind == "locality" else max(length, self.statement_tokens)
 
     def _free(self, question: Question, ids: Tensor) -> tuple[str, str | None, tuple[int, ...]]:
-        """Read a short text, the statement, and a neighbour's tokens off what the model said."""
+        """Return the short text, the statement, and a neighbour's tokens from the generated ids."""
         chat = is_chat(question.prompt, self.template)
         if question.kind == NEIGHBOUR:
             reply = reply_tokens(self.tokenizer, ids, chat)
             statement = reply_text(self.tokenizer, reply, chat)
             return statement, statement, tuple(reply.tolist()) if statement else ()
-        # The short text is what the model would have said had it been asked for no statement.
+        # The short text is the reply as it would be without a statement.
         text = first_line(self.tokenizer, ids[: free_length(self.tokenizer, question.answer)])
-        if not self.statement_tokens or question.kind in COMPARED:
+        if not self.statement_tokens or question.kind in COMPARED_KINDS:
             return text, None, ()
         reply = reply_tokens(self.tokenizer, ids, chat)
         return text, reply_text(self.tokenizer, reply, chat), ()
 
     def _with_answer(self, question: Question, prompt: Tokens, tokens: tuple[int, ...]) -> Tokens:
-        """Put behind a prompt what the teacher forcing reads: the wanted answer, or what the unedited model said."""
+        """Append the tokens for teacher forcing to a prompt: the expected answer, or for a neighbour the
+        unedited model's reply.
+        """
         if question.kind != NEIGHBOUR:
             return encode_fitting(
                 self.model,
@@ -191,25 +202,27 @@ class _Asking:
                 template=self.template,
             )
         before = self.unedited(question)
-        own = tokens if before is None else before.tokens
-        return Tokens((*prompt.ids, *own), prompt.prompt_length)
+        answer = tokens if before is None else before.tokens
+        return Tokens((*prompt.ids, *answer), prompt.prompt_length)
 
 
-def judged(question: Question, reply: Reply, before: Reply | None) -> dict[str, Any]:
-    """Judge one reply, as it stands in a result line.
+def judge(question: Question, reply: Reply, before: Reply | None) -> dict[str, Any]:
+    """Judge one reply; returns the probe's entry in a result line.
 
-    before: what the unedited model replied; needed for locality and neighbours, which ask whether the reply is still the same.
+    Args:
+        before: the unedited model's reply; required for locality and neighbours, which check whether the
+            reply has changed.
     """
     entry: dict[str, Any] = {"kind": question.kind, "topic": question.topic}
-    if question.kind in COMPARED:
+    if question.kind in COMPARED_KINDS:
         assert before is not None, f"{question.kind} compares with the unedited model"
         entry["unchanged"] = reply.text == before.text
         if question.kind == NEIGHBOUR:
-            entry |= _judged_neighbour(question, reply, before)
+            entry |= _judge_neighbour(question, reply, before)
         else:
-            entry["match"] = reply.match(before.said)
+            entry["match"] = reply.match(before.predicted)
         return entry | {"said": reply.text}
-    entry["match"] = reply.match(reply.wanted)
+    entry["match"] = reply.match(reply.expected)
     entry["exact"] = exact_match(reply.text, question.answer)
     entry["prefix"] = prefix_match(reply.text, question.answer)
     if reply.statement is not None:
@@ -218,14 +231,16 @@ def judged(question: Question, reply: Reply, before: Reply | None) -> dict[str, 
     return entry | {"said": reply.text}
 
 
-def _judged_neighbour(question: Question, reply: Reply, before: Reply) -> dict[str, Any]:
-    """Judge whether a neighbour is as it was: by tokens, and whether it says what it was not taught.
+def _judge_neighbour(question: Question, reply: Reply, before: Reply) -> dict[str, Any]:
+    """Judge whether the reply to a neighbour is unchanged, token by token, and whether it contains the new
+    answer.
 
-    A neighbour that said the new answer before the edit is spared whatever it says: no edit can have made it say that. Where
-    the unedited model says nothing, there are no tokens, and the match is whether the edited one says nothing either.
+    A neighbour whose reply contained the new answer already before the edit always counts as spared, since
+    the edit cannot be the cause. If the unedited model's reply is empty, there are no tokens, and the match
+    is whether the edited model's reply is empty too.
     """
     assert reply.statement is not None and before.statement is not None
-    match = reply.match(before.said) if len(before.said) else float(not reply.statement)
+    match = reply.match(before.predicted) if len(before.predicted) else float(not reply.statement)
     said_before = says(before.statement, question.answer)
     return {
         "match": match,
@@ -235,8 +250,8 @@ def _judged_neighbour(question: Question, reply: Reply, before: Reply) -> dict[s
     }
 
 
-class Unedited:
-    """Keep the unedited model's replies, each asked for once, however many runs compare with it."""
+class UneditedReplies:
+    """Caches the unedited model's replies, so that each question is asked only once for all runs that compare with it."""
 
     def __init__(self, tokenizer: Any, template: Template = RAW, statement_tokens: int = 0) -> None:
         self.tokenizer, self.template = tokenizer, template
@@ -244,8 +259,8 @@ class Unedited:
         self._replies: dict[tuple[Prompt, str | None, bool], Reply] = {}
 
     def ask(self, base: Any, questions: Iterable[Question]) -> None:
-        """Ask `base`, which must be without edits now, those of `questions` that are compared with it and new."""
-        new = {question.key: question for question in questions if question.kind in COMPARED}
+        """Ask `base`, which must have no edits at this point, those of `questions` that need a comparison and are new."""
+        new = {question.key: question for question in questions if question.kind in COMPARED_KINDS}
         missing = [question for key, question in new.items() if key not in self._replies]
         replies = ask(
             base,
@@ -257,5 +272,5 @@ class Unedited:
         self._replies |= {q.key: reply for q, reply in zip(missing, replies, strict=True)}
 
     def reply(self, question: Question) -> Reply | None:
-        """Give what it said, None where it was not asked."""
+        """Return the unedited model's reply; None if it was not asked."""
         return self._replies.get(question.key)

@@ -1,4 +1,4 @@
-"""Which questions a benchmark asks about each row: its own, and further kinds that are made from its rows."""
+"""Which questions are asked about each row: the benchmark's own, and further kinds generated from its rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peft_baft.data.cases import Case, asked_words
 from peft_baft.data.templates import RAW, Template
 from peft_baft.evaluation.frames import described_frames, framed, frames_that_render
 from peft_baft.evaluation.scoring import FREE_RULE, STATEMENT_TOKENS
-from peft_baft_bench.questions.asking import NEIGHBOUR, Question, questions_of
+from peft_baft_bench.questions.asking import NEIGHBOUR, Question, data_questions
 from peft_baft_bench.questions.neighbour_questions import (
     OTHER_RELATION,
     OTHER_SUBJECT,
@@ -19,20 +19,21 @@ from peft_baft_bench.questions.neighbour_questions import (
 
 IN_CONTEXT = "in_context"
 FURTHER_KINDS = {
-    IN_CONTEXT: "Ask for the edit in contexts that it was not taught in, by tokens and by what is freely said.",
-    NEIGHBOUR: "Ask the edit's question of other subjects, and other rows' questions of its subject: what moved?",
+    IN_CONTEXT: "Ask for the edit in contexts that it was not taught in, teacher-forced and freely generated.",
+    NEIGHBOUR: "Ask the edit's question about other subjects, and other rows' questions about its subject: what changed?",
 }
 
 
 @dataclass(frozen=True)
 class Probing:
-    """What is asked about each row.
+    """Which questions are asked about each row.
 
     Attributes:
-        template: the form in which everything is asked.
-        frames: the names of the frames in which the edit is asked; none without the kind `in_context`.
-        neighbours: what makes the questions of the kind `neighbour`; None without it.
-        statement_tokens: the length of the free answers in which the wanted one may stand anywhere; 0 asks for none.
+        template: the prompt format of all questions.
+        frames: the names of the frames in which the edit is asked; empty without the kind `in_context`.
+        neighbours: generates the questions of the kind `neighbour`; None without it.
+        statement_tokens: maximum length of the free answers that are searched for the expected one; 0
+            requests no statements.
     """
 
     template: Template = RAW
@@ -41,19 +42,21 @@ class Probing:
     statement_tokens: int = 0
 
     @classmethod
-    def of_kinds(
+    def for_kinds(
         cls,
         kinds: Sequence[str],
         cases: Sequence[Case],
         tokenizer: Any,
         template: Template = RAW,
     ) -> Probing:
-        """Ask what the data asks, and some of `FURTHER_KINDS`.
+        """Ask the questions of the data, and the given kinds from `FURTHER_KINDS`.
 
-        Whole sentences are asked for where there is a further kind, and in a chat, where models answer in sentences.
+        Whole sentences are requested if there is a further kind, and in a chat, where models answer in
+        sentences.
 
         Raises:
-            ValueError: there is no such kind; or it cannot be asked of this model or made from this data.
+            ValueError: a kind is unknown, does not work with this model, or cannot be generated from this
+                data.
         """
         unknown = [kind for kind in kinds if kind not in FURTHER_KINDS]
         if unknown:
@@ -74,15 +77,15 @@ class Probing:
     def questions(
         self, rows: Sequence[int], cases: Sequence[Case], edited: Sequence[int] = ()
     ) -> list[Question]:
-        """List everything that is asked about some rows of the data, `cases`.
+        """List all questions about some rows of the data, `cases`.
 
         Args:
-            edited: the rows that one editor is given; what they teach is no neighbour then.
+            edited: the rows that the same editor learns; their own questions are not used as neighbours.
         """
         taught = self.neighbours.taught_by(edited) if self.neighbours is not None else set()
         questions: list[Question] = []
         for row in rows:
-            questions += questions_of(row, cases[row])
+            questions += data_questions(row, cases[row])
             questions += self._in_frames(row, cases[row])
             questions += self._about_neighbours(row, cases[row], taught)
         return questions
@@ -100,12 +103,12 @@ class Probing:
             return []
         return [
             Question(row, NEIGHBOUR, neighbour.topic, neighbour.prompt, case.edit.target)
-            for neighbour in self.neighbours.of(row)
+            for neighbour in self.neighbours.for_row(row)
             if asked_words(neighbour.prompt) not in taught
         ]
 
-    def described(self) -> dict[str, Any]:
-        """Say what is asked beyond the data's own questions, and how, as it stands in a result line's protocol."""
+    def describe(self) -> dict[str, Any]:
+        """Describe for the protocol of a result line which questions are asked beyond the data's own, and how."""
         described: dict[str, Any] = {}
         if self.statement_tokens:
             described["free_rule"] = {

@@ -1,1 +1,1 @@
-"""Results and edits as tables, figures and pages."""
+"""Tables and figures from result lines."""

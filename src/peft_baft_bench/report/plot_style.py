@@ -1,4 +1,4 @@
-"""How the figures look: for a column of half a page, and for readers who cannot tell all colours apart."""
+"""The style of the figures: sized for a column of half a page, and readable with colour vision deficiency."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 Look = dict[str, Any]  # arguments of matplotlib's Line2D
 
 WIDTH = 3.4  # inches: half a page
-LETTERS = 72  # that fit beside each other in it
+LETTERS = 72  # characters per line
 STYLE: Any = {
     "font.size": 7, "axes.titlesize": 7, "axes.labelsize": 7, "figure.titlesize": 7, "legend.fontsize": 6.5,
     "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "axes.linewidth": 0.6, "xtick.major.width": 0.6,
@@ -21,7 +21,7 @@ STYLE: Any = {
     "grid.linewidth": 0.4, "grid.color": "#DDDDDD", "legend.frameon": False, "legend.handlelength": 2.4,
     "legend.columnspacing": 1.2, "axes.titlelocation": "left", "savefig.dpi": 300,
 }  # fmt: skip
-# Okabe and Ito's, less yellow
+# the palette of Okabe and Ito without yellow
 COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -36,9 +36,8 @@ DASHES = ("-", "--", ":")
 
 
 def look(i: int) -> Look:
-    """Choose the look of the i-th curve: every colour once, then again with hollow marks and dashes.
-
-    The marks differ in shape too.
+    """Return the style of the i-th curve: every colour once, then again with hollow markers and dashes.
+    Marker shapes differ too.
     """
     colour, again = COLOURS[i % len(COLOURS)], i // len(COLOURS)
     line = {"color": colour, "linestyle": DASHES[again % len(DASHES)]}
@@ -66,7 +65,7 @@ UNEDITED = look(0) | {
 
 
 def new_figure(title: str, height: float) -> Figure:
-    """Make an empty figure with room for so many inches of axes below its title."""
+    """Create an empty figure with `height` inches for axes below its title."""
     from matplotlib.figure import Figure
 
     lines = [text for line in title.split("\n") for text in wrap(plain(line), LETTERS - 10)]
@@ -76,7 +75,7 @@ def new_figure(title: str, height: float) -> Figure:
 
 
 def add_legend(figure: Figure, looks: dict[str, Look]) -> None:
-    """Below the axes, in as many columns as fit; the figure grows by its rows."""
+    """Add a legend below the axes, with as many columns as fit, and enlarge the figure by its rows."""
     from matplotlib.lines import Line2D
 
     texts = [fill(plain(text), LETTERS - 14) for text in looks]
@@ -88,5 +87,5 @@ def add_legend(figure: Figure, looks: dict[str, Look]) -> None:
 
 
 def plain(text: str) -> str:
-    """Write a text so that matplotlib takes it for no formula, and does not hide from a legend."""
+    """Escape a text so that matplotlib does not parse it as a formula or hide it from a legend."""
     return " " * text.startswith("_") + text.replace("$", r"\$")

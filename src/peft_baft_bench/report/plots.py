@@ -1,4 +1,4 @@
-"""Result lines to figures. Needs matplotlib, which comes with `pip install 'peft-baft[plot]'`."""
+"""Figures from result lines. Requires matplotlib: `pip install 'peft-baft[plot]'`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from peft_baft_bench.report.comparable import (
     Line,
     Summary,
     Value,
-    asking_of,
-    comparable,
+    group_comparable,
     label,
+    protocol_key,
     score,
-    summary,
+    summarise,
 )
 from peft_baft_bench.report.plot_style import (
     STYLE,
@@ -45,7 +45,7 @@ def draw_all(lines: Iterable[Line], folder: str | Path) -> list[Path]:
     """Draw every figure that the lines allow, as PNG.
 
     Returns:
-        The files, named `benchmark-schedule-kind.png`, with a number where there are several.
+        The files, named `benchmark-schedule-kind.png`, with a number if there are several.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -55,19 +55,18 @@ def draw_all(lines: Iterable[Line], folder: str | Path) -> list[Path]:
     except ImportError:
         raise ImportError("Figures need matplotlib: pip install 'peft-baft[plot]'") from None
     files: list[Path] = []
-    taken: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     Path(folder).mkdir(parents=True, exist_ok=True)
     with rc_context(STYLE):
         for name, figure in figures(lines):
-            taken[name] += 1
-            files.append(
-                Path(folder) / (f"{name}.png" if taken[name] == 1 else f"{name}-{taken[name]}.png")
-            )
+            counts[name] += 1
+            number = "" if counts[name] == 1 else f"-{counts[name]}"
+            files.append(Path(folder) / f"{name}{number}.png")
             figure.savefig(files[-1])
     return files
 
 
-# What a method that chooses an edit by the prompt did with prompts of each kind, by the names of scores.
+# Panel titles for methods that select an edit per prompt, by the name of the score.
 ROUTER_TITLES = {
     "routed_recall": "Rephrasings answered by their edit",
     "routed_wrong": "Rephrasings answered by another edit",
@@ -79,8 +78,8 @@ ROUTER_TITLES = {
 
 
 def figures(lines: Iterable[Line]) -> Iterator[tuple[str, Figure]]:
-    """Draw every figure that the lines allow, with a name, one after the other."""
-    groups = comparable(lines)
+    """Yield a name and a figure for every figure that the lines allow."""
+    groups = group_comparable(lines)
     looks = _looks(groups)
     for group in groups:
         name = f"{group.sample.benchmark}-{group.schedule}"
@@ -91,8 +90,8 @@ def figures(lines: Iterable[Line]) -> Iterator[tuple[str, Figure]]:
                 ladder(group, styles) if len(group.edits) > 1 else bars(group, styles),
             )
         if group.score_names & set(ROUTER_TITLES):
-            of_routers = {row: look for row, look in styles.items() if _has_router(group, row)}
-            yield f"{name}-router", ladder(group, of_routers, ROUTER_TITLES)
+            routed = {row: style for row, style in styles.items() if _has_router(group, row)}
+            yield f"{name}-router", ladder(group, routed, ROUTER_TITLES)
         if "locality" in group.score_names and _effects(group):
             yield f"{name}-tradeoff", tradeoff(group, styles)
         for row, lines_of_row in group.rows.items():
@@ -109,7 +108,7 @@ def figures(lines: Iterable[Line]) -> Iterator[tuple[str, Figure]]:
 
 
 def _looks(groups: Sequence[Group]) -> dict[str, Look]:
-    """Give every edited row a look that is the same in every figure; rows without settings are the unedited model's."""
+    """Assign each edited row a style that is the same in every figure; rows without settings are the unedited model's."""
     edited_rows: list[str] = []
     for group in groups:
         for row, lines in group.rows.items():
@@ -119,17 +118,17 @@ def _looks(groups: Sequence[Group]) -> dict[str, Look]:
 
 
 def _has_router(group: Group, row: str) -> bool:
-    """Tell whether a row's method chooses an edit by the prompt."""
+    """Return whether a row's method selects an edit per prompt."""
     return any(set(line.scores) & set(ROUTER_TITLES) for line in group.rows[row])
 
 
 def ladder(
     group: Group, styles: dict[str, Look], titles: Mapping[str, str] | None = None
 ) -> Figure:
-    """Draw every measure against T, a curve for each row: the paper's Fig. 3.
+    """Draw every score against T, with a curve for each row: the paper's Fig. 3.
 
     Args:
-        titles: of the measures that are drawn, by name; by default of the scores.
+        titles: titles of the panels by the name of the score; by default the main scores.
     """
     titles = titles or {measure: measure.capitalize() for measure in _measures(group)}
     measures = [measure for measure in titles if measure in group.score_names]
@@ -145,11 +144,13 @@ def ladder(
         axes.set_xticks(group.edits, map(str, group.edits))
         axes.minorticks_off()
         for row, style in styles.items():
-            summaries = {edits: group.summary(row, edits, score(measure)) for edits in group.edits}
+            summaries = {
+                edits: group.summarise(row, edits, score(measure)) for edits in group.edits
+            }
             _curve(
                 axes,
                 summaries,
-                style | ({"marker": "", "linewidth": 0.8} if group.fixed(row) else {}),
+                style | ({"marker": "", "linewidth": 0.8} if group.has_no_edits(row) else {}),
             )
     for axes in panels[len(measures) :]:
         axes.remove()
@@ -158,16 +159,17 @@ def ladder(
 
 
 def tradeoff(group: Group, styles: dict[str, Look]) -> Figure:
-    """Draw what an edit achieves against what it leaves alone, a curve through the T of each row; larger marks for larger T.
+    """Draw the effect of edits against locality, with a curve through the T of each row; larger markers mean
+    larger T.
 
-    At one T alone, a mark grows with the bytes that an edit of its row takes, where the lines tell.
+    With only one T, the size of a marker shows the bytes stored per edit, where the lines have them.
     """
     effects, several = _effects(group), len(group.edits) > 1
     if several:
         sizes = {edits: 3.4 + 1.2 * i for i, edits in enumerate(group.edits)}
     else:
         sizes = {group.edits[0]: 4.0}
-        # One point makes no curve.
+        # A single point is not a curve.
         styles = {row: style | {"linestyle": ""} for row, style in styles.items()}
     figure = new_figure(_title(group), 2.2)
     axes = figure.subplots()
@@ -177,18 +179,18 @@ def tradeoff(group: Group, styles: dict[str, Look]) -> Figure:
     axes.locator_params(nbins=6)
     for row, style in styles.items():
         points = []
-        for edits, size in list(sizes.items())[: 1 if group.fixed(row) else None]:
-            x = group.summary(row, edits, score("locality"))
-            y = group.summary(row, edits, _effect(effects))
+        for edits, size in list(sizes.items())[: 1 if group.has_no_edits(row) else None]:
+            x = group.summarise(row, edits, score("locality"))
+            y = group.summarise(row, edits, _effect(effects))
             if x and y:
-                stored = None if several else group.summary(row, edits, score("stored_bytes"))
+                stored = None if several else group.summarise(row, edits, score("stored_bytes"))
                 points.append((x, y, size if stored is None else _size(stored.mean / edits)))
         _path(axes, points, style)
     dot = UNEDITED | {"marker": "o", "linestyle": ""}
     grey = {f"T={edits}": dot | {"markersize": size} for edits, size in sizes.items()}
     if not several and "stored_bytes" in group.score_names:
         grey = {
-            f"{text} an edit": dot | {"markersize": _size(size)} for text, size in BYTES.items()
+            f"{text} per edit": dot | {"markersize": _size(size)} for text, size in BYTES.items()
         }
     elif not several:
         grey = {}
@@ -197,12 +199,12 @@ def tradeoff(group: Group, styles: dict[str, Look]) -> Figure:
 
 
 def _size(stored: float) -> float:
-    """Choose the size of a mark for so many bytes: it grows by the same for every factor of ten."""
+    """Return the size of a marker for a number of bytes, which grows linearly with its logarithm."""
     return 2.0 + 1.2 * max(0.0, log10(max(stored, 1.0)) - 2)
 
 
 def bars(group: Group, styles: dict[str, Look]) -> Figure:
-    """Draw every measure at one T, a bar for each row."""
+    """Draw every score at one T, with a bar for each row."""
     measures, edits = _measures(group), group.edits[0]
     figure = new_figure(_title(group), 0.3 + 0.17 * len(styles))
     for axes, measure in zip(
@@ -214,19 +216,21 @@ def bars(group: Group, styles: dict[str, Look]) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         for place, (row, style) in enumerate(styles.items()):
-            of_seeds = group.summary(row, edits, score(measure))
-            if of_seeds is not None:
-                spread = {"xerr": of_seeds.deviation, "error_kw": {"elinewidth": 0.8}}
-                axes.barh(place, of_seeds.mean, 0.7, color=style["color"], **spread)
-                axes.text(1.06, place, f"{of_seeds.mean:.3f}".lstrip("0"), va="center", fontsize=6)
+            over_seeds = group.summarise(row, edits, score(measure))
+            if over_seeds is not None:
+                spread = {"xerr": over_seeds.deviation, "error_kw": {"elinewidth": 0.8}}
+                axes.barh(place, over_seeds.mean, 0.7, color=style["color"], **spread)
+                axes.text(
+                    1.06, place, f"{over_seeds.mean:.3f}".lstrip("0"), va="center", fontsize=6
+                )
     axes.invert_yaxis()
     return figure
 
 
 def redundancy(groups: Sequence[Group]) -> Figure:
-    """Reliability after the M least used dimensions were taken away, a curve for each data set: the paper's Fig. 1."""
+    """Draw reliability without the M least used dimensions, with a curve for each data set: the paper's Fig. 1."""
     curves = [curve for group in groups for curve in _removal_curves(group)]
-    # By label, each once: an adapter's curve may come from several groups.
+    # By label, since an adapter's curve may be in several groups.
     shown: dict[str, RemovalCurve] = {}
     for curve in curves:
         alike = [other.distinguishing for other in curves if other.benchmark == curve.benchmark]
@@ -237,20 +241,23 @@ def redundancy(groups: Sequence[Group]) -> Figure:
     figure = new_figure(", ".join((groups[0].sample.model["name"], *methods)) + seeds, 1.9)
     axes = figure.subplots()
     axes.set(
-        xlabel="Dimensions taken away, the least used first", ylabel="Reliability", ylim=(0, 1.04)
+        xlabel="Dimensions removed, the least used first", ylabel="Reliability", ylim=(0, 1.04)
     )
     for text, curve in shown.items():
         by_removed = enumerate(zip(*curve.seeds, strict=True))
-        _curve(axes, {removed: summary(values) for removed, values in by_removed}, styles[text])
+        _curve(axes, {removed: summarise(values) for removed, values in by_removed}, styles[text])
     axes.set_xticks(_thinned(max(len(curve.seeds[0]) for curve in shown.values())))
     add_legend(figure, styles)
     return figure
 
 
 class RemovalCurve(NamedTuple):
-    """Reliability of one row at one T, as dimensions are taken away.
+    """Reliability of one row at one T as dimensions are removed.
 
-    distinguishing: what may tell the curve from others of the same benchmark. seeds: for each, r + 1 values, from M = 0 to r.
+    Attributes:
+        benchmark: its name.
+        distinguishing: properties that may distinguish the curve from others of the same benchmark.
+        seeds: for each seed, r + 1 values, for M = 0 to r.
     """
 
     benchmark: str
@@ -259,7 +266,7 @@ class RemovalCurve(NamedTuple):
 
 
 def _removal_curves(group: Group) -> Iterator[RemovalCurve]:
-    """Make a curve for each row and T of which there are values."""
+    """Yield a curve for each row and T that has values."""
     for row, lines_of_row in group.rows.items():
         lines_at: dict[int, list[Line]] = {}
         for line in lines_of_row:
@@ -276,9 +283,11 @@ def _removal_curves(group: Group) -> Iterator[RemovalCurve]:
 
 
 def gates(values: dict[str, Any], title: str) -> Figure:
-    """Draw the mean gate of every basis in every block, a panel for each kind of prompt: the paper's Fig. 2.
+    """Draw the mean gate of every basis vector in every block, with a panel for each kind of prompt: the
+    paper's Fig. 2.
 
-    values: as `mean_gates` gives them.
+    Args:
+        values: as returned by `mean_gates`.
     """
     kinds = [kind for kind in PANELS if values.get(kind)]
     top = max(max(block) for kind in kinds for block in values[kind])
@@ -312,7 +321,7 @@ def _curve(axes: Axes, points: dict[int, Summary | None], style: Look) -> None:
 
 
 def _path(axes: Axes, points: Sequence[tuple[Summary, Summary, float]], style: Look) -> None:
-    """Draw a curve through points of two means, each with a mark of its size and a cross of one standard deviation."""
+    """Draw a curve through points (x, y, marker size), with error bars of one standard deviation."""
     axes.plot(
         [x.mean for x, _, _ in points], [y.mean for _, y, _ in points], **style | {"marker": ""}
     )
@@ -322,15 +331,15 @@ def _path(axes: Axes, points: Sequence[tuple[Summary, Summary, float]], style: L
 
 
 def _effects(group: Group) -> list[str]:
-    """List the scores of an edit's effect: of those in the average, all but locality."""
+    """List the scores of an edit's effect: those in the average, except locality."""
     task = TASKS.get(group.sample.benchmark)
-    # A benchmark of the user's own may not be registered here.
+    # A user's own benchmark may not be registered when the figures are drawn.
     averaged = REPHRASED if task is None else task.averaged
     return [name for name in averaged if name != "locality" and name in group.score_names]
 
 
 def _effect(names: Sequence[str]) -> Value:
-    """Make a function that reads the mean of several scores off a line; None where one is absent."""
+    """Return a function that computes the mean of several scores of a line; None if one is absent."""
 
     def read(line: Line) -> float | None:
         values = [score(name)(line) for name in names]
@@ -341,15 +350,15 @@ def _effect(names: Sequence[str]) -> Value:
 
 
 def _kept(values: dict[str, float] | list[float]) -> list[float]:
-    """List the values for M = 0 … r; older result lines have them by M."""
+    """List the values for M = 0 … r; older result lines store them as a dict by M."""
     if isinstance(values, dict):
         return [values[removed] for removed in sorted(values, key=int)]
     return values
 
 
 def _question(group: Group) -> tuple[str, str]:
-    """Identify how which model is asked: equal for data sets whose curves may stand beside each other."""
-    return asking_of(group.sample), group.sample.model["fingerprint"]
+    """Identify the model and the way of asking; data sets with equal keys may share a figure."""
+    return protocol_key(group.sample), group.sample.model["fingerprint"]
 
 
 def _measures(group: Group) -> list[str]:
@@ -363,16 +372,16 @@ def _steps(group: Group) -> str:
 
 def _title(group: Group) -> str:
     return group.title + _seeds(
-        len(group.at(row, edits)) for row in group.rows for edits in group.edits
+        len(group.lines_at(row, edits)) for row in group.rows for edits in group.edits
     )
 
 
 def _seeds(counts: Iterable[int]) -> str:
-    """Say what bands, crosses and the lines at bars show, if there are any."""
+    """Describe bands and error bars for a title; empty if there are none."""
     several = sorted({*counts} - {0, 1})
     return f"; ±1 sd of {' or '.join(map(str, several))} seeds" if several else ""
 
 
 def _thinned(count: int) -> list[int]:
-    """Choose at most 13 places out of so many, for the marks of an axis."""
+    """Choose at most 13 of `count` positions for the ticks of an axis."""
     return list(range(0, count, ceil(count / 13)))

@@ -1,4 +1,4 @@
-"""Result lines to tables, in Markdown that reads as plain text too, and with commas."""
+"""Tables from result lines, in Markdown that is readable as plain text, and as CSV."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import product
 from textwrap import fill
 
-from peft_baft_bench.report.comparable import Group, Line, Summary, comparable, score
-from peft_baft_bench.run.scores import error_over_rows
+from peft_baft_bench.report.comparable import Group, Line, Summary, group_comparable, score
+from peft_baft_bench.run.scores import standard_error_over_rows
 from peft_baft_bench.tasks.tasks import TASKS
 
 FORCED = {
@@ -20,7 +20,7 @@ FORCED = {
     "locality": "Loc",
     "average": "Avg",
 }
-ERROR = "average_error"  # of a single seed, over the rows; computed here, since it is no score of a line
+ERROR = "average_error"  # for a single seed, over the rows; computed here, since lines do not contain it
 BY_TOPIC = {f"{kind}_by_topic": f"{short} by topic" for kind, short in FORCED.items()}
 FREE = {
     f"{kind}_{how}": f"{FORCED[kind]} {how}"
@@ -53,10 +53,11 @@ ASKED = {"after_all": "asked after all edits", "immediate": "asked right after e
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a header, with what they have in common.
+    """Rows of text under a header, with a note on what they have in common.
 
     Args:
-        title: what is shown. note: what all rows share and how to read them; empty for none.
+        title: what is shown.
+        note: what all rows share and how to read them; may be empty.
     """
 
     title: str
@@ -65,7 +66,7 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        """Write the table in GitHub's Markdown, its columns padded."""
+        """Format the table as GitHub Markdown with padded columns."""
         cells = [[_escaped(cell) for cell in row] for row in (self.header, *self.rows)]
         widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(self.header))]
         padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
@@ -75,19 +76,20 @@ class Table:
         return "\n\n".join(filter(None, (f"**{_escaped(self.title)}**", rows, note)))
 
     def csv(self) -> str:
-        """Header and rows with commas between; quoted where a cell needs it."""
+        """Format header and rows as CSV."""
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows((self.header, *self.rows))
         return text.getvalue()
 
 
 def tables(lines: Iterable[Line]) -> list[Table]:
-    """Make a table for each group of comparable lines.
+    """Create a table for each group of comparable lines.
 
-    Where a group has several T, these make columns of the teacher-forced scores, and rows of a second table for the rest.
+    A group with several T has two tables: teacher-forced scores with columns for each T, and the other scores
+    with rows for each T.
     """
     every_table = []
-    for group in comparable(lines):
+    for group in group_comparable(lines):
         measures = [name for name in SHORT if name in group.score_names] + sorted(
             group.score_names - set(SHORT)
         )
@@ -106,11 +108,11 @@ def tables(lines: Iterable[Line]) -> list[Table]:
 
 
 def _wide(group: Group, measures: Sequence[str]) -> Table:
-    """Make a row for each method, with a column for each T and measure."""
+    """Create a table with a row for each method and a column for each T and score."""
     short = dict(SHORT)
     if "portability" in measures and "generality" not in group.score_names:
         short["reliability"] = (
-            "Edit Succ"  # KnowEdit's word, for a data set that asks what KnowEdit asks
+            "Edit Succ"  # KnowEdit's term, for data sets with KnowEdit's questions
         )
     columns = list(product(group.edits, measures))
     header = []
@@ -125,11 +127,11 @@ def _wide(group: Group, measures: Sequence[str]) -> Table:
 
 
 def _long(group: Group, measures: Sequence[str]) -> Table:
-    """Make a row for each method and T, with a column for each measure."""
+    """Create a table with a row for each method and T and a column for each score."""
     rows = []
     for row in group.rows:
-        for edits in [0] if group.fixed(row) else group.edits:
-            seeds = len(group.at(row, edits))
+        for edits in [0] if group.has_no_edits(row) else group.edits:
+            seeds = len(group.lines_at(row, edits))
             if seeds:
                 cells = [_cell(group, row, edits, name) for name in measures]
                 rows.append((row, str(edits or "–"), str(seeds), *cells))
@@ -138,42 +140,46 @@ def _long(group: Group, measures: Sequence[str]) -> Table:
 
 
 def _cell(group: Group, label: str, edits: int, measure: str) -> str:
-    """Write mean and deviation over the seeds, like `.983 ±.004`."""
-    value = _error_over_rows if measure == ERROR else score(measure)
-    summary: Summary | None = group.summary(label, edits, value)
+    """Format mean and deviation over the seeds, like `.983 ±.004`."""
+    value = _standard_error_over_rows if measure == ERROR else score(measure)
+    summary: Summary | None = group.summarise(label, edits, value)
     if measure == ERROR and summary is not None and summary.seeds > 1:
-        return "–"  # the deviation over seeds stands beside the average
+        return "–"  # the deviation over seeds is shown with the average
     if summary is None:
         return "–"
     unit = UNITS.get(measure, 1)
-    digits = 0 if measure == "peak_bytes" else 1 if measure in COST and measure != "learned" else 3
+    digits = 1 if measure in COST else 3
+    digits = {"peak_bytes": 0, "learned": 3}.get(measure, digits)
     shown = [value / unit for value in summary[:2] if value is not None]
     return " ±".join(_number(value, digits) for value in shown)
 
 
-def _error_over_rows(line: Line) -> float | None:
+def _standard_error_over_rows(line: Line) -> float | None:
     averaged = TASKS[line.benchmark].averaged if line.benchmark in TASKS else ()
-    return error_over_rows(line.cases, averaged)
+    return standard_error_over_rows(line.cases, averaged)
 
 
 def _single_seeds(group: Group) -> bool:
-    """Tell whether some row of a group has one seed alone, of which the error over the data's rows is known."""
-    alone = [of_row for of_row in group.rows.values() if len({line.seed for line in of_row}) == 1]
-    return any(_error_over_rows(line) is not None for of_row in alone for line in of_row)
+    """Return whether some row of a group has only one seed, for which the standard error over the data's rows is known."""
+    for lines in group.rows.values():
+        has_one_seed = len({line.seed for line in lines}) == 1
+        if has_one_seed and any(_standard_error_over_rows(line) is not None for line in lines):
+            return True
+    return False
 
 
 def _seeds(group: Group, label: str) -> str:
-    """Count the seeds of a row; for each T where they differ."""
-    counts = [str(len(group.at(label, edits))) for edits in group.edits]
+    """Return the number of seeds of a row, for each T if they differ."""
+    counts = [str(len(group.lines_at(label, edits))) for edits in group.edits]
     return counts[0] if len(set(counts)) == 1 else "/".join(counts)
 
 
 def _note(group: Group, measures: Sequence[str]) -> str:
-    """Write what all rows share, and how to read them."""
+    """Describe what all rows share, and how to read them."""
     batch_size = group.sample.schedule["batch_size"]
     sentences = [f"{_shared(group)}."]
     sentences += _meanings(group.sample.benchmark, set(measures))
-    if any(len(group.at(row, edits)) > 1 for row, edits in product(group.rows, group.edits)):
+    if any(len(group.lines_at(row, edits)) > 1 for row, edits in product(group.rows, group.edits)):
         sentences.append("a ±b: mean and sample standard deviation over seeds.")
     if batch_size > 1:
         sentences.append(f"T counts batches of {batch_size}.")
@@ -181,12 +187,12 @@ def _note(group: Group, measures: Sequence[str]) -> str:
     if unfinished:
         sentences.append(f"Whole blocks only: {unfinished}.")
     if group.repeated:
-        sentences.append(f"Left out: {group.repeated} lines of runs that a later line tells too.")
+        sentences.append(f"Left out: {group.repeated} lines of runs with a later line.")
     return " ".join(sentences)
 
 
 def _meanings(benchmark: str, measures: set[str]) -> list[str]:
-    """Explain those of the measures that are there."""
+    """Explain the scores in the table."""
     sentences = []
     if measures & set(FORCED):
         sentences.append(
@@ -198,7 +204,7 @@ def _meanings(benchmark: str, measures: set[str]) -> list[str]:
         sentences.append(f"Avg: mean of {', '.join(FORCED[name] for name in averaged)}.")
     if ERROR in measures:
         sentences.append(
-            "Avg s.e.: its standard error over the rows of the data, where there is one seed."
+            "Avg s.e.: its standard error over the rows of the data, for a single seed."
         )
     if measures & set(BY_TOPIC):
         sentences.append("by topic: mean over topics, each over the rows that have it.")
@@ -209,23 +215,23 @@ def _meanings(benchmark: str, measures: set[str]) -> list[str]:
         )
     if measures & set(UNITS):
         sentences.append(
-            "kB stored: of all edits of a block together; Peak MB: held at most while editing, model included."
+            "kB stored: for all edits of a block together; Peak MB: peak memory while editing, model included."
         )
     if measures & set(IN_CONTEXT):
         sentences.append(
-            "contains: a freely made statement says the new answer and not the old one; Ctx: in contexts that the edit was "
-            "not taught in, lowest: in the worst of them."
+            "contains: a freely generated statement contains the new answer and not the old one; Ctx: in contexts that the "
+            "edit was not taught in, lowest: in the worst of them."
         )
     if measures & set(NEIGHBOURS):
         sentences.append(
-            "Nb: the edit's question of other subjects, NbRel: other questions of its subject, by tokens as before the edit; "
-            "unchanged: to the letter; spared: without the new answer."
+            "Nb: the edit's question about other subjects, NbRel: other questions about its subject: share of tokens as "
+            "before the edit; unchanged: identical text; spared: without the new answer."
         )
     return sentences
 
 
 def _shared(group: Group) -> str:
-    """Write which model, data and way of asking all rows have in common."""
+    """Describe the model, data and way of asking that all rows have in common."""
     line = group.sample
     model, data, schedule = line.model, line.data, line.schedule
     ranges = {edits: "{}:{}".format(*group.rows_at(edits)) for edits in group.edits}
@@ -246,7 +252,7 @@ def _shared(group: Group) -> str:
 
 
 def _left_out(group: Group) -> str:
-    """Write at which T the blocks do not fill the rows, with how many rows were edited."""
+    """List the T at which the blocks do not fill the rows, with the number of edited rows."""
     parts = []
     for edits in filter(None, group.edits):
         first, last = group.rows_at(edits)
@@ -257,11 +263,11 @@ def _left_out(group: Group) -> str:
 
 
 def _number(value: float, digits: int) -> str:
-    """Write a number; one of three digits without the zero before its point, as papers do."""
+    """Format a number; with three digits, without the zero before the point, as in papers."""
     text = f"{value:.{digits}f}"
     return text.replace("0.", ".", 1) if digits == 3 and text.lstrip("-").startswith("0.") else text
 
 
 def _escaped(text: str) -> str:
-    """Put a text into one line, and a backslash before the characters that would end a cell."""
+    """Put a text on one line and escape the characters that would end a cell."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""The most memory that a stretch of work holds: of a CUDA device where the model lies on one, else of this process."""
+"""Measure peak memory: of the CUDA device if the model is on one, otherwise of this process."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 RESET_PEAK = "5"  # see `man 5 proc`
 
 
-def begin_peak(device: torch.device) -> None:
-    """Forget what was held before. Nothing happens where a peak cannot be known: outside Linux, on other devices."""
+def reset_peak(device: torch.device) -> None:
+    """Reset the peak. Does nothing where the peak is unknown: on a CPU outside Linux, and on other devices."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == "cpu" and CLEAR.exists():
@@ -22,8 +22,8 @@ def begin_peak(device: torch.device) -> None:
             return
 
 
-def peak(device: torch.device) -> int | None:
-    """Tell how many bytes were held at most since `begin_peak`, the model's own included; None where that is unknown."""
+def peak_bytes(device: torch.device) -> int | None:
+    """Return the peak since `reset_peak` in bytes, model included; None where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type != "cpu" or not STATUS.exists():

@@ -1,4 +1,6 @@
-"""From what was asked for to result lines: each run is named before it is made, and made once."""
+"""Plan runs, perform them and write result lines. A run's key identifies it before it starts, so that it is
+made only once.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +18,25 @@ from peft_baft.processes import Processes
 from peft_baft.storage import append_line
 from peft_baft_bench.methods.methods import UNEDITED, Method
 from peft_baft_bench.run.progress import Progress
-from peft_baft_bench.run.results import ResultLine, RunHead, lines_made_already
+from peft_baft_bench.run.results import ResultLine, RunHead, find_finished
 from peft_baft_bench.run.runner import Runner
 from peft_baft_bench.run.schedule import Schedule
 from peft_baft_bench.run.scores import scores
 
 ADAPTER = "adapter"
+RAW_JOIN = "one space; texts stripped"
+CHAT_JOIN = "chat template, in training and for every question; texts stripped"
 NO_SCHEDULE = {"name": "none", "edits": 0, "batch_size": 0, "when": "after_all"}
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run that is to become one result line.
+    """A run that will produce one result line.
 
     Attributes:
-        head: what the line will say of how the run was made.
+        head: the part of the line that describes how the run is made.
         method, schedule: the edits to make; None for a model that is only asked.
-        model: an adapter to ask; None for the model without any.
+        model: an adapter model to ask; None for the unedited model.
     """
 
     head: RunHead
@@ -42,7 +46,7 @@ class PlannedRun:
 
     @property
     def title(self) -> str:
-        """Name the run for a progress bar."""
+        """The label of the run in a progress bar."""
         if self.schedule is None:
             return self.head.method
         return f"{self.head.method} T={self.schedule.edits} seed {self.head.seed}"
@@ -54,11 +58,12 @@ def plan_runs(
     schedules: Sequence[Schedule],
     seeds: Iterable[int],
 ) -> list[PlannedRun]:
-    """Plan every schedule with every seed and method; once what depends on no seed, such as the unedited model.
+    """Plan every combination of schedule, seed and method; runs that do not depend on the seed are planned
+    once.
 
     Args:
-        common: what all lines share: benchmark, model, data, unrelated, protocol, versions.
-        methods: None stands for the unedited model.
+        common: the fields shared by all lines: benchmark, model, data, unrelated, protocol, versions.
+        methods: the methods; None stands for the unedited model.
     """
     runs: dict[str, PlannedRun] = {}
     chosen_seeds = list(seeds)
@@ -77,14 +82,14 @@ def _planned_run(
         return PlannedRun(
             RunHead(**common, method=UNEDITED, settings={}, schedule=NO_SCHEDULE, seed=0)
         )
-    settings, described = method.settings.described(), schedule.described()
+    settings, described = method.settings.describe(), schedule.describe()
     seed = seed if method.settings.seeded else 0
     head = RunHead(**common, method=method.name, settings=settings, schedule=described, seed=seed)
     return PlannedRun(head, method, schedule)
 
 
 def plan_adapter(common: dict[str, Any], name: str, model: PeftModel) -> PlannedRun:
-    """Plan to ask an adapter that someone made, of any PEFT type, as it is."""
+    """Plan to ask an existing adapter of any PEFT type."""
     config = model.peft_config[model.active_adapter]
     weights = {key: tensor.cpu() for key, tensor in get_peft_model_state_dict(model).items()}
     settings = {
@@ -96,22 +101,20 @@ def plan_adapter(common: dict[str, Any], name: str, model: PeftModel) -> Planned
     return PlannedRun(head, model=model)
 
 
-def described_protocol(
+def describe_protocol(
     template: str, also: Sequence[str], further: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Say how facts are taught and everything is asked, as it stands in a result line.
+    """Describe how facts are taught and questions are asked, for a result line.
 
     Args:
         template: `raw` or `chat`.
         also: names of further metrics and kinds of questions.
-        further: how what is beyond the data's own questions is asked and judged, as `Probing.described` says.
+        further: how questions beyond the data's own are asked and judged, as returned by `Probing.describe`.
     """
     return {
         "template": template,
         "aliases": "first",
-        "join": "one space; texts stripped"
-        if template == "raw"
-        else "chat template, in training and for every question; texts stripped",
+        "join": RAW_JOIN if template == "raw" else CHAT_JOIN,
         "positions": "prompt end and answer of each probe",
         "generation": {"greedy": True, "stop": "first line break", "extra_tokens": EXTRA_TOKENS},
         "also": list(also),
@@ -119,17 +122,17 @@ def described_protocol(
     }
 
 
-def perform(
+def perform_run(
     runner: Runner, run: PlannedRun, averaged: Sequence[str], output: Path, command: str
 ) -> ResultLine:
-    """Make a run, going on where an earlier process was interrupted, and add its line to `output`."""
+    """Perform a run, resuming it if an earlier process was interrupted, and append its line to `output`."""
     if run.method is not None and run.schedule is not None:
         progress = _load_progress(runner, run, run.schedule, output)
-        cases = runner.edited(run.method, run.schedule, run.head.seed, progress)
+        cases = runner.edit_and_ask(run.method, run.schedule, run.head.seed, progress)
     elif run.model is not None:
-        cases = runner.asked(run.model, run.model.disable_adapter)
+        cases = runner.ask_model(run.model, run.model.disable_adapter)
     else:
-        cases = runner.asked(runner.base)
+        cases = runner.ask_model(runner.base)
     line = result_line(run.head, cases, averaged, command)
     with runner.processes.barrier():
         if runner.processes.is_main:
@@ -142,14 +145,14 @@ def perform(
 def result_line(
     head: RunHead, cases: list[dict[str, Any]], averaged: Sequence[str], command: str
 ) -> ResultLine:
-    """Make a result line: what was measured, its means, and every case."""
+    """Create a result line with the scores, the scores per block, and every case."""
     blocks = None
     numbers = sorted({case["block"] for case in cases if "block" in case})
     if 1 < len(numbers) < len(cases):
         blocks = []
         for number in numbers:
-            of_block = [case for case in cases if case["block"] == number]
-            blocks.append({"first": of_block[0]["row"], **scores(of_block, averaged)})
+            block = [case for case in cases if case["block"] == number]
+            blocks.append({"first": block[0]["row"], **scores(block, averaged)})
     means: dict[str, Any] = {}
     for name in ("kept", "gates"):
         values = [case[name] for case in cases if name in case]
@@ -166,7 +169,7 @@ def result_line(
 
 
 def mean_of(values: Sequence[Any]) -> Any:
-    """Average equally nested lists and dicts element by element; texts must be equal."""
+    """Average equally nested lists and dicts element by element; strings must be equal."""
     first = values[0]
     if isinstance(first, dict):
         keys = dict.fromkeys(key for value in values for key in value)
@@ -177,7 +180,7 @@ def mean_of(values: Sequence[Any]) -> Any:
 
 
 def progress_file(output: Path, run: PlannedRun, runner: Runner | None = None) -> Path:
-    """Name the file of an unfinished run, beside the output; one for each process where these split blocks."""
+    """Return the path of the file of an unfinished run, next to the output; one per process where they split blocks."""
     part = ""
     if runner is not None and runner.processes.world_size > 1 and runner.split != "facts":
         part = f".{runner.processes.rank}of{runner.processes.world_size}"
@@ -185,21 +188,21 @@ def progress_file(output: Path, run: PlannedRun, runner: Runner | None = None) -
 
 
 def _progress_files(output: Path, run: PlannedRun) -> list[Path]:
-    """List the files of a run, by however many processes it was begun."""
+    """List the progress files of a run, for any number of processes."""
     return sorted(progress_file(output, run).parent.glob(f"{run.head.key}*.safetensors"))
 
 
 def _load_progress(runner: Runner, run: PlannedRun, schedule: Schedule, output: Path) -> Progress:
-    """Read what is done of this process's share.
+    """Load what is done of this process's share.
 
-    Finished blocks count whoever made them. A block under way goes on only in a file of the same process, and only if nobody
-    has finished any of its share meanwhile.
+    Finished blocks count, whichever process made them. An unfinished block is resumed only from this
+    process's own file, and only if no other process has finished blocks of its share in the meantime.
     """
     own_file = progress_file(output, run, runner)
 
     def load() -> Progress:
         progress = Progress.load(own_file)
-        share = {row for block in runner.share(schedule) for row in block}
+        share = {row for block in runner.own_blocks(schedule) for row in block}
         missing = share - {case["row"] for case in progress.cases}
         made_by_others: dict[int, dict[str, Any]] = {}
         for file in _progress_files(output, run):
@@ -218,10 +221,10 @@ def _load_progress(runner: Runner, run: PlannedRun, schedule: Schedule, output: 
     return progress if runner.processes.is_main else replace(progress, file=None)
 
 
-def split_off_made(
+def split_off_finished(
     runs: Sequence[PlannedRun], output: Path, processes: Processes | None = None
 ) -> tuple[list[ResultLine], list[PlannedRun]]:
-    """Give the lines of runs that `output` holds already, for the first of some processes, and the runs left to make."""
+    """Return the lines of runs that `output` already contains (in the first process only), and the runs that remain."""
     wanted = [run.head.key for run in runs]
-    lines = (processes or Processes()).on_main(lambda: lines_made_already(output, wanted))
+    lines = (processes or Processes()).on_main(lambda: find_finished(output, wanted))
     return list(lines.values()), [run for run in runs if run.head.key not in lines]

@@ -1,4 +1,4 @@
-"""A run that survives being killed: what is done is on disk, whole, after every edit."""
+"""Keep the progress of a run on disk after every edit, so that it can be resumed after a kill."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from peft_baft.storage import load_with_header, save_with_header
 
 @dataclass
 class Progress:
-    """What a run has done so far, in one file that is replaced as a whole: a kill at any instant leaves the last state.
+    """What a run has done so far, in one file that is replaced atomically: a kill at any time leaves the
+    previous state.
 
     Attributes:
-        file: where it is kept; None keeps nothing.
+        file: where the progress is saved; None saves nothing.
         cases: entries of the rows of finished blocks.
-        outcomes: of the edits made in the block under way, as they stand in a result line.
-        replies: of the same block, the entries of rows that were asked already.
-        state: that of the editor after the last of these edits.
+        outcomes: outcomes of the edits in the unfinished block, as in a result line.
+        replies: entries of the rows of that block that were asked about already.
+        state: the editor's state after the last of these edits.
     """
 
     file: Path | None
@@ -32,7 +33,7 @@ class Progress:
 
     @classmethod
     def load(cls, file: Path | None) -> Progress:
-        """Read what a file keeps, or make a new beginning.
+        """Load a file, or start from scratch if there is none.
 
         Raises:
             ValueError: the file is damaged.
@@ -46,32 +47,30 @@ class Progress:
             reason = (
                 str(error) if isinstance(error, ValueError) else f"{file} is damaged ({error})."
             )
-            raise ValueError(
-                f"{reason} Delete it to measure this run from its beginning."
-            ) from None
+            raise ValueError(f"{reason} Delete it to start this run from scratch.") from None
 
     def restore(self, editor: Editor) -> None:
-        """Bring a fresh editor to where the block under way had come."""
+        """Restore a fresh editor to the last saved edit of the unfinished block."""
         if self.outcomes:
             editor.load_state_dict(self.state)
 
     def add_edit(
         self, editor: Editor, outcome: dict[str, Any], replies: list[dict[str, Any]]
     ) -> None:
-        """Keep one more edit."""
+        """Save one more edit."""
         self.outcomes.append(outcome)
         self.replies += replies
         self.state = editor.state_dict()
         self._write()
 
     def add_edits(self, editor: Editor, outcomes: list[dict[str, Any]]) -> None:
-        """Keep some more edits, of which nothing was asked yet."""
+        """Save several more edits, about which nothing was asked yet."""
         self.outcomes += outcomes
         self.state = editor.state_dict()
         self._write()
 
     def finish_block(self, cases: list[dict[str, Any]]) -> None:
-        """Keep a whole block; its editor's state is not needed any more."""
+        """Save a finished block and drop the editor's state, which is no longer needed."""
         self.cases += cases
         self.outcomes, self.replies, self.state = [], [], {}
         self._write()

@@ -1,4 +1,4 @@
-"""Result lines: one JSON object a run, which names everything that a reader needs to repeat it."""
+"""Result lines: one JSON object per run, with everything that is needed to repeat it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,19 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class RunHead:
-    """How a run is made, with everything that a reader needs to repeat it.
+    """How a run is made, with everything that is needed to repeat it.
 
     Attributes:
-        benchmark: its name. model: name, class, dtype, device, and hashes of the weights and of the tokenizer.
-        data: file, its hash, and rows, the last excluded.
-        protocol: how questions are asked. versions: of everything that can move a number.
-        method: as the user wrote it. settings: resolved. schedule: name, T, batch size, and when is asked. seed: of the run.
-        unrelated: file of the text that edits were trained beside, and its hash; None where nothing was edited.
+        benchmark: its name.
+        model: name, class, dtype, device, and hashes of the weights and of the tokenizer.
+        data: file, its hash, and the rows, the last excluded.
+        protocol: how questions are asked.
+        versions: of every package that can change a result.
+        method: as the user wrote it.
+        settings: the resolved settings of the method.
+        schedule: name, T, batch size, and when questions are asked.
+        seed: the seed of the run.
+        unrelated: the file of the unrelated training text and its hash; None where nothing is edited.
     """
 
     benchmark: str
@@ -44,7 +49,7 @@ class RunHead:
 
     @property
     def key(self) -> str:
-        """Hash the head: equal for two runs that should give the same."""
+        """Hash of the head; equal for runs that should give the same result."""
         head = {f.name: getattr(self, f.name) for f in fields(RunHead)}
         present = {name: value for name, value in head.items() if value is not None}
         return short_hash(json.dumps(present, sort_keys=True).encode())
@@ -52,11 +57,14 @@ class RunHead:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultLine(RunHead):
-    """One run: how it was made, and what came out. It is one line of a result file.
+    """How a run was made and what it measured; one line of a result file.
 
     Attributes:
-        command: that made it. scores: means by name. cases: what each row gave.
-        blocks: scores of each block of rows, where there are several. kept, gates: means of these metrics, if asked for.
+        command: the command that made the run.
+        scores: means by name.
+        cases: the results of each row.
+        blocks: scores of each block of rows, where there are several.
+        kept, gates: means of these metrics, if they were asked for.
     """
 
     command: str
@@ -67,9 +75,9 @@ class ResultLine(RunHead):
     gates: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Give the line as it stands in a file, without what is not there."""
+        """Return the line as it is written to a file, without absent fields."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        cases = values.pop("cases")  # they come last: they are long
+        cases = values.pop("cases")  # written last, because they are long
         return {
             "format": FORMAT,
             **{k: v for k, v in values.items() if v is not None},
@@ -78,10 +86,10 @@ class ResultLine(RunHead):
 
     @classmethod
     def from_json(cls, value: Any) -> ResultLine:
-        """Make a line from what stands in a file.
+        """Create a line from its JSON object.
 
         Raises:
-            ValueError: it is no result line of this format.
+            ValueError: it is not a result line of this format.
         """
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise ValueError(f'wanted a result line with "format": {FORMAT}, made by `baft bench`')
@@ -91,8 +99,8 @@ class ResultLine(RunHead):
             raise ValueError(f"its fields are not those of a result line ({error})") from None
 
 
-def described_model(name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Name a base model and its tokenizer by what they are, not only by what they are called."""
+def describe_model(name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Identify a base model and its tokenizer by content, in addition to the name."""
     return {
         "name": name,
         "class": type(model).__name__,
@@ -103,13 +111,13 @@ def described_model(name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def described_file(path: str | Path) -> dict[str, Any]:
-    """Name a data file by name and content."""
+def describe_file(path: str | Path) -> dict[str, Any]:
+    """Identify a data file by name and content."""
     return {"file": Path(path).name, "sha256": short_hash(Path(path).read_bytes())}
 
 
 def versions() -> dict[str, str]:
-    """Give the versions of everything that can move a number."""
+    """Return the version of every package that can change a result."""
     import peft_baft
 
     packages = {
@@ -122,7 +130,8 @@ def read_results(paths: Iterable[str | Path]) -> list[ResultLine]:
     """Read the lines of result files.
 
     Raises:
-        ValueError: a line is not a result of this format; the message begins with the file and the number of the line.
+        ValueError: a line is not a result of this format; the message begins with the file and the line
+            number.
         FileNotFoundError: there is no such file.
     """
     lines: list[ResultLine] = []
@@ -137,13 +146,13 @@ def read_results(paths: Iterable[str | Path]) -> list[ResultLine]:
     return lines
 
 
-def lines_made_already(path: Path, wanted: Sequence[str]) -> dict[str, ResultLine]:
-    """Find the lines of a file, which may not be there yet, whose keys are among `wanted`; of equal ones the last."""
+def find_finished(path: Path, wanted: Sequence[str]) -> dict[str, ResultLine]:
+    """Find the lines of a file with the keys `wanted`, the last one for each key; empty if the file does not exist."""
     if not path.exists():
         return {}
     return {line.key: line for line in read_results([path]) if line.key in wanted}
 
 
-def in_order(parts: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Put the entries of all processes in the order of their rows."""
+def sort_by_row(parts: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Merge the entries of all processes, sorted by row."""
     return sorted((entry for part in parts for entry in part), key=lambda entry: entry["row"])

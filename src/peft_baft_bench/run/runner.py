@@ -1,4 +1,4 @@
-"""Make one run: one method over the rows of a benchmark, by one schedule."""
+"""Run one editing method over the rows of a benchmark with one schedule."""
 
 from __future__ import annotations
 
@@ -25,37 +25,42 @@ from peft_baft.running import input_device
 from peft_baft_bench.methods.method import EditorSetup
 from peft_baft_bench.methods.methods import Method
 from peft_baft_bench.metrics.metrics import Metric
-from peft_baft_bench.questions.asking import Question, Unedited, ask, judged
+from peft_baft_bench.questions.asking import Question, UneditedReplies, ask, judge
 from peft_baft_bench.questions.probing import Probing
-from peft_baft_bench.run.peak_memory import begin_peak, peak
+from peft_baft_bench.run.peak_memory import peak_bytes, reset_peak
 from peft_baft_bench.run.progress import Progress
-from peft_baft_bench.run.results import in_order
+from peft_baft_bench.run.results import sort_by_row
 from peft_baft_bench.run.schedule import Schedule
 
-ASKED_TOGETHER = (
-    8  # rows of a model that is not edited here, between two updates of the progress bar
-)
-TOGETHER = 64  # independent edits that are made at once, and kept at once
+ROWS_PER_UPDATE = 8  # how often the progress bar moves where nothing is edited
+EDITS_PER_GROUP = 64  # independent edits that are made and saved together
 SPLITS = ("blocks", "facts")
 Routed = Callable[[Sequence[Any]], list[int | None]]
-SEED_STRIDE = 100_003  # the seed of a block is its first row, plus this times the run's seed
+SEED_STRIDE = 100_003  # the seed of a block is its first row plus SEED_STRIDE times the run's seed
 
 
 @dataclass(frozen=True)
 class Runner:
-    """The rows of a benchmark and the model that is edited and asked.
+    """Edits a model with a method, row by row of a benchmark, and asks the benchmark's questions.
 
     Args:
-        base: the model without any edit. cases: all rows of the benchmark. first, last: the rows judged, last excluded.
-        unrelated: text to train beside; row i takes number i, from the beginning again at its end.
-        template: the form in which facts are taught, and everything is asked.
-        also: further metrics, whose values go beside a row's replies.
-        tick: called with the number of rows that are through, for a progress bar.
-        parallel: how many single edits share each forward, where the method can.
-        processes: those that share the work; each gets all results.
-        split: what of a run that edits is split over them: its `blocks`, or the `facts` of each batch.
-        probing: which questions are asked; None asks those of the data alone.
-        after_block: given the edited model and its tokenizer after the last edit of a block, further values by name.
+        base: the unedited model.
+        tokenizer: the model's tokenizer.
+        cases: all rows of the benchmark.
+        first, last: the range of rows to evaluate; `last` is excluded.
+        unrelated: texts to train alongside the edits; row i uses text i, modulo their number.
+        template: the prompt format used for teaching and for all questions.
+        also: further metrics, stored next to a row's replies.
+        tick: called with the number of rows just completed, for a progress bar.
+        parallel: how many single edits share each forward, where the method supports it.
+        processes: the processes that share the work; each of them returns all results.
+        split: how an editing run is distributed over the processes: by `blocks`, or by the `facts` of each
+            batch.
+        probing: which questions are asked; None asks only those of the data.
+        after_block: called with the edited model and its tokenizer after the last edit of a block; returns
+            further values by name.
+        unedited: replies of the unedited model, shared by all runs.
+        prepared: what editors of the base model share.
     """
 
     base: Any
@@ -72,66 +77,68 @@ class Runner:
     split: str = SPLITS[0]
     probing: Probing | None = None
     after_block: Callable[[Any, Any], dict[str, float]] | None = None
-    unedited: Unedited = field(init=False)
+    unedited: UneditedReplies = field(init=False)
     prepared: EditCache = field(init=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.first < self.last <= len(self.cases):
             raise ValueError(
-                f"The rows must lie in 0:{len(self.cases)}, which the data holds, not be {self.first}:{self.last}."
+                f"The rows {self.first}:{self.last} must lie within 0:{len(self.cases)}, the rows of the data."
             )
         if self._probing.template != self.template:
             raise ValueError(
-                f"The runner asks in the form {self.template.name}, but its probing is for {self._probing.template.name}."
+                f"The runner uses the template {self.template.name}, but its probing uses {self._probing.template.name}."
             )
-        unedited = Unedited(self.tokenizer, self.template, self._probing.statement_tokens)
+        unedited = UneditedReplies(self.tokenizer, self.template, self._probing.statement_tokens)
         object.__setattr__(self, "unedited", unedited)
         object.__setattr__(self, "prepared", EditCache())
-        _require_apart(self.unrelated, self._questions(range(self.first, self.last)))
+        _require_disjoint(self.unrelated, self._questions(range(self.first, self.last)))
 
     # ------------------------------------------------------------------------------------------- runs that edit
 
-    def edited(
+    def edit_and_ask(
         self, method: Method, schedule: Schedule, seed: int, progress: Progress
     ) -> list[dict[str, Any]]:
-        """Edit block after block, each with a fresh editor, and ask.
+        """Edit block after block, each with a fresh editor, and ask the questions.
 
-        A run goes on where `progress` stopped; the result is then that of a run that was never interrupted.
+        A run resumes from `progress`; the result equals that of an uninterrupted run.
 
         Returns:
-            One entry a row: row, block, steps, seconds, learned, probes.
+            One entry per row with the keys row, block, steps, seconds, learned and probes.
         """
         if self.split == "facts":
             return self._edit_blocks(method, schedule, seed, progress)
-        return in_order(
+        return sort_by_row(
             self.processes.all_gather(lambda: self._edit_blocks(method, schedule, seed, progress))
         )
 
-    def share(self, schedule: Schedule) -> list[range]:
-        """List the blocks in which this process takes part."""
+    def own_blocks(self, schedule: Schedule) -> list[range]:
+        """List the blocks that this process works on."""
         blocks = schedule.blocks(self.first, self.last)
         return blocks if self.split == "facts" else self.processes.shard(blocks)
 
-    def amount(self, schedule: Schedule | None) -> int:
-        """Count the rows that this process goes through, by a schedule or to ask alone."""
+    def count_rows(self, schedule: Schedule | None) -> int:
+        """Count the rows that this process handles with a schedule, or without one when it only asks."""
         if schedule is None:
             return len(self.processes.shard(range(self.first, self.last)))
-        return schedule.block * len(self.share(schedule))
+        return schedule.block_size * len(self.own_blocks(schedule))
 
     def _edit_blocks(
         self, method: Method, schedule: Schedule, seed: int, progress: Progress
     ) -> list[dict[str, Any]]:
-        """Go through this process's blocks: side by side where single edits can be, then one after another."""
+        """Process this process's blocks: single edits in shared forwards where possible, the rest one after another."""
         blocks = self._unfinished(schedule, progress)
-        finished_blocks = len(self.share(schedule)) - len(blocks)
-        self.tick(finished_blocks * schedule.block + len(progress.outcomes) * schedule.batch_size)
+        finished_blocks = len(self.own_blocks(schedule)) - len(blocks)
+        self.tick(
+            finished_blocks * schedule.block_size + len(progress.outcomes) * schedule.batch_size
+        )
         questions: list[Question] = []
         for block in blocks:
             questions += self._questions(self._asked_here(block))
-        # Locality compares with the unedited model, which is asked while there is no edit on it.
+        # Locality is relative to the unedited model, so ask it before the first edit.
         self.unedited.ask(self.base, questions)
         side_by_side = method.settings.side_by_side and self.after_block is None
-        if schedule.block == 1 and self.parallel > 1 and side_by_side:
+        if schedule.block_size == 1 and self.parallel > 1 and side_by_side:
             self._edit_singles(method, [block.start for block in blocks], seed, progress)
         for block in self._unfinished(schedule, progress):
             self.processes.raise_if_peer_failed()
@@ -149,7 +156,7 @@ class Runner:
         return progress.cases
 
     def _start(self, method: Method, rows: Sequence[int], seed: int) -> Editor:
-        """Make the editor of some rows, with the unrelated text of each."""
+        """Create the editor for some rows, with the unrelated text of each row."""
         texts = (
             [self.unrelated[row % len(self.unrelated)] for row in rows] if self.unrelated else ()
         )
@@ -159,9 +166,9 @@ class Runner:
     def _edit_singles(
         self, method: Method, rows: Sequence[int], seed: int, progress: Progress
     ) -> None:
-        """Edit rows side by side, up to the first group in which one diverged: it must not take the others with it."""
+        """Make single edits in shared forwards, up to the first group in which one diverged."""
         for start in range(0, len(rows), self.parallel):
-            # A failure elsewhere ends this process too, and not only when its own share is done.
+            # If another process has failed, stop now instead of after finishing this share.
             self.processes.raise_if_peer_failed()
             entries = self._edit_side_by_side(method, rows[start : start + self.parallel], seed)
             if entries is None:
@@ -171,11 +178,13 @@ class Runner:
     def _edit_side_by_side(
         self, method: Method, rows: Sequence[int], seed: int
     ) -> list[dict[str, Any]] | None:
-        """Make single edits, each with the fresh adapter that it would have alone, and ask each; None if one diverged."""
+        """Make independent single edits in shared forwards, each in its own fresh adapter, and ask about
+        each; None if one diverged.
+        """
         editor = self._start(method, rows, seed)
         if not isinstance(editor, SideBySideEditor):
             raise TypeError(
-                f"{method.name}: its settings promise edits side by side, but its editor has none."
+                f"{method.name}: its settings have side_by_side=True, but its editor is not a SideBySideEditor."
             )
         names = {row: f"row{row}" for row in rows}
         edits = {names[row]: self.cases[row].edit for row in rows}
@@ -195,7 +204,7 @@ class Runner:
     def _run_block(
         self, editor: Editor, block: range, schedule: Schedule, progress: Progress
     ) -> list[dict[str, Any]]:
-        """Make the block's remaining edits and ask, after each batch or after all of them."""
+        """Make the remaining edits of a block and ask the questions, after each batch or after all of them."""
         batches = [
             block[i : i + schedule.batch_size] for i in range(0, len(block), schedule.batch_size)
         ]
@@ -213,7 +222,7 @@ class Runner:
             if schedule.edits > 1:
                 progress.add_edit(editor, outcome, replies)
             else:
-                progress.outcomes.append(outcome)  # the block is asked at once, and kept whole
+                progress.outcomes.append(outcome)  # saved with the whole block
                 progress.replies += replies
             self.tick(len(batch))
         entries = (
@@ -229,40 +238,42 @@ class Runner:
     def _edit_together(
         self, editor: IndependentEditor, batches: Sequence[Sequence[int]], progress: Progress
     ) -> None:
-        """Make a block's remaining edits, which do not depend on each other, some at a time; none where one diverges."""
+        """Make the remaining edits of a block in groups, since they are independent; stop at a group in which
+        one diverges.
+        """
         while len(progress.outcomes) < len(batches):
             done = len(progress.outcomes)
-            rows = [row for batch in batches[done : done + TOGETHER] for row in batch]
+            rows = [row for batch in batches[done : done + EDITS_PER_GROUP] for row in batch]
             outcomes = _edit_independently(editor, [self.cases[row] for row in rows])
             if outcomes is None:
-                return  # one by one, then: it must not take the others with it
+                return  # the caller makes them one by one, so that only the diverging edit fails
             progress.add_edits(editor, outcomes)
             self.tick(len(rows))
 
     def _unfinished(self, schedule: Schedule, progress: Progress) -> list[range]:
         """List the blocks that this process has not finished."""
         finished_rows = {case["row"] for case in progress.cases}
-        return [block for block in self.share(schedule) if block.start not in finished_rows]
+        return [block for block in self.own_blocks(schedule) if block.start not in finished_rows]
 
     def _numbered(
         self, entries: Sequence[dict[str, Any]], schedule: Schedule
     ) -> list[dict[str, Any]]:
-        """Give entries the numbers of their blocks."""
+        """Add the block number to each entry."""
         numbered = []
         for entry in entries:
-            block = (entry["row"] - self.first) // schedule.block
+            block = (entry["row"] - self.first) // schedule.block_size
             numbered.append({"row": entry["row"], "block": block, **entry})
         return numbered
 
     # ------------------------------------------------------------------------------------------- asking
 
-    def asked(
+    def ask_model(
         self, model: Any, without: Callable[[], AbstractContextManager[Any]] = nullcontext
     ) -> list[dict[str, Any]]:
-        """Ask a model that is not edited here: the unedited one, or someone's adapter.
+        """Ask a model that this run does not edit: the unedited model, or an existing adapter.
 
         Args:
-            without: a context in which `model` is the unedited one, such as `disable_adapter`.
+            without: returns a context in which `model` is unedited, such as `disable_adapter`.
         """
         rows = self.processes.shard(range(self.first, self.last))
 
@@ -270,21 +281,21 @@ class Runner:
             with without():
                 self.unedited.ask(model, self._questions(rows))
             entries: list[dict[str, Any]] = []
-            for start in range(0, len(rows), ASKED_TOGETHER):
+            for start in range(0, len(rows), ROWS_PER_UPDATE):
                 self.processes.raise_if_peer_failed()
-                entries += self._ask(model, rows[start : start + ASKED_TOGETHER])
+                entries += self._ask(model, rows[start : start + ROWS_PER_UPDATE])
                 self.tick(len(entries) - start)
             return entries
 
-        return in_order(self.processes.all_gather(ask_rows))
+        return sort_by_row(self.processes.all_gather(ask_rows))
 
     @property
     def _sharing(self) -> Processes:
-        """The processes that have one editor, and share the facts of a batch and what is asked about it."""
+        """The processes that share one editor: they divide the facts of a batch and the questions about it."""
         return self.processes if self.split == "facts" else Processes()
 
     def _asked_here(self, rows: Sequence[int]) -> list[int]:
-        """List those rows of a block that this process asks."""
+        """List the rows of a block that this process asks about."""
         return [row for row in rows if row % self._sharing.world_size == self._sharing.rank]
 
     def _ask_here(
@@ -293,7 +304,7 @@ class Runner:
         def ask_rows() -> list[dict[str, Any]]:
             return self._ask(model, self._asked_here(rows), edited=edited, routed=routed)
 
-        return in_order(self._sharing.all_gather(ask_rows))
+        return sort_by_row(self._sharing.all_gather(ask_rows))
 
     def _ask(
         self,
@@ -304,11 +315,13 @@ class Runner:
         edited: Sequence[int] = (),
         routed: Routed | None = None,
     ) -> list[dict[str, Any]]:
-        """Ask the questions of some rows, and compute the further metrics.
+        """Ask the questions about some rows and compute the further metrics.
 
         Args:
-            editor, adapter_names: of edits side by side, the editor and which adapter answers for which row.
-            edited: the rows that the model was edited by together, in turn. routed: tells which edit answers a prompt.
+            editor, adapter_names: for edits in parallel adapters, the editor and the adapter that answers for
+                each row.
+            edited: the rows that the model was edited with, in order.
+            routed: returns the number of the edit that answers each prompt.
         """
         questions = self._questions(rows, edited)
         names = adapter_names or {}
@@ -330,12 +343,12 @@ class Runner:
         )
         probes: dict[int, list[dict[str, Any]]] = {row: [] for row in rows}
         for question, reply in zip(questions, replies, strict=True):
-            probes[question.row].append(judged(question, reply, self.unedited.reply(question)))
+            probes[question.row].append(judge(question, reply, self.unedited.reply(question)))
         if routed is not None:
             answered_by = routed([question.prompt for question in questions])
             _mark_routes(probes, questions, answered_by, edited)
         entries: list[dict[str, Any]] = [
-            {"row": row, "probes": of_row} for row, of_row in probes.items()
+            {"row": row, "probes": probes_of_row} for row, probes_of_row in probes.items()
         ]
         for entry in entries:
             if self.also and editor is not None:
@@ -353,59 +366,60 @@ class Runner:
 
 
 def stored_bytes(editor: Editor) -> int:
-    """Count the bytes that an editor's edits so far take when they are kept: its state without cursors."""
+    """Count the bytes needed to store an editor's edits: its state without cursors."""
     state = editor.state_dict()
     return sum(tensor.nbytes for name, tensor in state.items() if not name.startswith(CURSOR))
 
 
 def _edit(editor: Editor, cases: Sequence[Case]) -> dict[str, Any]:
-    """Make one edit; one that had to be given up is an edit that was not learned, and says why.
+    """Make one edit and return its outcome; if a loss diverged, the edit counts as not learned and the
+    outcome holds the reason.
 
-    Its seconds are those of the whole call, shared among the facts of a batch: what a method computes once for all edits of a
-    model counts to the first.
+    The seconds are those of the whole call, divided by the number of facts in the batch. What a method
+    computes once for all edits of a model is therefore charged to the first edit.
     """
     device = input_device(editor.model)
-    begin_peak(device)
+    reset_peak(device)
     begin = time.perf_counter()
     try:
         result = editor.edit([case.edit for case in cases])
     except FloatingPointError as error:
         return {"steps": None, "seconds": None, "learned": False, "failed": str(error)}
     seconds = (time.perf_counter() - begin) / len(cases)
-    held = peak(device)
-    return _outcome(replace(result, seconds=seconds)) | ({"peak_bytes": held} if held else {})
+    peak = peak_bytes(device)
+    return _outcome(replace(result, seconds=seconds)) | ({"peak_bytes": peak} if peak else {})
 
 
 def _edit_independently(
     editor: IndependentEditor, cases: Sequence[Case]
 ) -> list[dict[str, Any]] | None:
-    """Make independent edits at once; None if one could not be made."""
+    """Make independent edits together; None if one of them could not be made."""
     device = input_device(editor.model)
-    begin_peak(device)
+    reset_peak(device)
     begin = time.perf_counter()
     try:
         results = editor.edit_independently([case.edit for case in cases])
     except (FloatingPointError, ValueError):
         return None
     seconds = (time.perf_counter() - begin) / len(cases)
-    held = peak(device)
-    memory = {"peak_bytes": held} if held else {}
+    peak = peak_bytes(device)
+    memory = {"peak_bytes": peak} if peak else {}
     return [_outcome(replace(result, seconds=seconds)) | memory for result in results]
 
 
 def _outcome(result: EditResult) -> dict[str, Any]:
-    """Give a result as it stands in a result line."""
+    """Convert a result to the fields of a result line."""
     return {"steps": result.steps, "seconds": result.seconds, "learned": result.learned}
 
 
-def _require_apart(unrelated: Sequence[Unrelated], questions: Sequence[Question]) -> None:
-    """Raise a ValueError if text that is trained on is asked as well."""
+def _require_disjoint(unrelated: Sequence[Unrelated], questions: Sequence[Question]) -> None:
+    """Raise a ValueError if a training text is also a question of the benchmark."""
     trained = {text.prompt for text in unrelated}
     for question in questions:
         if question.kind != "reliability" and question.prompt in trained:
             raise ValueError(
-                f"The unrelated text holds {question.prompt!r:.80}, which the benchmark asks; "
-                "take other unrelated text."
+                f"The unrelated text contains {question.prompt!r:.80}, which the benchmark asks; "
+                "use other unrelated text."
             )
 
 
@@ -415,14 +429,20 @@ def _mark_routes(
     answered_by: Sequence[int | None],
     edited: Sequence[int],
 ) -> None:
-    """Note in the probe of each question whether the row's own edit answers it, another one, or none.
+    """Record for each question whether the row's own edit answers it, another edit, or none.
 
     Args:
-        probes: of each row, in the order of its questions. answered_by: the number of each question's edit, from 1, in the order
-            of the rows in `edited`.
+        probes: the probes of each row, in the order of its questions.
+        answered_by: for each question, the number of the edit that answers it, counted from 1 in the order of
+            `edited`; None for no edit.
     """
-    places = {row: number for number, row in enumerate(edited, start=1)}
-    following = {row: iter(of_row) for row, of_row in probes.items()}
+    numbers = {row: number for number, row in enumerate(edited, start=1)}
+    remaining = {row: iter(probes_of_row) for row, probes_of_row in probes.items()}
     for question, number in zip(questions, answered_by, strict=True):
-        of_edit = "own" if number == places[question.row] else "other"
-        next(following[question.row])["route"] = "none" if number is None else of_edit
+        next(remaining[question.row])["route"] = _route(number, numbers[question.row])
+
+
+def _route(answered_by: int | None, own: int) -> str:
+    if answered_by is None:
+        return "none"
+    return "own" if answered_by == own else "other"

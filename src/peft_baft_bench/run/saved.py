@@ -1,4 +1,4 @@
-"""Edits of any method in one safetensors file: codebooks, masks, LoRAs and deltas, with what their editor was started with."""
+"""Save the edits of any method in one safetensors file, with the settings of their editor in its header."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft_baft.editing.presets import find_preset
 from peft_baft.loading import fingerprint
 from peft_baft.storage import load_with_header, save_with_header
 from peft_baft_bench.methods.method import EditorSetup
-from peft_baft_bench.methods.methods import method
+from peft_baft_bench.methods.methods import parse_method
 
 FORMAT = 1
 
@@ -19,54 +19,57 @@ FORMAT = 1
 def save_edits(
     file: str | Path, editor: Editor, variant: str, *, preset: str = "plain", seed: int = 0
 ) -> None:
-    """Write the edits of an editor into a file.
+    """Save the edits of an editor to a file.
 
     Args:
-        variant, preset, seed: the method as `baft bench --method` takes it, and what the editor was started with besides.
+        variant: the method with its settings, as `baft bench --method` takes it.
+        preset, seed: the preset and the seed that the editor was started with.
 
     Raises:
         ValueError: there is no such method or preset.
     """
-    method(variant, find_preset(preset))  # raises for an unknown one before anything is written
+    # Raise for an unknown method before anything is written.
+    parse_method(variant, find_preset(preset))
     header: dict[str, Any] = {"format": FORMAT, "method": variant, "preset": preset, "seed": seed}
-    header["model"] = _known_by(editor.model)
+    header["model"] = _embedding_fingerprint(editor.model)
     save_with_header(Path(file), editor.state_dict(), header)
 
 
 def load_edits(
     file: str | Path, base: Any, tokenizer: Any, setup: EditorSetup | None = None
 ) -> Editor:
-    """Put the edits of a file on the unedited base model that they were made on.
+    """Apply the edits of a file to the unedited base model that they were made on.
 
     Args:
-        setup: what further edits need, such as unrelated text; its seed is the saved one.
+        setup: what further edits need, such as unrelated text; its seed is replaced by the saved one.
 
     Raises:
-        ValueError: the file is damaged, of another format, or does not fit the model. FileNotFoundError: it is not there.
+        ValueError: the file is damaged, has another format, or does not fit the model.
+        FileNotFoundError: there is no such file.
     """
     state, header = load_with_header(Path(file))
     if header.get("format") != FORMAT:
         raise ValueError(
-            f"{file} is no file of edits of format {FORMAT}, which `save_edits` of this version writes."
+            f"{file} is not a file of edits of format {FORMAT}, which this version's `save_edits` writes."
         )
-    if header["model"] != _known_by(base):
+    if header["model"] != _embedding_fingerprint(base):
         raise ValueError(
-            f"{file} holds edits of {header['method']} on another model: its embeddings are {header['model']}, those of this "
-            f"one {_known_by(base)}. Load the model that was edited."
+            f"{file} contains edits of {header['method']} on another model: its embeddings are {header['model']}, those of this "
+            f"model are {_embedding_fingerprint(base)}. Load the model that was edited."
         )
     setup = replace(setup or EditorSetup(), seed=header["seed"])
-    settings = method(header["method"], find_preset(header["preset"])).settings
+    settings = parse_method(header["method"], find_preset(header["preset"])).settings
     editor = settings.start(base, tokenizer, setup)
     try:
         editor.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
         editor.remove()
         raise ValueError(
-            f"{file} holds no edits of {header['method']} as it is set here: {error}"
+            f"{file} does not contain edits of {header['method']} with its current settings: {error}"
         ) from error
     return editor
 
 
-def _known_by(model: Any) -> str:
+def _embedding_fingerprint(model: Any) -> str:
     """Identify a model by its embeddings, which no method changes."""
     return fingerprint(model.get_input_embeddings())

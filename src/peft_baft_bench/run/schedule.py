@@ -1,4 +1,4 @@
-"""When is edited, and when asked: single, continual and batched editing are one thing with three numbers."""
+"""When edits are made and when questions are asked: single, continual and batched editing in one schedule."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ WHEN = ("after_all", "immediate")
 
 @dataclass(frozen=True)
 class Schedule:
-    """Blocks of consecutive rows, each edited by an editor of its own.
+    """Blocks of consecutive rows, each edited by its own editor.
 
     Args:
-        edits: T, how many edits one editor makes in turn, or how many batches.
-        batch_size: how many facts are learned at once.
-        when: `after_all` asks everything after the last edit of a block, which is what a user of the edited model sees and what
-            the paper's tables give; `immediate` asks each fact right behind its own edit, which is kinder to an editor
-            that forgets.
+        edits: T, the number of edits, or of batches, that one editor makes in turn.
+        batch_size: how many facts are learned together.
+        when: `after_all` asks all questions after the last edit of a block; this is what a user of the edited
+            model sees, and what the paper's tables report. `immediate` asks about each fact right after its
+            edit, which favours editors that forget.
 
     Raises:
-        TypeError, ValueError: a value is out of its range.
+        TypeError, ValueError: a value is out of range.
     """
 
     edits: int = 1
@@ -39,34 +39,34 @@ class Schedule:
 
     @property
     def name(self) -> str:
-        """The field's word for it."""
+        """The usual name of the setting: single, continual or batched."""
         if self.batch_size > 1:
             return "batched"
         return "continual" if self.edits > 1 else "single"
 
     @property
-    def block(self) -> int:
-        """Rows of one block."""
+    def block_size(self) -> int:
+        """The number of rows in a block."""
         return self.edits * self.batch_size
 
     def blocks(self, first: int, last: int) -> list[range]:
-        """Cut the rows first…last-1 into whole blocks; rows of an unfinished last block are left out.
+        """Split the rows first…last-1 into whole blocks; rows of an incomplete last block are dropped.
 
         Raises:
             ValueError: there are not enough rows for one block.
         """
-        if last - first < self.block:
+        if last - first < self.block_size:
             raise ValueError(
-                f"{self.edits} edits of {self.batch_size} rows need {self.block} rows, but rows {first}:{last} are "
-                f"{last - first}. Take more rows or fewer edits."
+                f"{self.edits} edits of {self.batch_size} rows need {self.block_size} rows, but rows {first}:{last} are "
+                f"{last - first}. Use more rows or fewer edits."
             )
         return [
-            range(start, start + self.block)
-            for start in range(first, last - self.block + 1, self.block)
+            range(start, start + self.block_size)
+            for start in range(first, last - self.block_size + 1, self.block_size)
         ]
 
-    def described(self) -> dict[str, Any]:
-        """Give the schedule as it stands in a result line."""
+    def describe(self) -> dict[str, Any]:
+        """Return the schedule as it is written to a result line."""
         return {
             "name": self.name,
             "edits": self.edits,

@@ -1,14 +1,15 @@
-"""Read the files of published benchmarks: one reader a format, which `peft_baft_bench/tasks/tasks.py` gives names.
+"""Readers for the files of published benchmarks, one per format; `peft_baft_bench/tasks/tasks.py` assigns
+them to names.
 
-Every reader drops white space around texts. EasyEdit does not: it keeps the leading space of the target in 15 rows of
-its ZsRE file, and so scores them with two spaces. Fields that a reader does not need are passed over, and an edit may
+Every reader strips texts. EasyEdit does not: it keeps the leading space of the target in 15 rows of its ZsRE
+file, and so scores them with two spaces. Fields that a reader does not need are ignored, and an edit may
 repeat, as some do in KnowEdit.
 
-Every reader gives one case for each record, in the file's order, and raises
+Every reader returns one case per record, in the file's order, and raises
 
     FileNotFoundError: there is no such file.
-    ValueError: a record cannot be used; the message begins with its place, `FILE: record N`, from 1, or `FILE:line` in a
-        .jsonl.
+    ValueError: a record is invalid; the message begins with its place, `FILE: record N`, counted from 1, or
+        `FILE:line` for a .jsonl file.
 """
 
 from __future__ import annotations
@@ -43,11 +44,12 @@ CONVSENT_PROMPT = "From the sentiment dataset, answer {} {}."
 
 @dataclass(frozen=True, kw_only=True)
 class ConvSentCase(Case):
-    """A record of ConvSent: the edit, and what its ES measure compares.
+    """A record of ConvSent: the edit, and what its ES metric compares.
 
     Args:
-        question: asks for an opinion of the topic. wanted: `positive` or `negative`, the side that the edit takes.
-        positive, negative: all answers of each side.
+        question: asks for an opinion of the topic.
+        wanted: the opinion that the edit teaches, `positive` or `negative`.
+        positive, negative: all answers with each opinion.
     """
 
     question: str
@@ -67,32 +69,34 @@ class PiqaItem:
 
 
 def read_zsre(path: Path) -> list[Case]:
-    """Read ZsRE as the continual protocol has it: `src`, `alt`, `rephrase`, `loc`, `loc_ans` and `portability`."""
+    """Read ZsRE in the format of the continual protocol: `src`, `alt`, `rephrase`, `loc`, `loc_ans` and `portability`."""
     return _cases(path, zsre_case)
 
 
 def read_knowedit(path: Path, prompt: str = "prompt", target: str = "target_new") -> list[Case]:
-    """Read a file in the shape that all of KnowEdit but ConvSent has.
+    """Read a file in the format of KnowEdit (all of its parts except ConvSent).
 
-    `portability` and `locality` hold lists of questions under their topics; either may be absent, null or empty. A
-    rephrasing, which EasyEdit leaves out, is a generality probe here. `ground_truth`, beside the edit, is the old answer.
+    `portability` and `locality` contain lists of questions by topic; either may be absent, null or empty. A
+    rephrasing, which EasyEdit ignores, becomes a generality probe. `ground_truth` next to the edit is the old
+    answer.
 
     Args:
-        prompt, target: the names of the fields that hold the edit.
+        prompt, target: the names of the fields that contain the edit.
     """
     return _cases(path, partial(_knowedit_case, prompt, target))
 
 
 def read_counterfact(path: Path) -> list[Case]:
-    """Read CounterFact, as ROME published it, or flat as EasyEdit has it."""
+    """Read CounterFact, either as published with ROME or in EasyEdit's flat format."""
     return _cases(path, _counterfact_case)
 
 
 def read_convsent(path: Path) -> list[Case]:
-    """Read ConvSent's topics as `ConvSentCase`s; an edit teaches the first opinion of one side.
+    """Read ConvSent's topics as `ConvSentCase`s; an edit teaches the first answer of one opinion.
 
-    EasyEdit draws at random which side is taught and which of 13 questions is asked. Here the row i, from 0, decides:
-    even rows become positive, odd ones negative, by question i modulo 13. Prompt and misspelling are EasyEdit's.
+    EasyEdit draws at random which opinion is taught and which of 13 questions is asked. Here row i, counted
+    from 0, decides: even rows become positive, odd ones negative, with question i modulo 13. The prompt and
+    its misspelling are EasyEdit's.
     """
     placed_records = enumerate(records(Path(path)))
     return [
@@ -102,24 +106,24 @@ def read_convsent(path: Path) -> list[Case]:
 
 
 def read_piqa(path: str | Path) -> list[PiqaItem]:
-    """Read the items of PIQA: `name.jsonl`, and beside it `name-labels.lst` with a 0 or 1 for each.
+    """Read the items of PIQA: `name.jsonl`, and next to it `name-labels.lst` with a 0 or 1 for each item.
 
     Raises:
-        ValueError: a label is unusable, or there are not as many as records.
-        FileNotFoundError: one of the two files is not there.
+        ValueError: a label is invalid, or the number of labels and records differs.
+        FileNotFoundError: one of the two files is missing.
     """
     path = Path(path)
     labels_file = path.with_name(f"{path.stem}-labels.lst")
     placed_records = records(path)
     if not labels_file.exists():
         raise FileNotFoundError(
-            f"There is no file {labels_file}; the labels of {path} belong into it, a 0 or 1 a line."
+            f"There is no file {labels_file}; it must contain the labels of {path}, a 0 or 1 per line."
         )
     labels = read_text(labels_file).rstrip().split("\n")
     for line, label in enumerate(labels, start=1):
         if label.strip() not in ("0", "1"):
             raise ValueError(
-                f"{labels_file}:{line}: wanted the label 0 or 1, not {abbreviated(label)}."
+                f"{labels_file}:{line}: expected the label 0 or 1, not {abbreviated(label)}."
             )
     if len(labels) != len(placed_records):
         raise ValueError(
@@ -170,7 +174,9 @@ def _probe(kind: str, topic: str, item: Any) -> Probe | None:
 
 
 def _answer(record: dict[str, Any], name: str) -> str:
-    """Read the first alias of the first answer, the only one that counts; empty if there is none. A whole number is text."""
+    """Read the first alias of the first answer, the only one that counts; empty if there is none. A whole
+    number counts as text.
+    """
     value = field(record, name)
     while isinstance(value, list):
         value = value[0] if value else None
@@ -184,7 +190,7 @@ def _answer(record: dict[str, Any], name: str) -> str:
 
 
 def _counterfact_case(record: Any) -> Case:
-    """Read a record of CounterFact, as ROME published it, or flat as EasyEdit has it."""
+    """Read a record of CounterFact, either as published with ROME or in EasyEdit's flat format."""
     require_object(record, "a record")
     if "requested_rewrite" not in record:
         edit = with_subject(Edit(text(record, "prompt"), text(record, "target_new")), record)
@@ -197,7 +203,7 @@ def _counterfact_case(record: Any) -> Case:
         prompt, subject = text(rewrite, "prompt"), text(rewrite, "subject")
         if "{}" not in prompt:
             raise ValueError(
-                f"the field 'prompt' must hold {{}} where the subject stands, not {abbreviated(prompt)}"
+                f"the field 'prompt' must contain {{}} in place of the subject, not {abbreviated(prompt)}"
             )
         edit = Edit(prompt.replace("{}", subject), _worded(rewrite, "target_new"), subject)
         rephrased, nearby = (
@@ -213,7 +219,7 @@ def _counterfact_case(record: Any) -> Case:
 
 
 def _worded(rewrite: dict[str, Any], name: str) -> str:
-    """Read the text of a target, beside which ROME has its Wikidata id."""
+    """Read the text of a target; ROME's format also has its Wikidata id."""
     target = field(rewrite, name)
     require_object(target, name)
     return text(target, "str")
@@ -226,7 +232,7 @@ def _convsent_case(row: int, record: Any) -> ConvSentCase:
     positive, negative = (tuple(texts(record, side)) for side in ("pos", "neg"))
     if not positive or not negative:
         raise ValueError(
-            f"the field {'neg' if positive else 'pos'!r} must hold at least one answer"
+            f"the field {'neg' if positive else 'pos'!r} must contain at least one answer"
         )
     if row % 2 == 0:
         wanted, adverb, answers = "positive", "postively", positive  # the data set's spelling

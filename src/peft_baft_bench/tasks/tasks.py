@@ -1,6 +1,6 @@
-"""The benchmarks by name: how each file is read, where the Hub has it, how it is judged.
+"""The benchmarks by name: how each file is read, where to find it on the Hub, and how it is scored.
 
-A new benchmark is one entry of `TASKS`; its name stands nowhere else. One in the shape of KnowEdit needs no reader of its own:
+A new benchmark is one entry of `TASKS`. A file in the format of KnowEdit does not need its own reader:
 
     TASKS["mine"] = Task(read_knowedit, ("reliability", "portability", "locality"), "two-hop questions about my facts")
 """
@@ -36,15 +36,16 @@ class Task:
     """A benchmark.
 
     Args:
-        read: turns its file into cases, one for each row (`tasks/formats.py` has readers); where `ask` is given, into whatever
-            that function asks.
+        read: reads its file and returns one case per row (see the readers in `tasks/formats.py`); if `ask` is
+            given, one item of the kind that `ask` takes.
         averaged: the scores whose mean is the paper's `Avg` column.
         description: what is asked, in one line.
-        hub_file: the file to take by default, in the Hub's data set zjunlp/KnowEdit; None where that has none.
-        unrelated: what is trained beside by default: `general`, or `none` as in the paper's single editing (Table 1).
-        canaries: ask general questions too, for data that brings no locality probes of its own choice.
-        ask: for a benchmark that edits nothing and asks a model as it is, the function that asks some rows, as `piqa_cases`
-            does; None for facts to be edited.
+        hub_file: the default file in the Hub's data set zjunlp/KnowEdit; None if it has none.
+        unrelated: the default text to train alongside: `general`, or `none` as in the paper's single editing
+            (Table 1).
+        canaries: also ask general questions, for data without its own locality probes.
+        ask: for a benchmark without edits, the function that asks a model some rows, such as `piqa_cases`;
+            None for facts to edit.
     """
 
     read: Callable[[Path], Sequence[Any]]
@@ -55,8 +56,8 @@ class Task:
     canaries: bool = False
     ask: Callable[..., list[dict[str, Any]]] | None = None
 
-    def prepared(self, cases: Sequence[Case]) -> list[Case]:
-        """Add to the cases what else is to be asked."""
+    def add_canaries(self, cases: Sequence[Case]) -> list[Case]:
+        """Add the general questions to the cases if this benchmark asks them."""
         if not self.canaries:
             return list(cases)
         general = tuple(Probe("locality", p.prompt, p.answer, CANARY_TOPIC) for p in CANARIES)
@@ -68,12 +69,15 @@ PORTED = ("reliability", "portability", "locality")
 TASKS: dict[str, Task] = {
     "zsre": Task(read_zsre, REPHRASED, "ZsRE, the continual protocol's file", unrelated="general"),
     "counterfact": Task(
-        read_counterfact, REPHRASED, "CounterFact, of ROME or of EasyEdit", unrelated="general"
+        read_counterfact,
+        REPHRASED,
+        "CounterFact, in ROME's or EasyEdit's format",
+        unrelated="general",
     ),
     "facts": Task(
         read_cases,
         REPHRASED,
-        "your own facts, and general questions beside",
+        "your own facts, and general questions",
         unrelated="general",
         canaries=True,
     ),
@@ -107,17 +111,15 @@ TASKS: dict[str, Task] = {
         "KnowEdit: opinions",
         hub_file="benchmark/Convsent/blender_test.json",
     ),
-    "piqa": Task(
-        read_piqa, (), "PIQA: everyday reasoning, asked of a model as it is", ask=piqa_cases
-    ),
+    "piqa": Task(read_piqa, (), "PIQA: everyday reasoning, asked without editing", ask=piqa_cases),
 }
 
 
-def task_of(name: str) -> Task:
-    """Find a benchmark of `TASKS`.
+def find_task(name: str) -> Task:
+    """Look up a benchmark in `TASKS`.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no benchmark of that name.
     """
     if name not in TASKS:
         raise ValueError(f"There is no benchmark {name!r}; known are {', '.join(TASKS)}.")
@@ -125,33 +127,33 @@ def task_of(name: str) -> Task:
 
 
 def read_benchmark(name: str, path: str | Path) -> list[Any]:
-    """Read the cases of a benchmark of `TASKS`, one for each record and in the file's order.
+    """Read the cases of a benchmark in `TASKS`, one per record in the file's order.
 
     Raises:
-        ValueError: there is no such benchmark, or a record is unusable; the message begins with its place.
+        ValueError: there is no such benchmark, or a record is invalid; the message begins with its place.
         FileNotFoundError: there is no such file.
     """
-    return list(task_of(name).read(Path(path)))
+    return list(find_task(name).read(Path(path)))
 
 
-def locate(name: str, data: str | Path | None = None) -> Path:
+def find_benchmark_file(name: str, data: str | Path | None = None) -> Path:
     """Find the file of a benchmark.
 
     Args:
-        data: a path that exists; else a file name of the Hub's data set zjunlp/KnowEdit, in full or without its
-            folder (`recent_train.json`), which is downloaded. None takes the task's file there.
+        data: an existing path, or the name of a file in the Hub's data set zjunlp/KnowEdit, with or without
+            its folder (`recent_train.json`), which is downloaded. None selects the task's default file there.
 
     Raises:
-        FileNotFoundError: neither is there, or there is no network.
-        ValueError: there is no such benchmark; or no data is named, and the Hub has none for it.
+        FileNotFoundError: there is no such file, or no network.
+        ValueError: there is no such benchmark, or it has no default file and `data` is None.
     """
-    task = task_of(name)
+    task = find_task(name)
     if data is not None and Path(data).exists():
         return Path(data)
     hub_file = task.hub_file if data is None else _hub_file(task, str(data))
     if hub_file is None and data is None:
         raise ValueError(
-            f"Say with --data which file {name} is to be read from; the Hub has none to take by itself."
+            f"Give with --data which file {name} is read from; the Hub has no default file for it."
         )
     if hub_file is None:
         raise FileNotFoundError(
@@ -159,16 +161,16 @@ def locate(name: str, data: str | Path | None = None) -> Path:
         )
     try:
         return Path(huggingface_hub.hf_hub_download(KNOWEDIT, hub_file, repo_type="dataset"))
-    except Exception as error:  # what the network raises differs between versions
-        not_here = f"There is no file {data}, and " if data is not None else ""
+    except Exception as error:  # network errors differ between versions of huggingface_hub
+        no_file = f"There is no file {data}, and " if data is not None else ""
         raise FileNotFoundError(
-            f"{not_here}{hub_file} of the Hub's data set {KNOWEDIT} could not be downloaded "
-            f"({type(error).__name__}: {error}); give the path of a file that you have."
+            f"{no_file}{hub_file} of the Hub's data set {KNOWEDIT} could not be downloaded "
+            f"({type(error).__name__}: {error}); give the path of a local file."
         ) from error
 
 
 def _hub_file(task: Task, data: str) -> str | None:
-    """Find the full name of a KnowEdit file that was named in full or without its folder; None for what cannot be one."""
+    """Return the full name of a KnowEdit file that was given with or without its folder; None if it cannot be one."""
     if data.startswith("benchmark/"):
         return data
     is_path = "/" in data or "\\" in data

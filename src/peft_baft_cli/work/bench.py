@@ -18,7 +18,7 @@ from peft_baft.editing.presets import find_preset
 from peft_baft.loading import locate_model
 from peft_baft.processes import Processes
 from peft_baft.storage import append_line
-from peft_baft_bench.methods.methods import methods
+from peft_baft_bench.methods.methods import parse_methods
 from peft_baft_bench.metrics.metrics import METRICS, piqa_accuracy
 from peft_baft_bench.questions.asking import NEIGHBOUR
 from peft_baft_bench.questions.neighbour_questions import Neighbours
@@ -27,14 +27,14 @@ from peft_baft_bench.report.tables import tables
 from peft_baft_bench.run import plan
 from peft_baft_bench.run.results import (
     ResultLine,
-    described_file,
-    described_model,
-    in_order,
+    describe_file,
+    describe_model,
+    sort_by_row,
     versions,
 )
 from peft_baft_bench.run.runner import Runner
 from peft_baft_bench.run.schedule import Schedule
-from peft_baft_bench.tasks.tasks import locate, read_benchmark, task_of
+from peft_baft_bench.tasks.tasks import find_benchmark_file, find_task, read_benchmark
 from peft_baft_cli.errors import DONE
 from peft_baft_cli.options import BenchCommand
 from peft_baft_cli.screen import progress_shown
@@ -60,7 +60,7 @@ def bench(options: BenchCommand) -> int:
     """Measure editing methods, or an adapter, and print tables of the results; return the exit code."""
     output = options.output or Path("runs") / f"{options.benchmark}.jsonl"
     find_preset(options.preset)  # raises if it is unknown, even if nothing is edited
-    task = task_of(options.benchmark)
+    task = find_task(options.benchmark)
     for name in _further(options):
         require_known("metric", name, {**METRICS, **FURTHER_KINDS})
     if options.split == "facts" and options.schedule != "batched":
@@ -71,7 +71,7 @@ def bench(options: BenchCommand) -> int:
         if processes.is_main and split:
             print(split, flush=True)
         device = processes.device(device)
-        file = locate(options.benchmark, options.data)
+        file = find_benchmark_file(options.benchmark, options.data)
         choice = chosen_model(options, device)
         measure = _editing if task.ask is None else _asking
         lines = measure(options, choice, file, output, processes)
@@ -100,13 +100,13 @@ def _editing(
     options: BenchCommand, choice: ModelChoice, file: Path, output: Path, processes: Processes
 ) -> list[ResultLine]:
     """Return the result lines of editing methods, or of an edited adapter, on the facts in a file."""
-    task = task_of(options.benchmark)
-    cases = task.prepared(read_benchmark(options.benchmark, file))
+    task = find_task(options.benchmark)
+    cases = task.add_canaries(read_benchmark(options.benchmark, file))
     first, last = _rows(options.rows, len(cases))
     preset = chosen_preset(options.preset, options.r, options.lr, options.max_steps)
     with type_errors_as_bad_input():
         overrides = given(lr=options.lr, max_steps=options.max_steps)
-        chosen = methods(options.method, preset, overrides)
+        chosen = parse_methods(options.method, preset, overrides)
     schedules = _schedules(options)
     for schedule in schedules:
         schedule.blocks(first, last)  # raises if there are too few rows, before a model is loaded
@@ -116,16 +116,16 @@ def _editing(
     texts = chosen_unrelated(unrelated)
     base, tokenizer = _loaded(choice, processes)
     template = chosen_form(options.template, tokenizer, choice.adapter)
-    probing = Probing.of_kinds(_further_kinds(options), cases, tokenizer, template)
-    protocol = plan.described_protocol(template.name, _further(options), probing.described())
+    probing = Probing.for_kinds(_further_kinds(options), cases, tokenizer, template)
+    protocol = plan.describe_protocol(template.name, _further(options), probing.describe())
     after_block = None
     if options.piqa is not None:
         items = read_benchmark("piqa", options.piqa)[: options.piqa_items]
         after_block = partial(piqa_accuracy, items=items, template=template)
-        protocol["piqa"] = described_file(options.piqa) | {"items": len(items)}
+        protocol["piqa"] = describe_file(options.piqa) | {"items": len(items)}
     common = _common(options, choice, base, tokenizer, file, (first, last), protocol)
     common["unrelated"] = (
-        described_file(unrelated) if Path(unrelated).is_file() else {"file": unrelated}
+        describe_file(unrelated) if Path(unrelated).is_file() else {"file": unrelated}
     )
     with tqdm(unit="row", smoothing=0.05, disable=not _drawn(processes), leave=False) as bar:
         also = [METRICS[name] for name in _further(options) if name in METRICS]
@@ -141,11 +141,11 @@ def _editing(
         if options.adapter:
             model = attach_adapter(base, options.adapter, options.adapter_revision)
             runs = [plan.plan_adapter(common, options.adapter, model)]
-        lines, runs = plan.split_off_made(runs, output, processes)
-        bar.reset(total=sum(rows.amount(run.schedule) for run in runs))
+        lines, runs = plan.split_off_finished(runs, output, processes)
+        bar.reset(total=sum(rows.count_rows(run.schedule) for run in runs))
         for run in runs:
             bar.set_description(run.title)
-            lines.append(plan.perform(rows, run, task.averaged, output, _command_line()))
+            lines.append(plan.perform_run(rows, run, task.averaged, output, _command_line()))
     return lines
 
 
@@ -153,7 +153,7 @@ def _asking(
     options: BenchCommand, choice: ModelChoice, file: Path, output: Path, processes: Processes
 ) -> list[ResultLine]:
     """Return the result line of the base model, or of an adapter, on a benchmark without edits."""
-    ask = task_of(options.benchmark).ask
+    ask = find_task(options.benchmark).ask
     assert ask is not None, "the benchmark has no edits"
     if _further_kinds(options):
         raise ValueError(
@@ -165,19 +165,19 @@ def _asking(
     model: PreTrainedModel | PeftModel = base
     # Items other than facts are asked in raw text, independent of the form used for editing.
     (template,) = chosen_templates(tokenizer, options.template, taught="raw")
-    protocol = plan.described_protocol(template.name, _further(options))
+    protocol = plan.describe_protocol(template.name, _further(options))
     common = _common(options, choice, base, tokenizer, file, (first, last), protocol)
     run = plan.plan_runs(common, [None], [Schedule()], [0])[0]
     if options.adapter:
         model = attach_adapter(base, options.adapter, options.adapter_revision)
         run = plan.plan_adapter(common, options.adapter, model)
-    lines, runs = plan.split_off_made([run], output, processes)
+    lines, runs = plan.split_off_finished([run], output, processes)
     share, bar = (
         processes.shard(range(first, last)),
         partial(tqdm, disable=not _drawn(processes), leave=False),
     )
     for run in runs:
-        cases = in_order(
+        cases = sort_by_row(
             processes.all_gather(lambda: ask(model, tokenizer, items, share, bar, template))
         )
         lines.append(plan.result_line(run.head, cases, (), _command_line()))
@@ -208,11 +208,11 @@ def _common(
     protocol: dict[str, Any],
 ) -> dict[str, Any]:
     """Return what all result lines of a command share. A revision is included only if one was given."""
-    model = described_model(choice.model, base, tokenizer)
+    model = describe_model(choice.model, base, tokenizer)
     return {
         "benchmark": options.benchmark,
         "model": model if choice.revision is None else model | {"revision": choice.revision},
-        "data": described_file(file) | {"rows": list(rows)},
+        "data": describe_file(file) | {"rows": list(rows)},
         "protocol": protocol,
         "versions": versions(),
     }

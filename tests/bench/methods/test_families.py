@@ -13,7 +13,7 @@ import facts
 from facts import edits_with_subjects as edits
 from peft_baft.editing.presets import PRESETS
 from peft_baft_bench.methods.method import EditorSetup
-from peft_baft_bench.methods.methods import METHODS, method
+from peft_baft_bench.methods.methods import METHODS, parse_method
 from tiny_models import tiny_model
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "opt", "phi", "mistral")
@@ -46,7 +46,7 @@ def test_a_method_edits_models_of_a_family_and_gives_them_back(name: str, family
     with torch.no_grad():
         expected = model(input_ids=ids, logits_to_keep=1).logits
     variant = f"{name}:{HERE.get(name, STEPS).removeprefix(';')}"
-    settings = method(variant.removesuffix(":"), PRESETS["plain"]).settings
+    settings = parse_method(variant.removesuffix(":"), PRESETS["plain"]).settings
     editor = settings.start(model, tokenizer, EditorSetup(facts.meals(0, 4)))
     editor.edit([first])
     editor.edit([second])

@@ -14,7 +14,7 @@ from facts import CAPITALS, MEALS, FactModel, edits
 from peft_baft import DescentConfig, Edit
 from peft_baft.evaluation.scoring import greedy_answers, token_match
 from peft_baft_bench.methods.grace import GAP, Grace, GraceEditor
-from peft_baft_bench.methods.prompts import Taught
+from peft_baft_bench.methods.prompts import TrainingTexts
 
 fact_model = facts.fact_model
 QUICK = DescentConfig(lr=0.5, max_steps=60, weight_decay=0.0, stop_loss=0.02)
@@ -118,13 +118,13 @@ def test_an_edit_that_breaks_off_leaves_the_codebook_as_it_was(
     editor = editor_of(toy)
     editor.edit(edits(0))
     before = {name: tensor.clone() for name, tensor in editor.state_dict().items()}
-    whole, calls = Taught.loss, []
+    whole, calls = TrainingTexts.loss, []
 
-    def loss(taught: Taught) -> Tensor:
+    def loss(taught: TrainingTexts) -> Tensor:
         calls.append(taught)
         return whole(taught) * (float("nan") if len(calls) > 3 else 1.0)
 
-    monkeypatch.setattr(Taught, "loss", loss)
+    monkeypatch.setattr(TrainingTexts, "loss", loss)
     with pytest.raises(FloatingPointError):
         editor.edit(edits(1, 3))
     assert all(torch.equal(t, before[n]) for n, t in editor.state_dict().items())

@@ -78,5 +78,5 @@ def test_a_prompt_that_matches_nothing_is_computed_bit_for_bit_as_before(toy: Fa
 
 
 def test_bad_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="threshold must lie in"):
+    with pytest.raises(ValueError, match="threshold must lie between"):
         Horen(threshold=2.0)

@@ -95,13 +95,13 @@ def test_a_text_too_long_for_the_model_and_a_chat_are_refused(
     fact_model: FactModel, editor: InContextEditor
 ) -> None:
     long = " ".join([CAPITALS[0].prompt] * 6)
-    with pytest.raises(ValueError, match="reads at most"):
+    with pytest.raises(ValueError, match="context window has"):
         editor.edit([Edit(long, "Kasgrad")])
     assert not editor.model.facts
     setup = EditorSetup(template=Template(True))
-    with pytest.raises(ValueError, match="take --template raw"):
+    with pytest.raises(ValueError, match="use --template raw"):
         InContext().start(fact_model.base, fact_model.tokenizer, setup)
-    with pytest.raises(ValueError, match="form must hold"):
+    with pytest.raises(ValueError, match="form must contain"):
         InContext(form="{prompt}")
 
 

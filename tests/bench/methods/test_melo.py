@@ -14,7 +14,7 @@ from peft_baft import DescentConfig
 from peft_baft.evaluation.scoring import greedy_answers, token_match
 from peft_baft_bench.methods.grace import GAP
 from peft_baft_bench.methods.melo import NO_LORA, Melo, MeloEditor
-from peft_baft_bench.methods.prompts import Taught
+from peft_baft_bench.methods.prompts import TrainingTexts
 
 fact_model = facts.fact_model
 QUICK = DescentConfig(lr=0.02, max_steps=60, weight_decay=0.0, stop_loss=0.03)
@@ -38,17 +38,17 @@ def key(*values: float) -> torch.Tensor:
 
 def test_clusters_grow_with_equal_answers_and_part_from_others(toy: FactModel) -> None:
     editor = editor_of(toy, radius=1.0)
-    editor._place(key(0.0), ANSWER, 0)
-    editor._place(
+    editor._assign_to_cluster(key(0.0), ANSWER, 0)
+    editor._assign_to_cluster(
         key(1.8), ANSWER, 1
     )  # within both radii: one cluster, with its centre between them
     assert editor._centres[:, 0].tolist() == pytest.approx([0.9])
     assert editor._radii.tolist() == [1.0]
     queries = torch.stack([key(0.1), key(1.7), key(5.0)])
     assert editor.choose(queries).tolist() == [0, 1, NO_LORA]
-    editor._place(key(9.0), OTHER, 2)  # far away: a cluster of its own
+    editor._assign_to_cluster(key(9.0), OTHER, 2)  # far away: a cluster of its own
     assert editor._radii.tolist() == [1.0, 1.0]
-    editor._place(
+    editor._assign_to_cluster(
         key(2.1), OTHER, 3
     )  # near the first: both shrink to half the distance between them
     assert editor._radii.tolist() == pytest.approx([0.6 - GAP, 1.0, 0.6 + GAP])
@@ -90,7 +90,7 @@ def test_an_edit_that_breaks_off_leaves_everything_as_it_was(
     editor = editor_of(toy)
     editor.edit(edits(0))
     before = {name: tensor.clone() for name, tensor in editor.state_dict().items()}
-    monkeypatch.setattr(Taught, "loss", lambda taught: torch.tensor(float("nan")))
+    monkeypatch.setattr(TrainingTexts, "loss", lambda taught: torch.tensor(float("nan")))
     with pytest.raises(FloatingPointError):
         editor.edit(edits(5))
     assert all(torch.equal(t, before[n]) for n, t in editor.state_dict().items())

@@ -16,7 +16,7 @@ from facts import edits_with_subjects as edits
 from peft_baft.editing.edit_cache import EditCache
 from peft_baft.loading import fingerprint
 from peft_baft_bench.methods import memit
-from peft_baft_bench.methods.locating import Search, keys_and_outputs, locate
+from peft_baft_bench.methods.locating import Search, keys_and_outputs, locate_fact
 from peft_baft_bench.methods.memit import (
     Memit,
     MemitEditor,
@@ -112,7 +112,7 @@ def test_facts_are_written_together_and_plain_peft_loads_them(
         """How far what leaves the block at each subject is from what was searched for."""
         found = []
         for edit, one in zip(together, searched, strict=True):
-            located = locate(model, toy.tokenizer, edit, [], "memit")
+            located = locate_fact(model, toy.tokenizer, edit, [], "memit")
             block = model.model.layers[0]
             output = keys_and_outputs(model, toy.tokenizer, block, block, located)[1]
             found.append((output - one.target).norm().item())
@@ -178,7 +178,7 @@ def test_a_model_that_writes_nothing_is_said(
         "peft_baft.editing.written_texts.generate_sampled",
         lambda _model, ids, *_: torch.zeros(len(ids), 1, dtype=torch.long),
     )
-    with pytest.raises(ValueError, match="writes no text"):
+    with pytest.raises(ValueError, match="generates no text"):
         second_moments(toy.base, toy.tokenizer, [DOWN.format(1)], 5000, progress=False)
 
 

@@ -33,7 +33,7 @@ def test_a_mask_holds_the_places_that_differ_most_from_other_prompts(toy: FactMo
     editor = editor_of(toy, share=0.25)
     row = encode(toy.tokenizer, CAPITALS[0].prompt, "x")
     means = editor._prompt_means([row])
-    (mask,) = editor.masks_of(means)
+    (mask,) = editor.compute_masks(means)
     assert mask.sum() == 32  # a quarter of 128
     chosen = editor._permutation.argsort()[mask.nonzero()[:, 0]]
     difference = (means[0] - editor._background).abs()

@@ -21,7 +21,7 @@ from peft_baft.evaluation.scoring import token_match
 from peft_baft.storage import load_with_header, save_with_header
 from peft_baft_bench.methods.ft_m import FineTuning
 from peft_baft_bench.methods.method import EditorSetup
-from peft_baft_bench.methods.methods import GROUPS, METHODS, method, methods
+from peft_baft_bench.methods.methods import GROUPS, METHODS, parse_method, parse_methods
 from peft_baft_bench.run.plan import plan_runs
 from peft_baft_bench.run.saved import load_edits, save_edits
 from peft_baft_bench.run.schedule import Schedule
@@ -31,7 +31,7 @@ PEFT_METHODS = ("reft", "ss-w", "ba-w", "ss-w-lr", "baft", "lora", "adalora", "m
 
 
 def start(name: str, toy: FactModel) -> Editor:
-    settings = method(facts.quick(name), PRESETS["plain"]).settings
+    settings = parse_method(facts.quick(name), PRESETS["plain"]).settings
     return settings.start(toy.base, toy.tokenizer, EditorSetup(facts.meals(0, 12), seed=3))
 
 
@@ -112,23 +112,23 @@ def test_every_method_refuses_a_batch_that_contradicts_itself(toy: FactModel, na
 
 
 def test_settings_of_any_method_are_set_by_name() -> None:
-    settings = method("ft-m:layer=2;lr=0.001", PRESETS["plain"], {"max_steps": 7}).settings
+    settings = parse_method("ft-m:layer=2;lr=0.001", PRESETS["plain"], {"max_steps": 7}).settings
     assert isinstance(settings, FineTuning)
     assert (settings.layer, settings.descent.lr, settings.descent.max_steps) == (2, 0.001, 7)
-    assert settings.described() == {
+    assert settings.describe() == {
         "objective": "answer",
         "layer": 2,
-        "descent": settings.described()["descent"],
+        "descent": settings.describe()["descent"],
     }
     with pytest.raises(
         ValueError,
         match=r"ft-m:gamma=1: unknown setting 'gamma'; known are clip_norm, layer, learn_end, lr",
     ):
-        method("ft-m:gamma=1", PRESETS["plain"])
+        parse_method("ft-m:gamma=1", PRESETS["plain"])
 
 
 def test_adalora_has_the_papers_settings_learns_a_fact_and_stops_early(toy: FactModel) -> None:
-    published = method("adalora", PRESETS["plain"]).settings.described()
+    published = parse_method("adalora", PRESETS["plain"]).settings.describe()
     config, descent, batch = (published[part] for part in ("config", "descent", "batch_descent"))
     assert (config["init_r"], config["r"], config["lora_alpha"]) == (12, 8, 32)
     assert (descent["lr"], descent["max_steps"], descent["stop_loss"]) == (5e-3, 70, 0.01)
@@ -145,12 +145,12 @@ def test_groups_name_methods_and_all_holds_each_of_them() -> None:
     for names in GROUPS.values():
         assert set(names) <= set(METHODS) and len(set(names)) == len(names)
     assert {*GROUPS["paper"], *GROUPS["leaders"]} <= set(GROUPS["all"])
-    chosen = methods("none,paper,leaders", PRESETS["plain"])
+    chosen = parse_methods("none,paper,leaders", PRESETS["plain"])
     assert chosen[0] is None and len(chosen) == 1 + len({*GROUPS["paper"], *GROUPS["leaders"]})
 
 
 def test_what_depends_on_no_seed_is_planned_once() -> None:
-    chosen = methods("ft-m,grace", PRESETS["plain"])
+    chosen = parse_methods("ft-m,grace", PRESETS["plain"])
     common: dict[str, Any] = {name: {} for name in ("model", "data", "protocol", "versions")}
     runs = plan_runs({"benchmark": "facts", **common}, chosen, [Schedule()], range(3))
     planned = [(run.head.method, run.head.seed) for run in runs]
@@ -188,22 +188,22 @@ def test_a_file_of_edits_that_does_not_fit_is_refused(toy: FactModel, tmp_path: 
     with pytest.raises(ValueError, match=r"on another model: its embeddings are"):
         load_edits(file, another, toy.tokenizer)
     save_with_header(file, {}, header)
-    with pytest.raises(ValueError, match="holds no edits of grace"):
+    with pytest.raises(ValueError, match="does not contain edits of grace"):
         load_edits(file, *toy)
     save_with_header(file, {}, header | {"format": 9})
-    with pytest.raises(ValueError, match="no file of edits of format 1"):
+    with pytest.raises(ValueError, match="not a file of edits of format 1"):
         load_edits(file, *toy)
 
 
 def test_a_methods_name_stands_in_the_table_of_methods_alone() -> None:
-    source = Path(peft_baft.__file__).parent
-    allowed = {source / "benchmark" / "methods.py"}
-    allowed |= set((source / "baselines").glob("*.py"))
+    packages = Path(peft_baft.__file__).parents[1]
+    methods = packages / "peft_baft_bench" / "methods"
+    sources = [path for path in packages.glob("peft_baft*/**/*.py") if path.parent != methods]
     # What the package is about, what PEFT has, and words that name other things too.
     names = set(METHODS) - {"baft", "reft", "lora", "adalora", "memory"}
-    for path in set(source.rglob("*.py")) - allowed:
+    for path in sources:
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         constants = {node.value for node in nodes if isinstance(node, ast.Constant)}
         assert not constants & names, path
-    table = ast.walk(ast.parse((source / "benchmark" / "methods.py").read_text(encoding="utf-8")))
+    table = ast.walk(ast.parse((methods / "methods.py").read_text(encoding="utf-8")))
     assert names <= {node.value for node in table if isinstance(node, ast.Constant)}  # the control

@@ -13,7 +13,7 @@ from facts import CAPITALS, FactModel
 from peft_baft.data.batching import encode
 from peft_baft.editing.module_patches import FixedBlocks
 from peft_baft.running import call_with_cache
-from peft_baft_bench.methods.prompts import PromptWatch, Taught, mean_over
+from peft_baft_bench.methods.prompts import PromptTracker, TrainingTexts, mean_over
 
 fact_model = facts.fact_model
 NAME = "model.layers.2.mlp.down_proj"
@@ -25,12 +25,12 @@ def toy(fact_model: FactModel) -> FactModel:
     return FactModel(deepcopy(fact_model.base), fact_model.tokenizer)
 
 
-def watched(toy: FactModel) -> tuple[PromptWatch, list[list[float]]]:
+def watched(toy: FactModel) -> tuple[PromptTracker, list[list[float]]]:
     """A watch that decides 1, 2, … for the rows of each prompt, and what it said in each forward."""
-    watch, said = PromptWatch(toy.base, NAME), []
+    watch, said = PromptTracker(toy.base, NAME), []
 
     def ask(*_: object) -> None:
-        decided = watch.decided(lambda prompts: torch.arange(len(prompts)) + 1.0, CPU)
+        decided = watch.decide_once(lambda prompts: torch.arange(len(prompts)) + 1.0, CPU)
         said.append(decided.tolist())
 
     toy.base.get_submodule(NAME).register_forward_hook(ask)
@@ -48,23 +48,25 @@ def test_what_cannot_be_decided_is_refused(toy: FactModel) -> None:
     _, said = watched(toy)
     ids = torch.tensor([toy.tokenizer(CAPITALS[0].prompt)["input_ids"]])
     with torch.no_grad():
-        with pytest.raises(ValueError, match="held part of one"):
+        with pytest.raises(ValueError, match="contained part of one"):
             toy.base(ids, prompt_lengths=torch.tensor([ids.shape[1] + 1]))
         _, cache = call_with_cache(toy.base, toy.base, {"input_ids": ids})
         assert said == [[1.0]]
         cache.batch_repeat_interleave(2)
-        with pytest.raises(ValueError, match=r"2 rows go on from a cache, but 1 were"):
+        with pytest.raises(ValueError, match=r"2 rows continue from a cache, but 1 prompts were"):
             call_with_cache(toy.base, toy.base, {"input_ids": torch.tensor([[5], [6]])}, cache)
 
 
 def test_losses_are_those_of_whole_logits_and_blocks_run_once(toy: FactModel) -> None:
     rows = [encode(toy.tokenizer, fact.prompt, fact.answer) for fact in CAPITALS[:4]]
-    PromptWatch(toy.base, NAME)
+    PromptTracker(toy.base, NAME)
     runs: list[str] = []
     first, second = (toy.base.model.layers[i] for i in (0, 2))
     first.mlp.register_forward_hook(lambda *_: runs.append("fixed"))
     second.mlp.register_forward_hook(lambda *_: runs.append("free"))
-    taught = Taught(toy.base, toy.tokenizer, rows, FixedBlocks(list(toy.base.model.layers)[:2]))
+    taught = TrainingTexts(
+        toy.base, toy.tokenizer, rows, FixedBlocks(list(toy.base.model.layers)[:2])
+    )
     with torch.no_grad():
         found = taught.losses()
         again = taught.losses()

@@ -16,7 +16,12 @@ from facts import CAPITALS, COUNTRIES, MEALS, FactModel
 from facts import edits_with_subjects as edits
 from peft_baft.evaluation.scoring import token_match
 from peft_baft_bench.methods import locating
-from peft_baft_bench.methods.locating import Search, keys_and_outputs, locate, prefixes
+from peft_baft_bench.methods.locating import (
+    Search,
+    generate_prefixes,
+    keys_and_outputs,
+    locate_fact,
+)
 from peft_baft_bench.methods.rome import Rome, RomeEditor
 
 fact_model = facts.fact_model
@@ -49,7 +54,7 @@ def test_the_changed_weight_makes_the_searched_vector_of_the_key(toy: FactModel)
     difference = toy.base.state_dict()[changed[0]] - before[changed[0]]
     assert torch.linalg.matrix_rank(difference, rtol=1e-3) == 1
     # The key stands before the changed weight, so that it is what it was.
-    located = locate(toy.base, toy.tokenizer, edit, [], "rome")
+    located = locate_fact(toy.base, toy.tokenizer, edit, [], "rome")
     assert str(toy.tokenizer.decode(located.rows[0].ids[located.places[0]])).strip() == COUNTRIES[0]
     projection = toy.base.model.layers[0].mlp.down_proj
     (key,), output = keys_and_outputs(toy.base, toy.tokenizer, projection, projection, located)
@@ -104,10 +109,10 @@ def test_contexts_are_the_same_for_the_same_seed_and_leave_random_numbers_alone(
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    found = prefixes(toy.base, toy.tokenizer, ((3, 4),))
+    found = generate_prefixes(toy.base, toy.tokenizer, ((3, 4),))
     assert torch.equal(torch.rand(1), expected)
-    assert len(found) == 4 and found == prefixes(toy.base, toy.tokenizer, ((3, 4),))
-    assert found != prefixes(toy.base, toy.tokenizer, ((3, 4),), seed=1)
+    assert len(found) == 4 and found == generate_prefixes(toy.base, toy.tokenizer, ((3, 4),))
+    assert found != generate_prefixes(toy.base, toy.tokenizer, ((3, 4),), seed=1)
 
 
 def test_an_edit_that_breaks_off_leaves_the_weight_as_it_was(

@@ -228,7 +228,7 @@ def test_what_has_no_subspace_is_refused_with_advice_and_passed_over_by_the_benc
     )
     for other in (base, lora):
         for ask in (removal_ladder, mean_gates):
-            with pytest.raises(TypeError, match="carries none; load one"):
+            with pytest.raises(TypeError, match="has none; load one"):
                 ask(other, tokenizer, CASE)
         assert (
             METRICS["redundancy"](other, tokenizer, CASE, RAW)

@@ -13,7 +13,14 @@ from facts import CAPITALS, FactModel
 from peft_baft import Case, Edit, Probe
 from peft_baft.data.templates import CHAT
 from peft_baft_bench.questions import asking
-from peft_baft_bench.questions.asking import Question, Reply, Unedited, ask, judged, questions_of
+from peft_baft_bench.questions.asking import (
+    Question,
+    Reply,
+    UneditedReplies,
+    ask,
+    data_questions,
+    judge,
+)
 
 fact_model = facts.fact_model
 NOTHING = torch.empty(0, dtype=torch.long)
@@ -31,36 +38,36 @@ def neighbours(count: int) -> list[Question]:
 def test_a_neighbour_is_judged_by_tokens_by_letters_and_by_the_new_answer() -> None:
     question = neighbours(1)[0]
     before = reply("Kasgrad lies there", [1, 2, 3, 4])
-    same = judged(question, before, before)
+    same = judge(question, before, before)
     assert (same["match"], same["unchanged"], same["spared"]) == (1, True, True)
-    other = judged(question, reply("Kasgrad lay there", [1, 2, 9, 9]), before)
+    other = judge(question, reply("Kasgrad lay there", [1, 2, 9, 9]), before)
     assert (other["match"], other["unchanged"], other["spared"]) == (0.5, False, True)
-    moved = judged(question, reply("ROM, of course", [9, 9, 9, 9]), before)
+    moved = judge(question, reply("ROM, of course", [9, 9, 9, 9]), before)
     assert (moved["match"], moved["unchanged"], moved["spared"]) == (0, False, False)
     assert moved["before"] == "Kasgrad lies there" and moved["said"] == "ROM, of course"
     # What said the new answer before has not begun to say it.
-    assert judged(question, reply("Rom", [1]), reply("Rom it is", [1]))["spared"] is True
+    assert judge(question, reply("Rom", [1]), reply("Rom it is", [1]))["spared"] is True
 
 
 def test_a_neighbour_about_which_nothing_is_said_should_stay_silent() -> None:
     question, silent = neighbours(1)[0], Reply(NOTHING, NOTHING, "", "")
-    assert judged(question, silent, silent)["match"] == 1
-    assert judged(question, Reply(NOTHING, NOTHING, "Rom", "Rom"), silent)["match"] == 0
+    assert judge(question, silent, silent)["match"] == 1
+    assert judge(question, Reply(NOTHING, NOTHING, "Rom", "Rom"), silent)["match"] == 0
 
 
 def test_a_statement_is_right_if_it_holds_the_new_answer_and_not_the_old_one() -> None:
     question = Question(0, "reliability", "", "Where?", "Rom", old="Ulm")
     for statement, right in (("It is Rom.", True), ("Rom, once Ulm", False), ("", False)):
-        entry = judged(question, reply(statement, [1], "It"), None)
+        entry = judge(question, reply(statement, [1], "It"), None)
         assert entry["contains"] is right and entry["statement"] == statement
         assert entry["said"] == "It" and entry["exact"] is False
-    assert "contains" not in judged(question, reply(None, [1], "It"), None)  # it was not asked for
+    assert "contains" not in judge(question, reply(None, [1], "It"), None)  # it was not asked for
 
 
 def test_the_old_answer_counts_where_the_new_one_is_asked_for() -> None:
     kinds = ("generality", "locality", "portability")
     probes = tuple(Probe(kind, "Where?", "there") for kind in kinds)
-    questions = questions_of(3, Case(Edit("Where?", "Rom"), probes, old_answer="Ulm"))
+    questions = data_questions(3, Case(Edit("Where?", "Rom"), probes, old_answer="Ulm"))
     assert [(q.kind, q.old) for q in questions] == [
         ("reliability", "Ulm"),
         ("generality", "Ulm"),
@@ -71,27 +78,27 @@ def test_the_old_answer_counts_where_the_new_one_is_asked_for() -> None:
 
 def test_the_tokens_of_a_neighbour_are_what_the_unedited_model_says(fact_model: FactModel) -> None:
     base, tokenizer = fact_model.base, fact_model.tokenizer
-    unedited, questions = Unedited(tokenizer), neighbours(4)
+    unedited, questions = UneditedReplies(tokenizer), neighbours(4)
     unedited.ask(base, questions)
     for n, question in enumerate(questions):
         known = unedited.reply(question)
         assert known is not None and known.text.startswith(CAPITALS[n].answer)
-        assert torch.equal(known.said, known.wanted)  # greedily, it says what it would say
-        assert str(tokenizer.decode(known.wanted)).strip() == known.statement
+        assert torch.equal(known.predicted, known.expected)  # greedily, it says what it would say
+        assert str(tokenizer.decode(known.expected)).strip() == known.statement
     again = ask(base, tokenizer, questions, unedited=unedited.reply)
     moved_model = deepcopy(base)
     moved_model.lm_head.weight.data = base.lm_head.weight.data.roll(1, 0)
     moved = ask(moved_model, tokenizer, questions, unedited=unedited.reply)
     for question, same, other in zip(questions, again, moved, strict=True):
         before = unedited.reply(question)
-        assert judged(question, same, before)["match"] == 1
-        assert judged(question, other, before)["match"] == 0  # the control
+        assert judge(question, same, before)["match"] == 1
+        assert judge(question, other, before)["match"] == 0  # the control
 
 
 def test_the_unedited_model_is_asked_about_a_neighbour_once(
     fact_model: FactModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unedited, asked = Unedited(fact_model.tokenizer), []
+    unedited, asked = UneditedReplies(fact_model.tokenizer), []
     real = asking.greedy_tokens
 
     def counted(model: Any, tokenizer: Any, rows: Any, *more: Any, **named: Any) -> Any:

@@ -23,7 +23,7 @@ def rows(count: int) -> list[Case]:
 
 
 def asked(cases: list[Case], row: int, topic: str) -> list[str]:
-    return [str(n.prompt) for n in Neighbours(cases).of(row) if n.topic == topic]
+    return [str(n.prompt) for n in Neighbours(cases).for_row(row) if n.topic == topic]
 
 
 def test_the_subjects_of_the_next_rows_are_asked_for_the_same() -> None:
@@ -84,13 +84,13 @@ def test_messages_keep_all_but_the_subject_of_the_last_one() -> None:
         {"role": "user", "content": "Where is Land A?"},
     )
     cases[0] = Case(Edit(turns, "here", "Land A"))
-    other = next(n for n in Neighbours(cases).of(0) if n.topic == OTHER_SUBJECT)
+    other = next(n for n in Neighbours(cases).for_row(0) if n.topic == OTHER_SUBJECT)
     assert other.prompt == (Message("system", "Land A."), Message("user", "Where is Land B?"))
 
 
 def test_rows_without_a_subject_have_no_neighbours_and_lend_none() -> None:
     cases = [case(0, "a {}", "Ulm"), case(1, "b", None), case(2, "c {}", "Bern")]
-    assert Neighbours(cases).of(1) == []
-    assert [n.prompt for n in Neighbours(cases).of(0)] == ["a Bern", "c Ulm"]
+    assert Neighbours(cases).for_row(1) == []
+    assert [n.prompt for n in Neighbours(cases).for_row(0)] == ["a Bern", "c Ulm"]
     with pytest.raises(ValueError, match="no record of the data names one"):
         Neighbours([case(1, "b", None)])

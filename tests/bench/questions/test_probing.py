@@ -32,13 +32,13 @@ def test_nothing_further_is_asked_by_default() -> None:
         ["reliability", "The capital of Land A is"],
         ["reliability", "The capital of Land B is"],
     ]
-    assert Probing().described() == {}
+    assert Probing().describe() == {}
 
 
 def test_every_frame_and_every_neighbour_is_asked_for_the_edits_answers(
     fact_model: FactModel,
 ) -> None:
-    probing = Probing.of_kinds(BOTH, CASES, fact_model.tokenizer)
+    probing = Probing.for_kinds(BOTH, CASES, fact_model.tokenizer)
     questions = probing.questions([2], CASES)
     assert {q.row for q in questions} == {2} and {q.answer for q in questions} == {"City C"}
     framed = [q for q in questions if q.kind == "in_context"]
@@ -46,13 +46,13 @@ def test_every_frame_and_every_neighbour_is_asked_for_the_edits_answers(
     assert all("The capital of Land C is" in str(q.prompt) for q in framed)
     near = [q for q in questions if q.kind == "neighbour"]
     assert [q.prompt for q in near] == [f"The capital of Land {x} is" for x in "DEFA"]
-    described = probing.described()
+    described = probing.describe()
     assert described["free_rule"]["tokens"] == STATEMENT_TOKENS
     assert described["probes"].keys() == set(FURTHER_KINDS) == set(BOTH)
 
 
 def test_what_is_taught_together_is_no_neighbour(fact_model: FactModel) -> None:
-    probing = Probing.of_kinds(["neighbour"], CASES, fact_model.tokenizer)
+    probing = Probing.for_kinds(["neighbour"], CASES, fact_model.tokenizer)
     single = asked(probing, [0], [0])
     together = asked(probing, [0], [0, 1, 2])
     dropped = [question for question in single if question not in together]
@@ -60,10 +60,10 @@ def test_what_is_taught_together_is_no_neighbour(fact_model: FactModel) -> None:
 
 
 def test_a_chat_is_judged_by_statements_whatever_is_asked(fact_model: FactModel) -> None:
-    chat = Probing.of_kinds((), CASES, fact_model.tokenizer, CHAT)
-    assert chat.described()["free_rule"]["stop"] == "end of turn"
-    raw = Probing.of_kinds((), CASES, fact_model.tokenizer, RAW)
-    assert raw.described() == {} and raw.statement_tokens == 0
+    chat = Probing.for_kinds((), CASES, fact_model.tokenizer, CHAT)
+    assert chat.describe()["free_rule"]["stop"] == "end of turn"
+    raw = Probing.for_kinds((), CASES, fact_model.tokenizer, RAW)
+    assert raw.describe() == {} and raw.statement_tokens == 0
 
 
 def test_messages_are_asked_in_the_frames_of_a_chat_beside_texts(fact_model: FactModel) -> None:
@@ -71,13 +71,13 @@ def test_messages_are_asked_in_the_frames_of_a_chat_beside_texts(fact_model: Fac
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     messages = (Message("user", "What is the capital of Land A?"),)
     cases = [Case(Edit(messages, "City A", "Land A")), CASES[1]]
-    probing = Probing.of_kinds(["in_context"], cases, tokenizer)
+    probing = Probing.for_kinds(["in_context"], cases, tokenizer)
     topics = [[q.topic for q in probing.questions([row], cases)[1:]] for row in (0, 1)]
     assert topics == [list(CHAT_FRAMES), list(RAW_FRAMES)]
 
 
 def test_what_cannot_be_asked_is_refused(fact_model: FactModel) -> None:
     with pytest.raises(ValueError, match="Unknown kind of probe 'near'; known are in_context"):
-        Probing.of_kinds(["near"], CASES, fact_model.tokenizer)
+        Probing.for_kinds(["near"], CASES, fact_model.tokenizer)
     with pytest.raises(ValueError, match="no record of the data names one"):
-        Probing.of_kinds(["neighbour"], [Case(Edit("a", "b"))], fact_model.tokenizer)
+        Probing.for_kinds(["neighbour"], [Case(Edit("a", "b"))], fact_model.tokenizer)

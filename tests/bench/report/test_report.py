@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import peft_baft_bench.report.tables
-from peft_baft_bench.report.comparable import comparable, score
+from peft_baft_bench.report.comparable import group_comparable, score
 from peft_baft_bench.report.tables import Table, tables
 from peft_baft_bench.run.results import ResultLine, read_results
 
@@ -552,10 +552,10 @@ def test_every_kind_is_written_and_names_do_not_clash(tmp_path: Path) -> None:
 
 
 def test_a_summary_skips_lines_without_the_value() -> None:
-    (group,) = comparable([line(rel=0.5), line(seed=1), line(seed=2, rel=0.75)])
-    found = group.summary("baft", 1, score("reliability"))
+    (group,) = group_comparable([line(rel=0.5), line(seed=1), line(seed=2, rel=0.75)])
+    found = group.summarise("baft", 1, score("reliability"))
     assert found is not None and found.mean == mean((0.5, 0.75)) and found.seeds == 2
-    assert group.summary("baft", 1, score("fluency")) is None
+    assert group.summarise("baft", 1, score("fluency")) is None
 
 
 # what is asked further

@@ -48,5 +48,5 @@ def test_the_bench_edits_as_many_rows_at_once_as_it_is_told(
         meals(0, 12),
         parallel=parallel,
     )
-    entries = bench.edited(METHOD, Schedule(), 0, Progress(None))
+    entries = bench.edit_and_ask(METHOD, Schedule(), 0, Progress(None))
     assert together == groups and [entry["row"] for entry in entries] == [0, 1, 2]

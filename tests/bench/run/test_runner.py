@@ -28,13 +28,13 @@ from peft_baft.editing.presets import PRESETS
 from peft_baft.evaluation.frames import RAW_FRAMES
 from peft_baft.storage import append_line
 from peft_baft_bench.methods.adapters import AdapterMethod
-from peft_baft_bench.methods.methods import Method, method, methods
+from peft_baft_bench.methods.methods import Method, parse_method, parse_methods
 from peft_baft_bench.questions import asking, probing
-from peft_baft_bench.questions.asking import Unedited, ask, questions_of
+from peft_baft_bench.questions.asking import UneditedReplies, ask, data_questions
 from peft_baft_bench.questions.probing import Probing
 from peft_baft_bench.run import plan, runner
 from peft_baft_bench.run.progress import Progress
-from peft_baft_bench.run.results import ResultLine, RunHead, described_model, read_results
+from peft_baft_bench.run.results import ResultLine, RunHead, describe_model, read_results
 from peft_baft_bench.run.runner import Runner
 from peft_baft_bench.run.schedule import Schedule
 
@@ -76,16 +76,19 @@ COMMON: dict[str, Any] = {
 
 def head(schedule: Schedule, seed: int = 0) -> RunHead:
     """How a run is made, as far as it matters here."""
-    return RunHead(**COMMON, method="m", settings={}, schedule=schedule.described(), seed=seed)
+    return RunHead(**COMMON, method="m", settings={}, schedule=schedule.describe(), seed=seed)
 
 
 def judged(
     bench: Runner, method: Method | None, schedule: Schedule, progress: Progress | None = None
 ) -> ResultLine:
     if method is None:
-        return plan.result_line(head(schedule), bench.asked(bench.base), AVERAGED, "")
+        return plan.result_line(head(schedule), bench.ask_model(bench.base), AVERAGED, "")
     return plan.result_line(
-        head(schedule), bench.edited(method, schedule, 0, progress or Progress(None)), AVERAGED, ""
+        head(schedule),
+        bench.edit_and_ask(method, schedule, 0, progress or Progress(None)),
+        AVERAGED,
+        "",
     )
 
 
@@ -154,7 +157,7 @@ def test_a_batch_is_one_edit(bench: Runner) -> None:
 
 @pytest.mark.parametrize("name", facts.LEARNING)
 def test_every_method_edits(bench: Runner, name: str) -> None:
-    made = method(facts.quick(name), PRESETS["plain"])
+    made = parse_method(facts.quick(name), PRESETS["plain"])
     # Two facts that also hold where the toy model's other tokens are moved with the subject's.
     numbers = (0, 4)
     named = [
@@ -180,7 +183,7 @@ def test_someone_elses_adapter_is_judged_against_the_model_without_it(bench: Run
         bench.base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
     ).eval()
     found = plan.result_line(
-        head(Schedule()), bench.asked(model, model.disable_adapter), AVERAGED, ""
+        head(Schedule()), bench.ask_model(model, model.disable_adapter), AVERAGED, ""
     )
     assert found.scores["locality"] < 0.9  # random weights do harm, and that is seen
     model.unload()
@@ -194,7 +197,7 @@ def test_the_chat_template_is_for_every_question_locality_included(bench: Runner
         + MEALS[0].prompt
         + "{% else %} {{ m['content'] }}{% endif %}{% endfor %}"
     )
-    questions = questions_of(0, bench.cases[0])
+    questions = data_questions(0, bench.cases[0])
     raw, chat = (ask(bench.base, tokenizer, questions, template) for template in (RAW, CHAT))
     assert len({reply.text for reply in chat}) == 1  # the template asks the same, whatever is asked
     assert [a.text == b.text for a, b in zip(raw, chat, strict=True)] == [False, False, False]
@@ -207,7 +210,7 @@ def test_a_run_in_the_chat_template_teaches_and_asks_in_it(bench: Runner) -> Non
         "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
     )
     seen: list[str] = []
-    settings = method("baft", PRESETS["plain"], {"learn_end": True, "max_steps": 1})
+    settings = parse_method("baft", PRESETS["plain"], {"learn_end": True, "max_steps": 1})
     chat = replace(bench, tokenizer=tokenizer, template=CHAT, first=0, last=1)
     with pytest.MonkeyPatch.context() as patch:
         look = LaneBatch.__init__
@@ -230,17 +233,19 @@ def test_a_run_in_the_chat_template_teaches_and_asks_in_it(bench: Runner) -> Non
 
 
 def test_the_unedited_model_is_asked_once(bench: Runner, monkeypatch) -> None:
-    known, questions = Unedited(bench.tokenizer), questions_of(0, bench.cases[0])
+    known, questions = UneditedReplies(bench.tokenizer), data_questions(0, bench.cases[0])
     known.ask(bench.base, questions)
     monkeypatch.setattr(
         "peft_baft_bench.questions.asking.predicted_in_rows", lambda *_, **__: 1 / 0
     )
     with pytest.raises(ZeroDivisionError):
-        known.ask(bench.base, questions_of(1, bench.cases[1]))
+        known.ask(bench.base, data_questions(1, bench.cases[1]))
 
 
 def test_what_several_rows_ask_alike_is_asked_once(bench: Runner, monkeypatch) -> None:
-    questions = [question for row in (0, 1, 0) for question in questions_of(row, bench.cases[row])]
+    questions = [
+        question for row in (0, 1, 0) for question in data_questions(row, bench.cases[row])
+    ]
     each = [ask(bench.base, bench.tokenizer, [question])[0] for question in questions]
     asked: list[int] = []
     real = asking.predicted_in_rows
@@ -251,13 +256,13 @@ def test_what_several_rows_ask_alike_is_asked_once(bench: Runner, monkeypatch) -
     )
     together = ask(bench.base, bench.tokenizer, questions)
     assert sum(asked) == 6 and [reply.text for reply in together] == [reply.text for reply in each]
-    assert all(torch.equal(a.said, b.said) for a, b in zip(together, each, strict=True))
+    assert all(torch.equal(a.predicted, b.predicted) for a, b in zip(together, each, strict=True))
 
 
 def test_text_that_is_asked_is_not_trained_on(bench: Runner) -> None:
     with pytest.raises(ValueError, match="which the benchmark asks"):
         Runner(bench.base, bench.tokenizer, bench.cases, 0, 12, meals(12, 14))
-    with pytest.raises(ValueError, match="must lie in 0:12"):
+    with pytest.raises(ValueError, match="must lie within 0:12"):
         Runner(bench.base, bench.tokenizer, bench.cases, 0, 13)
 
 
@@ -265,13 +270,13 @@ def test_text_that_is_asked_is_not_trained_on(bench: Runner) -> None:
 
 
 def test_settings_find_their_place() -> None:
-    made = method("baft:lr=0.001;r=4;gamma=0.5;gate_norm=none", PRESETS["plain"]).settings
+    made = parse_method("baft:lr=0.001;r=4;gamma=0.5;gate_norm=none", PRESETS["plain"]).settings
     assert made.descent.lr == made.batch_descent.lr == 0.001
     assert (
         made.config["r"] == 4 and made.config["gate_norm"] == "none" and made.objective.gamma == 0.5
     )  # type: ignore[union-attr]
-    assert made.described()["config"]["weighting"] == "basis"
-    assert [m and m.name for m in methods("none,table4,baft", PRESETS["plain"])] == [
+    assert made.describe()["config"]["weighting"] == "basis"
+    assert [m and m.name for m in parse_methods("none,table4,baft", PRESETS["plain"])] == [
         None,
         "reft",
         "ss-w",
@@ -292,14 +297,14 @@ def test_settings_find_their_place() -> None:
 )
 def test_an_unknown_method_or_setting_is_named(given: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        methods(given, PRESETS["plain"])
+        parse_methods(given, PRESETS["plain"])
 
 
 # result lines
 
 
 def common_of(fact_model: FactModel) -> dict[str, Any]:
-    return COMMON | {"model": described_model("toy", *fact_model)}
+    return COMMON | {"model": describe_model("toy", *fact_model)}
 
 
 def test_runs_are_named_before_they_are_made_and_made_once(
@@ -312,7 +317,7 @@ def test_runs_are_named_before_they_are_made_and_made_once(
     line = plan.result_line(runs[2].head, [], (), "baft bench")
     append_line(tmp_path / "r.jsonl", line.to_json())
     assert line.key == runs[2].head.key
-    lines, left = plan.split_off_made(runs, tmp_path / "r.jsonl")
+    lines, left = plan.split_off_finished(runs, tmp_path / "r.jsonl")
     assert lines == [line] and [run.head.key for run in left] == [
         run.head.key for run in runs if run is not runs[2]
     ]
@@ -323,7 +328,7 @@ def test_a_torn_last_line_is_cut_off_and_not_built_upon(tmp_path: Path) -> None:
     first, second = (plan.result_line(head(Schedule(), seed), [], (), "") for seed in (1, 2))
     append_line(file, first.to_json())
     file.write_bytes(file.read_bytes() + b'{"format": 1, "n": ')
-    assert plan.split_off_made([], file) == ([], [])
+    assert plan.split_off_finished([], file) == ([], [])
     append_line(file, second.to_json())
     assert read_results([file]) == [first, second]
     file.write_text('{"some": "json"}\n')
@@ -339,12 +344,12 @@ def test_a_model_is_known_by_its_weights_and_not_by_its_name(fact_model: FactMod
     with torch.no_grad():
         other.model.layers[2].mlp.down_proj.weight.mul_(1.5)
     mine, changed = (
-        described_model("toy", m, fact_model.tokenizer) for m in (fact_model.base, other)
+        describe_model("toy", m, fact_model.tokenizer) for m in (fact_model.base, other)
     )
     assert (
         mine["fingerprint"] != changed["fingerprint"] and mine["tokenizer"] == changed["tokenizer"]
     )
-    assert mine == described_model("toy", deepcopy(fact_model.base), fact_model.tokenizer)
+    assert mine == describe_model("toy", deepcopy(fact_model.base), fact_model.tokenizer)
 
 
 # being killed
@@ -468,7 +473,7 @@ def with_subjects(bench: Runner) -> Runner:
         )
         for row, case in enumerate(bench.cases)
     ]
-    further = Probing.of_kinds(("in_context", "neighbour"), known, bench.tokenizer)
+    further = Probing.for_kinds(("in_context", "neighbour"), known, bench.tokenizer)
     return replace(bench, cases=known, probing=further, last=4)
 
 
@@ -531,7 +536,7 @@ def test_independent_edits_are_made_together_and_come_out_as_in_turn(
     bench: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     MemoryEditor = pytest.importorskip("peft_baft.memory").MemoryEditor
-    memory = method(facts.quick("memory"), PRESETS["plain"])
+    memory = parse_method(facts.quick("memory"), PRESETS["plain"])
     sizes: list[int] = []
     edit_independently = MemoryEditor.edit_independently
 
@@ -542,7 +547,7 @@ def test_independent_edits_are_made_together_and_come_out_as_in_turn(
     monkeypatch.setattr(MemoryEditor, "edit_independently", counted)
     together = judged(bench, memory, Schedule(edits=6))
     assert sizes == [6, 6]
-    monkeypatch.setattr(runner, "TOGETHER", 1)
+    monkeypatch.setattr(runner, "EDITS_PER_GROUP", 1)
     in_turn = judged(bench, memory, Schedule(edits=6))
     assert sizes[2:] == [1] * 12
     reliability = in_turn.scores["reliability"]
@@ -555,7 +560,7 @@ def test_independent_edits_are_made_together_and_come_out_as_in_turn(
         return counted(editor, edits)
 
     # Where one diverges they are made one by one: it must not take the others with it.
-    monkeypatch.setattr(runner, "TOGETHER", 64)
+    monkeypatch.setattr(runner, "EDITS_PER_GROUP", 64)
     monkeypatch.setattr(MemoryEditor, "edit_independently", broken)
     again = judged(bench, memory, Schedule(edits=6))
     assert again.scores["reliability"] == reliability
@@ -563,7 +568,7 @@ def test_independent_edits_are_made_together_and_come_out_as_in_turn(
 
 
 def test_more_edits_in_a_codebook_take_more_bytes(bench: Runner) -> None:
-    grace = method(facts.quick("grace"), PRESETS["plain"])
+    grace = parse_method(facts.quick("grace"), PRESETS["plain"])
     few, many = (
         judged(bench, grace, Schedule(edits=edits)).scores["stored_bytes"] for edits in (2, 6)
     )
@@ -596,5 +601,5 @@ def test_what_a_block_teaches_is_no_neighbour_in_it(bench: Runner) -> None:
 
 
 def test_questions_in_another_form_than_the_runners_are_refused(bench: Runner) -> None:
-    with pytest.raises(ValueError, match="asks in the form chat, but its probing is for raw"):
+    with pytest.raises(ValueError, match="uses the template chat, but its probing uses raw"):
         replace(with_subjects(bench), template=CHAT)

@@ -21,7 +21,7 @@ from peft_baft_bench.tasks.formats import (
     PiqaItem,
     read_piqa,
 )
-from peft_baft_bench.tasks.tasks import TASKS, locate, read_benchmark
+from peft_baft_bench.tasks.tasks import TASKS, find_benchmark_file, read_benchmark
 
 ZSRE = {
     "src": "Which family is Lepid?",
@@ -313,7 +313,7 @@ def test_every_benchmark_of_the_judge_has_a_reader() -> None:
 
 # damage
 
-BY_SUBJECT = "must hold {} where the subject stands, not 'The tongue is'"
+BY_SUBJECT = "must contain {} in place of the subject, not 'The tongue is'"
 DAMAGED = {
     "no object": ("zsre", ["a"], "a record must be an object"),
     "zsre": ("zsre", {"src": "a"}, "'alt' is missing"),
@@ -373,11 +373,11 @@ DAMAGED = {
         {**FLAT, "locality_ground_truth": None},
         "'locality_ground_truth' must be a text",
     ),
-    "one side": ("convsent", {**CONVSENT, "neg": []}, "'neg' must hold at least one answer"),
+    "one side": ("convsent", {**CONVSENT, "neg": []}, "'neg' must contain at least one answer"),
     "the other side": (
         "convsent",
         {"ent": "Arvia", "neg": ["a"]},
-        "'pos' must hold at least one answer",
+        "'pos' must contain at least one answer",
     ),
     "no topic": ("convsent", {"pos": ["a"], "neg": ["b"]}, "'ent' is missing"),
     "facts": ("facts", {"prompt": "a"}, "'target' is missing"),
@@ -470,7 +470,7 @@ def test_piqa_items_get_the_labels_beside_them(tmp_path: Path, labels: str) -> N
 
 def test_missing_labels_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"valid-labels\.lst; the labels of .*valid\.jsonl belong into it"
+        FileNotFoundError, match=r"valid-labels\.lst; it must contain the labels of .*valid\.jsonl"
     ):
         read_piqa(piqa(tmp_path, None))
     with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
@@ -482,9 +482,9 @@ def test_missing_labels_are_asked_for(tmp_path: Path) -> None:
     [
         ("0\n", ": 1 labels, but .* has 2 records"),
         ("0\n1\n0\n", ": 3 labels, but .* has 2 records"),
-        ("0\n2\n", ":2: wanted the label 0 or 1, not '2'"),
-        ("0\n\n1\n", ":2: wanted the label 0 or 1, not ''"),
-        ("", ":1: wanted the label 0 or 1, not ''"),
+        ("0\n2\n", ":2: expected the label 0 or 1, not '2'"),
+        ("0\n\n1\n", ":2: expected the label 0 or 1, not ''"),
+        ("", ":1: expected the label 0 or 1, not ''"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(tmp_path: Path, labels: str, message: str) -> None:
@@ -523,9 +523,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 def test_a_file_that_exists_is_taken_as_it_is(tmp_path: Path, hub: Hub) -> None:
     path = written(tmp_path, [WIKI], "recent_test.json")
     assert (
-        locate("wiki_recent", path)
-        == locate("wiki_recent", str(path))
-        == locate("piqa", path)
+        find_benchmark_file("wiki_recent", path)
+        == find_benchmark_file("wiki_recent", str(path))
+        == find_benchmark_file("piqa", path)
         == path
     )
     assert not hub.asked
@@ -542,21 +542,21 @@ def test_a_file_that_exists_is_taken_as_it_is(tmp_path: Path, hub: Hub) -> None:
 def test_other_names_are_files_of_knowedit_on_the_hub(
     hub: Hub, data: str | None, wanted: str
 ) -> None:
-    assert locate("wiki_recent", data) == hub.folder / wanted
+    assert find_benchmark_file("wiki_recent", data) == hub.folder / wanted
     assert hub.asked == [("zjunlp/KnowEdit", wanted, "dataset")]
 
 
 def test_each_of_knowedits_benchmarks_has_a_file_of_its_own(hub: Hub) -> None:
     names = [name for name, task in TASKS.items() if task.hub_file]
-    assert len({locate(name) for name in names}) == len(names) == 5
+    assert len({find_benchmark_file(name) for name in names}) == len(names) == 5
 
 
 @pytest.mark.parametrize("name", ["zsre", "counterfact", "facts", "piqa"])
 def test_without_a_file_the_other_benchmarks_ask_for_one(hub: Hub, name: str) -> None:
     with pytest.raises(ValueError, match=f"--data which file {name} "):
-        locate(name)
+        find_benchmark_file(name)
     with pytest.raises(FileNotFoundError, match=r"no file absent\.json, and no such name"):
-        locate(name, "absent.json")
+        find_benchmark_file(name, "absent.json")
     assert not hub.asked
 
 
@@ -565,7 +565,7 @@ def test_without_a_file_the_other_benchmarks_ask_for_one(hub: Hub, name: str) ->
 )
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(hub: Hub, path: str) -> None:
     with pytest.raises(FileNotFoundError, match="no such name in the Hub's data set"):
-        locate("wiki_recent", path)
+        find_benchmark_file("wiki_recent", path)
     assert not hub.asked
 
 
@@ -580,10 +580,10 @@ def test_without_a_network_the_error_says_what_to_do(
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     with pytest.raises(FileNotFoundError) as raised:
-        locate("wikibio", data)
+        find_benchmark_file("wikibio", data)
     message = str(raised.value)
     assert (
         message.startswith(start)
         and "ConnectionError: no route" in message
-        and "give the path of a file" in message
+        and "give the path of a local file" in message
     )
