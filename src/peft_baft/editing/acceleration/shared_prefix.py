@@ -22,7 +22,7 @@ from peft_baft.running import (
     call_with_cache,
     generate_greedily,
     generates_with_cache,
-    holds_keys_alone,
+    has_attention_layers_only,
     input_device,
     select_rows,
     takes_position_ids,
@@ -55,7 +55,7 @@ class SharedPrefix:
             logits_only_at(base.get_output_embeddings(), nowhere),
         ):
             _, cache = call_with_cache(model, base, inputs)
-        return cls(ids, cache) if holds_keys_alone(cache) else cls()
+        return cls(ids, cache) if has_attention_layers_only(cache) else cls()
 
 
 @dataclass(frozen=True)
