@@ -121,8 +121,10 @@ def test_the_cached_basis_is_neither_pickled_nor_copied_nor_saved() -> None:
     basis = OrthonormalBasis(RANK, D)
     with torch.no_grad():
         basis()
-    assert basis._known is not None
-    assert pickle.loads(pickle.dumps(basis))._known is None and copy.deepcopy(basis)._known is None
+    assert basis._cached is not None
+    assert (
+        pickle.loads(pickle.dumps(basis))._cached is None and copy.deepcopy(basis)._cached is None
+    )
     torch.save(basis.state_dict(), file := io.BytesIO())
     file.seek(0)
     assert list(torch.load(file)) == ["weight"]

@@ -1,4 +1,4 @@
-"""How this package calls a model: forwards, decoding with `generate`, and caches that are read more than once."""
+"""How this package calls a model: forwards, decoding with `generate`, and caches that are used more than once."""
 
 from __future__ import annotations
 
@@ -6,42 +6,43 @@ import copy
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-# In the order in which a signature is searched.
-CACHE_NAMES = (
-    "cache",
-    "past_key_values",
-    "cache_params",
-)
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+Model: TypeAlias = "PeftModel | PreTrainedModel"
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # in the order of the search
 
 
-def input_device(model: Any) -> torch.device:
-    """Find where a model takes its tokens, also if its weights are brought there only when they are needed."""
-    embedding = model.get_input_embeddings()
+def input_device(model: Model) -> torch.device:
+    """Return the device for a model's input, even if accelerate moves its weights there only for the forward."""
+    embedding: Any = model.get_input_embeddings()
     device = embedding.weight.device
-    return torch.device(embedding._hf_hook.execution_device) if device.type == "meta" else device
+    return torch.device(embedding._hf_hook.execution_device if device.type == "meta" else device)
 
 
-def full_logits(model: Any, **inputs: Any) -> Tensor:
-    """Compute the logits (rows, tokens, vocabulary) of whole texts, with no cache."""
-    return model(**inputs, use_cache=False).logits
+def full_logits(model: nn.Module, **inputs: Any) -> Tensor:
+    """Compute the logits (rows, tokens, vocabulary) of whole texts, without a cache."""
+    return cast(Tensor, model(**inputs, use_cache=False).logits)
 
 
 def generate_greedily(
-    model: Any,
+    model: Model,
     input_ids: Tensor,
     attention_mask: Tensor,
     pad_token_id: int,
     max_new_tokens: int,
     **settings: Any,
 ) -> Tensor:
-    """Decode (rows, up to `max_new_tokens`) new tokens greedily, whatever the model's own generation config says.
+    """Decode (rows, up to `max_new_tokens`) new tokens greedily, whatever the model's generation config.
 
     Args:
         input_ids, attention_mask: (rows, tokens), padded on the left. settings: further arguments of `generate`.
@@ -51,25 +52,26 @@ def generate_greedily(
 
 
 def generate_sampled(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, pad_token_id: int, max_new_tokens: int
+    model: Model, input_ids: Tensor, attention_mask: Tensor, pad_token_id: int, max_new_tokens: int
 ) -> Tensor:
-    """Draw (rows, up to `max_new_tokens`) new tokens from the model's own distribution; arguments as above."""
+    """Sample (rows, up to `max_new_tokens`) new tokens from the model's unmodified distribution; arguments as above."""
     sampled = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     sampled["repetition_penalty"] = 1.0
     return _generate(model, input_ids, attention_mask, pad_token_id, max_new_tokens, sampled)
 
 
 def _generate(
-    model: Any,
+    model: Model,
     input_ids: Tensor,
     attention_mask: Tensor,
     pad_token_id: int,
     max_new_tokens: int,
     settings: Mapping[str, Any],
 ) -> Tensor:
-    """Call `generate`, and return the new tokens alone."""
+    """Call `generate`, and return the new tokens only."""
     device = input_device(model)
-    sequences = model.generate(
+    generate: Any = model.generate
+    sequences: Tensor = generate(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         max_new_tokens=max_new_tokens,
@@ -79,32 +81,36 @@ def _generate(
     return sequences[:, input_ids.shape[1] :]
 
 
-def holds_keys_alone(cache: Cache) -> bool:
-    """Tell whether a cache holds keys and values of attention in every layer, and no state of a recurrent one.
+def has_attention_layers_only(cache: Cache) -> bool:
+    """Return whether every layer of a cache holds keys and values of attention, and no recurrent state.
 
-    Layers are told by their exact types: those that hold a state as well are subclasses of these.
+    The exact types count: layers that also hold a state are subclasses of these.
     """
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
-def generates_with_cache(model: Any) -> bool:
-    """Tell whether `generate` keeps tokens from one forward to the next."""
-    return bool(model.generation_config.use_cache)
+def generates_with_cache(model: Model) -> bool:
+    """Return whether the model's `generate` uses a cache by default."""
+    config: Any = model.generation_config
+    return bool(config.use_cache)
 
 
-def end_tokens(model: Any) -> list[int]:
-    """List the tokens with which the model ends what it generates."""
-    ends = model.generation_config.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+def end_tokens(model: Model) -> list[int]:
+    """Return the tokens that end what the model generates."""
+    config: Any = model.generation_config
+    ends = config.eos_token_id
+    if isinstance(ends, int):
+        return [ends]
+    return list(ends or ())
 
 
 def takes_position_ids(model: nn.Module) -> bool:
-    """Tell whether the model can be told each token's position."""
+    """Return whether the model's forward accepts position ids."""
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def cache_parameter(model: nn.Module) -> str:
-    """Find the name under which a causal language model takes its cache.
+    """Return the name of the parameter through which a causal language model takes its cache.
 
     Raises:
         NotImplementedError: its signature has no such parameter.
@@ -116,25 +122,23 @@ def cache_parameter(model: nn.Module) -> str:
     for name, parameter in parameters.items():
         if re.search(r"\bCache\b", str(parameter.annotation)):
             return name
-    raise NotImplementedError(
-        f"{type(model).__name__}.forward has no parameter that takes a cache."
-    )
+    raise NotImplementedError(f"{type(model).__name__}.forward has no parameter for a cache.")
 
 
 def call_with_cache(
-    model: Any, base: nn.Module, inputs: Mapping[str, Any], cache: Any = None
-) -> tuple[Tensor, Any]:
-    """Call a model so that it reads its cache, or makes one, and adds the new tokens to it.
+    model: nn.Module, base: nn.Module, inputs: Mapping[str, Any], cache: Cache | None = None
+) -> tuple[Tensor, Cache]:
+    """Call a model with a cache, to which it adds the new tokens.
 
     Args:
-        model: what is called: a PeftModel, or the base model itself. base: the base model, whose signature counts.
-        cache: the cache to read and to add to, or None for a new one.
+        model: the model to call: a PeftModel, or the base model itself. base: the base model, whose signature is read.
+        cache: the cache of the earlier tokens; None for a new one.
 
     Returns:
         The logits, and the cache with the new tokens.
 
     Raises:
-        NotImplementedError: the model takes no cache, or gives none back.
+        NotImplementedError: the model takes no cache, or returns none.
     """
     given = {} if cache is None else {cache_parameter(base): cache}
     outputs = model(**inputs, **given, use_cache=True)
@@ -142,15 +146,15 @@ def call_with_cache(
         if isinstance(value, Cache):
             return outputs.logits, value
     raise NotImplementedError(
-        f"{type(base).__name__} gives no transformers `Cache` back, so tokens are not kept between calls."
+        f"{type(base).__name__} returns no transformers `Cache`, so tokens are not kept between calls."
     )
 
 
-class _KeptStates(dict):
-    """The states of a recurrent layer, of which each reading gives a copy.
+class _CopiedStates(dict[Any, Any]):
+    """The states of a recurrent layer; every read returns a copy.
 
-    A forward reads a state, computes with it, and writes its new state into the same tensor; backward would then find another
-    value than the forward had. Here it writes into a copy that nobody reads.
+    A forward writes its new state into the tensor that it has read and computed with, so that backward would see another
+    value. Here it writes into a copy.
     """
 
     def __getitem__(self, number: Any) -> Any:
@@ -159,10 +163,9 @@ class _KeptStates(dict):
 
 
 def fork(cache: Any) -> Any:
-    """Make a cache with the same content, for one forward; what that adds is not in the other, and backward can follow.
+    """Copy a cache for one forward: the original does not change, and a backward through the copy is possible.
 
-    Attention layers put new tensors in the place of old ones, so the tensors themselves are shared. Recurrent layers write
-    into theirs, so a forward gets copies.
+    Attention layers replace their tensors, so these are shared. Recurrent layers write into theirs, so the forward reads copies.
     """
     forked = copy.copy(cache)
     forked.layers = [_fork_layer(layer) for layer in cache.layers]
@@ -172,17 +175,17 @@ def fork(cache: Any) -> Any:
 def _fork_layer(layer: Any) -> Any:
     forked = copy.copy(layer)
     for name, value in vars(layer).items():
-        if isinstance(value, dict):  # of a recurrent layer: one entry a state
-            setattr(forked, name, _KeptStates(value))
+        if isinstance(value, dict):  # a recurrent layer's states
+            setattr(forked, name, _CopiedStates(value))
         elif isinstance(value, list):
             setattr(forked, name, list(value))
     return forked
 
 
 def select_rows(cache: Any, rows: Tensor) -> Any:
-    """Make a cache of some rows of another one. rows: (n,) their numbers.
+    """Return a copy of a cache with the rows numbered `rows`, (n,).
 
-    Reordering for beams does this for every kind of layer, recurrent ones included; `batch_select_indices` does not.
+    Reordering for beams does this for every type of layer, including recurrent ones; `batch_select_indices` does not.
     """
     selected = fork(cache)
     selected.reorder_cache(rows)

@@ -48,7 +48,7 @@ def test_another_method_named_baft_is_not_replaced(monkeypatch) -> None:
         ({"prompt_positions": 0}, ValueError, "prompt_positions"),
         ({"weighting": "all"}, ValueError, "'all'"),
         ({"gate_norm": "l2"}, ValueError, "'l2'"),
-        ({"r": 33}, ValueError, "r=33 is more than the 32"),
+        ({"r": 33}, ValueError, "r=33 exceeds the 32"),
         ({"layers_to_transform": [4]}, ValueError, "4 blocks, 0 to 3"),
         ({"layers_to_transform": [1, 1]}, ValueError, "twice"),
         ({"layers_to_transform": ["1"]}, TypeError, "integers"),
@@ -201,7 +201,7 @@ def test_what_baft_cannot_do_is_said_and_not_asked_of_the_base_model(tokens) -> 
     before = logits(model, tokens)
     with pytest.raises(
         NotImplementedError,
-        match=r"combined with combination_type='cat' alone.*when they are active together",
+        match=r"combined with combination_type='cat' only.*when they are active together",
     ):
         model.add_weighted_adapter(["default"], [0.5], "mean", "linear")
     with pytest.raises(NotImplementedError, match="cannot be merged"):

@@ -354,7 +354,7 @@ def test_an_adapter_that_acts_in_the_peft_models_own_forward_is_refused_before_a
     prompted = get_peft_model(
         make_model(), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     )
-    with pytest.raises(ValueError, match=r"beside an adapter of type PROMPT_TUNING.*unload it"):
+    with pytest.raises(ValueError, match=r"with an adapter of type PROMPT_TUNING.*unload it"):
         get_peft_model(prompted, config())
     assert not baft_layers(prompted)
 

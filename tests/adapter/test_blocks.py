@@ -119,7 +119,7 @@ REFUSED = {
     "prophetnet": "several tokens at once",
     "cpmant": "both directions",
     "blt": "patches",
-    "gemma3n_text": "4 hidden vectors for each token .altup_num_inputs.*target_modules",
+    "gemma3n_text": "4 hidden vectors per token .altup_num_inputs.*target_modules",
     "deepseek_v4": "hc_mult",
     "qwen4_exp_text": "hc_count",
 }

@@ -145,7 +145,7 @@ def test_what_cannot_be_combined_is_refused_and_nothing_changes() -> None:
         with pytest.raises(ValueError, match=error):
             model.add_weighted_adapter(adapters, weights, name)
         assert set(model.peft_config) == before
-    with pytest.raises(NotImplementedError, match="combination_type='cat' alone"):
+    with pytest.raises(NotImplementedError, match="combination_type='cat' only"):
         model.add_weighted_adapter(["one", "two"], [0.5, 0.5], "new", "linear")
     for kind in ({"weighting": "subspace"}, {"gate_norm": "scale"}):
         other = adapted(**kind)

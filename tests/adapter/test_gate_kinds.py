@@ -77,7 +77,7 @@ def test_adapters_of_a_new_kind_are_computed_side_by_side(new_kinds, tokens, mon
         model.set_adapter(name)
         alone.append(logits(model, row[None]))
     stacked: list[torch.Tensor] = []
-    monkeypatch.setattr(PLAIN, "_update_side_by_side", _noted(PLAIN._update_side_by_side, stacked))
+    monkeypatch.setattr(PLAIN, "_update_stacked", _noted(PLAIN._update_stacked, stacked))
     with torch.no_grad():
         together = model(tokens, adapter_names=["default", "second"]).logits
         assert len(stacked) == len(baft_layers(model))

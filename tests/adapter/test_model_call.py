@@ -272,7 +272,7 @@ def test_a_recurrent_state_outside_generate_needs_a_mask_where_lengths_are_state
         model(torch.tensor([[7]]), **with_cache(model, fork(cache)))
         # Edited, as every token after a filled cache.
         assert find_context(model).relative_positions.min() >= 0
-        with pytest.raises(UnknownPositionError, match="does not tell how much it holds"):
+        with pytest.raises(UnknownPositionError, match="does not report its length"):
             model(torch.tensor([[7]]), **with_cache(model, fork(cache)), prompt_lengths=[4])
 
 

@@ -18,7 +18,7 @@ import facts
 from facts import OBJECTIVE, FactModel, adapted, edits, meals
 from peft_baft import NARROW, AdapterEditor, BaftEditor, DescentConfig, rolled_back
 from peft_baft.adapter import find_context
-from peft_baft.adapter.cursors import Cursors
+from peft_baft.adapter.rollback import Cursors
 from peft_baft.adapter.state import snapshot
 
 fact_model = facts.fact_model

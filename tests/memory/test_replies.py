@@ -273,7 +273,7 @@ def test_rows_of_a_cache_that_a_loop_reorders_are_refused(
 
     second = [wanted(fact_model, number)[1] for number in NUMBERS[:2]]
     assert step(None) == step([0, 1]) == second  # the control
-    with pytest.raises(ValueError, match="with the same rows"):
+    with pytest.raises(ValueError, match="not known for these rows"):
         step([1, 0])
 
 
@@ -319,7 +319,7 @@ def test_what_a_memory_cannot_read_is_refused(fact_model: FactModel) -> None:
         with editor.model.disable_adapter():
             _, cache = call_with_cache(editor.model, base, {"input_ids": ids})
         cache = strange(cache)
-        with pytest.raises(ValueError, match="whose texts it has not seen"):
+        with pytest.raises(ValueError, match="whose texts are not known"):
             call_with_cache(editor.model, base, {"input_ids": ids[:, :1]}, cache)
         with editor.model.disable_adapter():  # the control: without the memory, all that is fine
             editor.model(inputs_embeds=embeddings)

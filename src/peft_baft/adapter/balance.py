@@ -1,6 +1,6 @@
-"""The load balance of the gates in training by others (transformers' Trainer, a loop over `model(...).loss`).
+"""The load balance of the gates in training by transformers' Trainer or a custom loop over `model(...).loss`.
 
-`BaftEditor` has an objective of its own and does not use this.
+`BaftEditor` has its own objective and does not use this.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_baft.adapter.context import RecordedGates
+from peft_baft.adapter.call import RecordedGates
 from peft_baft.adapter.layer import BaftLayer
-from peft_baft.adapter.model_arguments import labels_tell_answers
+from peft_baft.adapter.model_arguments import labels_are_tokens
 from peft_baft.adapter.model_call import TrainingCall, loss_of, read_training_call, with_loss
 from peft_baft.losses import load_balance, mean_over_blocks, rescaled
 
 logger = logging.getLogger(__name__)
-CEILING = 1.0  # of the rescaling to the loss, as in the editor's objective
+CEILING = 1.0  # of the rescaling to the loss, as in the editors' objective
 NOT_APPLIED = (
-    "A BaFT adapter has balance_weight > 0, but the load balance cannot act on this training: {}. It is added to the loss "
-    "that a forward with labels returns, and nowhere else; see docs/training.md."
+    "A BaFT adapter has balance_weight > 0, but the load balance has no effect on this training: {}. It is only added to the "
+    "loss that a forward with labels returns; see docs/training.md."
 )
 WITHOUT_LABELS = (
-    "the model is called without labels, as with label smoothing or a loss function of your own"
+    "the model is called without labels, as with label smoothing or a custom loss function"
 )
 LOSS_UNUSED = "the caller computes its own loss from log-probabilities, as TRL does"
 WITHOUT_GRADIENT = (
-    "The gates were computed without gradients, so the regularisers would not act: the model runs its blocks under "
-    "no_grad, as reentrant checkpointing of activations does. Enable it with use_reentrant=False, or not at all."
+    "The gates were computed without gradients, so the regularisers would have no effect: the model runs its blocks under "
+    "no_grad, as in reentrant activation checkpointing. Enable checkpointing with use_reentrant=False, or not at all."
 )
 
 
 class LoadBalanceTerm:
-    """Add the load balance of the active adapters that ask for it to the loss that the base model returns.
+    """Adds the load balance of active adapters with a `balance_weight` to the loss that the base model returns.
 
-    Two hooks on the base model, and not the tuner's forward: PeftModel passes the tuner by where the config has no task
-    type, and transformers' own adapter loading keeps no tuner.
+    It consists of two hooks on the base model and is not in the tuner's forward: PeftModel bypasses the tuner if the config
+    has no task type, and transformers' own adapter loading has no tuner.
 
     Args:
         model: the base model.
@@ -49,8 +49,8 @@ class LoadBalanceTerm:
 
     def __init__(self, model: nn.Module) -> None:
         self._arguments = tuple(inspect.signature(model.forward).parameters)
-        # The forwards that run now, by their thread, the innermost one last: what ends the recording of their gates, and the
-        # gates; None for a forward without the term.
+        # The running forwards of each thread, the innermost last: what stops the recording of the gates, and the gates; None
+        # for a forward without the term.
         self._running: dict[int, list[tuple[ExitStack, Mapping[Any, RecordedGates]] | None]] = {}
         self._warned = False
         self._handles = [
@@ -59,12 +59,12 @@ class LoadBalanceTerm:
         ]
 
     def detach(self) -> None:
-        """Take the hooks off the base model."""
+        """Remove the hooks from the base model."""
         for handle in self._handles:
             handle.remove()
 
-    def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before a forward: if it trains, have the blocks record their gates."""
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward: if it trains, start recording the gates."""
         running = self._running.setdefault(threading.get_ident(), [])
         running.append(None)
         if not (model.training and torch.is_grad_enabled() and _balanced(model)):
@@ -79,17 +79,19 @@ class LoadBalanceTerm:
         recorded = recording.enter_context(_balanced(model)[0][0].context.recording())
         running[-1] = recording, recorded
 
-    def _end(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """After the forward, whether it succeeded or not: stop recording, and add the term to the loss."""
+    def _end(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """After a forward, even a failed one: stop recording, and add the term to the loss."""
         running = self._running.get(threading.get_ident())
         if not running:  # the forward failed before `_begin`
             return None
-        own = running.pop()
+        innermost = running.pop()
         if not running:
             del self._running[threading.get_ident()]
-        if own is None:
+        if innermost is None:
             return None
-        recording, recorded = own
+        recording, recorded = innermost
         recording.close()
         loss = loss_of(output)
         if loss is None:
@@ -99,8 +101,10 @@ class LoadBalanceTerm:
             loss = loss + share * term.to(loss)
         return with_loss(output, loss)
 
-    def _read(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> TrainingCall:
-        shifts = labels_tell_answers(model)
+    def _read(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> TrainingCall:
+        shifts = labels_are_tokens(model)
         return read_training_call(self._arguments, args, kwargs, shifts=shifts)
 
     def _warn(self, reason: str) -> None:
@@ -110,28 +114,28 @@ class LoadBalanceTerm:
 
 
 def attach_balance(model: nn.Module) -> None:
-    """Let a base model's loss have the load balance of those adapters whose config asks for it; once is enough."""
+    """Add a `LoadBalanceTerm` to a base model, unless it has one."""
     if not _attached(model):
         LoadBalanceTerm(model)
 
 
 def detach_balance(model: nn.Module) -> None:
-    """Undo `attach_balance`, if it was done."""
+    """Undo `attach_balance`, if necessary."""
     for term in _attached(model):
         term.detach()
 
 
 def _attached(model: nn.Module) -> list[LoadBalanceTerm]:
-    """Find the terms on a model.
+    """Return the terms on a model.
 
-    A term is kept by its own hook alone, so that copies of a model have their own, and a pickled one keeps it.
+    Only its own hooks refer to a term, so that a copied or pickled model has its own.
     """
     owners = [getattr(hook, "__self__", None) for hook in model._forward_hooks.values()]
     return [owner for owner in owners if isinstance(owner, LoadBalanceTerm)]
 
 
 def _balanced(model: nn.Module) -> list[tuple[BaftLayer, str]]:
-    """Return the blocks, each with the name of an adapter that is active, trained, and asks for the load balance."""
+    """Return pairs of a block and the name of an adapter in it that is active, trained and has a `balance_weight`."""
     balanced = []
     for layer in model.modules():
         if not isinstance(layer, BaftLayer) or layer.disable_adapters:
@@ -147,10 +151,10 @@ def _balanced(model: nn.Module) -> list[tuple[BaftLayer, str]]:
 def _terms(model: nn.Module, recorded: Mapping[Any, RecordedGates], loss: Tensor) -> list[Tensor]:
     """Compute the weighted load balance of each adapter, () each, rescaled to the mean loss of an answer token.
 
-    Past use is what the editor has counted (`baft_gate_usage`); a forward does not add to it, since it cannot know whether a step
-    follows.
+    Past use is what editors have counted (`baft_gate_usage`); a forward does not add to it, since it cannot know whether an
+    optimiser step follows.
     """
-    balances: dict[str, list[Tensor]] = {}  # by adapter, one of each block
+    balances: dict[str, list[Tensor]] = {}  # by adapter, one per block
     weights: dict[str, float] = {}
     for layer, name in _balanced(model):
         gates = recorded.get(layer.name, recorded.get((layer.name, name)))
@@ -166,16 +170,16 @@ def _terms(model: nn.Module, recorded: Mapping[Any, RecordedGates], loss: Tensor
             )
             weights[name] = layer.configs[name].balance_weight
     return [
-        weights[name] * rescaled(mean_over_blocks(of_blocks), loss, CEILING)
-        for name, of_blocks in balances.items()
+        weights[name] * rescaled(mean_over_blocks(per_block), loss, CEILING)
+        for name, per_block in balances.items()
     ]
 
 
 def _share_of_step(call: TrainingCall, loss: Tensor) -> Tensor:
-    """Return how much of an optimiser step's loss this forward is, (): 1 where the model returns the mean over its own tokens.
+    """Return the share of this forward in the loss of an optimiser step, (); 1 if the loss is the mean over its own tokens.
 
-    Trainer passes how many tokens all forwards of a step predict, and adds the losses up; a term that is not scaled alike
-    would count once for every forward.
+    Trainer passes the number of tokens that all forwards of a step predict, and sums the losses; a term that is not scaled
+    in the same way would count once per forward.
     """
     if call.predicted_in_step is None or call.predicted is None:
         return torch.ones_like(loss)

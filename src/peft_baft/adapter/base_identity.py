@@ -1,7 +1,7 @@
-"""Which base model an adapter was made on, told by some values of its input embeddings.
+"""Recognise the base model that an adapter was created on by some values of its input embeddings.
 
-They are kept in the adapter's config. What is compared is their direction: it stays what it is in another precision, quantised,
-after a short fine-tuning and with more tokens, and has nothing in common with that of another model.
+The values are stored in the adapter's config, and their direction is compared: it survives another precision, quantisation, a
+short fine-tuning and additional tokens, but is unrelated to that of another model.
 """
 
 from __future__ import annotations
@@ -18,46 +18,46 @@ if TYPE_CHECKING:
     from peft_baft.adapter.config import BaftConfig
 
 logger = logging.getLogger(__name__)
-SAMPLE = 64  # values of a model's embeddings, by which it is told from other models
-FIRST = 64  # tokens that nearly every model has, from which the sample in a config is taken
-ALIKE = 0.7  # the least cosine of the samples of one model; those of two others have one of 0 ± 1/8
+SAMPLE = 64  # the number of values
+FIRST = 64  # the number of first tokens that the sample in a config is taken from; nearly every model has them
+ALIKE = 0.7  # the lowest cosine for samples of one model; for two unrelated models it is 0 ± 1/8
 OTHER_BASE = (
-    "This BaFT adapter was made on another base model (%s) than the one that it is put on now (%s): their input embeddings have "
-    "nothing in common. Its edits mean nothing there. Load the model that it was made on, or edit again."
+    "This BaFT adapter was made on another base model (%s) than the one it is being loaded on (%s): their input embeddings are "
+    "unrelated. Its edits are meaningless there. Load the model that it was made on, or edit again."
 )
 
 
 def embedding_sample(model: nn.Module, rows: int = 5 * SAMPLE) -> Tensor | None:
-    """Take values of a model's input embeddings at fixed places, (64,) float32; None where they are not at hand.
+    """Return values of a model's input embeddings at fixed places, (64,) float32; None if they are not available.
 
     Args:
-        rows: those of the first so many tokens.
+        rows: the number of first tokens to take them from.
     """
     try:
         embeddings = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # a model that does not say which they are
+    except (AttributeError, NotImplementedError):  # the model does not declare them
         return None
-    # An adapter that trains the embeddings has a copy of them.
+    # An adapter that trains the embeddings wraps them.
     weight: Any = getattr(getattr(embeddings, "original_module", embeddings), "weight", None)
     if type(weight) not in (Tensor, nn.Parameter):
-        return None  # none, parted among processes, or quantised
+        return None  # missing, sharded over processes, or quantised
     if weight.is_meta or weight.ndim != 2 or not weight.numel() or not weight.is_floating_point():
-        return None  # offloaded, parted among processes, or quantised
+        return None  # offloaded, sharded over processes, or quantised
     tokens, width = weight.shape
     numbers = torch.arange(SAMPLE, device=weight.device)
-    chosen = weight.detach()[5 * numbers % min(tokens, rows), 11 * numbers % width]
+    chosen: Tensor = weight.detach()[5 * numbers % min(tokens, rows), 11 * numbers % width]
     return chosen.float().cpu()
 
 
 def identify_base(model: nn.Module, config: BaftConfig) -> None:
-    """Note in a new adapter's config which base model it is made on; warn where a saved one is put on another.
+    """Record the base model in a new adapter's config; warn if a saved adapter is loaded on another model.
 
-    Configs from before there was such a note, and models whose embeddings are not at hand, pass.
+    Configs without a sample and models whose embeddings are not available are accepted.
 
     Raises:
-        ValueError: it is put on another one, and its kind of adapter can only be wrong there.
+        ValueError: it is loaded on another model, and its kind of adapter requires the same one.
     """
-    # The first tokens stay where they are when others are added.
+    # The first tokens keep their rows when others are added.
     sample = embedding_sample(model, rows=FIRST)
     if sample is None or not sample.isfinite().all() or not sample.any():
         return
@@ -74,16 +74,16 @@ def identify_base(model: nn.Module, config: BaftConfig) -> None:
 
 
 def to_text(sample: Tensor) -> str:
-    """Write a sample, scaled to a root mean square of one, as text for a config."""
+    """Encode a sample, scaled to unit root mean square, as text for a config."""
     scaled = sample / sample.square().mean().sqrt()
     return base64.b64encode(scaled.half().numpy().tobytes()).decode()
 
 
 def to_sample(text: str) -> Tensor:
-    """Read what `to_text` wrote, (64,) float32.
+    """Decode what `to_text` returned, (64,) float32.
 
     Raises:
-        ValueError: it did not write this.
+        ValueError: the text is something else.
     """
     try:
         values = bytearray(base64.b64decode(text, validate=True))
@@ -92,6 +92,6 @@ def to_sample(text: str) -> Tensor:
         sample = torch.empty(0)
     if len(sample) != SAMPLE or not sample.isfinite().all() or not sample.any():
         raise ValueError(
-            f"base_sample must hold {SAMPLE} finite numbers as text, as a saved adapter has it, not {text!r:.60}."
+            f"base_sample must hold {SAMPLE} finite numbers, encoded as in a saved adapter, not {text!r:.60}."
         )
     return sample

@@ -1,4 +1,4 @@
-"""Find the decoder blocks of a model by its structure, whatever the model is called."""
+"""Find the decoder blocks of a model by its structure, independent of its architecture's names."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ if TYPE_CHECKING:
     from peft_baft.adapter.config import BaftConfig
 
 # Counted from 1: Sec. 3.1, for a model of 32 blocks.
-PAPER_BLOCKS, PAPER_DEPTH = (
-    (9, 18, 24, 28),
-    32,
-)
+PAPER_BLOCKS, PAPER_DEPTH = ((9, 18, 24, 28), 32)
 
 
 def default_blocks(depth: int) -> list[int]:
@@ -28,15 +25,15 @@ def default_blocks(depth: int) -> list[int]:
 
 
 def find_stack(model: nn.Module, pattern: list[str] | str | None = None) -> str:
-    """Find the name of the `ModuleList` that holds the decoder blocks of `model`.
+    """Return the name of the `ModuleList` that holds the decoder blocks of `model`.
 
-    It is the list as long as the model's config says, within the language part of the model; where there is no such
-    list, the only list of blocks that there is, or the longest one of a model without a config. The blocks may be of
-    several classes, as attention and recurrent ones are in a hybrid model. `pattern` names the list, in full or by the
-    last parts of its name, where that finds none or the wrong one.
+    This is the list in the language part of the model whose length is the depth in the model's config; otherwise the only
+    list of blocks, or the longest one of a model without a config. Blocks may have different classes, such as the
+    attention and recurrent blocks of a hybrid model. If the right list is not found, `pattern` names it, in full or by the
+    last parts of its name.
 
     Raises:
-        ValueError: there is no such list, or several may be meant.
+        ValueError: there is no such list, or several candidates.
     """
     lists = _lists_of_blocks(model, pattern)
     depth = configured_depth(model)
@@ -47,8 +44,8 @@ def find_stack(model: nn.Module, pattern: list[str] | str | None = None) -> str:
             "ModuleList of blocks" if names is None else f"ModuleList named {' or '.join(names)}"
         )
         raise ValueError(
-            f"{type(model).__name__} has no {wanted}. Name the modules whose output (batch, tokens, d) is to be edited "
-            "with target_modules."
+            f"{type(model).__name__} has no {wanted}. Use target_modules to name the modules whose output (batch, tokens, d) "
+            "should be edited."
         )
     if not hasattr(model, "config"):
         return min(candidates, key=lambda name: (-len(lists[name]), name.count(".")))
@@ -58,16 +55,16 @@ def find_stack(model: nn.Module, pattern: list[str] | str | None = None) -> str:
     if len(candidates) == 1 or (as_long_as_configured and len(outermost) == 1):
         return outermost[0]
     raise ValueError(
-        f"{type(model).__name__} has several lists that may hold its decoder blocks: {', '.join(candidates)}. Name the "
-        "one whose modules each token passes once, in turn, with layers_pattern, or the modules with target_modules."
+        f"{type(model).__name__} has several lists that may hold its decoder blocks: {', '.join(candidates)}. Use "
+        "layers_pattern to name the one whose modules each token passes once, in turn, or name modules with target_modules."
     )
 
 
 def _lists_of_blocks(model: nn.Module, pattern: list[str] | str | None) -> dict[str, nn.ModuleList]:
-    """Return the outermost `ModuleList`s of the language part of a model, by their names in the whole model.
+    """Return the outermost `ModuleList`s of the language part of a model, by their full names.
 
-    Left out are lists inside blocks (experts, adapters), and lists of single layers (embeddings, norms, heads): a block
-    has parts.
+    Lists inside blocks (experts, adapters) are excluded, and so are lists of modules without children (embeddings, norms,
+    heads).
     """
     names = [pattern] if isinstance(pattern, str) else pattern
     language_part = _language_part(model)
@@ -76,7 +73,7 @@ def _lists_of_blocks(model: nn.Module, pattern: list[str] | str | None) -> dict[
         inside = any(name.startswith(f"{outer}.") for outer in lists)
         if not isinstance(module, nn.ModuleList) or not len(module) or inside:
             continue
-        if names is None and not any(True for block in module for _ in block.children()):
+        if names is None and not any(list(block.children()) for block in module):
             continue
         if names is None or any(f".{name}".endswith(f".{wanted}") for wanted in names):
             lists[name] = module
@@ -85,16 +82,16 @@ def _lists_of_blocks(model: nn.Module, pattern: list[str] | str | None) -> dict[
 
 
 def _language_part(model: nn.Module) -> str:
-    """Return how the names of the modules of a model's decoder begin: "" where the model does not tell its decoder apart."""
+    """Return the prefix of the names of the modules in a model's decoder; "" if the model does not declare its decoder."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     name = next((name for name, module in model.named_modules() if module is decoder), "")
     return f"{name}." if name else ""
 
 
 def configured_depth(model: nn.Module) -> int | None:
-    """Return the number of decoder blocks by the model's config; None where it does not say.
+    """Return the number of decoder blocks in the model's config; None if it is missing.
 
-    A model with an encoder counts the two apart; its `num_hidden_layers` may then mean the encoder's.
+    A model with an encoder has two numbers, and its `num_hidden_layers` may be the encoder's.
     """
     config = text_config(model)
     return getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
@@ -106,18 +103,18 @@ def blocks_left_out(model: nn.Module) -> frozenset[int]:
 
 
 def text_config(model: nn.Module) -> Any:
-    """Return the config of the model's language part; None where it has no config."""
+    """Return the config of the model's language part; None if the model has no config."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def attention_window(model: nn.Module) -> int | None:
-    """Return how many columns a token of the model looks back over; None where that is not limited, or not known."""
+    """Return the number of columns that a token can attend to; None if unlimited or unknown."""
     return getattr(text_config(model), "sliding_window", None)
 
 
 def configured_width(model: nn.Module, block: nn.Module) -> int:
-    """Return the width d of the hidden vectors that `block` gives: the block's own out_features, else the model's hidden size.
+    """Return the width d of the output of `block`: its `out_features`, otherwise the model's hidden size.
 
     Raises:
         ValueError: neither is known.
@@ -127,17 +124,17 @@ def configured_width(model: nn.Module, block: nn.Module) -> int:
         width = getattr(text_config(model), "hidden_size", None)
     if not isinstance(width, int):
         raise ValueError(
-            f"The width of the output of {type(block).__name__} is unknown: neither has it out_features nor the model a "
-            "config with hidden_size."
+            f"The width of the output of {type(block).__name__} is unknown: it has no out_features, and the model has no config "
+            "with hidden_size."
         )
     return width
 
 
 def block_names(model: nn.Module, indices: Any, pattern: list[str] | str | None) -> list[str]:
-    """Return the full names of the chosen decoder blocks, the default ones where `indices` is None.
+    """Return the full names of the chosen decoder blocks; the default ones if `indices` is None.
 
     Raises:
-        TypeError, ValueError: an index is no integer, stands twice, or lies outside the model.
+        TypeError, ValueError: an index is not an integer, occurs twice, or is out of range.
     """
     stack = find_stack(model, pattern)
     depth = len(cast(nn.ModuleList, model.get_submodule(stack)))
@@ -169,7 +166,7 @@ def last_block(model: nn.Module) -> str:
 
 
 def _first_not_in(left_out: frozenset[int], index: int) -> int:
-    """Return `index`, or the next lower index that is not left out; the next higher one where there is none."""
+    """Return `index`, or the next lower index that is not left out; the next higher one if there is none."""
     while index in left_out and index > 0:
         index -= 1
     while index in left_out:
@@ -178,14 +175,14 @@ def _first_not_in(left_out: frozenset[int], index: int) -> int:
 
 
 def blocks_before(model: nn.Module, name: str) -> list[nn.Module]:
-    """List the blocks that run before the one in which a module stands: their outputs do not depend on that module."""
+    """Return the blocks before the one that contains a module: their outputs do not depend on that module."""
     stack = find_stack(model)
     number = int(name.removeprefix(f"{stack}.").partition(".")[0])
     return list(cast(nn.ModuleList, model.get_submodule(stack)))[:number]
 
 
 def missing_targets(model: nn.Module, config: BaftConfig) -> list[str]:
-    """Return those of the config's block names that `model` lacks, for example because it is not as deep."""
+    """Return the config's block names that `model` lacks, for example because it has fewer blocks."""
     targets = config.target_modules
     if isinstance(targets, str) or targets is None:
         return []
@@ -194,14 +191,14 @@ def missing_targets(model: nn.Module, config: BaftConfig) -> list[str]:
 
 
 def stack_owner(model: nn.Module, block_name: str) -> nn.Module:
-    """Find the module that runs the list in which `block_name` stands, and is called with tokens.
+    """Return the module that runs the list containing `block_name`, and is called with tokens.
 
-    In BERT and its kin the list's owner gets hidden vectors alone; mask and cache are then read at the next module around it
-    that gets token ids. Where none gets any, it is the list's owner; the model itself where the block stands in no list.
+    In models like BERT the list's owner receives hidden vectors only; mask and cache are then read at the next enclosing
+    module that takes token ids. If none does, it is the list's owner, or the model itself if the block is not in a list.
     """
     parts = block_name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         if isinstance(model.get_submodule(".".join(parts[:cut])), nn.ModuleList):
-            around = [model.get_submodule(".".join(parts[:end])) for end in range(cut - 1, -1, -1)]
-            return next((module for module in around if takes_tokens(module)), around[0])
+            owners = [model.get_submodule(".".join(parts[:end])) for end in range(cut - 1, -1, -1)]
+            return next((module for module in owners if takes_tokens(module)), owners[0])
     return model

@@ -1,8 +1,8 @@
-"""What a block needs to know of the forward that it is part of, and how it finds this again when autograd runs the block twice.
+"""What a block needs to know about its forward, and how to find that again when autograd reruns the block.
 
 Activation checkpointing runs a block a second time, during the backward, with the inputs of the first run. By then the model may
-have been called on other texts, and on a GPU the second run happens in a thread of autograd's own. What the block was told must
-therefore be found by the block's input, not by the thread.
+have been called on other texts, and on a GPU the second run happens in one of autograd's threads. The call is therefore looked
+up by the block's input, not by the thread.
 """
 
 from __future__ import annotations
@@ -19,33 +19,35 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from peft_baft.adapter.texts import Texts
 
-# How many calls are kept of one input: a loop over one tensor must not keep ever more of them.
-MOST_CALLS = 1000
-# Where an autograd node keeps the calls whose block inputs it computed.
-IN_METADATA = "peft_baft.call"
+MOST_CALLS = (
+    1000  # remembered per input, so that a loop over one tensor does not collect ever more of them
+)
+METADATA_KEY = (
+    "peft_baft.call"  # in an autograd node: the calls in which its result was a block's input
+)
 NOT_FOUND = (
-    "A block with a BaFT adapter was run again during a backward, as activation checkpointing does, on an input that none of the "
-    "model's forwards gave it, so that the tokens to edit are unknown. This happens where saved activations are copied, "
-    "as reentrant checkpointing with offloading does. Checkpoint the blocks with use_reentrant=False, and not a part of the "
-    "model around the blocks that gets no labels or prompt_lengths of its own."
+    "A block with a BaFT adapter was run again during a backward, as in activation checkpointing, on an input that none of the "
+    "model's forwards gave it, so that the tokens to edit are unknown. This happens if saved activations are copied, "
+    "as in reentrant checkpointing with offloading. Checkpoint the blocks with use_reentrant=False, and do not checkpoint a part "
+    "of the model around the blocks that receives no labels or prompt_lengths itself."
 )
 AMBIGUOUS = (
-    "A block with a BaFT adapter was run again during a backward, as activation checkpointing does, on an input that it got in "
+    "A block with a BaFT adapter was run again during a backward, as in activation checkpointing, on an input that it had in "
     "several forwards with different prompts, so that the tokens to edit are unknown. Checkpoint with use_reentrant=False, or "
-    "give each forward a copy of its inputs."
+    "pass a copy of the inputs to each forward."
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What the blocks need to know of one forward. Nothing here has a gradient, so that keeping a call keeps no graph.
+    """What the blocks need to know about one forward. Nothing here has a gradient, so a stored call keeps no graph alive.
 
     Attributes:
-        relative_positions: (rows, tokens) long; None edits every token, where the model does not take token sequences.
-        row_adapters: the adapter of each row of a mixed batch (PEFT's `adapter_names`); None where all rows are edited by
-            the active adapters.
+        relative_positions: (rows, tokens) long; None edits everything, for models that do not take sequences of tokens.
+        row_adapters: the adapter of each row of a mixed batch (PEFT's `adapter_names`); None if the active adapters edit all
+            rows.
         active: the adapters that were active in a block when it first ran, by the block's name.
-        texts: the tokens of each sequence, wherever they lie; None where no kind of adapter on the model reads them.
+        texts: all tokens of each sequence; None if no kind of adapter on the model reads them.
         may_be_repeated: whether gradients were enabled, so that blocks may run again in a backward.
     """
 
@@ -56,7 +58,7 @@ class Call:
     may_be_repeated: bool = False
 
     def edits_like(self, other: Call) -> bool:
-        """Return whether two calls edit the same tokens by the same adapters."""
+        """Return whether two calls edit the same tokens with the same adapters."""
         return (
             equal(self.relative_positions, other.relative_positions)
             and self.row_adapters == other.row_adapters
@@ -70,7 +72,7 @@ class RecordedGates:
     """The gates of one block in one forward.
 
     Attributes:
-        w: (rows, tokens, k) with gradient. mask: (rows, tokens) bool, the tokens that are edited.
+        w: (rows, tokens, k) with gradient. mask: (rows, tokens) bool, True for edited tokens.
     """
 
     w: Tensor
@@ -85,22 +87,22 @@ def equal(one: Tensor | None, two: Tensor | None) -> bool:
 
 
 def in_backward() -> bool:
-    """Return whether this thread is computing a backward, in which a block only runs if it is run again."""
+    """Return whether this thread is computing a backward; a block that runs in one has run before."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the hidden vectors that a block is called with: its first argument that is a tensor."""
+    """Return the hidden vectors that a block was called with: the first argument that is a tensor."""
     return next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
 
 
 class CallsByInput:
-    """The calls of forwards whose blocks may be run again, by the input of each block.
+    """The calls of forwards whose blocks may run again, by the input of each block.
 
-    A call is found by the tensor itself or by where its values lie: reentrant checkpointing passes a detached alias. An entry
-    goes when the tensor does, and no two living tensors share their values unless one is an alias of the other. Where the
-    values were moved away and back in between (`torch.autograd.graph.save_on_cpu`), the autograd node that computed them
-    still tells the call.
+    A call is found by the tensor itself, or by the address of its values, since reentrant checkpointing passes a detached
+    alias. An entry lives as long as the tensor, and two living tensors share an address only if one is an alias of the other.
+    If the values were moved away and back (`torch.autograd.graph.save_on_cpu`), the call is found by the autograd node that
+    computed them.
     """
 
     def __init__(self) -> None:
@@ -109,20 +111,20 @@ class CallsByInput:
         self._entries: dict[tuple[int, int], list[tuple[weakref.ref[Tensor], Call | None]]] = {}
 
     def remember(self, owner: nn.Module, tensor: Tensor, call: Call) -> None:
-        """Note that `owner` got `tensor` in a forward."""
+        """Record that `owner` was called with `tensor` in a forward."""
         if tensor.grad_fn is not None:
             _calls_of_node(tensor)[id(owner)] = call
-        place = _place(tensor)
-        if place is None:
+        address = _address(tensor)
+        if address is None:
             return
-        key = (id(owner), place)
+        key = (id(owner), address)
 
         def forget(_: weakref.ref[Tensor]) -> None:
             self._replace(key, self._living(key))
 
         with self._lock:
             entries = self._living(key)
-            # Beyond that many it is only known that there were more, and `find` raises.
+            # Beyond that many, only the fact that there were more is recorded, and `find` raises.
             entry = (weakref.ref(tensor, forget), call if len(entries) < MOST_CALLS else None)
             self._replace(key, [*entries[:MOST_CALLS], entry])
 
@@ -139,13 +141,13 @@ class CallsByInput:
                 self._entries.pop(key, None)
 
     def find(self, owner: nn.Module, tensor: Tensor) -> Call | None:
-        """Find the call of the forward in which `owner` got `tensor`; None if it got it in none.
+        """Return the call in which `owner` was called with `tensor`; None if there is none.
 
         Raises:
-            RuntimeError: it got it in several, which edit different tokens.
+            RuntimeError: there are several, which edit different tokens.
         """
-        place = _place(tensor)
-        entries = [] if place is None else self._living((id(owner), place))
+        address = _address(tensor)
+        entries = [] if address is None else self._living((id(owner), address))
         calls = [call for reference, call in entries if reference() is tensor]
         calls = calls or [call for _, call in entries]
         if not calls and tensor.grad_fn is not None:
@@ -160,15 +162,15 @@ class CallsByInput:
 
 
 def _calls_of_node(tensor: Tensor) -> dict[int, Call]:
-    """Return the calls that the autograd node of a tensor keeps, by the ids of what got the tensor."""
+    """Return the calls recorded in the autograd node of a tensor, by the id of the module called with the tensor."""
     node: Any = tensor.grad_fn
-    calls: dict[int, Call] = node.metadata.setdefault(IN_METADATA, {})
+    calls: dict[int, Call] = node.metadata.setdefault(METADATA_KEY, {})
     return calls
 
 
-def _place(tensor: Tensor) -> int | None:
-    """Return where the values of a tensor lie; None where it has none of its own."""
+def _address(tensor: Tensor) -> int | None:
+    """Return the address of a tensor's values; None if it has no storage."""
     try:
         return tensor.data_ptr() or None
-    except RuntimeError:  # of torch.func's transforms
+    except RuntimeError:  # in torch.func's transforms
         return None

@@ -1,11 +1,11 @@
-"""Combine adapters of the same blocks into one, exactly: their bases, updates and gates stand one below the other.
+"""Combine adapters of the same blocks into one, exactly, by concatenating the rows of their bases, updates and gates.
 
-Adapters that are active together add up what each one does to the same hidden vector:
+Adapters that are active together add their updates of the same hidden vector:
 
     h + Σᵢ λᵢ Rᵢᵀ Wᵢ(h) (Dᵢ h + bᵢ)  =  h + Rᵀ W(h) (D h + b)
 
-where R, D, b and the gates W hold the rows of all, D and b scaled by λᵢ. This is one pass of rank Σ rᵢ. The rows of R
-are orthonormal within each adapter alone, which the formula does not ask of different ones.
+where R, D, b and the gates W have the rows of all adapters, D and b scaled by λᵢ: one pass of rank Σ rᵢ. The rows of R are
+orthonormal within each adapter only, which is all that the formula requires.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ from peft_baft.adapter.layer import BaftLayer
 from peft_baft.adapter.parameters import GATE_NORMS
 from peft_baft.adapter.plain import PLAIN
 
+SHARED_SETTINGS = (
+    "prompt_positions",
+    "answer_positions",
+    "weighting",
+    "gate_norm",
+    "gate_bias",
+    "gate_offset",
+)
+INSTEAD = "Make them active together instead: model.base_model.set_adapter([...])."
+
 
 def combined_config(configs: Sequence[BaftConfig]) -> BaftConfig:
-    """Make the config of a combination.
+    """Return the config of the combination.
 
     Raises:
-        ValueError: the adapters differ in what one adapter has once, or have gates that cannot stand below each other.
+        ValueError: the adapters differ in a setting that an adapter has only once, or have gates that cannot be concatenated.
     """
     first = configs[0]
     if any(config.kind is not PLAIN for config in configs):
         raise ValueError(
-            "add_weighted_adapter combines plain BaFT adapters. Make adapters of other kinds active together instead: "
-            "model.base_model.set_adapter([...])."
+            f"add_weighted_adapter combines plain BaFT adapters. For other kinds: {INSTEAD}"
         )
-    for name in (
-        "prompt_positions",
-        "answer_positions",
-        "weighting",
-        "gate_norm",
-        "gate_bias",
-        "gate_offset",
-    ):
+    for name in SHARED_SETTINGS:
         values = {getattr(config, name) for config in configs}
         if len(values) > 1:
             raise ValueError(
-                f"Adapters can be combined where they agree in {name}; these have {sorted(map(str, values))}. Make them active "
-                "together instead: model.base_model.set_adapter([...])."
+                f"Adapters can be combined if they agree in {name}; these have {sorted(map(str, values))}. {INSTEAD}"
             )
     learned = GATE_NORMS[first.gate_norm].learned_vectors
     if first.weighting not in ("basis", "none") or (first.gate_count and learned):
         raise ValueError(
-            f"Adapters with weighting={first.weighting!r} and gate_norm={first.gate_norm!r} cannot be combined: each has gates "
-            "that weigh its own rows alike, or vectors of its own that its gates look at. Make them active together instead: "
-            "model.base_model.set_adapter([...])."
+            f"Adapters with weighting={first.weighting!r} and gate_norm={first.gate_norm!r} cannot be combined: each has a gate "
+            f"for all of its rows, or a learned vector for the input of its gates. {INSTEAD}"
         )
     if len({tuple(sorted(config.target_modules or ())) for config in configs}) > 1:
-        raise ValueError("Adapters can be combined where they edit the same blocks; these do not.")
+        raise ValueError("Adapters can be combined if they edit the same blocks; these do not.")
     if any(config.modules_to_save for config in configs):
         raise ValueError(
             "An adapter that saves modules of the model (modules_to_save) cannot be combined."
@@ -65,7 +65,8 @@ def combined_config(configs: Sequence[BaftConfig]) -> BaftConfig:
     ranks: list[int] = []
     for config in configs:
         ranks += config.pack_ranks or [config.r]
-    forms = {config.template for config in configs}
+    formats = {config.template for config in configs}
+    template = "both" if None not in formats else None
     hashes = {config.template_hash for config in configs if config.template_hash}
     return replace(
         first,
@@ -73,7 +74,7 @@ def combined_config(configs: Sequence[BaftConfig]) -> BaftConfig:
         pack_ranks=ranks,
         baft_format=None,
         peft_version=None,
-        template=forms.pop() if len(forms) == 1 else None if None in forms else "both",
+        template=formats.pop() if len(formats) == 1 else template,
         template_hash=hashes.pop() if len(hashes) == 1 else None,
     )
 
@@ -82,7 +83,7 @@ def combined_config(configs: Sequence[BaftConfig]) -> BaftConfig:
 def fill_combined(
     layer: BaftLayer, adapters: Sequence[str], weights: Sequence[float], name: str
 ) -> None:
-    """Write the rows of some adapters of a block into another one, which has room for them."""
+    """Write the rows of some adapters of a block into another one, which has the sum of their ranks."""
     bases, sources = layer.baft_basis, layer.baft_source
     scaled = list(zip(weights, _modules(sources, adapters), strict=True))
     new_basis, new_source = _modules(bases, [name])[0], _modules(sources, [name])[0]
@@ -107,9 +108,9 @@ def _write(target: Tensor, parts: Sequence[Tensor]) -> None:
 
 
 def _joined_usage(usages: Sequence[Tensor]) -> Tensor:
-    """Join the statistics of gates, (k + 1,) each: sums of gates over edited tokens, and the number of these.
+    """Join the statistics of gates, (k + 1,) each: sums of gates over edited tokens, and the number of these tokens.
 
-    The combination counts the tokens of all; each gate keeps the mean that it had over its own.
+    The combination counts the tokens of all adapters; each gate keeps its mean.
     """
     total = torch.stack([usage[-1] for usage in usages]).sum()
     means = [usage[:-1] / usage[-1].clamp(min=1) for usage in usages]

@@ -1,5 +1,6 @@
-"""The configuration of a BaFT adapter, which PEFT saves beside its weights as `adapter_config.json`."""
+"""The configuration of a BaFT adapter, which PEFT saves with its weights as `adapter_config.json`."""
 
+# ruff: noqa: RUF009  `_field` is `dataclasses.field`
 from __future__ import annotations
 
 import re
@@ -29,11 +30,15 @@ LARGEST_INTEGER, LARGEST_OFFSET = 2**31 - 1, 1000.0
 RANK = 12  # of plain BaFT, as in the paper
 
 
-def _taking_kinds(config_class: Any) -> Any:
-    """Let a config be made with the name of a kind as a keyword: `True`, the kind's settings, or these as a dictionary."""
-    make: Any = config_class.__init__
+def _field(default: Any, description: str) -> Any:
+    return field(default=default, metadata={"help": description})
 
-    @wraps(make)
+
+def _accepting_kinds(config_class: Any) -> Any:
+    """Accept the name of a kind as a keyword of a config: `True`, the kind's settings, or these as a dictionary."""
+    original: Any = config_class.__init__
+
+    @wraps(original)
     def __init__(self: Any, *args: Any, **fields: Any) -> None:
         for name in list(fields):
             kind = find_kind(name)
@@ -42,7 +47,7 @@ def _taking_kinds(config_class: Any) -> Any:
             settings = fields.pop(name)
             if settings is not None and settings is not False:
                 fields["settings"] = _settings_of(kind, settings, fields)
-        make(self, *args, **fields)
+        original(self, *args, **fields)
 
     config_class.__init__ = __init__
     return config_class
@@ -52,22 +57,21 @@ def _settings_of(kind: AdapterKind, given: Any, fields: Mapping[str, Any]) -> An
     """Return a kind's settings as an instance of its class.
 
     Args:
-        fields: the other fields of the config, of which the format's number is looked at: a file of another format may have
-            other settings.
+        fields: the other fields of the config. Their format is checked first: another format may have other settings.
 
     Raises:
-        ValueError: the format is none of the kind's. TypeError: these are not its settings.
+        ValueError: the kind does not read this format. TypeError: these are not its settings.
     """
     number = fields.get("baft_format")
     if isinstance(number, int) and number < kind.formats[0]:
         raise ValueError(
-            f"This adapter has a {kind.name} in format {number}, which this version does not read; it reads "
+            f"This adapter has a {kind.name} in format {number}, which this version cannot read; it reads "
             f"{kind.formats[0]} to {kind.formats[-1]}. Teach its facts again; `baft log` lists them."
         )
     if isinstance(number, int) and number > kind.formats[-1]:
         raise ValueError(f"This adapter was {NEWER.format(number, kind.formats[-1])}")
     if kind.settings is None:
-        raise TypeError(f"{kind.name} is no keyword: leave it out for a plain adapter.")
+        raise TypeError(f"{kind.name} is not a keyword: leave it out for a plain adapter.")
     if given is True:
         return kind.settings()
     if isinstance(given, Mapping):
@@ -82,150 +86,121 @@ def _settings_of(kind: AdapterKind, given: Any, fields: Mapping[str, Any]) -> An
     )
 
 
-@_taking_kinds
+@_accepting_kinds
 @dataclass
 class BaftConfig(PeftConfig):
     """Configuration of a BaFT adapter (arXiv 2503.00306).
 
     Args:
-        r: Rank of the edited subspace: rows of R, at most the hidden size. None takes the paper's 12.
-        prompt_positions: P, how many of the last prompt tokens are edited, besides every answer token. The paper uses 3.
-        answer_positions: How many of the first answer tokens are edited. None edits all of them, as the paper does; 0 edits
-            prompts alone, as pyreft's LoReFT does.
-        weighting: What weighs the update. `basis`: one gate per basis vector, BaFT. `subspace`: one gate for all, the
+        r: Rank of the edited subspace, the number of rows of R; at most the hidden size. None means the paper's 12.
+        prompt_positions: P, the number of last prompt tokens that are edited, in addition to the answer tokens. The paper
+            uses 3.
+        answer_positions: The number of first answer tokens that are edited. None edits all of them, as the paper does; 0 edits
+            prompts only, as pyreft's LoReFT does.
+        weighting: What weights the update. `basis`: one gate per basis vector, BaFT. `subspace`: one gate for all, the
             paper's "ss-w". `product`: a gate per basis vector times one for all. `none`: no gate, which is ReFT.
-        gate_norm: What a gate sees of the hidden vector h. `none`: h itself. `rms`: h at unit root mean square.
-            `scale`: the same times a learned vector, as in RMSNorm. `center`: h minus a learned vector. With `scale` or
-            `center` (or `product`) a block's gates count 13 d parameters at r = 12, the paper's figure; with `none` or
-            `rms` they count 12 d.
-        gate_bias: Whether each gate has a bias that is learned.
-        gate_offset: A constant added to every gate's logit, so that gates start at σ(gate_offset): nearly closed, and what
-            an edit does not open stays closed. 0 starts half open.
-        layers_to_transform: Which decoder blocks are edited at their output, counted from 0. By default the paper's
-            9;18;24;28 of 32 (which count from 1) scaled to the depth of the model.
-        layers_pattern: Name of the `ModuleList` that holds the blocks (`layers`, `decoder.layers`), where it cannot be
-            found alone.
+        gate_norm: The gates' input, computed from the hidden vector h. `none`: h itself. `rms`: h scaled to unit root mean
+            square. `scale`: the same times a learned vector, as in RMSNorm. `center`: h minus a learned vector. With `scale`
+            or `center` (or `product`), a block's gates have 13 d parameters at r = 12, the paper's figure; with `none` or
+            `rms` they have 12 d.
+        gate_bias: Whether each gate has a learned bias.
+        gate_offset: A constant added to every gate's logit. Gates start at σ(gate_offset): nearly closed by default, and a
+            gate that no edit opens stays closed. 0 starts half open.
+        layers_to_transform: The decoder blocks whose output is edited, counted from 0. The default is the paper's
+            9;18;24;28 of 32 (counted from 1), scaled to the model's depth.
+        layers_pattern: Name of the `ModuleList` that holds the blocks (`layers`, `decoder.layers`), if it is not found
+            automatically.
         target_modules: Instead of the two above: names (suffixes), or one regular expression, of the modules whose
-            output is edited, as elsewhere in PEFT. Filled with the blocks' full names once the adapter is attached. Modules
-            inside blocks are edited if they are named one by one or by an expression, with a warning; a suffix that names
-            such modules in several blocks, such as `q_proj`, is refused.
-        exclude_modules: Names, or one regular expression, of modules that `target_modules` should pass over.
-        modules_to_save: Modules besides the adapter that are trained and saved.
-        settings: Settings of another kind of adapter than plain BaFT. They may also be given under the kind's name, and are
+            output is edited, as elsewhere in PEFT. Replaced by the blocks' full names when the adapter is attached. Modules
+            inside blocks are edited, with a warning, if they are named individually or by an expression; a suffix that
+            matches such modules in several blocks, such as `q_proj`, is refused.
+        exclude_modules: Names, or one regular expression, of modules that `target_modules` should skip.
+        modules_to_save: Modules that are trained and saved in addition to the adapter.
+        settings: Settings of a kind of adapter other than plain BaFT. They can also be passed under the kind's name, and are
             saved under it (`peft_baft.adapter.kinds`).
         balance_weight: Weight of the gates' load balance in the loss that the model returns when it is called in training
-            mode with labels, as by Trainer or a loop of your own; at most the loss times this is added. 0 adds nothing. A
-            `BaftEditor` has an objective of its own and does not look at this. See docs/training.md.
-        pack_ranks: Of an adapter that was combined from several (`add_weighted_adapter`), their ranks, which sum up to r: the
-            rows of R are orthonormal within each. None for an adapter of its own.
-        init_weights: True starts at Φ(h) = h exactly. False draws a random update, which is for tests alone.
-        hidden_size: Width of the edited vectors, filled once the adapter is attached and checked when it is loaded;
-            None where targets differ in width.
-        template: The form in which the adapter's facts were taught, `raw`, `chat` or `both`, filled in by editors; None where
-            that is not known. An editor's `template="auto"` and the commands that ask take it from here.
-        template_hash: Identifies the chat template that they were taught in, filled in likewise.
-        base_sample: Some values of the base model's embeddings, filled in when the adapter is made: loading it on another model
-            is then noticed.
+            mode with labels, as by Trainer or a custom loop; at most this times the loss is added. 0 adds nothing.
+            `BaftEditor` has an objective of its own and ignores this field. See docs/training.md.
+        pack_ranks: For an adapter combined from several (`add_weighted_adapter`), their ranks, which sum to r: the
+            rows of R are orthonormal within each. None for any other adapter.
+        init_weights: True starts exactly at Φ(h) = h. False draws a random update, for tests only.
+        hidden_size: Width of the edited vectors, filled in when the adapter is attached and checked when it is loaded;
+            None if targets differ in width.
+        template: The prompt format that the adapter was trained on, `raw`, `chat` or `both`, filled in by editors; None if
+            unknown. An editor's `template="auto"` and the commands that ask questions use it.
+        template_hash: Identifies the chat template that the adapter was trained on, filled in likewise.
+        base_sample: Some values of the base model's embeddings, filled in when the adapter is created, so that loading it on
+            another model is noticed.
         requires: The package to import before an adapter of this type can be loaded.
-        baft_format: Number of the saved format, that is of the names and shapes of the tensors and of the settings' meaning.
-            Leave it empty for the one that this version writes, as `peft_version`. A folder whose number is missing or
-            beyond this version's is refused.
+        baft_format: Version of the saved format: the names and shapes of the tensors and the meaning of the settings. Leave it
+            empty, like `peft_version`, for the one that this version writes. A folder without a version, or with one later
+            than this package's, is refused.
 
     Raises:
-        TypeError, ValueError: a value is not what its field holds, or out of its range; the message says which one it was
-            and what is allowed.
+        TypeError, ValueError: a value has the wrong type or is out of range; the message names the field and what it allows.
     """
 
-    # None until the config is made.
-    r: int = field(default=None, metadata={"help": "Rank of the edited subspace."})  # type: ignore[assignment]
-    prompt_positions: int = field(
-        default=3, metadata={"help": "How many of the last prompt tokens are edited."}
+    r: int = _field(None, "Rank of the edited subspace.")  # None until __post_init__
+    prompt_positions: int = _field(3, "How many of the last prompt tokens are edited.")
+    answer_positions: int | None = _field(
+        None, "How many of the first answer tokens are edited; default: all."
     )
-    answer_positions: int | None = field(
-        default=None,
-        metadata={"help": "How many of the first answer tokens are edited; default: all."},
+    weighting: str = _field("basis", f"One of {', '.join(WEIGHTINGS)}.")
+    gate_norm: str = _field("rms", f"One of {', '.join(GATE_NORMS)}.")
+    gate_bias: bool = _field(False, "Whether each gate has a bias.")
+    gate_offset: float = _field(-5.0, "Constant of every gate's logit; 0 starts half open.")
+    layers_to_transform: list[int] | int | None = _field(
+        None, "Blocks edited at their output, from 0; default: 9;18;24;28 of 32, scaled."
     )
-    weighting: str = field(default="basis", metadata={"help": f"One of {', '.join(WEIGHTINGS)}."})
-    gate_norm: str = field(default="rms", metadata={"help": f"One of {', '.join(GATE_NORMS)}."})
-    gate_bias: bool = field(default=False, metadata={"help": "Whether each gate has a bias."})
-    gate_offset: float = field(
-        default=-5.0, metadata={"help": "Constant of every gate's logit; 0 starts half open."}
+    layers_pattern: list[str] | str | None = _field(
+        None, "Name of the ModuleList that holds the blocks."
     )
-    layers_to_transform: list[int] | int | None = field(
-        default=None,
-        metadata={
-            "help": "Blocks edited at their output, from 0; default: 9;18;24;28 of 32, scaled."
-        },
+    target_modules: list[str] | str | None = _field(
+        None, "Names or a regular expression of the modules whose output is edited."
     )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the ModuleList that holds the blocks."}
+    exclude_modules: list[str] | str | None = _field(
+        None, "Names or a regular expression of modules to skip."
     )
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names or a regular expression of the modules whose output is edited."},
+    modules_to_save: list[str] | None = _field(
+        None, "Modules that are trained and saved in addition to the adapter."
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names or a regular expression of modules to pass over."}
+    settings: Any = _field(None, "Settings of a kind of adapter other than plain BaFT.")
+    balance_weight: float = _field(
+        0.0, "Weight of the gates' load balance in the loss that the model returns."
     )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules besides the adapter that are trained and saved."}
+    pack_ranks: list[int] | None = _field(
+        None, "Ranks of the adapters that were combined into this one."
     )
-    settings: Any = field(
-        default=None, metadata={"help": "Settings of another kind of adapter than plain BaFT."}
-    )
-    balance_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the gates' load balance in the loss that the model returns."},
-    )
-    pack_ranks: list[int] | None = field(
-        default=None, metadata={"help": "Ranks of the adapters that were combined into this one."}
-    )
-    init_weights: bool = field(
-        default=True, metadata={"help": "True starts at the identity; False is for tests."}
-    )
-    hidden_size: int | None = field(
-        default=None, metadata={"help": "Width of the edited vectors, filled in."}
-    )
-    template: str | None = field(
-        default=None, metadata={"help": "Form in which facts were taught, filled in by editors."}
-    )
-    template_hash: str | None = field(
-        default=None, metadata={"help": "Identifies the chat template of these, filled in."}
-    )
-    base_sample: str | None = field(
-        default=None, metadata={"help": "Identifies the base model, filled in."}
-    )
-    requires: str = field(
-        default="peft_baft", metadata={"help": "The package to import before loading."}
-    )
-    baft_format: int | None = field(
-        default=None,
-        metadata={"help": "Number of the saved format; leave empty for this version's."},
+    init_weights: bool = _field(True, "True starts at the identity; False is for tests.")
+    hidden_size: int | None = _field(None, "Width of the edited vectors, filled in.")
+    template: str | None = _field(None, "Prompt format of the training, filled in by editors.")
+    template_hash: str | None = _field(None, "Identifies its chat template, filled in.")
+    base_sample: str | None = _field(None, "Identifies the base model, filled in.")
+    requires: str = _field("peft_baft", "The package to import before loading.")
+    baft_format: int | None = _field(
+        None, "Version of the saved format; leave empty for this version's."
     )
 
-    if TYPE_CHECKING:  # names of kinds are keywords as well
+    if TYPE_CHECKING:  # names of kinds are keywords too
 
         def __init__(self, **fields: Any) -> None: ...
 
     def __post_init__(self) -> None:
-        # PEFT fills `peft_version` in when a config is made, and writes it into every file: a config that comes with one was
-        # saved. This is seen here, since transformers and PEFT read a file by `PeftConfig.from_pretrained`, not by ours.
-        # This is no field: it is not saved.
+        # The following attributes are not fields, so they are not saved.
+        # PEFT fills in `peft_version` when a config is created, and writes it into every file: a config that already has one
+        # comes from a file. (transformers and PEFT read files with `PeftConfig.from_pretrained`, not with ours.)
         self.comes_from_a_file = self.peft_version is not None
-        self.baft_format = _readable_format(
-            self.baft_format,
-            self.comes_from_a_file,
-            self.kind,
-            of_new=self.kind.saved_format(self),
-        )
-        super().__post_init__()
-        self.peft_type = BAFT
-        # Shapes of the tensors that are to be loaded, by name. This is no field: it is not saved.
+        # Shapes of the tensors to load, by name; and the same while transformers loads them, which resizes nothing itself.
         self.saved_shapes: dict[str, tuple[int, ...]] = {}
-        # The same while transformers loads an adapter, which takes only tensors of the shapes that are there.
-        self.room: dict[str, tuple[int, ...]] = {}
-        # Nor is this: the modules that were chosen for the last model that a reused config was given to.
+        self.shapes_to_load: dict[str, tuple[int, ...]] = {}
+        # The modules that were chosen for the last model that a reused config was passed for.
         self.chosen_targets: Any = None
+        lowest_format = self.kind.saved_format(self)
+        self.baft_format = _readable_format(
+            self.baft_format, self.comes_from_a_file, self.kind, default=lowest_format
+        )
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.peft_type = BAFT
         if self.r is None:
             self.r = RANK
         _positive_integer("r", self.r)
@@ -242,17 +217,16 @@ class BaftConfig(PeftConfig):
                 raise TypeError(f"{name} must hold {_in_words(type_)}, not {value!r:.60}.")
         self._require_values_in_range()
         self._require_pack_ranks()
-        least = self.kind.saved_format(self)
-        if self.baft_format < least:
+        if self.baft_format < lowest_format:
             raise ValueError(
-                f"An adapter with these settings has baft_format {least}, not {self.baft_format}: pack_ranks, answer_positions "
-                "and other kinds of adapters came later than the first format."
+                f"An adapter with these settings has baft_format {lowest_format}, not {self.baft_format}: the first format "
+                "supports neither pack_ranks, answer_positions nor other kinds of adapters."
             )
         self.kind.check_config(self)
         for name in ("target_modules", "exclude_modules"):
             _require_expression(name, getattr(self, name))
         for module in self.modules_to_save or ():
-            if not re.fullmatch(r"[\w.-]+", module):  # PEFT makes a regular expression of it
+            if not re.fullmatch(r"[\w.-]+", module):  # PEFT uses it as a regular expression
                 raise ValueError(f"modules_to_save must hold names of modules, not {module!r:.60}.")
 
     def _require_values_in_range(self) -> None:
@@ -291,10 +265,10 @@ class BaftConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> Any:
-        """Read a config as PEFT does, and check the weights beside it, so that damage is found before a model is touched.
+        """Read a config as PEFT does, and check the weights next to it, so that damage is found before a model is touched.
 
         Raises:
-            ValueError: the config or the weights are damaged, or cannot be had.
+            ValueError: the config or the weights are damaged or missing.
         """
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
         try:
@@ -311,19 +285,19 @@ class BaftConfig(PeftConfig):
 
     @classmethod
     def _download_weights(cls, name: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path:
-        """Download the weights of an adapter on the Hub, and return their folder; PEFT will find them there."""
-        download_arguments = cls._split_kwargs(kwargs)[0]
+        """Download an adapter's weights from the Hub into the cache, where PEFT will find them, and return their folder."""
+        download_arguments = cls._split_kwargs(kwargs)[0]  # type: ignore[no-untyped-call]
         try:
             return Path(
                 hf_hub_download(name, WEIGHTS, subfolder=subfolder, **download_arguments)
             ).parent
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{WEIGHTS} of {name}, the one format that is read, cannot be had: {error}"
+                f"{WEIGHTS} of {name}, the only format that is read, cannot be downloaded: {error}"
             ) from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as they are saved: the settings of another kind under its name."""
+        """Return all fields as they are saved; the settings of another kind are saved under its name."""
         saved: dict[str, Any] = super().to_dict()
         settings = saved.pop("settings")
         if settings is not None:
@@ -334,13 +308,13 @@ class BaftConfig(PeftConfig):
 
     @property
     def kind(self) -> AdapterKind:
-        """What the adapter adds to hidden vectors, and what it saves."""
+        """The kind of adapter: what it adds to hidden vectors, and what it saves."""
         settings = self.__dict__.get("settings")
         found = [kind for kind in KINDS.values() if kind.settings is type(settings)]
         return found[0] if settings is not None and found else PLAIN
 
     def __getattr__(self, name: str) -> Any:
-        """Return the settings under the name of a kind; None for the kinds that this adapter is not of."""
+        """Return the settings as an attribute named after the adapter's kind; None under the names of other kinds."""
         kind = find_kind(name)
         if kind is not None:
             return self.settings if self.kind is kind else None
@@ -352,12 +326,12 @@ class BaftConfig(PeftConfig):
 
     @property
     def gate_count(self) -> int:
-        """The number of gates that weigh the update: the width of w(h)."""
+        """The number of gates: the width of w(h)."""
         return WEIGHTINGS[self.weighting].gate_count(self.r) if self.kind.trains else 0
 
     @property
-    def forward_settings(self) -> tuple:
-        """All settings that a forward depends on: adapters that agree in these can be computed together."""
+    def forward_settings(self) -> tuple[Any, ...]:
+        """All settings that a forward depends on; adapters that agree in them can be computed together."""
         return (
             self.r,
             self.prompt_positions,
@@ -371,17 +345,17 @@ class BaftConfig(PeftConfig):
 
 
 def _readable_format(
-    number: object, comes_from_a_file: bool, kind: AdapterKind, of_new: int
+    number: object, comes_from_a_file: bool, kind: AdapterKind, default: int
 ) -> int:
-    """Return the number of a config's format, this version's for a new config without one.
+    """Return the saved format of a config, `default` for a new config without one.
 
     Raises:
-        TypeError, ValueError: it is no number of a format, belongs to a later version, or is missing from a saved config.
+        TypeError, ValueError: it is not a format, belongs to a later version, or is missing from a saved config.
     """
     if number is None:
         if comes_from_a_file:
             raise ValueError(f"This adapter was {UNNUMBERED}.")
-        return of_new
+        return default
     number = _positive_integer("baft_format", number)
     if number > kind.formats[-1]:
         raise ValueError(f"This adapter was {NEWER.format(number, kind.formats[-1])}")
@@ -389,7 +363,7 @@ def _readable_format(
 
 
 def _positive_integer(name: str, value: object) -> int:
-    """Return `value`, or raise a TypeError or ValueError if it is no integer from 1 to `LARGEST_INTEGER`."""
+    """Return `value`; raise a TypeError or ValueError unless it is an integer from 1 to `LARGEST_INTEGER`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer of at least 1, not {value!r}.")
     if value < 1:
@@ -401,27 +375,27 @@ def _positive_integer(name: str, value: object) -> int:
 
 @cache
 def _field_types() -> dict[str, Any]:
-    """Return the annotations of all fields, PEFT's included, as types."""
+    """Return the annotations of all fields, including PEFT's, as types."""
     return get_type_hints(BaftConfig)
 
 
 def _is_of_type(value: object, type_: Any) -> bool:
-    """Tell whether a field annotated as `type_` may hold `value`; a tuple or a set will do for a list."""
+    """Return whether a field annotated as `type_` may hold `value`; a tuple or a set counts as a list."""
     if type_ is Any:
         return True
     if get_origin(type_) in (Union, UnionType):
         return any(_is_of_type(value, option) for option in get_args(type_))
     if get_origin(type_) is list:
-        (type_of_items,) = get_args(type_)
+        (item_type,) = get_args(type_)
         return isinstance(value, (list, tuple, set)) and all(
-            _is_of_type(item, type_of_items) for item in value
+            _is_of_type(item, item_type) for item in value
         )
     if get_origin(type_) is dict:
-        of_key, of_value = get_args(type_)
+        key_type, value_type = get_args(type_)
         return isinstance(value, dict) and all(
-            _is_of_type(key, of_key) and _is_of_type(item, of_value) for key, item in value.items()
+            _is_of_type(k, key_type) and _is_of_type(v, value_type) for k, v in value.items()
         )
-    if isinstance(value, bool):  # to Python, a bool is an int
+    if isinstance(value, bool):  # in Python, a bool is an int
         return type_ is bool
     return isinstance(value, (int, float) if type_ is float else type_)
 
@@ -432,7 +406,7 @@ def _in_words(type_: Any) -> str:
     if get_origin(type_) is list:
         return f"a list of {_in_words(get_args(type_)[0])}s"
     words = {int: "integer", float: "number", str: "text", bool: "boolean", type(None): "None"}
-    return words.get(type_, type_.__name__)
+    return words.get(type_) or str(type_.__name__)
 
 
 def _require_expression(name: str, value: object) -> None:
@@ -440,9 +414,11 @@ def _require_expression(name: str, value: object) -> None:
         try:
             re.compile(value)
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{name} is no regular expression ({error}): {value!r:.60}.") from None
+            raise ValueError(
+                f"{name} is not a regular expression ({error}): {value!r:.60}."
+            ) from None
 
 
 def _require_one_of(name: str, value: object, allowed: Iterable[str]) -> None:
-    if value not in list(allowed):  # a value out of a file need not be hashable
+    if value not in list(allowed):  # a value from a file need not be hashable
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}.")

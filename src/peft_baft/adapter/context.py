@@ -1,7 +1,7 @@
-"""What the blocks are told about a forward: where each token stands relative to its prompt, and which adapter edits it.
+"""What the blocks must know about a forward: each token's position relative to its prompt, and which adapters edit it.
 
-The position of a token relative to the end of its prompt is -1 for the last prompt token, and 0 for the first answer token
-(`peft_baft.span`). This file reads each call of the model, computes these positions, and hands them to the edited blocks.
+A token's position relative to the end of its prompt is -1 for the last prompt token and 0 for the first answer token
+(`peft_baft.span`). This file reads each call of the model, computes these positions, and passes them to the edited blocks.
 """
 
 from __future__ import annotations
@@ -9,31 +9,22 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from peft_baft.adapter import model_call
 from peft_baft.adapter.call import NOT_FOUND, Call, CallsByInput, RecordedGates, in_backward
-from peft_baft.adapter.cursors import Cursors
 from peft_baft.adapter.generation import Generation
 from peft_baft.adapter.mixed_batch import repeated_names
-from peft_baft.adapter.model_arguments import (
-    ModelArguments,
-    ModelCallReader,
-    labels_tell_answers,
-)
-from peft_baft.adapter.model_call import (
-    StackCall,
-    StackSignature,
-    UnknownPositionError,
-    require_beginning,
-)
+from peft_baft.adapter.model_arguments import ModelArguments, ModelCallReader, labels_are_tokens
+from peft_baft.adapter.model_call import StackCall, StackSignature, UnknownPositionError
+from peft_baft.adapter.rollback import Cursors
 from peft_baft.adapter.texts import (
     Texts,
     texts_after_cache,
@@ -42,41 +33,39 @@ from peft_baft.adapter.texts import (
     texts_of_step,
 )
 from peft_baft.running import full_logits
-from peft_baft.span import (
-    GenerationSpan,
-    integer_lengths,
-    relative_positions_of_input,
-)
+from peft_baft.span import GenerationSpan, integer_lengths, relative_positions_of_input
 
 if TYPE_CHECKING:
     from peft_baft.adapter.config import BaftConfig
 
+F = TypeVar("F", bound=Callable[..., Any])
 logger = logging.getLogger(__name__)
 WITHOUT_PROMPT_LENGTHS = (
-    "A BaFT adapter was trained on a forward without labels and without prompt lengths, as with label smoothing, a loss "
-    "function of your own, or DPO and GRPO of older TRL (1.12). The whole input then counts as prompt, and only its last "
+    "A BaFT adapter was trained on a forward without labels and without prompt lengths, as with label smoothing, a custom "
+    "loss function, or DPO and GRPO of older TRL (1.12). The whole input then counts as prompt, and only its last "
     "prompt_positions tokens are edited. State where prompts end, with model(..., prompt_lengths=...) or "
     "`with peft_baft.prompt_lengths(model, lengths):`."
 )
 SCORED_WITHOUT_PROMPT_LENGTHS = (
     "A model with BaFT edits was called on whole texts, without labels and without prompt lengths. Each input then counts as "
-    "prompt, and only its last prompt_positions tokens are edited: the last token's logits are right, those before it are the "
-    "unedited model's. To score an answer with them, state where its prompt ends: model(..., prompt_lengths=[...]), labels, or "
-    "`with peft_baft.prompt_lengths(model, [...])`; for lm-evaluation-harness, `--model baft-hf`. For the next token alone, "
-    "pass logits_to_keep=1. This is said once; docs/positions.md says more."
+    "prompt, and only its last prompt_positions tokens are edited: the last token's logits are right, earlier ones are those of "
+    "the unedited model. To score an answer with them, state where its prompt ends: model(..., prompt_lengths=[...]), labels, or "
+    "`with peft_baft.prompt_lengths(model, [...])`; for lm-evaluation-harness, `--model baft-hf`. If you only need the next "
+    "token, pass logits_to_keep=1. This warning is shown once; see docs/positions.md."
 )
-# Methods of the base model that the context stands in for.
-GENERATION = (
-    "generate",
-    "init_continuous_batching",
-)
-PREPARATION = "prepare_inputs_for_generation"  # another one, for those who read texts
+# Methods of the base model that the context replaces; the last one only if a kind of adapter reads texts.
+GENERATION = ("generate", "init_continuous_batching")
+PREPARATION = "prepare_inputs_for_generation"
+
+
+def _not_compiled(method: F) -> F:
+    return cast(F, torch.compiler.disable(method))  # typed, unlike torch's decorator
 
 
 class _PreparationWatch:
-    """Stands in for the base model's `prepare_inputs_for_generation`, and notes what a running `generate` has read and said.
+    """Replaces the base model's `prepare_inputs_for_generation`, to record all tokens that a running `generate` has so far.
 
-    A step with a cache gets its last token only. `generate` looks at the method's signature, which is the model's own.
+    A step with a cache gets the last token only. `generate` inspects the signature of the method, so this has the model's.
     """
 
     def __init__(self, context: EditContext) -> None:
@@ -88,14 +77,14 @@ class _PreparationWatch:
 
     def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.__self__.generation is not None:
-            self.__self__.generation.whole = input_ids
+            self.__self__.generation.ids_so_far = input_ids
         return self.__self__.method_of_model(PREPARATION)(input_ids, *args, **kwargs)
 
 
 class _ThreadLocalAttribute:
-    """An attribute of `EditContext` with a value for each thread, None until it is set: several threads may serve one model.
+    """An attribute of `EditContext` with one value per thread, None until it is set: several threads may serve one model.
 
-    The values lie in a plain `threading.local`. torch.compile traces that, but neither a subclass of it nor a `ContextVar`.
+    The values are in a plain `threading.local`. torch.compile traces that, but neither a subclass of it nor a `ContextVar`.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -110,10 +99,10 @@ class _ThreadLocalAttribute:
 
 @dataclass(frozen=True)
 class _Forward:
-    """A forward that is running.
+    """A running forward.
 
     Attributes:
-        call: what its blocks need to know; None while that is being read. step_of: the `generate` that it is a step of, if any.
+        call: what its blocks need to know; None until that is determined. step_of: the `generate` that it is a step of, if any.
     """
 
     call: Call | None = None
@@ -121,28 +110,28 @@ class _Forward:
 
 
 class EditContext:
-    """Watch every forward and `generate` of one base model, and tell its edited blocks which tokens to edit.
+    """Reads every forward and `generate` call of one base model, and determines which tokens its blocks edit.
 
-    It hangs on the base model and not on the tuner, because transformers' own adapter loading throws the tuner away and
-    calls the base model directly. What it knows of a call belongs to the thread of that call.
+    It is attached to the base model and not to the tuner, because transformers' own adapter loading discards the tuner and
+    calls the base model directly. What it knows about a call belongs to the thread of that call.
 
     Args:
-        model: the base model: callers' keyword arguments (labels, prompt_lengths) and `generate` arrive here.
-        stack: the module that owns the list of blocks: mask, cache and positions arrive here, also from callers that
-            pass by the model's head.
+        model: the base model, which receives callers' keyword arguments (labels, prompt_lengths) and `generate` calls.
+        stack: the module that owns the list of blocks. It receives mask, cache and positions, even from callers that
+            bypass the model's head.
     """
 
-    # The adapter of each row of a mixed batch, as the caller names them, and with the repetitions of beams.
+    # The adapter of each row of a mixed batch: as passed by the caller, and repeated for beams.
     row_names = _ThreadLocalAttribute()
     row_adapters = _ThreadLocalAttribute()
-    # Where blocks put their gates, None where nobody asked for them, and how many forwards ran when that began.
+    # Where blocks record their gates (None unless requested), and how many forwards were running when recording began.
     recorded = _ThreadLocalAttribute()
     _recording_depth = _ThreadLocalAttribute()
     stated_lengths = _ThreadLocalAttribute()  # (sequences,) set by `prompt_lengths()`
-    generation = _ThreadLocalAttribute()  # the `Generation` of `generate`, while it runs
+    generation = _ThreadLocalAttribute()  # the `Generation` of a running `generate`
     _is_own_forward = (
         _ThreadLocalAttribute()
-    )  # whether it is one of this package, and not of a caller
+    )  # whether this package makes the forward, not a caller
     last_call = _ThreadLocalAttribute()  # the `Call` of the last forward
     _running = _ThreadLocalAttribute()  # a `_Forward` for each running forward, the innermost last
     _model_call = _ThreadLocalAttribute()  # what the base model was called with
@@ -151,13 +140,11 @@ class EditContext:
         model_call.warn_if_untested()
         self._thread = threading.local()
         self._calls = CallsByInput()
-        # Of transformers' continuous batching, which runs in a thread of its own.
+        # Transformers' manager of continuous batching, and what readers of texts noted about each of its requests.
         self.manager: Any = None
-        # Of continuous batching, what readers of texts noted about each request.
         self._notes_of_requests: dict[Any, dict[Any, Any]] = {}
         self.cursors = Cursors()  # of the adapters' editors
-        self._warned = False
-        self._warned_of_scoring = False
+        self._warned_of_training = self._warned_of_scoring = False
         self._model: Any = model
         self._reads_model = ModelCallReader(model)
         self._stack, self._model_signature = StackSignature.of(stack), StackSignature.of(model)
@@ -168,23 +155,23 @@ class EditContext:
             stack.register_forward_pre_hook(self._begin, with_kwargs=True),
             stack.register_forward_hook(self._end, always_call=True),
         ]
-        # What callers had put in place of these methods on the model itself, by name.
+        # Methods that callers had already set on the model itself, by name.
         self._replaced: dict[str, Any] = {}
         for name in GENERATION:
-            self._stand_in(name, getattr(self, name))
+            self._replace_method(name, getattr(self, name))
 
-    def _stand_in(self, name: str, method: Any) -> None:
-        """Put a method in the place of one of the base model, if it has such a one."""
+    def _replace_method(self, name: str, method: Any) -> None:
+        """Replace a method of the base model, if it has one of this name."""
         if name in vars(self._model):
             self._replaced[name] = vars(self._model)[name]
         if hasattr(self._model, name):
-            # An attribute of the instance is found before the class's method, by PEFT and by transformers alike.
+            # An instance attribute takes precedence over the class's method, for PEFT and transformers too.
             setattr(self._model, name, method)
 
     def detach(self) -> None:
-        """Leave the base model as it was before the first adapter came.
+        """Restore the base model to its state before the first adapter.
 
-        A method that was replaced again in the meantime stays: it may call ours, which then only passes the call on.
+        A method that someone else has replaced since stays: it may call ours, which then only forwards the call.
         """
         for handle in self._handles:
             handle.remove()
@@ -196,7 +183,7 @@ class EditContext:
                     setattr(self._model, name, self._replaced[name])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to running calls, threads and queues, which can be neither pickled nor copied."""
+        """Omit what belongs to running calls, threads and queues, which can be neither pickled nor copied."""
         left_out = {"_thread", "_calls"}
         state = {name: value for name, value in self.__dict__.items() if name not in left_out}
         return {**state, "manager": None, "_notes_of_requests": {}}
@@ -207,25 +194,22 @@ class EditContext:
 
     @property
     def relative_positions(self) -> Tensor | None:
-        """Positions of the tokens of this thread's last forward, (rows, tokens) long; None if it took no tokens."""
+        """Relative positions of this thread's last forward, (rows, tokens) long; None if it took no tokens."""
         return None if self.last_call is None else self.last_call.relative_positions
 
     @property
     def running_call(self) -> Call | None:
-        """The call of the forward that runs in this thread; None where none does."""
+        """The call of this thread's running forward; None if there is none."""
         return self._running[-1].call if self._running else None
 
     def call_of_block(self, layer: nn.Module, hidden: Tensor | None) -> Call | None:
-        """Return the call that a block is part of, also where autograd runs the block again.
+        """Return the call that a block is part of, even if autograd runs the block again; None outside of any call.
 
         Args:
-            layer: the block's BaftLayer. hidden: what the block was called with.
-
-        Returns:
-            The call; None where the block runs outside of any.
+            layer: the block's BaftLayer. hidden: the block's input.
 
         Raises:
-            RuntimeError: the block runs again, and it cannot be known for which forward.
+            RuntimeError: the block runs again, for an unknown forward.
         """
         call = self.running_call
         if in_backward():
@@ -237,15 +221,8 @@ class EditContext:
             self._calls.remember(layer, hidden, call)
         return call
 
-    def called_without_model(self) -> str:
-        """Say that a block was called directly."""
-        return (
-            f"A block with a BaFT adapter was called, but not its model, {type(self._model).__name__}, and only the model is "
-            "told where prompts end. Call the model."
-        )
-
     def gates_of(self, call: Call) -> dict[Any, RecordedGates] | None:
-        """Return where the blocks put the gates of a forward; None where nobody asked, or autograd runs a block again."""
+        """Return where the blocks record the gates of a forward; None if they do not, or if autograd runs a block again."""
         if self.recorded is None or call is not self.running_call:
             return None
         return self.recorded if len(self._running) == self._recording_depth + 1 else None
@@ -256,25 +233,25 @@ class EditContext:
         """Return which vectors of `hidden` (batch, tokens, d) an adapter edits: (batch, tokens) bool, or None for all.
 
         Raises:
-            ValueError: `hidden` does not hold one vector for each token that the model was called with.
+            ValueError: `hidden` does not have one vector for each token that the model was called with.
         """
         if relative_positions is None:
             return None
         if hidden.shape[:-1] != relative_positions.shape:
             raise ValueError(
-                f"A block gave hidden vectors of shape {tuple(hidden.shape)}, but the model was called with (rows, tokens) = "
-                f"{tuple(relative_positions.shape)}, and a BaFT adapter edits one vector of each token. Call the model, not a "
-                "block of it, with one row per sequence. If it was called so, its blocks give something else: name modules "
-                "that give (rows, tokens, d) with target_modules."
+                f"A block returned hidden vectors of shape {tuple(hidden.shape)}, but the model was called with (rows, tokens) = "
+                f"{tuple(relative_positions.shape)}, and a BaFT adapter edits one vector per token. Call the model, not a "
+                "block of it, with one row per sequence. If you did, its blocks return something else: use target_modules to "
+                "name modules that return (rows, tokens, d)."
             )
         return config.edits(relative_positions).to(hidden.device)
 
     @contextmanager
     def recording(self) -> Iterator[dict[Any, RecordedGates]]:
-        """Collect each block's gates in the forwards inside, but not in forwards inside those; the last forward counts.
+        """Record the gates of the forwards in the context, but not of nested forwards; a later forward overwrites.
 
-        Their key is the block's name where one adapter is active; (block's name, adapter's name) where several are, or for
-        that adapter's rows of a mixed batch.
+        The key is the block's name if one adapter is active; (block's name, adapter's name) if several are, or for that
+        adapter's rows of a mixed batch.
         """
         outer = self.recorded, self._recording_depth
         self.recorded, self._recording_depth = {}, len(self._running or ())
@@ -285,7 +262,7 @@ class EditContext:
 
     @contextmanager
     def rows(self, names: list[str] | None) -> Iterator[None]:
-        """Let row i of the batches inside be edited by adapter `names[i]` alone."""
+        """Edit row i of the batches in the context by adapter `names[i]` only."""
         outer = self.row_names, self.row_adapters
         self.row_names = self.row_adapters = names
         try:
@@ -295,7 +272,7 @@ class EditContext:
 
     @contextmanager
     def stating(self, lengths: Sequence[int] | Tensor) -> Iterator[None]:
-        """Take `lengths` (sequences,) as the prompt lengths of this thread's forwards and `generate` calls inside."""
+        """Use `lengths` (sequences,) as the prompt lengths of this thread's forwards and `generate` calls in the context."""
         outer, self.stated_lengths = self.stated_lengths, integer_lengths(lengths)
         try:
             yield
@@ -304,7 +281,7 @@ class EditContext:
 
     @contextmanager
     def another_call(self) -> Iterator[None]:
-        """Let the forwards inside be calls of their own; what this thread knows of a running one is put back afterwards."""
+        """Treat the forwards in the context as separate calls; the state of this thread's running call is restored after."""
         outer = dict(self._thread.__dict__)
         self._thread.__dict__.clear()
         try:
@@ -316,19 +293,19 @@ class EditContext:
     @property
     def model(self) -> nn.Module:
         """The base model."""
-        return self._model  # type: ignore[no-any-return]
+        return cast(nn.Module, self._model)
 
     def read_texts(self) -> None:
-        """From now on, tell kinds of adapters what the texts of each forward are (`Call.texts`)."""
+        """From now on, provide the texts of each forward to kinds of adapters (`Call.texts`)."""
         if not self._reads_texts:
             self._reads_texts = True
-            self._stand_in(PREPARATION, _PreparationWatch(self))
+            self._replace_method(PREPARATION, _PreparationWatch(self))
 
     @torch.no_grad()
     def run_base(self, ids: Tensor, real: Tensor, adapter_name: str) -> Tensor:
-        """Run the base model on other texts, also inside a running forward, and return its logits.
+        """Run the base model on other texts, even during a running forward, and return its logits.
 
-        Adapters of this type change nothing in it, but for `adapter_name`; a kind that reads texts is told none.
+        No adapter of this type acts in it except `adapter_name`; kinds that read texts get none.
 
         Args:
             ids: (rows, tokens), padded on the right. real: bool, False for padding.
@@ -338,14 +315,14 @@ class EditContext:
             return full_logits(self._model, input_ids=ids, attention_mask=real.long())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base model's `generate`, and note where the prompt lies until it returns."""
+        """Call the base model's `generate`, and keep track of its prompt until it returns."""
         method = self.method_of_model("generate")
         if self._detached:
             return method(*args, **kwargs)
         lengths = kwargs.pop("prompt_lengths", None)
         outer = self.generation, self.stated_lengths
         self.generation = self._begin_generation(args, kwargs, lengths)
-        # Stated lengths are those of this prompt, and not of other texts that a logits processor may call the model on.
+        # Stated lengths belong to this prompt, not to other texts that a logits processor may call the model on.
         self.stated_lengths = None
         try:
             return method(*args, **kwargs)
@@ -353,16 +330,16 @@ class EditContext:
             self.generation, self.stated_lengths = outer
 
     def method_of_model(self, name: str) -> Any:
-        """Return the method that stands behind ours: what callers had put on the model itself, or its class's."""
+        """Return the method that ours replaced: one that a caller had set on the model, or that of the model's class."""
         if name in self._replaced:
             return self._replaced[name]
         return partial(getattr(type(self._model), name), self._model)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base model's own (for `generate_batch`, `transformers serve`), and note where its requests' prompts lie.
+        """Call the base model's method (for `generate_batch`, `transformers serve`), and keep track of its requests.
 
         Raises:
-            NotImplementedError: this version of transformers does not tell which token belongs to which request.
+            NotImplementedError: this version of transformers does not report which token belongs to which request.
         """
         manager = self.method_of_model("init_continuous_batching")(*args, **kwargs)
         if self._detached:
@@ -375,9 +352,9 @@ class EditContext:
         return manager
 
     def _begin_generation(
-        self, args: tuple, kwargs: dict[str, Any], lengths: Any
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], lengths: Any
     ) -> Generation | None:
-        """Note where the prompt of a call of `generate` lies; None where it gets no tokens."""
+        """Read where the prompt of a `generate` call ends; None if the call has no tokens."""
         call = model_call.read_generate_call(self._model, args, kwargs)
         if call.prompt is None:
             return None
@@ -387,7 +364,7 @@ class EditContext:
         if cached is None:
             raise UnknownPositionError(
                 self._model,
-                f"generate() was given a {type(call.cache).__name__} that does not tell how many tokens it holds",
+                f"generate() was given a {type(call.cache).__name__} that does not report how many tokens it holds",
                 "Pass the whole chat as the prompt, without it.",
             )
         real = call.attention_mask
@@ -409,9 +386,9 @@ class EditContext:
         return self.stated_lengths if passed is None else integer_lengths(passed)
 
     def _read_model_call(
-        self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
-        """Before the base model's forward: take what its stack of blocks will not be told, labels and prompt lengths."""
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the base model's forward: read labels and prompt lengths, which its stack of blocks does not receive."""
         self._model_call = self._reads_model.read(args, kwargs)
         if self.row_names is not None and self.generation is not None:
             read = model_call.read_stack_call(self._model_signature, args, kwargs)
@@ -420,13 +397,13 @@ class EditContext:
         return args, {k: v for k, v in kwargs.items() if k != "prompt_lengths"}
 
     def _forget_model_call(self, *_: Any) -> None:
-        """After the base model's forward, also one that failed before its stack ran."""
+        """After the base model's forward, even if it failed before its stack ran."""
         self._model_call = None
 
     def _begin(
-        self, stack: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]] | None:
-        """Before the stack of blocks runs: find the relative position of every token."""
+        self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before the stack of blocks runs: determine the relative position of every token."""
         running = self._running or ()
         self._running = (*running, _Forward())  # `_end` removes it, whether this succeeds or not
         given, self._model_call = self._model_call or ModelArguments(), None
@@ -436,14 +413,15 @@ class EditContext:
         call = forward.call
         assert call is not None, "a forward that has begun has its call"
         self._running, self.last_call = (*running, forward), call
-        # Reentrant checkpointing of the stack runs it without gradients first. In inference nothing runs again.
+        # Reentrant checkpointing of the whole stack first runs it without gradients. In inference nothing runs again.
         may_run_again = stack.training or torch.is_grad_enabled()
         if read is None or not may_run_again or torch.compiler.is_compiling():
             return None
-        self._calls.remember(stack, read.tokens, call)
+        if call is not None:
+            self._calls.remember(stack, read.tokens, call)
         if not read.tokens.is_floating_point():
             return None
-        # The first block may get the caller's embeddings as they are. An alias belongs to this forward only.
+        # The first block may receive the caller's own embeddings. An alias of them belongs to this forward only.
         alias = read.tokens.view_as(read.tokens)
         swapped = {id(read.tokens): alias}
         return (
@@ -451,8 +429,8 @@ class EditContext:
             {k: swapped.get(id(x), x) for k, x in kwargs.items()},
         )
 
-    def _end(self, _module: nn.Module, _args: tuple, output: Any) -> None:
-        """After the stack of blocks has run, or failed."""
+    def _end(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        """After the stack of blocks has run or failed."""
         running = self._running or (_Forward(),)
         self._running = running[:-1]
         call, step_of = running[-1].call, running[-1].step_of
@@ -467,38 +445,38 @@ class EditContext:
     def _repeated(
         self, stack: nn.Module, read: StackCall | None, given: ModelArguments
     ) -> Call | None:
-        """Find the forward that autograd runs again, where a part of the model around its blocks is checkpointed.
+        """Find the forward that autograd runs again, if a part of the model around its blocks is checkpointed.
 
         Raises:
-            RuntimeError: it cannot be known, and this call does not tell where its prompts end.
+            RuntimeError: it is unknown, and this call does not state where its prompts end.
         """
         if read is None or not in_backward():
             return None
-        is_told = given.labels is not None or given.prompt_lengths is not None
+        ends_known = given.labels is not None or given.prompt_lengths is not None
         try:
             found = self._calls.find(stack, read.tokens)
         except RuntimeError:
-            if is_told:
+            if ends_known:
                 return None
             raise
-        if found is None and not is_told:
+        if found is None and not ends_known:
             raise RuntimeError(NOT_FOUND)
         return found
 
     def _new_forward(
         self, stack: nn.Module, read: StackCall | None, given: ModelArguments
     ) -> _Forward:
-        """Find the relative positions of a forward, and the texts that its tokens are part of."""
+        """Determine the relative positions of a forward, and the texts that its tokens belong to."""
         lengths = self._passed_or_stated(given.prompt_lengths)
-        is_told = given.labels is not None or lengths is not None
-        generation = None if is_told or read is None else self.generation
+        ends_known = given.labels is not None or lengths is not None
+        generation = None if ends_known or read is None else self.generation
         if generation is not None and not generation.has_step(read):
             generation = None
         reads_texts = self._reads_texts and not self._is_own_forward
         positions: Tensor | None = None
         texts: Texts | None = None
         if read is None:
-            pass  # no token sequences: every vector is edited
+            pass  # no sequences of tokens: every vector is edited
         elif read.is_continuous_batch:
             positions, requests = self._positions_of_requests(read)
             if reads_texts:
@@ -509,11 +487,11 @@ class EditContext:
             if reads_texts:
                 texts = self._texts_in_generate(read, generation, positions, int(past))
         else:
-            if not is_told and not self._is_own_forward:
+            if not ends_known and not self._is_own_forward:
                 self._warn_of_missing_lengths(stack, read, given)
             positions, past = self._positions_of_forward(read, given, lengths)
             if reads_texts:
-                texts = self._texts_of_forward(read, given, positions, past, is_told)
+                texts = self._texts_of_forward(read, given, positions, past, ends_known)
         call = Call(
             positions,
             self.row_adapters,
@@ -522,20 +500,20 @@ class EditContext:
         )
         return _Forward(call, generation)
 
-    @torch.compiler.disable
+    @_not_compiled
     def _texts_of_requests(
         self, requests: Sequence[model_call.Request], positions: Tensor
     ) -> Texts:
         """Read the texts of one continuous batch."""
         texts = texts_of_requests(requests, positions, self._notes_of_requests)
-        # Requests that have ended are dropped; one that was only put out of the cache is read again.
+        # Notes on requests that have ended are dropped; one that was only evicted from the cache is read again.
         names = {request.name for request in requests}
         self._notes_of_requests = {
             name: notes for name, notes in self._notes_of_requests.items() if name in names
         }
         return texts
 
-    @torch.compiler.disable
+    @_not_compiled
     def _texts_in_generate(
         self, read: StackCall, generation: Generation, positions: Tensor, past: int
     ) -> Texts:
@@ -543,21 +521,21 @@ class EditContext:
         relative = generation.text_span.relative_positions(past, *positions.shape)
         return texts_of_step(generation, read.tokens, past, relative)
 
-    @torch.compiler.disable
+    @_not_compiled
     def _texts_of_forward(
         self,
         read: StackCall,
         given: ModelArguments,
         positions: Tensor,
         past: int | Tensor,
-        is_told: bool,
+        ends_known: bool,
     ) -> Texts:
         """Read the texts of a forward that is not a step of `generate`."""
         ids: Tensor | None = read.tokens if read.tokens.ndim == 2 else given.input_ids
         if ids is not None and ids.shape != positions.shape:
             ids = None
         if isinstance(past, Tensor) or past:
-            return texts_after_cache(ids, positions, read.cache, is_told=is_told)
+            return texts_after_cache(ids, positions, read.cache, ends_known=ends_known)
         return texts_of_input(ids, positions)
 
     def _positions_of_requests(self, call: StackCall) -> tuple[Tensor, list[model_call.Request]]:
@@ -572,7 +550,7 @@ class EditContext:
     def _positions_in_generate(
         self, call: StackCall, generation: Generation
     ) -> tuple[Tensor, int | Tensor]:
-        """Return the relative positions, (rows, tokens), of a step of `generate`, and how many columns precede them."""
+        """Return the relative positions of a step of `generate`, (rows, tokens), and the number of columns before them."""
         rows, width = call.tokens.shape[:2]
         past = model_call.columns_before_in_generate(self._model, call, generation.seen)
         if isinstance(past, int):
@@ -582,21 +560,21 @@ class EditContext:
     def _positions_of_forward(
         self, call: StackCall, given: ModelArguments, lengths: Tensor | None
     ) -> tuple[Tensor, int | Tensor]:
-        """Return the relative positions, (rows, tokens), of a forward outside `generate`, and how many columns precede them."""
+        """Return the relative positions of any other forward, (rows, tokens), and the number of columns before them."""
         rows, width = call.tokens.shape[:2]
         labels = given.labels
         if labels is not None and labels.shape != (rows, width):
             labels = None
-        is_told = labels is not None or lengths is not None
-        columns = model_call.columns_before(self._model, call, position_matters=is_told)
+        ends_known = labels is not None or lengths is not None
+        columns = model_call.columns_before(self._model, call, position_matters=ends_known)
         real, past = _real_tokens(call.attention_mask, rows, width, columns, call.tokens.device)
         positions = None
-        if isinstance(past, int) and past == 0:  # a cache holds one sequence a row
+        if isinstance(past, int) and past == 0:  # with a cache, each row is one sequence
             positions = call.position_ids
             if positions is None or positions.shape != (rows, width):
-                positions = call.packing.otherwise(given.packing).positions(rows, width)
+                positions = call.packing.or_else(given.packing).positions(rows, width)
             elif lengths is None:
-                require_beginning(self._model, real, positions)
+                model_call.require_beginning(self._model, real, positions)
         relative = relative_positions_of_input(
             real, past, positions=positions, labels=labels, prompt_lengths=lengths
         )
@@ -605,12 +583,12 @@ class EditContext:
     def _warn_of_missing_lengths(
         self, stack: nn.Module, call: StackCall, given: ModelArguments
     ) -> None:
-        """Warn once of a call that may train or score answers, but does not tell where they begin."""
+        """Warn once about a call that may train on or score answers, but does not state where they begin."""
         if torch.compiler.is_compiling() or not self._may_score_answers:
             return
         if stack.training:
-            if torch.is_grad_enabled() and not self._warned:
-                self._warned = True
+            if torch.is_grad_enabled() and not self._warned_of_training:
+                self._warned_of_training = True
                 logger.warning(WITHOUT_PROMPT_LENGTHS)
             return
         continues = model_call.cached_columns(call.cache) != 0
@@ -623,11 +601,11 @@ class EditContext:
 
     @property
     def _may_score_answers(self) -> bool:
-        """Whether the model predicts next tokens, as far as is known: a classifier has no answers."""
-        return not hasattr(self._model, "can_generate") or labels_tell_answers(self._model)
+        """Whether the model may predict next tokens: a classifier has no answers."""
+        return not hasattr(self._model, "can_generate") or labels_are_tokens(self._model)
 
     def _is_edited(self) -> bool:
-        """Return whether a block is edited now: it has an adapter that is not switched off."""
+        """Return whether an adapter is active in any block."""
         layers = [m for m in self._model.modules() if getattr(m, "context", None) is self]
         return any(layer.active_adapters and not layer.disable_adapters for layer in layers)
 
@@ -635,10 +613,11 @@ class EditContext:
 def _real_tokens(
     mask: Tensor | None, rows: int, width: int, past: int | Tensor, device: torch.device
 ) -> tuple[Tensor, int | Tensor]:
-    """Find the real ones of the new tokens, (rows, width) bool, and count the real tokens that precede them.
+    """Return which of the new tokens are not padding, (rows, width) bool, and the number of such tokens before them.
 
-    `mask` is the caller's attention mask: over the new tokens, or over the cached ones as well. Without one that can be read,
-    all tokens count as real.
+    Args:
+        mask: the caller's attention mask over the new tokens, or also over the cached ones; without one, no token is padding.
+        past: the number of columns before the new tokens.
     """
     if mask is None or mask.shape[1] < width:
         return torch.ones(rows, width, dtype=torch.bool, device=device), past

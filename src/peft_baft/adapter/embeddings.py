@@ -1,6 +1,6 @@
-"""A model's embeddings in an adapter's file: PEFT saves them along where they were resized, or where it is asked to.
+"""A model's embeddings in an adapter's file: PEFT saves them with the adapter if they were resized, or on request.
 
-It does so under up to three names a tensor, if an adapter also trains a copy of the module (`modules_to_save`).
+It does so under up to three names per tensor, if an adapter also trains a copy of the module (`modules_to_save`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ ORIGINAL, COPIES = "original_module", "modules_to_save"  # parts of PEFT's wrapp
 
 
 def plain_name(name: str) -> str:
-    """Return the name that a tensor of a saved module has where the module is not wrapped."""
+    """Return the name of a tensor of a saved module as if the module were not wrapped."""
     return name.replace(f".{ORIGINAL}.", ".").replace(f".{COPIES}.", ".")
 
 
 def may_be_embeddings(names: Iterable[str], tensors: Mapping[str, Tensor]) -> bool:
-    """Tell whether tensors may be those of a model's input and output embeddings, by their names, types and dimensions."""
+    """Return whether tensors could be a model's input and output embeddings, by their names, dtypes and dimensions."""
     modules = set()
     for name in names:
         module, _, part = plain_name(name).rpartition(".")
@@ -31,7 +31,7 @@ def may_be_embeddings(names: Iterable[str], tensors: Mapping[str, Tensor]) -> bo
 
 
 def embedding_modules(model: nn.Module) -> set[str]:
-    """Return the names of the modules that embed a model's tokens and compute its logits, of those that it has."""
+    """Return the names of a model's input and output embeddings, as far as it has them."""
     found = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
@@ -49,8 +49,8 @@ def require_embeddings(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) 
         present = own.get(plain_name(name))
         if module not in modules or present is None:
             raise ValueError(
-                f"The adapter's file holds {name}, which is no part of its adapter, nor of the embeddings of "
-                f"{type(model).__name__}. Modules that are saved alongside an adapter are named in modules_to_save."
+                f"The adapter's file holds {name}, which is not part of its adapter, nor of the embeddings of "
+                f"{type(model).__name__}. Modules that are saved with an adapter must be named in modules_to_save."
             )
         if present != shape:
             raise ValueError(
@@ -61,7 +61,7 @@ def require_embeddings(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) 
 
 
 def own_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a model's own tensors, by the names that they have where no module is wrapped."""
+    """Return the shapes of a model's own tensors, by their names as if no module were wrapped."""
     tensors = chain(
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     )
@@ -72,12 +72,14 @@ def own_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def in_place(state: Mapping[str, Tensor], known: Iterable[str], prefix: str) -> dict[str, Tensor]:
-    """Rename tensors out of a file to where they are in a model, in which other modules may be wrapped.
+def rename_for_model(
+    state: Mapping[str, Tensor], known: Iterable[str], prefix: str
+) -> dict[str, Tensor]:
+    """Rename tensors from a file to their names in a model, in which other modules may be wrapped.
 
     Args:
-        state: by the names in the file, except that a saved module's copy has its adapter's name already.
-        known: the names of the model's tensors. prefix: how the file's names begin, and perhaps not the model's.
+        state: by the names in the file, but with the adapter's name in those of a saved module's copy.
+        known: the names of the model's tensors. prefix: the beginning of the file's names, but not always of the model's.
     """
     names = {name.removeprefix(prefix) for name in known}
     renamed = {}
@@ -86,7 +88,7 @@ def in_place(state: Mapping[str, Tensor], known: Iterable[str], prefix: str) -> 
         module, _, part = plain_name(own).rpartition(".")
         places = [own, f"{module}.{part}", f"{module}.{ORIGINAL}.{part}"]
         if f".{COPIES}." in own and own not in names:
-            continue  # once more what the file also holds under the module's plain name
+            continue  # a duplicate: the file also has it under the module's plain name
         found = next((place for place in places if place in names), own)
         renamed[name.removesuffix(own) + found] = tensor
     return renamed

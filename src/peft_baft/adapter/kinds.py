@@ -1,7 +1,7 @@
-"""The kinds of adapters of the PEFT type BAFT: what each one adds to a block's output, and what it saves.
+"""Kinds of adapters of the PEFT type BAFT: what each one adds to a block's output, and what it saves.
 
-Plain BaFT is one kind (`peft_baft.adapter.plain`). A package that brings another one registers it with `register_kind`; nothing
-else in this folder knows of it. docs/kinds.md adds one step by step.
+Plain BaFT is one kind (`peft_baft.adapter.plain`). A package that adds another one registers it with `register_kind`; nothing
+else in this folder depends on it. docs/kinds.md shows how, step by step.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """What an adapter's file holds under one name.
+    """The expected form of one tensor in an adapter's file.
 
     Attributes:
-        shape: sizes; None where the config does not tell them.
-        dtype: of the tensor; None for a parameter: floating-point numbers of any width, in the sizes that the model has.
+        shape: its sizes; None for those that the config does not determine.
+        dtype: its dtype; None for a parameter, which may have any floating dtype and has the model's sizes.
     """
 
     shape: tuple[int | None, ...]
     dtype: torch.dtype | None = None
 
     def fits(self, tensor: Tensor) -> bool:
-        """Return whether a tensor has this number of dimensions, these sizes and this dtype."""
+        """Return whether a tensor has this shape and dtype."""
         if tensor.ndim != len(self.shape) or self.dtype not in (None, tensor.dtype):
             return False
         sizes = zip(self.shape, tensor.shape, strict=True)
@@ -44,16 +44,16 @@ class AdapterKind(Protocol):
     """One kind of adapter.
 
     Attributes:
-        name: the keyword of `BaftConfig` that chooses the kind, and the key of its settings in adapter_config.json.
+        name: the keyword of `BaftConfig` that selects the kind, and the key of its settings in adapter_config.json.
         settings: the dataclass of its settings; None for plain BaFT, whose settings are `BaftConfig`'s own fields.
-        formats: numbers of the saved formats that this version reads.
-        trains: whether it has parameters that gradients train.
-        sets: whether it sets vectors that it changes to others, whatever further active adapters add to them; of several that
-            set one vector, the last active one does. Else changes add up.
-        needs_same_base: whether an adapter is refused on another base model than the one that it was made on; else a warning
-            says so.
-        editor: `module:class` of what edits such an adapter (`peft_baft.editor_for`), imported when it is needed; None if
-            nothing does.
+        formats: the saved formats that this version reads.
+        trains: whether it has parameters trained by gradients.
+        sets: whether it overwrites the vectors that it changes, whatever other active adapters add to them (if several
+            overwrite one vector, the last active one wins). Otherwise changes are summed.
+        needs_same_base: whether an adapter is refused on a base model other than its own; otherwise it is loaded with a
+            warning.
+        editor: `module:class` of the editor for such an adapter (`peft_baft.editor_for`), imported on demand; None if there
+            is none.
     """
 
     name: ClassVar[str]
@@ -65,16 +65,16 @@ class AdapterKind(Protocol):
     editor: ClassVar[str | None]
 
     def check_config(self, config: BaftConfig) -> None:
-        """Raise a ValueError if fields of a config contradict the kind."""
+        """Raise a ValueError if a config has fields that contradict the kind."""
 
     def saved_format(self, config: BaftConfig) -> int:
-        """Return the number of the first saved format that has what a config uses."""
+        """Return the lowest saved format that supports what a config uses."""
 
     def choose_blocks(self, model: nn.Module, config: BaftConfig) -> list[str]:
-        """Return the full names of the blocks that an adapter is attached to, where its config names none."""
+        """Return the full names of the blocks to attach an adapter to if its config names none."""
 
     def attach(self, layer: BaftLayer, adapter_name: str, config: BaftConfig, width: int) -> None:
-        """Make what a new adapter has in one block, for hidden vectors of `width`."""
+        """Create what a new adapter stores in one block, for hidden vectors of `width`."""
 
     def change(
         self, layer: BaftLayer, adapter_name: str, hidden: Tensor, call: Call
@@ -82,7 +82,7 @@ class AdapterKind(Protocol):
         """Compute Φ(h) - h at every token, (rows, tokens, d); None where nothing changes.
 
         Args:
-            hidden: (rows, tokens, d), the block's own output. call: the forward that it belongs to.
+            hidden: (rows, tokens, d), the block's own output. call: the running forward.
         """
 
     def change_rows(
@@ -91,27 +91,27 @@ class AdapterKind(Protocol):
         """Compute the changes of a mixed batch.
 
         Args:
-            rows: by the name of an adapter of this kind, the rows that it changes. hidden: (all rows, tokens, d).
+            rows: the rows that each adapter of this kind changes, by the adapter's name. hidden: (all rows, tokens, d).
 
         Returns:
-            Pairs of row numbers (n,) and the change of these rows, (n, tokens, d).
+            Pairs of row numbers (n,) and the change in these rows, (n, tokens, d).
         """
 
     def saved_tensors(self, config: BaftConfig, block: str) -> dict[str, SavedTensor]:
-        """Return what the adapter's file holds for a block, by the end of the name; nothing if the block has none."""
+        """Return the tensors that an adapter's file must hold for a block, by the last part of their names."""
 
     def check_tensors(self, tensors: Mapping[str, Tensor], where: str) -> None:
-        """Raise a ValueError unless a block's tensors, which fit one by one, belong together."""
+        """Raise a ValueError unless a block's tensors, which fit individually, also fit together."""
 
 
 class Part(nn.Module):
-    """What an adapter of another kind than plain BaFT has in one block: buffers that are replaced, never written into.
+    """What an adapter of another kind than plain BaFT stores in one block: buffers that are replaced, never written into.
 
-    To remember a state is then to remember its tensors, and loading takes tensors of other lengths than those that are there.
-    They keep their dtypes when the model is cast.
+    A snapshot is therefore the tensors themselves, and loading accepts tensors of other lengths than the present ones. They
+    keep their dtypes when the model is cast.
 
     Args:
-        tensors: by name, of an empty adapter.
+        tensors: those of an empty adapter, by name.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -124,20 +124,20 @@ class Part(nn.Module):
         return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
 
     def replace(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put tensors in the place of those of the same names, on the device of those."""
+        """Replace the tensors of these names; the new ones are moved to the device of the old."""
         for name, tensor in tensors.items():
             self._buffers[name] = tensor.to(self._buffers[name].device)  # type: ignore[union-attr]
         self.changed()
 
     def changed(self) -> None:
-        """Forget what was computed from the tensors: they are others now."""
+        """Discard whatever was computed from the tensors, because they have changed."""
 
     def answering(self, prompt: Sequence[int]) -> int | None:
-        """Return the number of the edit that answers a prompt of these tokens, if the kind has edits; else None."""
+        """Return the number of the edit that answers a prompt of these token ids; None if there is none."""
         return None
 
     def snapshot(self) -> Callable[[], None]:
-        """Remember the tensors; calling the result puts them back."""
+        """Return a function that restores the present tensors."""
         tensors = self.tensors()
         return lambda: self.replace(tensors)
 
@@ -159,30 +159,28 @@ class Part(nn.Module):
         for name, buffer in self.tensors().items():
             given = state_dict.get(prefix + name)
             if given is not None:
-                # A new tensor: `copy_` would write into one that a snapshot remembers.
+                # A new tensor: `copy_` would write into one that a snapshot holds.
                 self._buffers[name] = torch.empty_like(given, device=buffer.device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.changed()
 
 
 KINDS: dict[str, AdapterKind] = {}  # by name
-_MODULES: dict[
-    str, str
-] = {}  # by the names of kinds: the modules that register them when they are imported
+_MODULES: dict[str, str] = {}  # by a kind's name, the module that registers it on import
 
 
 def register_kind(kind: AdapterKind) -> None:
-    """Make a kind of adapter known, for configs and saved adapters."""
+    """Register a kind of adapter for configs and saved adapters."""
     KINDS[kind.name] = kind
 
 
 def register_module(name: str, module: str) -> None:
-    """Make a kind known by its name; its module is imported, and registers it, when a config first uses it."""
+    """Register a kind by name only; its module, which registers the rest, is imported on first use."""
     _MODULES[name] = module
 
 
 def find_kind(name: str) -> AdapterKind | None:
-    """Return the kind of a name, importing its module if necessary; None if there is no such kind."""
+    """Return the kind with this name, importing its module if necessary; None if there is none."""
     if name not in KINDS and name in _MODULES:
         import_module(_MODULES[name])
     return KINDS.get(name)

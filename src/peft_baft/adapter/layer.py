@@ -1,9 +1,9 @@
-"""The adapters of one block: their parameters, the gates' usage, and the hook that edits the block's output."""
+"""The adapters of one block: their parameters, and the hook that edits the block's output."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,35 +12,44 @@ from torch import Tensor, nn
 from peft_baft.adapter.call import Call, first_tensor
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.context import EditContext
-from peft_baft.adapter.kinds import Part
+from peft_baft.adapter.kinds import AdapterKind, Part
 from peft_baft.adapter.offloading import execution_device, forget_adapter, place_adapter
 from peft_baft.adapter.parameters import Counts
+from peft_baft.adapter.quantised import allow_packing, is_quantised, keep_unpacked
 from peft_baft.adapter.switching import Switch
 from peft_baft.adapter.weights import MARK
 
 CHILD = "baft"  # the name of a block's BaftLayer; must not contain PEFT's prefix `baft_`
+CANNOT_MERGE = (
+    "A BaFT adapter cannot be merged into the model's weights: its update depends on the hidden vector, through the gates, "
+    "and is applied to some tokens only. Keep the adapter separate, or call unload() to get the unedited model back."
+)
+BLOCK_WITHOUT_MODEL = (
+    "A block with a BaFT adapter was called directly instead of through its model, {}. Only a call of the model determines where "
+    "prompts end. Call the model."
+)
 
 
 class BaftLayer(nn.Module, BaseTunerLayer):
-    """All BaFT adapters of one block, a child module of it.
+    """All BaFT adapters of one block, as a child module of the block.
 
-    Each of these holds, for every adapter by its name:
+    Each container maps the name of an adapter to:
 
     - `baft_basis`: R (r, d).
-    - `baft_source`: D = A - R (r, d) and b (r,), and not A, so that a fresh adapter (D = 0, b = 0) is the identity exactly, on
-      every device and in every dtype, and weight decay pulls towards no edit.
-    - `baft_gate`: the gates; nothing for an adapter without gates.
-    - `baft_part`: instead of all these, what an adapter of another kind than plain BaFT has in this block.
-    - `baft_gate_usage`: (k + 1,) the sum of each of the k gates over the edited tokens of past edits, then how many tokens
-      those were. It is float32 whatever the adapter's dtype, since it counts.
+    - `baft_source`: D = A - R (r, d) and b (r,). Storing D instead of A makes a fresh adapter (D = 0, b = 0) exactly the
+      identity, on every device and in every dtype, and weight decay pulls towards no edit.
+    - `baft_gate`: the gates, if it has any.
+    - `baft_part`: for adapters of another kind than plain BaFT, whatever that kind stores, instead of the above.
+    - `baft_gate_usage`: (k + 1,) the sum of each of the k gates over the edited tokens of past edits, then the number of
+      these tokens. Always float32, because it counts.
 
     Args:
-        block: the module whose output is edited; a hook is put on it, and it gets this layer as a child.
+        block: the module whose output is edited; it gets a forward hook, and this layer as a child.
         name: the block's name in the base model.
-        context: tells which tokens to edit; all blocks of a model share it.
+        context: determines which tokens are edited; all blocks of a model share it.
     """
 
-    # PEFT looks for adapters under these names: what is trained, and what is saved beside it.
+    # PEFT looks for adapters under these names: what is trained, and what else is saved.
     adapter_layer_names = ("baft_basis", "baft_source", "baft_gate")
     other_param_names = ("baft_gate_usage", "baft_part", "configs")
 
@@ -56,40 +65,39 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         self._block = [block]  # in a list: as an attribute it would become a child of its own child
         self._disable_adapters, self._active_adapter, self.merged_adapters = False, [], []
         self._switch = Switch()
-        self._layers_kept_unpacked: list[Any] = []
-        # Prepended, so that other hooks on the block, such as those that record hidden states, get the edited output.
+        self._unpacked_layers: list[nn.Module] = []
+        # Prepended, so that other hooks on the block, such as those that record hidden states, see the edited output.
         self._handle = block.register_forward_hook(_edit_output, prepend=True, with_kwargs=True)
-        place_adapter(context._model, f"{name}.{CHILD}", block)
+        place_adapter(context.model, f"{name}.{CHILD}", block)
 
     def attach(self, adapter_name: str, config: BaftConfig, width: int) -> None:
-        """Make the parameters of one more adapter for hidden vectors of `width`, and put them on the block's device."""
-        self._layers_kept_unpacked += _keep_4bit_as_loaded(self.context._model)
+        """Create an adapter's parameters for hidden vectors of `width`, on the block's device."""
+        self._unpacked_layers += keep_unpacked(self.context.model)
         self.configs[adapter_name] = config
         self.in_features = self.out_features = width
         config.kind.attach(self, adapter_name, config, width)
         if adapter_name in self.baft_part:
-            self._make_room(adapter_name, config.room)
+            self._resize_part(adapter_name, config.shapes_to_load)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def _make_room(self, adapter_name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Give the tensors of another kind's adapter the shapes of those that will be loaded, by their names in a file."""
-        part: Any = self.baft_part[adapter_name]
+    def _resize_part(self, adapter_name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Resize the tensors of an adapter of another kind to those that will be loaded, by their names in a file."""
+        part = cast(Part, self.baft_part[adapter_name])
         for name, tensor in part.tensors().items():
             shape = shapes.get(f"{self.name}{MARK}part.{name}", tensor.shape)
             if shape != tuple(tensor.shape):
                 part.replace({name: torch.zeros(shape, dtype=tensor.dtype)})
 
     def detach(self) -> None:
-        """Leave the block as it was before its first adapter."""
+        """Restore the block to its state before the first adapter."""
         self._handle.remove()
-        forget_adapter(self.context._model, f"{self.name}.{CHILD}")
+        forget_adapter(self.context.model, f"{self.name}.{CHILD}")
         del self._block[0]._modules[CHILD]
-        for layer in self._layers_kept_unpacked:
-            layer.support_avx512bf16_for_cpu = True
+        allow_packing(self._unpacked_layers)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch the adapters of this block on or off. Those that were frozen stay frozen."""
+        """Switch the block's adapters on or off. Frozen parameters stay frozen."""
         self._disable_adapters = not enabled
         self._switch.turn(self, on=enabled)
 
@@ -109,21 +117,17 @@ class BaftLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
-        """Return device and dtype of the first of the block's own weights that is not quantised; None where there is none.
-
-        Quantised weights may be stored under a dtype that nothing is computed in.
-        """
-        of_adapters = {id(parameter) for parameter in self.parameters()}
+        """Return device and dtype of the block's first weight that is not quantised; None where there is none."""
+        own = {id(parameter) for parameter in self.parameters()}
         for weight in base_layer.parameters():
-            is_quantised = hasattr(weight, "quant_state") or weight.element_size() == 1
-            if id(weight) not in of_adapters and weight.is_floating_point() and not is_quantised:
+            if id(weight) not in own and weight.is_floating_point() and not is_quantised(weight):
                 return weight.device, weight.dtype
         return None, None
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """Move an adapter to its block's device, its parameters to the block's dtype. The gates' usage stays in float32."""
+        """Move an adapter to its block's device, and its parameters to the block's dtype."""
         device_of_block, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         device = device_of_block if device is None else device
         if device is not None and device.type == "meta":
@@ -131,22 +135,18 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         if device is None or device.type == "meta":
             return
         for container in (self.baft_basis, self.baft_source, self.baft_gate):
-            if adapter_name in container and not any(
-                p.is_meta for p in container[adapter_name].parameters()
-            ):
+            if adapter_name in container and not _is_on_meta(container[adapter_name]):
                 container[adapter_name].to(device, dtype)
-        if adapter_name in self.baft_part and not any(
-            buffer.is_meta for buffer in self.baft_part[adapter_name].buffers()
-        ):
+        if adapter_name in self.baft_part and not _is_on_meta(self.baft_part[adapter_name]):
             self.baft_part[adapter_name].to(device)
         if adapter_name in self.baft_gate_usage:
             usage = self.baft_gate_usage[adapter_name]
             self.baft_gate_usage[adapter_name] = usage.to(device, torch.float32)
 
     def forward(self, hidden: Tensor, call: Call) -> Tensor:
-        """Edit the output of the block by all active adapters: each update is computed from the same `hidden`.
+        """Edit the block's output by all active adapters, each computed from the same `hidden`.
 
-        Updates add up, and those that set vectors come last.
+        Updates are summed; those of kinds that set vectors are applied last.
 
         Args:
             hidden: (batch, tokens, d), any floating dtype; updates are computed in the adapter's dtype.
@@ -164,31 +164,32 @@ class BaftLayer(nn.Module, BaseTunerLayer):
                 continue
             if total is not None and kind.sets:
                 is_set = change.any(-1, keepdim=True)
-                # In the wider of both types: a vector that is set is as exact as its kind made it.
+                # In the wider of the two dtypes, so that the vector that is set keeps its precision.
                 total = torch.where(is_set, change, total.to(change.dtype))
             else:
                 total = change if total is None else total + change
         return hidden if total is None else (hidden + total).to(hidden.dtype)
 
     def parts(self) -> list[Part]:
-        """Return what adapters of other kinds than plain BaFT have in this block."""
+        """Return what adapters of other kinds than plain BaFT store in this block."""
         return [part for part in self.baft_part.values() if isinstance(part, Part)]
 
     def _edit_rows(self, hidden: Tensor, call: Call, row_adapters: list[str]) -> Tensor:
-        """Edit row i by adapter `row_adapters[i]` only: each adapter computes its own rows, and no others."""
+        """Edit row i by adapter `row_adapters[i]` only; each adapter computes its own rows and no others."""
         if len(row_adapters) != hidden.shape[0]:
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(row_adapters)} and {hidden.shape[0]} respectively."
             )
-        rows_of: dict[str, list[int]] = {}
+        by_kind: dict[int, tuple[AdapterKind, dict[str, list[int]]]] = {}
         for row, name in enumerate(row_adapters):
             if name in self.configs:
-                rows_of.setdefault(name, []).append(row)
+                kind = self.configs[name].kind
+                _, rows_of_adapter = by_kind.setdefault(id(kind), (kind, {}))
+                rows_of_adapter.setdefault(name, []).append(row)
         changes: list[tuple[Tensor, Tensor]] = []
-        for kind in {id(k): k for k in (self.configs[name].kind for name in rows_of)}.values():
-            rows = {name: of for name, of in rows_of.items() if self.configs[name].kind is kind}
-            changes += kind.change_rows(self, rows, hidden, call)
+        for kind, rows_of_adapter in by_kind.values():
+            changes += kind.change_rows(self, rows_of_adapter, hidden, call)
         if not changes:
             return hidden
         edited = [(hidden[rows] + change).to(hidden.dtype) for rows, change in changes]
@@ -204,23 +205,23 @@ class BaftLayer(nn.Module, BaseTunerLayer):
         return "baft." + super().__repr__()
 
 
-CANNOT_MERGE = (
-    "A BaFT adapter cannot be merged into the model's weights: its update depends on the hidden vector, through the gates, "
-    "and is applied to some tokens only. Keep the adapter beside the model, or call unload() to get the unedited model back."
-)
+def _is_on_meta(module: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _edit_output(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """Edit the hidden vectors that a block returns, as its forward hook. At module level, so that models can be pickled."""
-    layer: Any = block._modules.get(CHILD)
+def _edit_output(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    """Edit the hidden vectors that a block returns: its forward hook, at module level so that models can be pickled."""
+    layer = cast("BaftLayer | None", block._modules.get(CHILD))
     if layer is None:
         return None
     call = layer.context.call_of_block(layer, first_tensor(args, kwargs))
     if call is None:
         if layer.disable_adapters:
             return None
-        raise ValueError(layer.context.called_without_model())
-    # A block that is run again for a backward is edited as it was, whatever has been switched since.
+        raise ValueError(BLOCK_WITHOUT_MODEL.format(type(layer.context.model).__name__))
+    # A block that runs again for a backward is edited as it was the first time, whatever was switched since.
     if layer.name not in call.active:
         call.active[layer.name] = [] if layer.disable_adapters else list(layer.active_adapters)
     if not call.active[layer.name]:
@@ -228,27 +229,3 @@ def _edit_output(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
     if isinstance(output, Tensor):
         return layer(output, call)
     return (layer(output[0], call), *output[1:])
-
-
-def _keep_4bit_as_loaded(model: nn.Module) -> list[Any]:
-    """Keep bitsandbytes from packing 4-bit weights anew for a CPU with bf16 instructions, and undo it where it has.
-
-    It packs at a layer's first forward without gradients. Packed weights let no gradient through to earlier blocks, and
-    become garbage when any state_dict is made of them, as to save an adapter (both with bitsandbytes 0.50).
-
-    Returns:
-        The layers, for `detach` to let them pack again.
-    """
-    layers: list[Any] = [
-        module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)
-    ]
-    for layer in layers:
-        layer.support_avx512bf16_for_cpu = False
-        state: Any = getattr(layer.weight, "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
-
-            scales, state.original_nested = state.absmax.T.reshape(-1).float(), False
-            layer.weight.data, _ = unpacked(layer.weight.data, state)
-            state.absmax = scales
-    return layers

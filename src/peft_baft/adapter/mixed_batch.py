@@ -1,4 +1,4 @@
-"""Mixed batches: PEFT's `adapter_names`, which names the adapter of each row of a batch."""
+"""Mixed batches: PEFT's `adapter_names`, which names an adapter for each row of a batch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ BASE = "__base__"  # PEFT's name for no adapter
 
 
 def require_known_names(names: Any, known: Iterable[str]) -> list[str]:
-    """Return the adapters of the rows of a batch, as a list.
+    """Return `adapter_names` as a list.
 
     Raises:
-        TypeError: they are not a list of names. ValueError: there is no adapter of one of these names.
+        TypeError: it is not a list of names. ValueError: there is no adapter of one of these names.
     """
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise TypeError(
@@ -31,10 +31,10 @@ def require_known_names(names: Any, known: Iterable[str]) -> list[str]:
 
 
 def repeated_names(names: list[str], rows: int) -> list[str]:
-    """Return the adapter of each row of a step of `generate`, which repeats each row as often as it has beams or answers.
+    """Return the adapter of each row of a step of `generate`, which repeats each row for its beams or answers.
 
-    This is read from the step, since the number may come from an argument, a generation config or the model's own. Where
-    `rows` is no multiple of the names, they are returned as they are, and the blocks raise.
+    The number of repetitions is inferred from the step, since it may come from an argument or from either generation config.
+    If `rows` is not a multiple of the names, they are returned unchanged, and the blocks raise.
     """
     repeats = rows // len(names) if names and rows % len(names) == 0 else 1
     return [name for name in names for _ in range(repeats)]
@@ -43,7 +43,7 @@ def repeated_names(names: list[str], rows: int) -> list[str]:
 def choose_copies_by_row(
     wrappers: Iterable[AuxiliaryTrainingWrapper], context: EditContext
 ) -> None:
-    """Let each row of a mixed batch be computed by its own adapter's copy of a saved module (`modules_to_save`), too."""
+    """Compute each row of a mixed batch with its adapter's copy of a saved module (`modules_to_save`), too."""
     for wrapper in wrappers:
         hooks = wrapper._forward_pre_hooks.values()
         if not any(getattr(hook, "func", None) is _choose_copies for hook in hooks):
@@ -51,9 +51,12 @@ def choose_copies_by_row(
 
 
 def _choose_copies(
-    context: EditContext, wrapper: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]] | None:
-    """Before a saved module: tell PEFT's wrapper whose copy computes each row; the model's own where an adapter has none."""
+    context: EditContext,
+    wrapper: AuxiliaryTrainingWrapper,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Before a saved module: pass PEFT's wrapper the adapter of each row; rows of adapters without a copy use the original."""
     if context.row_adapters is None:
         return None
     present = wrapper._get_available_adapters()

@@ -1,4 +1,4 @@
-"""The PEFT tuner: attaches adapters to the blocks of a model, switches them, and takes them off again."""
+"""The PEFT tuner: attaches adapters to the blocks of a model, switches them, and removes them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from peft_baft.adapter.coexistence import (
     bare_model,
     carried_config,
     merged_configs,
-    others_stay,
+    others_unchanged,
     own_modules,
     remove_adapter,
     replace_everywhere,
@@ -32,38 +32,40 @@ from peft_baft.adapter.coexistence import (
 from peft_baft.adapter.combination import combined_config, fill_combined
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.context import EditContext
-from peft_baft.adapter.embeddings import in_place
+from peft_baft.adapter.embeddings import rename_for_model
 from peft_baft.adapter.kinds import SavedTensor
 from peft_baft.adapter.layer import CANNOT_MERGE, CHILD, BaftLayer
-from peft_baft.adapter.mixed_batch import (
-    choose_copies_by_row,
-    require_known_names,
-)
-from peft_baft.adapter.native import require_whole
+from peft_baft.adapter.mixed_batch import choose_copies_by_row, require_known_names
+from peft_baft.adapter.native import require_complete
 from peft_baft.adapter.preparation import is_target, prepare_config, require_adapter_name
 from peft_baft.adapter.rollback import UNDO, structure_of, undone_on_failure
 from peft_baft.adapter.switching import Switch
 from peft_baft.adapter.weights import BASE, check_tensors
 
 logger = logging.getLogger(__name__)
-# Tasks for which PEFT names the head in the caller's config only when the adapter is attached: the list is shared with that.
-NAMED_LATE = ("TOKEN_CLS", "QUESTION_ANS")
-HELD: WeakValueDictionary[int, Any] = WeakValueDictionary()  # the configs of adapters, by their ids
+# Tasks for which PEFT adds the head to the caller's `modules_to_save` only while it attaches the adapter: the list is shared.
+HEAD_ADDED_LATE = ("TOKEN_CLS", "QUESTION_ANS")
+ADAPTER_CONFIGS: WeakValueDictionary[int, Any] = WeakValueDictionary()  # by id
 REPLACED = (
-    "The model carried a BaFT adapter %r, which the one that is loaded now replaces. A PeftModel that was made for the first one "
-    "uses the new one as well. To have both, load the second one under another adapter_name."
+    "The model already has a BaFT adapter %r, which is replaced by the one that is being loaded. A PeftModel created for the "
+    "first one now uses the new one, too. To keep both, load the second one under another adapter_name."
+)
+CANNOT_WEIGHT = (
+    "BaFT adapters can be combined with combination_type='cat' only: each edits its own subspace through its own gates, and the "
+    "mean of two bases is not a basis of either. 'cat' keeps the rows of all, and does what the adapters do when they are "
+    "active together: model.base_model.set_adapter([name, other])."
 )
 
 
 class BaftModel(BaseTuner):
     """A base model whose chosen blocks' outputs are edited by BaFT adapters (arXiv 2503.00306).
 
-    Made by `peft.get_peft_model(model, BaftConfig(...))`. Nothing of the base model is wrapped, renamed or written to:
-    each edited block gets a child module and a forward hook, and `unload()` takes both away.
+    Created by `peft.get_peft_model(model, BaftConfig(...))`. No part of the base model is wrapped, renamed or written to:
+    each edited block gets a child module and a forward hook, which `unload()` removes.
 
-    Adapters of other PEFT methods may stand on the same base model, such as an unmerged LoRA: what this tuner sets, trains,
-    saves, disables, deletes and unloads is its own adapters alone, whatever the names of the others. Of a PeftModel that is
-    given as base model, the model inside is edited.
+    The base model may carry adapters of other PEFT methods, such as an unmerged LoRA: this tuner sets, trains, saves, disables,
+    deletes and unloads its own adapters only, whatever the names of the others. If the base model is a PeftModel, the model
+    inside it is edited.
     """
 
     prefix: str = "baft_"
@@ -79,13 +81,15 @@ class BaftModel(BaseTuner):
     ) -> None:
         inner_model = bare_model(model)
         registered: dict[str, PeftConfig] = getattr(inner_model, "peft_config", {})
-        # transformers' own loading keeps no tuner: there, only their names distinguish adapters of different methods.
+        # transformers' own loading has no tuner: there, only the names distinguish adapters of different methods.
         if isinstance(peft_config, PeftConfig):
             configs, foreign = {adapter_name: peft_config}, registered
         else:
             configs, foreign = dict(peft_config), {}
         replaced = None
-        if UNDO.attached is not None:  # a saved adapter is loaded, and may replace one of its name
+        if (
+            UNDO.attached is not None
+        ):  # a saved adapter is being loaded, and may replace one of its name
             UNDO.attached.append(structure_of(inner_model))
             replaced = carried_config(inner_model, adapter_name)
         if replaced is not None:
@@ -103,7 +107,7 @@ class BaftModel(BaseTuner):
         self._register_on_base(registered)
 
     def _become(self, adapter_name: str, config: BaftConfig) -> None:
-        """Let the config that earlier PeftModels on the base model hold be that of the adapter that replaced theirs."""
+        """Copy a new adapter's config into the one that it replaces, which earlier PeftModels on the base model use."""
         vars(config).clear()
         vars(config).update(vars(self.peft_config[adapter_name]))
         self.peft_config[adapter_name] = config
@@ -112,14 +116,14 @@ class BaftModel(BaseTuner):
                 layer.configs[adapter_name] = config
 
     def __getattr__(self, name: str) -> Any:
-        """Look in the base model, as PEFT does, except for the configs that another tuner left there."""
+        """Look up attributes in the base model, as PEFT does, except for the configs that another tuner left there."""
         if name == "peft_config":
-            raise AttributeError("a BaftModel that is being made has no peft_config yet")
+            raise AttributeError("a BaftModel under construction has no peft_config yet")
         try:
             return super().__getattr__(name)
         except AttributeError as error:
             base = self.__dict__.get("_modules", {}).get("model")
-            if base is None or hasattr(base, name):  # it exists: the error was raised inside of it
+            if base is None or hasattr(base, name):  # it exists: the error was raised inside it
                 raise
             raise AttributeError(
                 f"Neither a BaFT adapter nor its base model {type(base).__name__} has {name!r}. A method of another PEFT "
@@ -127,7 +131,7 @@ class BaftModel(BaseTuner):
             ) from error
 
     def own_modules(self) -> list[BaftLayer | AuxiliaryTrainingWrapper]:
-        """Return the modules that hold this tuner's adapters, those of `modules_to_save` included."""
+        """Return the modules that hold this tuner's adapters, including those of `modules_to_save`."""
         return own_modules(self.model, self.peft_config.values())
 
     def _wrappers_of_saved_modules(self) -> list[AuxiliaryTrainingWrapper]:
@@ -137,7 +141,7 @@ class BaftModel(BaseTuner):
         """Write the configs of all adapters to the base model's `peft_config`, where transformers looks for them.
 
         Args:
-            registered: the configs of all methods that are registered there so far.
+            registered: the configs of all methods, as registered there so far.
         """
         self._set_configs_on_base(merged_configs(registered, self.peft_config))
 
@@ -148,10 +152,12 @@ class BaftModel(BaseTuner):
             del self.model.peft_config
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base model as a module, with its hooks: older PEFT would call its `forward` and pass by them."""
+        """Call the base model as a module, with its hooks; older PEFT calls its `forward` and bypasses them."""
         return self.model(*args, **kwargs)
 
-    def _prepare_adapter_config(self, peft_config: BaftConfig, model_config: dict) -> BaftConfig:
+    def _prepare_adapter_config(
+        self, peft_config: BaftConfig, model_config: dict[str, Any]
+    ) -> BaftConfig:
         earlier = [config for config in self.peft_config.values() if config is not peft_config]
         return prepare_config(self.model, peft_config, earlier)
 
@@ -169,7 +175,7 @@ class BaftModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        """Give the block `target` one more adapter, and its BaftLayer with the first one."""
+        """Add an adapter to the block `target`, and a BaftLayer with the first one."""
         width = configured_width(self.model, target)
         require_adapter_name(adapter_name, current_key)
         layer = target._modules.get(CHILD)
@@ -188,7 +194,7 @@ class BaftModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Edit each row of a mixed batch by the adapter that `adapter_names` names for it; `__base__` is none."""
+        """Edit each row of a mixed batch by its adapter in `adapter_names`; `__base__` means none."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
@@ -201,19 +207,19 @@ class BaftModel(BaseTuner):
         with context.rows(names):
             yield
 
-    # PEFT's versions of the following methods change the adapters of every method on the model.
+    # PEFT's versions of the following methods change the adapters of all methods on the model.
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         for module in self.own_modules():
             if isinstance(module, BaftLayer):
                 module.enable_adapters(enabled)
             else:
-                # The wrapper's own method would also make what it saves trainable.
+                # The wrapper's own method would also make its copies trainable.
                 AuxiliaryTrainingWrapper.enable_adapters(module, enabled)
                 self._switch_of(module).turn(module, on=enabled)
 
     def _switch_of(self, wrapper: AuxiliaryTrainingWrapper) -> Switch:
-        """Return what remembers the flags of a wrapper of `modules_to_save` while adapters are off."""
+        """Return the `Switch` of a wrapper of `modules_to_save`."""
         switches: dict[nn.Module, Switch] = self.__dict__.setdefault("_switches", {})
         return switches.setdefault(wrapper, Switch())
 
@@ -232,7 +238,7 @@ class BaftModel(BaseTuner):
             if isinstance(module, BaftLayer):
                 module.set_adapter(adapter_name, inference_mode=inference_mode)
             else:
-                # A wrapper of `modules_to_save` has one adapter at most; None where none of the chosen ones saves this module.
+                # A wrapper has at most one active adapter; None if none of the chosen ones saves this module.
                 chosen: Any = module.check_set_adapter(adapter_name)
                 present = chosen is not None and chosen in module._get_available_adapters()
                 with self._switch_of(module).changing_flags(module):
@@ -242,7 +248,9 @@ class BaftModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
-        wrappers = self._wrappers_of_saved_modules()  # read from the configs, one of which goes now
+        wrappers = (
+            self._wrappers_of_saved_modules()
+        )  # found through the configs, one of which is deleted next
         del self.peft_config[adapter_name]
         self._register_on_base(getattr(self.model, "peft_config", {}))
         for layer in baft_layers(self.model):
@@ -262,20 +270,21 @@ class BaftModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Attach an adapter as PEFT does, but leave the `requires_grad` flags of other methods' adapters alone.
+        """Attach an adapter as PEFT does, but keep the `requires_grad` flags of other methods' adapters.
 
-        The adapter gets a copy of its config, since what is filled in belongs to this model and adapter only. If this fails,
-        the model is as it was before.
+        The adapter gets a copy of its config, since what is filled in belongs to this model and adapter only. On failure the
+        model is restored.
         """
         given: Any = self.peft_config[adapter_name]
-        # In `from_pretrained`, PEFT promises its callers that the config they pass is the adapter's.
-        may_keep = UNDO.attached is not None and HELD.get(id(given)) is not given
+        # In `from_pretrained`, PEFT guarantees that the config passed by the caller becomes the adapter's.
+        is_unused = ADAPTER_CONFIGS.get(id(given)) is not given
+        may_keep = UNDO.attached is not None and is_unused
         self.peft_config[adapter_name] = config = given if may_keep else _copied(given)
-        HELD[id(config)] = config
+        ADAPTER_CONFIGS[id(config)] = config
         if kwargs.get("state_dict"):
             _fit_to_tensors(config, kwargs["state_dict"])
-            require_whole(model, config, adapter_name, kwargs["state_dict"])
-            # PEFT takes for the target what stands before the prefix in a tensor's name: leave our child's name out of it.
+            require_complete(model, config, adapter_name, kwargs["state_dict"])
+            # PEFT takes everything before the prefix in a tensor's name for the target: remove our child's name from it.
             kwargs["state_dict"] = {
                 name.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): tensor
                 for name, tensor in kwargs["state_dict"].items()
@@ -286,10 +295,12 @@ class BaftModel(BaseTuner):
         earlier = own_modules(model, earlier_configs)
         warn = not self.peft_config[adapter_name].inference_mode
         are_off = any(layer.disable_adapters for layer in baft_layers(model))
-        if are_off:  # PEFT restores the flags that it finds: let it find those that hold while adapters are on
+        if (
+            are_off
+        ):  # PEFT restores the flags that it finds, so they must be those of the switched-on state
             self._enable_adapter_layers(True)
         try:
-            with undone_on_failure(model), others_stay(model, earlier, warn=warn):
+            with undone_on_failure(model), others_unchanged(model, earlier, warn=warn):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 context = find_context(model)
                 if context is not None:
@@ -299,12 +310,12 @@ class BaftModel(BaseTuner):
             if are_off:
                 self._enable_adapter_layers(False)
         if given.target_modules is None and config.target_modules:
-            # PEFT lets callers read off their config which modules were chosen; another model chooses anew.
+            # As in PEFT, callers can read the chosen modules from their config; another model chooses its own.
             given.target_modules = given.chosen_targets = list(config.target_modules)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
-            raise NotImplementedError(CANNOT_MERGE)  # before anything is taken off
+            raise NotImplementedError(CANNOT_MERGE)  # before anything is removed
         context = find_context(self.model)
         wrappers = self._wrappers_of_saved_modules()
         for layer in baft_layers(self.model):
@@ -316,9 +327,7 @@ class BaftModel(BaseTuner):
             replace_everywhere(
                 self.model, wrapper, wrapper.unload_and_optionally_merge_module(False, False, None)
             )
-        self._set_configs_on_base(
-            merged_configs(getattr(self.model, "peft_config", {}), of_baft={})
-        )
+        self._set_configs_on_base(merged_configs(getattr(self.model, "peft_config", {}), own={}))
         return self._outer_model[0]
 
     def _check_merge_allowed(self) -> None:
@@ -339,16 +348,16 @@ class BaftModel(BaseTuner):
         adapter_name: str,
         combination_type: str = "cat",
     ) -> None:
-        """Combine adapters into a new one that does what they do when they are active together, in one pass.
+        """Combine adapters into a new one that does, in one pass, what they do when they are active together.
 
         Args:
-            adapters: names of adapters of the same blocks and settings. weights: by what each one's update is multiplied.
-            adapter_name: of the new one, whose rank is the sum of theirs. It is not made active.
-            combination_type: `cat`, PEFT's name for this; the others have no counterpart here.
+            adapters: names of adapters with the same blocks and settings. weights: the factor for each one's update.
+            adapter_name: name of the new one, whose rank is the sum of theirs. It does not become active.
+            combination_type: `cat`, PEFT's name for this; the other types have no counterpart here.
 
         Raises:
-            NotImplementedError: another combination_type. ValueError: the adapters cannot be combined, do not exist, or the new
-                one does; nothing is changed then.
+            NotImplementedError: another combination_type. ValueError: the adapters cannot be combined or do not exist, or the
+                new one exists already. Nothing is changed then.
         """
         if combination_type != "cat":
             raise NotImplementedError(CANNOT_WEIGHT)
@@ -378,7 +387,7 @@ class BaftModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Return our own tensors alone: PEFT would add those of an unmerged LoRA on the same model."""
+        """Return BaFT's tensors only: PEFT would add those of an unmerged LoRA on the same model."""
         state = super()._get_adapter_state_dict(model, *args, **kwargs)
         return {name: tensor for name, tensor in state.items() if f"{CHILD}.{cls.prefix}" in name}
 
@@ -386,7 +395,7 @@ class BaftModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: BaftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Rename tensors as PEFT does, and check that they are this adapter whole."""
+        """Rename tensors as PEFT does, and check that they are exactly this adapter's."""
         renamed = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
@@ -395,19 +404,12 @@ class BaftModel(BaseTuner):
         unexpected = sorted(
             n for n in renamed.keys() - expected.keys() if f".{CHILD}.{cls.prefix}" in n
         )
-        if unexpected:  # PEFT would leave it out
+        if unexpected:  # PEFT would ignore it
             raise ValueError(
-                f"The adapter's file holds {unexpected[0]}, and the adapter {adapter_name!r} of the model has no such part. Load "
+                f"The adapter's file holds {unexpected[0]}, but the model's adapter {adapter_name!r} has no such part. Load "
                 "it with the config that was saved with it."
             )
-        return in_place(renamed, model.state_dict(), BASE)
-
-
-CANNOT_WEIGHT = (
-    "BaFT adapters can be combined with combination_type='cat' alone: each edits in a subspace of its own, through gates of its "
-    "own, and the mean of two bases is a basis of neither. 'cat' keeps the rows of all, and does what they do when they are "
-    "active together: model.base_model.set_adapter([name, other])."
-)
+        return rename_for_model(renamed, model.state_dict(), BASE)
 
 
 def baft_layers(model: nn.Module) -> list[BaftLayer]:
@@ -422,7 +424,7 @@ def baft_layers(model: nn.Module) -> list[BaftLayer]:
 
 
 def find_context(model: nn.Module) -> EditContext | None:
-    """Return the context that the edited blocks of a model share; None where there are none."""
+    """Return the context that the edited blocks of a model share; None if no block is edited."""
     return next((layer.context for layer in baft_layers(model)), None)
 
 
@@ -430,13 +432,13 @@ def find_context(model: nn.Module) -> EditContext | None:
 def prompt_lengths(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterator[None]:
     """State where prompts end, for callers that pass no labels: scoring, label smoothing, lm-evaluation-harness.
 
-    This holds for forwards and `generate` calls of the thread that enters it. To state the lengths of a call that runs in
-    another thread, pass them to that call: `model.generate(..., prompt_lengths=lengths)`.
+    This applies to forwards and `generate` calls of the thread that enters the context. For a call that runs in another
+    thread, pass the lengths to the call: `model.generate(..., prompt_lengths=lengths)`.
 
     Args:
         model: a PeftModel, BaftModel or base model that carries a BaFT adapter.
-        lengths: (sequences,) prompt tokens of each row, padding not counted. Answer tokens are those after them. 0 edits
-            every token of a row; a length beyond the row's end by P or more edits none, as for a shared prefix.
+        lengths: (sequences,) the number of prompt tokens of each row, without padding; answer tokens are those after them. 0
+            edits every token of a row; a length that exceeds the row by P or more edits none, as for a shared prefix.
 
     Raises:
         ValueError: the model carries no BaFT adapter.
@@ -450,20 +452,21 @@ def prompt_lengths(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterato
 
 
 def _copied(config: Any) -> Any:
-    """Copy a config, so that what is filled in stays with one model and adapter."""
-    if config.task_type in NAMED_LATE and config.modules_to_save is None:
+    """Copy a config, so that what is filled in belongs to one model and adapter only."""
+    has_late_head = config.task_type in HEAD_ADDED_LATE
+    if has_late_head and config.modules_to_save is None:
         config.modules_to_save = []
     copied = deepcopy(config)
     if config.target_modules is config.chosen_targets:
         copied.target_modules = None
     copied.chosen_targets = None
-    if config.task_type in NAMED_LATE and not config.modules_to_save:
+    if has_late_head and not config.modules_to_save:
         copied.modules_to_save = config.modules_to_save
     return copied
 
 
 def _fit_to_tensors(config: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Let a config that leaves the edited blocks to the default edit those that the tensors are for."""
+    """Set the edited blocks of a config that leaves them to the default to those that the tensors belong to."""
     if config.target_modules is None and config.layers_to_transform is None:
         blocks = {name.partition(f".{CHILD}.baft_")[0] for name in tensors if f".{CHILD}." in name}
         config.target_modules = sorted(name.removeprefix(BASE) for name in blocks) or None
@@ -472,16 +475,14 @@ def _fit_to_tensors(config: Any, tensors: Mapping[str, Tensor]) -> None:
 def _expected_tensors(
     model: nn.Module, config: BaftConfig, adapter_name: str
 ) -> dict[str, SavedTensor]:
-    """Return an attached adapter's tensors, by the names that they have in the model."""
-    of_adapter = re.compile(
-        rf"(.+)\.{CHILD}\.baft_([a-z_]+)\.{re.escape(adapter_name)}(\.[a-z_]+)?"
-    )
+    """Return the tensors of an attached adapter, by their names in the model."""
+    pattern = re.compile(rf"(.+)\.{CHILD}\.baft_([a-z_]+)\.{re.escape(adapter_name)}(\.[a-z_]+)?")
     expected = {}
     for name, tensor in model.state_dict().items():
-        if found := of_adapter.fullmatch(name):
+        if found := pattern.fullmatch(name):
             block, part = found[1].removeprefix(BASE), f"{found[2]}{found[3] or ''}"
             saved = config.kind.saved_tensors(config, block).get(part)
-            # Parameters have the model's sizes; buffers of another kind those that the file gives them.
+            # Parameters have the model's sizes; the sizes of another kind's buffers come from the file.
             if saved is None or saved.dtype is None:
                 saved = SavedTensor(tuple(tensor.shape))
             expected[name] = saved

@@ -1,4 +1,4 @@
-"""What a call of the causal language model tells about prompts: labels, prompt lengths, and how rows are packed."""
+"""What a call of the causal language model states about prompts: labels, prompt lengths, and how rows are packed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from peft_baft.adapter.packing import Packing
 
 @dataclass(frozen=True)
 class ModelArguments:
-    """What one call of the base model tells about its prompts.
+    """What one call of the base model states about its prompts.
 
     Attributes:
-        labels: (rows, tokens) long, -100 before each answer; None where there are none that tell where a prompt ends.
+        labels: (rows, tokens) long, -100 before each answer; None if there are none, or if they do not show where prompts end.
         prompt_lengths: as passed. wants_last_logits: whether the caller wants the logits of the last token only.
-        packing: what tells how sequences are packed into rows, besides position ids.
-        input_ids: (rows, tokens), where the stack of blocks may get embeddings made of them; None where there are none.
+        packing: how sequences are packed into rows, apart from position ids.
+        input_ids: (rows, tokens), since the stack of blocks may receive embeddings only; None if there are none.
     """
 
     labels: Tensor | None = None
@@ -38,27 +38,31 @@ class ModelCallReader:
         self._model = model
         self.names = tuple(signature(model.forward).parameters)
 
-    def read(self, args: tuple, kwargs: Mapping[str, Any]) -> ModelArguments:
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelArguments:
         """Read a call."""
         given = model_call.bind(self.names, args, kwargs)
+        ids = given.get("input_ids")
         labels = model_call.answer_labels(given)
-        if labels is not None and not labels_tell_answers(self._model):
+        if labels is not None and not labels_are_tokens(self._model):
             labels = None
         return ModelArguments(
             labels=labels,
             prompt_lengths=given.get("prompt_lengths"),
             wants_last_logits=model_call.wants_last_logits(self.names, args, kwargs),
             packing=model_call.packing_arguments(given),
-            input_ids=ids if isinstance(ids := given.get("input_ids"), Tensor) else None,
+            input_ids=ids if isinstance(ids, Tensor) else None,
         )
 
 
-def labels_tell_answers(model: Any) -> bool:
-    """Return whether the labels of a model are next tokens, as a causal language model's are, and not classes of tokens.
+def labels_are_tokens(model: Any) -> bool:
+    """Return whether a model's labels are next tokens, as for a causal language model, and not classes of tokens.
 
-    Of a model that is not one of transformers', the task type of its adapters tells.
+    For a model that is not from transformers, the task type of its adapters decides.
     """
     if hasattr(model, "can_generate"):
         return bool(model.can_generate())
-    configs = [c for m in model.modules() for c in getattr(m, "configs", {}).values()]
-    return any(getattr(config, "task_type", None) == "CAUSAL_LM" for config in configs)
+    return any(
+        getattr(config, "task_type", None) == "CAUSAL_LM"
+        for module in model.modules()
+        for config in getattr(module, "configs", {}).values()
+    )

@@ -1,8 +1,8 @@
 """How transformers calls a decoder. Only this file and `running.py` name arguments and attributes of transformers.
 
-These names change: transformers 5.24 renamed the argument `past_key_values` to `cache`, and a hook that looks for a name that
-is gone sees nothing at all. A call is therefore read by meaning (the cache is the argument that *is* a cache), and whatever
-cannot be read raises `UnknownPositionError`. A wrong guess here would train and apply edits at wrong tokens without a sign.
+These names change: transformers 5.24 renamed the argument `past_key_values` to `cache`, and a hook that looks for the old name
+finds nothing. A call is therefore read by meaning (the cache is the argument that *is* a cache), and whatever cannot be read
+raises `UnknownPositionError`. A wrong guess here would silently train and apply edits at wrong tokens.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from peft_baft.span import IGNORED_LABEL, tokens_before_slice
 
 logger = logging.getLogger(__name__)
 TESTED_TRANSFORMERS = (
-    "5.24.0"  # the newest that the tests have passed with, as requirements/tested.txt has it
+    "5.24.0"  # the newest version that the tests pass with (requirements/tested.txt)
 )
-# As in `past_buckets_states`, `cache_params`.
-CACHE_ARGUMENT = re.compile(r"(^|_)(past|cache|mems|state)(_|$)")
-# With which collators for packed rows tell where sequences begin, and the number of each token's sequence.
+CACHE_ARGUMENT = re.compile(
+    r"(^|_)(past|cache|mems|state)(_|$)"
+)  # past_buckets_states, cache_params
+# How collators for packed rows pass the boundaries of sequences, and the number of each token's sequence.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens")
 SEQUENCE_NUMBERS = "seq_idx"
-PAGED = "PagedAttentionCache"  # the cache of continuous batching, which is no `Cache`
+PAGED = "PagedAttentionCache"  # the cache of continuous batching, which is not a `Cache`
 CONTINUOUS_BATCHING = (
-    "Continuous batching with a BaFT adapter needs transformers 5.23 or later, a manager that was made after the "
+    "Continuous batching with a BaFT adapter needs transformers 5.23 or later, a manager that was created after the "
     "adapter was added, and no stated `prompt_lengths`. Use generate() instead."
 )
 GUIDANCE = (
-    "generate(guidance_scale=...) runs a second, unconditional prompt, and a BaFT adapter is not told where that one ends. "
+    "generate(guidance_scale=...) runs a second, unconditional prompt, and a BaFT adapter cannot know where that one ends. "
     "Leave it out, or generate inside `with model.disable_adapter():`."
 )
 UNTESTED = (
@@ -48,7 +49,7 @@ UNTESTED = (
 
 
 def newer_than_tested(version: str) -> bool:
-    """Tell whether a version of transformers is newer, in its first two numbers, than what the tests have passed with."""
+    """Return whether a version of transformers is newer, in its first two numbers, than the newest tested one."""
 
     def numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
@@ -58,28 +59,28 @@ def newer_than_tested(version: str) -> bool:
 
 @functools.cache
 def warn_if_untested(version: str = transformers.__version__) -> None:
-    """Warn, once a process, where transformers is newer than the newest tested one."""
+    """Warn, once per process, if transformers is newer than the newest tested version."""
     if newer_than_tested(version):
         logger.warning(UNTESTED, TESTED_TRANSFORMERS, version)
 
 
 class UnknownPositionError(RuntimeError):
-    """Say that a token's place relative to its prompt cannot be known, so that no other place is edited instead."""
+    """Raised if the positions of tokens relative to their prompts are unknown, instead of guessing what to edit."""
 
     def __init__(self, model: nn.Module, what: str, instead: str) -> None:
         super().__init__(
-            f"{type(model).__name__} (transformers {transformers.__version__}) was called in a way that does not tell which "
+            f"{type(model).__name__} (transformers {transformers.__version__}) was called in a way that does not determine which "
             f"tokens a BaFT adapter edits: {what}. {instead} `baft check --model ...` shows what works with this model."
         )
 
 
 @dataclass(frozen=True)
 class StackSignature:
-    """What the stack of decoder blocks can be called with.
+    """The parameters of the stack of decoder blocks.
 
     Attributes:
-        names: its parameters, in order. caches: those that may hold earlier tokens, by their names.
-        has_embedding: whether integers can be ids of tokens; to a model without an embedding they are numbers.
+        names: all of them, in order. caches: those that may hold earlier tokens, judging by their names.
+        has_embedding: whether integers can be token ids; to a model without an embedding they are plain numbers.
     """
 
     names: tuple[str, ...]
@@ -95,7 +96,7 @@ class StackSignature:
 
 
 def cache_arguments(names: Iterable[str]) -> frozenset[str]:
-    """Find those of a forward's parameters that, by their names, may hold earlier tokens."""
+    """Return the parameters of a forward that may hold earlier tokens, judging by their names."""
     return frozenset(name for name in names if CACHE_ARGUMENT.search(name))
 
 
@@ -105,11 +106,11 @@ class StackCall:
 
     Attributes:
         tokens: (rows, width) ids, or (rows, width, d) embeddings.
-        attention_mask: (rows, columns) over the new tokens, or over the cached ones as well; None where there is none, or one
-            of another form (4-D, or one per layer type), which says nothing about padding that can be read here.
-        position_ids: (rows, width), or None. packing: what else tells how sequences are packed into rows.
-        cache: what holds the tokens before these: a `Cache`, a recurrent state; None where there is none.
-        caches: how many different ones were passed.
+        attention_mask: (rows, columns) over the new tokens, or also over the cached ones; None if there is none, or one in
+            another form (4-D, or one per layer type), from which padding cannot be read.
+        position_ids: (rows, width), or None. packing: what else states how sequences are packed into rows.
+        cache: what holds the earlier tokens: a `Cache` or a recurrent state; None if there is none.
+        caches: the number of different ones that were passed.
     """
 
     tokens: Tensor
@@ -121,28 +122,33 @@ class StackCall:
 
     @property
     def is_continuous_batch(self) -> bool:
-        """Tell whether this is continuous batching: pieces of several requests in one row."""
+        """Whether this is continuous batching: pieces of several requests in one row."""
         return _is_paged(self.cache)
 
 
 @dataclass(frozen=True)
 class GenerateCall:
-    """One call of `generate`. prompt: (rows, width) ids or (rows, width, d) embeddings; attention_mask: (rows, columns)."""
+    """One call of `generate`.
+
+    Attributes:
+        prompt: (rows, width) ids or (rows, width, d) embeddings. attention_mask: (rows, columns).
+        guided: whether it uses a second, unconditional prompt (classifier-free guidance).
+    """
 
     prompt: Tensor | None
     attention_mask: Tensor | None
     cache: Any
     uses_cache: bool
-    guided: bool  # by a second, unconditional prompt (classifier-free guidance)
+    guided: bool
 
 
 def read_stack_call(
-    signature: StackSignature, args: tuple, kwargs: Mapping[str, Any]
+    signature: StackSignature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> StackCall | None:
-    """Read a call of the stack of decoder blocks; None where it gets no sequence of tokens.
+    """Read a call of the stack of decoder blocks; None if it has no sequence of tokens.
 
-    Tokens are `input_ids` or `inputs_embeds`, else the first argument if it holds integers. The cache is the argument that is
-    a cache, whatever it is called, or one whose name says that it remembers.
+    The tokens are `input_ids` or `inputs_embeds`, otherwise the first argument if it holds integers. The cache is the argument
+    that is a cache, whatever its name, or one whose name suggests it.
     """
     given = bind(signature.names, args, kwargs)
     tokens = given.get("input_ids")
@@ -165,7 +171,7 @@ def read_stack_call(
 
 
 def packing_arguments(given: Mapping[str, Any]) -> Packing:
-    """Read what a call tells about packed sequences besides position ids, as collators and attention kernels call it."""
+    """Read how a call states packed sequences other than by position ids, under the names of collators and kernels."""
     boundaries = [given.get(name) for name in BOUNDARIES]
     mask = given.get("attention_mask")
     masks = list(mask.values()) if isinstance(mask, Mapping) else [mask]
@@ -177,7 +183,7 @@ def packing_arguments(given: Mapping[str, Any]) -> Packing:
 
 
 def _text_positions(given: Mapping[str, Any]) -> Tensor | None:
-    """Find the position ids, (rows, width); of models that also number the places in pictures, those of the text."""
+    """Return the position ids, (rows, width); those of the text for models that also number positions in images."""
     positions = given.get("position_ids")
     if isinstance(positions, Tensor) and positions.ndim == 3 and len(positions) == 4:
         return positions[0]
@@ -185,13 +191,13 @@ def _text_positions(given: Mapping[str, Any]) -> Tensor | None:
 
 
 def caches_in(output: Any) -> list[Cache]:
-    """List the caches in what a model or its stack of blocks returns."""
+    """Return the caches in the output of a model or its stack of blocks."""
     values = output.values() if hasattr(output, "values") else output
-    return [value for value in values if isinstance(value, Cache)] if values is not None else []
+    return [] if values is None else [value for value in values if isinstance(value, Cache)]
 
 
 def require_beginning(model: nn.Module, real: Tensor, positions: Tensor) -> None:
-    """Refuse position ids of slices of sequences, as sequence parallelism makes them: where their prompts end is unknown.
+    """Refuse position ids of slices of sequences, as in sequence parallelism: where their prompts end is unknown.
 
     Args:
         real: (rows, width) bool, False for padding. positions: (rows, width) position ids.
@@ -210,36 +216,38 @@ def require_beginning(model: nn.Module, real: Tensor, positions: Tensor) -> None
 
 
 def answer_labels(given: Mapping[str, Any]) -> Tensor | None:
-    """Find the labels of a causal language model, (rows, tokens): the label of a token is that token, or -100."""
+    """Return the labels of a causal language model, (rows, tokens): each token's label is the token itself, or -100."""
     labels: Any = given.get("shift_labels")
-    if _is_one_a_token(labels):  # already moved to the tokens from which they are predicted
+    if _is_one_per_token(labels):  # already shifted to the tokens from which they are predicted
         ignored = labels.new_full((len(labels), 1), IGNORED_LABEL)
         return torch.cat([ignored, labels[:, :-1]], dim=1)
     labels = given.get("labels")
-    return labels if _is_one_a_token(labels) else None
+    return labels if _is_one_per_token(labels) else None
 
 
-def _is_one_a_token(labels: Any) -> bool:
+def _is_one_per_token(labels: Any) -> bool:
     """Return whether labels are integers, (rows, tokens)."""
     return isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
 
 
-def wants_last_logits(names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether a call of the causal language model asks for the logits of the last token alone."""
+def wants_last_logits(
+    names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Return whether a call of the causal language model requests the logits of the last token only."""
     wanted = bind(names, args, kwargs).get("logits_to_keep")
     return isinstance(wanted, int) and wanted == 1
 
 
 @dataclass(frozen=True)
 class TrainingCall:
-    """What concerns the loss in a call of the causal language model.
+    """What determines the loss in a call of the causal language model.
 
     Attributes:
-        labels: as passed; None where there are none, and then no loss.
-        predicted: () how many tokens this forward predicts; None without labels.
-        predicted_in_step: how many all forwards of the optimiser step predict, which transformers' Trainer passes; None where
-            the loss is the mean over this forward's own.
-        loss_unused: the caller computes its own loss from log-probabilities, as TRL does.
+        labels: as passed; without labels (None) there is no loss.
+        predicted: () the number of tokens that this forward predicts; None without labels.
+        predicted_in_step: the number that all forwards of the optimiser step predict, as passed by transformers' Trainer; None
+            if the loss is the mean over this forward's tokens.
+        loss_unused: whether the caller computes its own loss from log-probabilities, as TRL does.
     """
 
     labels: Tensor | None
@@ -249,12 +257,12 @@ class TrainingCall:
 
 
 def read_training_call(
-    names: Iterable[str], args: tuple, kwargs: Mapping[str, Any], *, shifts: bool
+    names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, shifts: bool
 ) -> TrainingCall:
-    """Read what concerns the loss in a call of a model whose parameters are `names`.
+    """Read what determines the loss in a call of a model whose parameters are `names`.
 
     Args:
-        shifts: whether the model predicts the label of a token at the token before it, as causal language models do.
+        shifts: whether the model predicts a token's label at the token before it, as causal language models do.
     """
     given = bind(names, args, kwargs)
     labels, shifted = given.get("labels"), given.get("shift_labels")
@@ -268,7 +276,7 @@ def read_training_call(
 
 
 def loss_of(output: Any) -> Tensor | None:
-    """Find the loss, () with a gradient, in what a model returns: a dictionary, an object with fields, or a tuple."""
+    """Return the loss, () with a gradient, in a model's output: a dictionary, an object with fields, or a tuple."""
     if isinstance(output, dict):
         loss = output.get("loss")
     elif isinstance(output, tuple):
@@ -279,7 +287,7 @@ def loss_of(output: Any) -> Tensor | None:
 
 
 def with_loss(output: Any, loss: Tensor) -> Any:
-    """Put another loss into what a model returns."""
+    """Replace the loss in a model's output."""
     if isinstance(output, tuple):
         return (loss, *output[1:])
     if isinstance(output, dict):
@@ -289,7 +297,9 @@ def with_loss(output: Any, loss: Tensor) -> Any:
     return output
 
 
-def read_generate_call(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> GenerateCall:
+def read_generate_call(
+    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> GenerateCall:
     """Read a call of the model's `generate`."""
     prompt = None
     for name in ("inputs_embeds", "input_ids", "inputs"):
@@ -315,7 +325,7 @@ def read_generate_call(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> Ge
 
 
 def _inferred_mask(model: Any, prompt: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Make the mask that `generate` makes where it is given none: pad tokens are padding, unless they also end texts."""
+    """Infer the mask as `generate` does if it is given none: pad tokens are padding, unless they also end texts."""
     padding = _generation_setting(model, kwargs, "pad_token_id")
     ends = _generation_setting(model, kwargs, "eos_token_id")
     ends = [] if ends is None else torch.as_tensor(ends).reshape(-1).tolist()
@@ -325,7 +335,7 @@ def _inferred_mask(model: Any, prompt: Tensor, kwargs: Mapping[str, Any]) -> Ten
 
 
 def _generation_setting(model: Any, kwargs: Mapping[str, Any], name: str) -> Any:
-    """Look a setting of `generate` up where it looks: in its arguments, in the config passed, and in the model's own."""
+    """Look up a setting where `generate` does: in its arguments, in the config passed, then in the model's own."""
     if kwargs.get(name) is not None:
         return kwargs[name]
     configs = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
@@ -333,19 +343,19 @@ def _generation_setting(model: Any, kwargs: Mapping[str, Any], name: str) -> Any
     return next((value for value in values if value is not None), None)
 
 
-def bind(names: Iterable[str], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Give positional arguments their names; cheaper than `inspect` at every call, and torch.compile can trace it."""
+def bind(names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Map positional arguments to their names; cheaper than `inspect` at every call, and torch.compile can trace it."""
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _caches_passed(named: frozenset[str], given: Mapping[str, Any]) -> list[Any]:
-    """Find the arguments that hold earlier tokens, each once."""
+    """Return the different arguments that hold earlier tokens."""
     found: list[Any] = []
     for name, value in given.items():
         if value is None or isinstance(value, (Tensor, bool, int, float, str)):
             continue
-        remembers = isinstance(value, Cache) or _is_paged(value) or name in named
-        if remembers and not any(value is other for other in found):
+        is_cache = isinstance(value, Cache) or _is_paged(value) or name in named
+        if is_cache and not any(value is other for other in found):
             found.append(value)
     return found
 
@@ -355,19 +365,12 @@ def _is_paged(value: Any) -> bool:
 
 
 def _two_dimensional(given: Mapping[str, Any], name: str, part: str) -> Tensor | None:
-    """Find the (rows, columns) tensor called `name`, or, under a name we do not know, the only one with `part` in it."""
+    """Return the (rows, columns) tensor called `name`, or, if that is missing, the only one with `part` in its name."""
     if name in given:
         value = given[name]
         return value if isinstance(value, Tensor) and value.ndim == 2 else None
-    others = []
-    for other, value in given.items():
-        if (
-            part in other
-            and isinstance(value, Tensor)
-            and value.ndim == 2
-            and not value.is_floating_point()
-        ):
-            others.append(value)
+    candidates = [value for other, value in given.items() if part in other]
+    others = [value for value in candidates if _is_one_per_token(value)]
     return others[0] if len(others) == 1 else None
 
 
@@ -375,18 +378,18 @@ def _two_dimensional(given: Mapping[str, Any], name: str, part: str) -> Tensor |
 
 
 def cached_columns(cache: Any) -> int | Tensor | None:
-    """Count the columns of tokens that a cache holds.
+    """Return the number of columns of tokens that a cache holds.
 
     Returns:
-        An integer, a 0-d tensor for a static cache, or None for a filled one that does not count: recurrent states.
+        An integer; a 0-d tensor for a static cache; None for a filled cache that does not count them, as recurrent states.
     """
     if cache is None:
         return 0
     if not hasattr(cache, "get_seq_length"):
         return None
     try:
-        columns = cache.get_seq_length()
-    except (ValueError, NotImplementedError):  # a `Cache` of recurrent layers alone
+        columns: int | Tensor = cache.get_seq_length()
+    except (ValueError, NotImplementedError):  # a `Cache` of recurrent layers only
         columns = 0
     if isinstance(columns, int) and columns == 0:
         return _columns_of_layers(cache)
@@ -394,10 +397,10 @@ def cached_columns(cache: Any) -> int | Tensor | None:
 
 
 def row_marks(cache: Any) -> Tensor | None:
-    """Return numbers of each row of a cache, (rows, columns, 2), that differ where the rows' tokens do.
+    """Return a fingerprint of each row of a cache, (rows, columns, 2), which differs where the rows' tokens do.
 
-    They are keys of the first layer, which follow from a token and its position only. None where there is one row, or that layer
-    keeps no keys.
+    It consists of keys of the first layer, which depend on a token and its position only. None if there is a single row, or if
+    that layer has no keys.
     """
     keys = getattr(next(iter(getattr(cache, "layers", ())), None), "keys", None)
     if not isinstance(keys, Tensor) or keys.ndim != 4 or len(keys) == 1:
@@ -406,9 +409,9 @@ def row_marks(cache: Any) -> Tensor | None:
 
 
 def _columns_of_layers(cache: Any) -> int | None:
-    """Count the columns of a cache whose first layer is empty: 0 for a fresh one.
+    """Return the number of columns of a cache whose first layer is empty; 0 for a new cache.
 
-    Some models leave the first layer empty for good: MiniMax, whose first block has linear attention.
+    Some models never fill the first layer, such as MiniMax, whose first block has linear attention.
     """
     recurrent = False
     for layer in getattr(cache, "layers", ()):
@@ -420,21 +423,21 @@ def _columns_of_layers(cache: Any) -> int | None:
 
 
 def _is_filled(state: Any) -> bool:
-    """Tell whether a recurrent layer has seen tokens; newer versions keep one flag a state."""
+    """Return whether a recurrent layer has read tokens; newer versions have one flag per state."""
     return any(state.values()) if isinstance(state, dict) else state is True
 
 
 def columns_before(model: nn.Module, call: StackCall, *, position_matters: bool) -> int | Tensor:
-    """Count the columns before the new tokens of a forward outside `generate`.
+    """Return the number of columns before the new tokens of a forward outside `generate`.
 
     Args:
         position_matters: whether prompt lengths or labels are known. Without them every new token after a filled cache is
-            edited, however much it holds.
+            edited, whatever the number of cached tokens.
 
     Raises:
-        UnknownPositionError: there is a cache that cannot be counted, or a mask that covers tokens which are nowhere.
+        UnknownPositionError: the cache does not report its length, or the mask covers tokens that no cache holds.
     """
-    _require_one_memory(model, call)
+    _require_single_cache(model, call)
     counted, masked = cached_columns(call.cache), _masked_columns(call)
     if call.cache is None:
         if masked:
@@ -444,7 +447,7 @@ def columns_before(model: nn.Module, call: StackCall, *, position_matters: bool)
         if masked or not position_matters:
             return masked or 1
         raise UnknownPositionError(
-            model, f"its {type(call.cache).__name__} does not tell how much it holds", USE_GENERATE
+            model, f"its {type(call.cache).__name__} does not report its length", USE_GENERATE
         )
     if isinstance(counted, int) and masked and masked != counted and not _is_static(call.cache):
         raise UnknownPositionError(model, _contradiction(call, counted, masked), STATE_THE_CACHE)
@@ -452,47 +455,37 @@ def columns_before(model: nn.Module, call: StackCall, *, position_matters: bool)
 
 
 def columns_before_in_generate(model: nn.Module, call: StackCall, seen: int) -> int | Tensor:
-    """Count the columns before the new tokens of a forward inside `generate`.
+    """Return the number of columns before the new tokens of a forward inside `generate`.
 
     Args:
-        seen: columns that this `generate` has passed so far, counted by the forwards before this one.
+        seen: the number of columns that the earlier forwards of this `generate` have processed.
 
     Raises:
         UnknownPositionError: the cache, the mask and the forwards so far contradict each other.
     """
-    _require_one_memory(model, call)
-    counted, masked, width = (
-        cached_columns(call.cache),
-        _masked_columns(call),
-        call.tokens.shape[1],
-    )
+    _require_single_cache(model, call)
+    counted, masked, width = cached_columns(call.cache), _masked_columns(call), call.tokens.shape[1]
     if call.cache is None:
         if masked:
             raise UnknownPositionError(model, _hidden(call, masked), STATE_THE_CACHE)
         if seen and width <= seen:
             what = f"inside generate() it got {width} new tokens after {seen} others, and no cache that holds those"
-            raise UnknownPositionError(
-                model, what, "Pass use_cache=False, which computes every token at each step."
-            )
+            raise UnknownPositionError(model, what, DISABLE_CACHE)
         return 0
-    # A static cache: comparing would wait for the device, and break a compiled graph.
+    # Of a static cache: comparing it would wait for the device, and break a compiled graph.
     if isinstance(counted, Tensor):
         return counted
     if counted is not None and masked in (None, counted):
         return counted
     if counted is not None and _is_static(call.cache):
         return counted
-    # The cache does not count, or counts otherwise than the mask: what was passed so far decides.
+    # The cache does not report its length, or contradicts the mask: the columns processed so far decide.
     if masked in (None, seen):
         return seen
-    raise UnknownPositionError(
-        model,
-        _contradiction(call, counted, masked),
-        "Pass use_cache=False, which computes every token at each step.",
-    )
+    raise UnknownPositionError(model, _contradiction(call, counted, masked), DISABLE_CACHE)
 
 
-def _require_one_memory(model: nn.Module, call: StackCall) -> None:
+def _require_single_cache(model: nn.Module, call: StackCall) -> None:
     if call.caches > 1:
         raise UnknownPositionError(
             model, f"{call.caches} caches were passed at once", "Pass one of them."
@@ -504,31 +497,32 @@ def _require_one_memory(model: nn.Module, call: StackCall) -> None:
     ):
         raise UnknownPositionError(
             model,
-            "the cache is a tuple of tensors, a form that transformers gave up",
+            "the cache is a tuple of tensors, a form that transformers has dropped",
             "Pass a transformers `DynamicCache`.",
         )
 
 
 def _masked_columns(call: StackCall) -> int | None:
-    """Columns before the new tokens by the width of the mask; None where the mask does not tell."""
+    """Return the number of columns before the new tokens according to the mask; None without a mask."""
     if call.attention_mask is None:
         return None
     return max(call.attention_mask.shape[1] - call.tokens.shape[1], 0)
 
 
 def _is_static(cache: Any) -> bool:
-    """Tell whether a cache has room for more tokens than it holds, so that a mask may be as wide as the room."""
+    """Return whether a cache is preallocated, so that a mask may be as wide as its capacity."""
     return bool(getattr(cache, "is_compileable", False))
 
 
 SLICE = (
-    "without a cache, its position ids begin above 0, as those of a slice of a longer sequence do"
+    "without a cache, its position ids begin above 0, like those of a slice of a longer sequence"
 )
 STATE_THE_WHOLE = (
-    "Pass prompt_lengths, the prompt lengths of the whole sequences; or call it on whole sequences."
+    "Pass prompt_lengths, those of the whole sequences, or call it on whole sequences."
 )
+DISABLE_CACHE = "Pass use_cache=False, which computes every token at each step."
 STATE_THE_CACHE = "Pass the cache that holds the earlier tokens as an argument, and a mask over them and the new ones."
-USE_GENERATE = "Use generate(), or pass a 2-D attention_mask that covers the earlier tokens as well, or use_cache=False."
+USE_GENERATE = "Use generate(), or pass a 2-D attention_mask that also covers the earlier tokens, or use_cache=False."
 
 
 def _hidden(call: StackCall, masked: int) -> str:
@@ -542,7 +536,7 @@ def _contradiction(call: StackCall, counted: int | None, masked: int | None) -> 
 
 
 def takes_tokens(module: nn.Module) -> bool:
-    """Tell whether a module is called with token ids or their embeddings."""
+    """Return whether a module takes token ids or their embeddings."""
     return not {"input_ids", "inputs_embeds"}.isdisjoint(
         inspect.signature(module.forward).parameters
     )
@@ -551,20 +545,20 @@ def takes_tokens(module: nn.Module) -> bool:
 # --------------------------------------------------------------------------------------------- continuous batching
 
 
-def prepare_manager(manager: Any, known: Any) -> None:
-    """Turn off what continuous batching shares between requests, before it has begun.
+def prepare_manager(manager: Any, prepared: Any) -> None:
+    """Disable sharing between requests in continuous batching, before it starts.
 
-    What a prompt's tokens become depends on where the prompt ends, so requests cannot share the blocks of a common
-    prefix; and CUDA graphs or compiled graphs would replay the positions of the batch that they were made from.
+    The hidden vectors of a prompt depend on where the prompt ends, so requests cannot share cache blocks of a common
+    prefix; and CUDA graphs or compiled graphs would replay the positions of the batch that they were recorded with.
 
     Args:
-        manager: of `init_continuous_batching`. known: a manager that was prepared before, or None.
+        manager: the result of `init_continuous_batching`. prepared: a manager that was prepared before, or None.
 
     Raises:
-        NotImplementedError: this version of transformers has no such settings, or the manager was made before the adapter.
+        NotImplementedError: this version of transformers has no such settings, or the manager is older than the adapter.
     """
     settings = getattr(manager, "continuous_batching_config", None)
-    fresh = getattr(manager, "batch_processor", "unknown") is None or manager is known
+    fresh = getattr(manager, "batch_processor", "unknown") is None or manager is prepared
     if settings is None or not fresh:
         raise NotImplementedError(CONTINUOUS_BATCHING)
     settings.use_cuda_graph = settings.use_async_batching = settings.allow_block_sharing = False
@@ -573,10 +567,10 @@ def prepare_manager(manager: Any, known: Any) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """What stands of one request in a continuous batch.
+    """One request in a continuous batch.
 
     Attributes:
-        name: the request's id. length: tokens of it in the batch. prompt, reply: ids of all its tokens so far.
+        name: the request's id. length: the number of its tokens in the batch. prompt, reply: ids of all its tokens so far.
     """
 
     name: Any
@@ -586,18 +580,18 @@ class Request:
 
 
 def requests_of_batch(manager: Any, width: int) -> list[Request]:
-    """List the requests of a continuous batch, which is one row: prompts or single new tokens, one after another.
+    """Return the requests of a continuous batch: one row of prompts or single new tokens, one after another.
 
     Raises:
-        NotImplementedError: the manager does not tell which token belongs to which request.
+        NotImplementedError: the manager does not report which token belongs to which request.
     """
     processor = getattr(manager, "batch_processor", None)
     requests: Sequence[Any] = getattr(
         getattr(processor, "inputs_and_outputs", None), "requests_in_batch", ()
     )
-    found = []
+    found: list[Request] = []
     for request in requests:
-        # One that was put out of the cache takes its answer for more of its prompt.
+        # A request that was evicted from the cache counts its reply as part of its prompt.
         state = request.state
         initial = tuple(state.initial_tokens)
         length = state._true_initial_tokens or len(initial)

@@ -1,6 +1,6 @@
-"""Check what transformers' own `load_adapter` is given for a BaFT adapter before it changes the model.
+"""Check the arguments of transformers' own `load_adapter` for a BaFT adapter before it changes the model.
 
-It would attach the adapter first, and then only log which tensors were missing.
+On its own it would attach the adapter first, and then only log which tensors are missing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OPTIONS = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
 
 
 def install() -> None:
-    """Wrap `load_adapter` of transformers' models, once; what it is given for other PEFT methods passes through."""
+    """Wrap `load_adapter` of transformers' models, once; calls for other PEFT methods are passed through."""
     original = PeftAdapterMixin.load_adapter
     if hasattr(original, MARK):
         return
@@ -44,20 +44,20 @@ def install() -> None:
         finally:
             for one in (config, *(getattr(self, "peft_config", None) or {}).values()):
                 if isinstance(one, BaftConfig):
-                    one.room = {}  # a later adapter of this config is an empty one
+                    one.shapes_to_load = {}  # a later adapter with this config starts empty
 
     setattr(load_adapter, MARK, True)
     PeftAdapterMixin.load_adapter = load_adapter  # type: ignore[method-assign]
 
 
 def _checked_config(model: Any, arguments: Mapping[str, Any]) -> BaftConfig | None:
-    """Return the config of the BaFT adapter that is to be loaded; None for an adapter of another method.
+    """Return the config of the BaFT adapter to be loaded; None for an adapter of another method.
 
     Args:
-        arguments: of `load_adapter`.
+        arguments: those of `load_adapter`.
 
     Raises:
-        ValueError: the adapter is damaged or not whole, or should be swapped for another one.
+        ValueError: the adapter is damaged or incomplete, or would be hot-swapped.
     """
     config, tensors = arguments["peft_config"], arguments["adapter_state_dict"]
     folder, options = arguments["peft_model_id"], _options_of_files(arguments)
@@ -71,20 +71,20 @@ def _checked_config(model: Any, arguments: Mapping[str, Any]) -> BaftConfig | No
             f"A BaFT adapter cannot be hot-swapped for the adapter {name!r}: that works between LoRA adapters only. Load it "
             "under another adapter_name, with hotswap=False."
         )
-    # With a mapping of weights, it is not known before how a tensor is called in the model.
+    # With a mapping of weights, the tensors' names in the model are not known in advance.
     mapping = arguments.get("weight_mapping") or getattr(
         arguments.get("load_config"), "weight_mapping", None
     )
     if tensors is not None and not mapping:
-        config.room = require_whole(model, config, name, tensors)
+        config.shapes_to_load = require_complete(model, config, name, tensors)
     elif tensors is None and arguments["peft_config"] is None:
         config = BaftConfig.from_pretrained(str(folder), **options)
-        config.room = config.saved_shapes
+        config.shapes_to_load = config.saved_shapes
     return config
 
 
 def _options_of_files(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return which files of a repository are meant, as the arguments of `load_adapter` say."""
+    """Return the arguments of `load_adapter` that select files of a repository."""
     everything = {
         **(getattr(arguments.get("load_config"), "download_kwargs", None) or {}),
         **(arguments.get("adapter_kwargs") or {}),
@@ -94,7 +94,7 @@ def _options_of_files(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config_in(folder: Any, options: Mapping[str, Any]) -> PeftConfig | None:
-    """Read an adapter's config; None where that cannot be read, which transformers finds as well."""
+    """Read an adapter's config; None if that is impossible, which transformers then reports."""
     try:
         return PeftConfig.from_pretrained(str(folder), **options)
     except (OSError, ValueError, KeyError, TypeError):
@@ -102,22 +102,22 @@ def _config_in(folder: Any, options: Mapping[str, Any]) -> PeftConfig | None:
 
 
 def _is_hotswap(model: Any, hotswap: bool | str | None, name: str) -> bool:
-    """Return whether `load_adapter` would swap the weights of an adapter that the model has."""
+    """Return whether `load_adapter` would swap the weights of an existing adapter."""
     is_wanted = hotswap is True or (hotswap == "auto" and getattr(model, "_hotswap_enabled", False))
     return is_wanted and name in (getattr(model, "peft_config", None) or {})
 
 
-def require_whole(
+def require_complete(
     model: nn.Module, config: BaftConfig, adapter_name: str, tensors: Mapping[str, Tensor]
 ) -> dict[str, tuple[int, ...]]:
-    """Raise a ValueError unless tensors are all that an adapter of this config needs on the model, in their shapes.
+    """Raise a ValueError unless the tensors are all that an adapter of this config needs, in the right shapes.
 
     Args:
         tensors: by their full names in the model; or without the adapter's name, as in a saved file, and then with more or
-            fewer names before that of the block. These are the names that transformers finds.
+            fewer names before that of the block. transformers accepts the same names.
 
     Returns:
-        Shapes by the tensors' names in the base model.
+        The shapes, by the tensors' names in the base model.
     """
     prepared = prepare_config(model, deepcopy(config), getattr(model, "peft_config", {}).values())
     blocks = {name for name, _ in model.named_modules() if name and is_target(prepared, name)}
@@ -129,7 +129,7 @@ def require_whole(
 
 
 def _saved_modules(model: nn.Module, config: BaftConfig) -> dict[str, SavedTensor]:
-    """Return the tensors of the modules that PEFT takes for those in `modules_to_save`."""
+    """Return the tensors of the modules that `modules_to_save` names, as PEFT matches them."""
     ends = tuple(config.modules_to_save or ())
     saved: dict[str, SavedTensor] = {}
     for name, module in model.named_modules():
@@ -143,7 +143,7 @@ def _saved_modules(model: nn.Module, config: BaftConfig) -> dict[str, SavedTenso
 
 
 def _without_adapter(name: str, adapter_name: str) -> str:
-    """Return a tensor's full name in the model as a saved file has it, and any other name as it is."""
+    """Convert a tensor's full name in the model to that in a saved file; return any other name unchanged."""
     block, mark, part = name.rpartition(".baft_")
     if not mark or name.startswith(BASE):
         return name
@@ -151,7 +151,7 @@ def _without_adapter(name: str, adapter_name: str) -> str:
 
 
 def _saved_name(name: str, wanted: Mapping[str, Any]) -> str:
-    """Return the name in `wanted` that a tensor's name stands for, or the name itself where there is none."""
+    """Return the name in `wanted` that a tensor's name refers to, or the name itself if there is none."""
     bare = f".{name}".removeprefix(f".{BASE.rstrip('.')}")
     for one in wanted:
         full = f".{one.removeprefix(BASE)}"

@@ -1,7 +1,7 @@
-"""Adapters of blocks whose weights accelerate keeps on the CPU or on disk, and brings to a device when they run.
+"""Adapters of blocks whose weights accelerate keeps on the CPU or on disk, and moves to a device when they run.
 
-An adapter is small, and so it stays on that device. transformers reads from the model's `hf_device_map` where to load the tensors
-of an adapter; it loads none that belong to a block on disk, and leaves the adapter there untrained, without an error.
+An adapter is small, so it stays on that device. transformers looks up in the model's `hf_device_map` where to load an adapter's
+tensors; without an entry it silently skips those of a block on disk, and leaves the adapter there untrained.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import nn
 
 
 def execution_device(block: nn.Module) -> torch.device | None:
-    """Return the device on which accelerate runs a block; None where it does not manage the block."""
+    """Return the device on which accelerate runs a block; None if it does not manage the block."""
     for module in block.modules():
         hook: Any = getattr(module, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):  # a sequence of hooks is one as well
+        for one in getattr(hook, "hooks", (hook,)):  # a SequentialHook contains hooks
             device = getattr(one, "execution_device", None)
             if isinstance(device, int | str | torch.device):
                 return torch.device(device)
@@ -24,11 +24,11 @@ def execution_device(block: nn.Module) -> torch.device | None:
 
 
 def place_adapter(model: nn.Module, name: str, block: nn.Module) -> None:
-    """Note in a model's device map that the adapter `name` of a block is on the device on which the block runs."""
+    """Enter the adapter `name` of a block in a model's device map, on the device on which the block runs."""
     device_map, device = getattr(model, "hf_device_map", None), execution_device(block)
     offloaded = any(parameter.is_meta for parameter in block.parameters())
     if isinstance(device_map, dict) and device is not None and offloaded:
-        # As transformers writes devices there, which are compared with each other.
+        # In the form that transformers uses there, since the entries are compared.
         is_plain = device.type == "cpu" or device.index is None
         device_map[name] = str(device) if is_plain else device.index
 

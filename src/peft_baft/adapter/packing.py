@@ -1,4 +1,4 @@
-"""How sequences are packed into the rows of a batch, where callers tell it by other arguments than position ids. Torch only."""
+"""How sequences are packed into the rows of a batch, if callers state it by arguments other than position ids. Torch only."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """What a call tells about sequences that are packed into rows; None where it tells nothing.
+    """What a call states about sequences packed into rows; None for what it does not state.
 
     Attributes:
-        boundaries: (sequences + 1,) columns where the sequences of a single row begin, and where the last one ends.
+        boundaries: (sequences + 1,) the columns where the sequences of a single row begin, and where the last one ends.
         numbers: (rows, tokens) the number of the sequence that each token belongs to.
-        mask: (rows, heads or 1, tokens, tokens) attention mask: True, or 0 or more, where a token attends to another. Where one
-            does not attend to the token before it, a sequence begins.
+        mask: (rows, heads or 1, tokens, tokens) attention mask: True, or at least 0, where a token attends to another. A
+            sequence begins at a token that does not attend to the one before it.
     """
 
     boundaries: Tensor | None = None
     numbers: Tensor | None = None
     mask: Tensor | None = None
 
-    def otherwise(self, other: Packing) -> Packing:
-        """Fill in from `other` what is None here."""
+    def or_else(self, other: Packing) -> Packing:
+        """Return a copy in which whatever is None here comes from `other`."""
         return Packing(
             other.boundaries if self.boundaries is None else self.boundaries,
             other.numbers if self.numbers is None else self.numbers,
@@ -32,7 +32,7 @@ class Packing:
         )
 
     def positions(self, rows: int, tokens: int) -> Tensor | None:
-        """Compute the index of each token in its own sequence, (rows, tokens) long; None where nothing tells it."""
+        """Compute the index of each token in its own sequence, (rows, tokens) long; None if nothing states it."""
         begins = self._begins(rows, tokens)
         if begins is None:
             return None
@@ -40,7 +40,7 @@ class Packing:
         return columns - torch.where(begins, columns, 0).cummax(1).values
 
     def _begins(self, rows: int, tokens: int) -> Tensor | None:
-        """Return at which tokens a sequence begins, (rows, tokens) bool."""
+        """Return the tokens at which a sequence begins, (rows, tokens) bool."""
         if self.boundaries is not None and rows == 1:
             columns = torch.arange(tokens, device=self.boundaries.device)
             return torch.isin(columns, self.boundaries)[None]

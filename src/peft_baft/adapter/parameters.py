@@ -1,4 +1,4 @@
-"""What an adapter has in one block: the basis, the gates and their usage, alone or stacked with those of other adapters."""
+"""The parameters of an adapter in one block: basis, gates and their usage, also stacked for several adapters."""
 
 from __future__ import annotations
 
@@ -17,52 +17,51 @@ if TYPE_CHECKING:
 
 
 class OrthonormalBasis(nn.Module):
-    """R (r, d) as a free matrix that is orthonormalised on use; the result is kept for forwards that need no gradient.
+    """R (r, d) as a free matrix that is orthonormalised on use; the result is cached for forwards without gradients.
 
     Args:
-        pack_ranks: of a combined adapter: how many rows each of its packs has, within which they are orthonormal.
+        pack_ranks: for a combined adapter, the number of rows of each of its packs, within which they are orthonormal.
     """
 
     def __init__(self, r: int, d: int, pack_ranks: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.take_settings(pack_ranks)
+        self.apply_settings(pack_ranks)
         self.weight = nn.Parameter(torch.empty(r, d, dtype=torch.float32))
         if self.weight.device.type != "meta":
             nn.init.orthogonal_(self.weight)
 
-    def take_settings(self, pack_ranks: Sequence[int] | None) -> None:
+    def apply_settings(self, pack_ranks: Sequence[int] | None) -> None:
         """Orthonormalise within these packs from now on."""
         self.pack_ranks = None if pack_ranks is None else list(pack_ranks)
-        # A copy of the weight, and R of it.
-        self._known: tuple[Tensor, Tensor] | None = None
+        self._cached: tuple[Tensor, Tensor] | None = None  # a copy of the weight, and its R
 
     def _orthonormal(self, weight: Tensor) -> Tensor:
         if self.pack_ranks is None:
             return orthonormal_rows(weight)
-        return torch.cat([orthonormal_rows(pack) for pack in weight.split(self.pack_ranks)])
+        return torch.cat([orthonormal_rows(pack) for pack in torch.split(weight, self.pack_ranks)])
 
     def forward(self) -> Tensor:
         """Return R, (r, d) float32 with orthonormal rows."""
         needs_gradient = torch.is_grad_enabled() and self.weight.requires_grad
         if needs_gradient or not _is_comparable(self.weight):
-            self._known = None
+            self._cached = None
             return self._orthonormal(self.weight)
-        known = self._known
-        # The values are compared: an averaged or synchronised weight, written through `.data`, has the same address and
-        # version. That takes a tenth of the time of a decomposition.
-        if known is None or not _are_equal(known[0], self.weight):
-            # Outside of inference mode, so that gradients of other tensors can pass through R later.
+        cached = self._cached
+        # Values are compared, in a tenth of the time of a decomposition: an averaged or synchronised weight, written through
+        # `.data`, has the same address and version.
+        if cached is None or not _are_equal(cached[0], self.weight):
+            # Outside inference mode, so that gradients of other tensors can pass through R later.
             with torch.inference_mode(False):
                 copy = self.weight.detach().clone()
-                known = self._known = (copy, self._orthonormal(copy))
-        return known[1]
+                cached = self._cached = (copy, self._orthonormal(copy))
+        return cached[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known": None}
+        return {**self.__dict__, "_cached": None}
 
 
 def _is_comparable(weight: Tensor) -> bool:
-    """Tell whether the values of a weight can be looked at now: not in a trace or capture of a forward, nor of a part of it."""
+    """Return whether the values of a weight can be read now: not while tracing or capturing a forward, nor of a shard."""
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter):
         return False
     capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -74,11 +73,11 @@ def _are_equal(a: Tensor, b: Tensor) -> bool:
 
 
 class Counts(BufferDict):
-    """Tensors that count, by the names of adapters. They stay float32 when the model is cast: float16 ends at 65,504."""
+    """Counts by adapter name. They stay float32 when the model is cast, since float16 ends at 65,504."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Counts:
-        before = dict(self.items())
-        super()._apply(fn, recurse)
+        before: dict[str, Tensor] = dict(self.items())  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, count in before.items():
             moved = self[name]
             if moved.dtype != torch.float32:
@@ -88,11 +87,11 @@ class Counts(BufferDict):
 
 @dataclass(frozen=True)
 class Weighting:
-    """What weighs an adapter's update.
+    """How gates weight an adapter's update.
 
     Attributes:
-        gate_count: the number k of gates that weigh the update, from the rank r.
-        has_shared_gate: whether one more row of U is a gate that multiplies all the others (`intervention.gates`).
+        gate_count: computes the number of gates k from the rank r.
+        has_shared_gate: whether U has one more row, a gate that multiplies all the others (`intervention.gates`).
     """
 
     gate_count: Callable[[int], int]
@@ -101,19 +100,18 @@ class Weighting:
 
 @dataclass(frozen=True)
 class GateNorm:
-    """What a gate sees of the hidden vector h.
+    """How the gates' input is computed from the hidden vector h.
 
     Attributes:
-        apply: from h (..., d) and the learned vectors, in their order, to what the gate sees (..., d).
-        learned_vectors: the vectors (d,) that are learned for this, by the name of the parameter, with the number that each
-            is filled with at the start.
+        apply: maps h (..., d) and the learned vectors, in their order, to the gates' input (..., d).
+        learned_vectors: the initial value of each learned vector (d,), by the name of the parameter.
     """
 
     apply: Callable[..., Tensor]
     learned_vectors: Mapping[str, float] = field(default_factory=dict)
 
 
-# A new kind of gate is one entry here, and a sentence in the docstring of `BaftConfig`.
+# A new kind of gate needs one entry here, and a sentence in the docstring of `BaftConfig`.
 WEIGHTINGS = {
     "basis": Weighting(gate_count=lambda r: r),
     "subspace": Weighting(gate_count=lambda r: 1),
@@ -129,10 +127,10 @@ GATE_NORMS = {
 
 
 def gate_shapes(config: BaftConfig, d: int | None) -> dict[str, tuple[int | None, ...]]:
-    """Return the shapes of one block's gate parameters by name; nothing where the config has no gates.
+    """Return the shapes of one block's gate parameters by name; empty if the config has no gates.
 
     Args:
-        d: width of the hidden vectors; None where it is not known, and then None in the shapes.
+        d: width of the hidden vectors; None if unknown, and then also in the shapes.
     """
     if not config.gate_count:
         return {}
@@ -146,13 +144,13 @@ def gate_shapes(config: BaftConfig, d: int | None) -> dict[str, tuple[int | None
 class Gate(nn.Module):
     """The logistic gates w(h) of one block: (…, d) to (…, k).
 
-    Small random rows rather than zeros: at exact equality of the gates the load balance has no gradient to part them.
+    Initialised with small random rows, not zeros: if all gates are equal, the load balance has no gradient to separate them.
     """
 
     def __init__(self, config: BaftConfig, d: int) -> None:
         super().__init__()
-        self.take_settings(config)
-        # Of the logits, for a vector of unit root mean square.
+        self.apply_settings(config)
+        # The standard deviation of the logits, for a vector of unit root mean square.
         spread = 0.1 if config.init_weights else 5.0
         shapes: dict[str, Any] = gate_shapes(config, d)
         float32 = torch.float32
@@ -163,8 +161,8 @@ class Gate(nn.Module):
         for name, initial in GATE_NORMS[self.norm].learned_vectors.items():
             setattr(self, name, nn.Parameter(torch.full(shapes[name], initial, dtype=float32)))
 
-    def take_settings(self, config: BaftConfig) -> None:
-        """Follow a config whose gates have the same parameters."""
+    def apply_settings(self, config: BaftConfig) -> None:
+        """Use the settings of a config whose gates have the same parameters."""
         self.norm, self.offset = config.gate_norm, config.gate_offset
         self.shared = WEIGHTINGS[config.weighting].has_shared_gate
 
@@ -173,20 +171,18 @@ class Gate(nn.Module):
         return self.weigh(dict(self.named_parameters()), h)
 
     def weigh(self, parameters: Mapping[str, Tensor], h: Tensor) -> Tensor:
-        """Return w(h) with other parameters of the same names, which are not put into the module: other threads may run it."""
+        """Return w(h) with other parameters of the same names, without setting them: other threads may run the module."""
         gate_norm = GATE_NORMS[self.norm]
         learned = [parameters[name] for name in gate_norm.learned_vectors]
-        seen = gate_norm.apply(h, *learned)
+        gate_input = gate_norm.apply(h, *learned)
         weight, bias = parameters["weight"], parameters.get("bias")
-        return gates(seen, weight, bias, self.offset, shared=self.shared)
+        return gates(gate_input, weight, bias, self.offset, shared=self.shared)
 
 
 def stacked_parameters(modules: Sequence[nn.Module], index: Tensor) -> dict[str, Tensor]:
-    """Stack the parameters of modules of the same shape, one row for each of `index`, with gradients to the modules' own."""
+    """Stack the parameters of modules of the same shapes, one row per entry of `index`, with gradients to the originals."""
     parameters = [dict(module.named_parameters()) for module in modules]
-    return {
-        name: torch.stack([of_one[name] for of_one in parameters])[index] for name in parameters[0]
-    }
+    return {name: torch.stack([own[name] for own in parameters])[index] for name in parameters[0]}
 
 
 def stacked_bases(bases: Sequence[Any]) -> Tensor:

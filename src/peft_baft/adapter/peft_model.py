@@ -1,8 +1,8 @@
-"""What `PeftModel` does with adapters in folders: for models with BaFT adapters, all of it or nothing.
+"""Make `PeftModel` load and save BaFT adapters completely or not at all.
 
-PEFT gives a tuner no say when an adapter is loaded under a name that exists (it reads the weights and not the config), when
-loading fails half-way, and before a folder is written to. This file gives three public methods of `PeftModel` a wrapper each,
-which leaves models without a BaFT adapter alone.
+PEFT does not involve the tuner when an adapter is loaded under an existing name (it reads the weights and not the config), when
+loading fails half-way, or before it writes a folder. This file therefore wraps three public methods of `PeftModel`; for models
+without a BaFT adapter, the wrappers change nothing.
 """
 
 from __future__ import annotations
@@ -18,23 +18,20 @@ from torch import Tensor
 
 from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.model import BaftModel
-from peft_baft.adapter.reloading import require_fitting, take_settings
+from peft_baft.adapter.reloading import adopt_settings, require_fitting
 from peft_baft.adapter.rollback import UNDO, undone_on_failure
 from peft_baft.adapter.weights import check_adapter
 
 MARK = "_peft_baft_wrapped_adapter"
 PICKLE = (
-    "A BaFT adapter is read from safetensors only, and safe_serialization=False would write a pickle that cannot be loaded: "
-    "leave it out."
+    "A BaFT adapter is read from safetensors only, and safe_serialization=False would write a pickle that cannot be loaded. "
+    "Leave it out."
 )
 
 
 def install() -> None:
     """Wrap the methods, once."""
-    for name, wrapper in (
-        ("load_adapter", _with_settings),
-        ("save_pretrained", _with_check),
-    ):
+    for name, wrapper in (("load_adapter", _with_settings), ("save_pretrained", _with_check)):
         original = getattr(PeftModel, name)
         if not hasattr(original, MARK):
             setattr(PeftModel, name, _marked(original, wrapper(original)))
@@ -44,13 +41,13 @@ def install() -> None:
         setattr(PeftModel, "from_pretrained", classmethod(wrapped))  # noqa: B010
 
 
-def _marked(original: Callable, wrapper: Callable) -> Callable:
+def _marked(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
     wrapped = wraps(original)(wrapper)
     setattr(wrapped, MARK, True)
     return wrapped
 
 
-def _with_rollback(original: Callable) -> Callable:
+def _with_rollback(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         outer, UNDO.attached = UNDO.attached, []
         try:
@@ -65,7 +62,7 @@ def _with_rollback(original: Callable) -> Callable:
     return from_pretrained
 
 
-def _with_settings(original: Callable) -> Callable:
+def _with_settings(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_adapter(
         self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
@@ -83,13 +80,13 @@ def _with_settings(original: Callable) -> Callable:
         config = BaftConfig.from_pretrained(model_id, **self._split_kwargs(kwargs)[0])
         require_fitting(self, adapter_name, config, str(model_id))
         result = original(self, model_id, adapter_name, *args, **kwargs)
-        take_settings(tuner.model, adapter_name, config)
+        adopt_settings(tuner.model, adapter_name, config)
         return result
 
     return load_adapter
 
 
-def _with_check(original: Callable) -> Callable:
+def _with_check(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
@@ -110,7 +107,7 @@ def _check_writable(
     state_dict: dict[str, Tensor] | None = None,
     **_: Any,
 ) -> None:
-    """Raise a ValueError if one of the adapters, once written, could not be loaded."""
+    """Raise a ValueError if one of the adapters could not be loaded again after saving."""
     if not safe_serialization:
         raise ValueError(PICKLE)
     for name, config in model.peft_config.items():
@@ -123,7 +120,7 @@ def _check_writable(
             check_adapter(tensors, _as_read(config), "the model")
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"The adapter {name!r} could not be loaded again, so it was not saved, and {save_directory} is as it was: {error}"
+                f"The adapter {name!r} could not be loaded again, so it was not saved, and {save_directory} is unchanged: {error}"
             ) from error
 
 

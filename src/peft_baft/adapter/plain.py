@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from peft_baft.adapter.config import BaftConfig
     from peft_baft.adapter.layer import BaftLayer
 
-# Adapters with `pack_ranks` or `answer_positions` have the second number, so that versions which do not know these refuse them.
+# Adapters with `pack_ranks` or `answer_positions` have the second number: versions that do not know these fields refuse them.
 FORMAT, EXTENDED_FORMAT = 1, 2
 
 
@@ -41,19 +41,19 @@ class Plain:
     editor: ClassVar[str | None] = "peft_baft.editing.baft:BaftEditor"
 
     def check_config(self, config: BaftConfig) -> None:
-        """Accept every config: its own checks are those of plain BaFT."""
+        """Accept every config: `BaftConfig` itself checks plain BaFT."""
 
     def saved_format(self, config: BaftConfig) -> int:
-        """Return the number of the first saved format that has what a config uses."""
+        """Return the lowest saved format that supports what a config uses."""
         is_extended = config.pack_ranks or config.answer_positions is not None
         return EXTENDED_FORMAT if is_extended else FORMAT
 
     def choose_blocks(self, model: nn.Module, config: BaftConfig) -> list[str]:
-        """Return the blocks of `layers_to_transform`, by default the paper's."""
+        """Return the blocks of `layers_to_transform`, the paper's by default."""
         return block_names(model, config.layers_to_transform, config.layers_pattern)
 
     def attach(self, layer: BaftLayer, adapter_name: str, config: BaftConfig, width: int) -> None:
-        """Make the parameters of one more adapter of a block."""
+        """Create an adapter's parameters in a block."""
         layer.baft_basis[adapter_name] = OrthonormalBasis(config.r, width, config.pack_ranks)
         layer.baft_source[adapter_name] = source = nn.Linear(width, config.r, dtype=torch.float32)
         if config.gate_count:
@@ -66,8 +66,8 @@ class Plain:
             nn.init.zeros_(source.bias)
 
     def change(self, layer: BaftLayer, adapter_name: str, hidden: Tensor, call: Call) -> Tensor:
-        """Compute Φ(h) - h of one adapter at every token: (rows, tokens, d), 0 where it does not edit."""
-        # Of other kinds, an adapter may be active that has nothing in this block.
+        """Compute Φ(h) - h of one adapter at every token, (rows, tokens, d); 0 where it does not edit."""
+        # An active adapter of another kind may have nothing in this block.
         active = [name for name in call.active.get(layer.name, ()) if name in layer.configs]
         are_several = sum(layer.configs[name].kind is self for name in active) > 1
         mask = layer.context.mask(call.relative_positions, hidden, layer.configs[adapter_name])
@@ -75,15 +75,15 @@ class Plain:
         return self._update(layer, adapter_name, key, hidden, mask, layer.context.gates_of(call))
 
     def change_at(self, layer: BaftLayer, adapter_name: str, h: Tensor) -> Tensor:
-        """Compute Φ(h) - h of one adapter at vectors (m, d) that are all edited, whatever the model last ran on."""
+        """Compute Φ(h) - h of one adapter at vectors (m, d), all of them edited, outside of any forward."""
         return self._update(layer, adapter_name, None, h, None, None)
 
     def change_rows(
         self, layer: BaftLayer, rows: Mapping[str, Sequence[int]], hidden: Tensor, call: Call
     ) -> list[tuple[Tensor, Tensor]]:
-        """Compute the changes of a mixed batch, those of adapters that can be stacked side by side."""
+        """Compute the changes of a mixed batch; adapters with the same settings are computed together."""
         changes = []
-        # Else a row is one vector, of a model that does not take tokens.
+        # Otherwise a row is a single vector, of a model that does not take tokens.
         rows_are_sequences = hidden.ndim == 3
         groups = _stackable_groups(layer, rows) if rows_are_sequences else [[name] for name in rows]
         recorded = layer.context.gates_of(call)
@@ -97,12 +97,12 @@ class Plain:
                 change = self._update(layer, group[0], key, hidden[index], mask, recorded)
             else:
                 counts = {name: len(rows[name]) for name in group}
-                change = self._update_side_by_side(layer, counts, hidden[index], mask, recorded)
+                change = self._update_stacked(layer, counts, hidden[index], mask, recorded)
             changes.append((index, change))
         return changes
 
     def saved_tensors(self, config: BaftConfig, block: str) -> dict[str, SavedTensor]:
-        """Return names and shapes of the tensors of a block."""
+        """Return the tensors of a block by name."""
         r, d, k = config.r, config.hidden_size, config.gate_count
         shapes: dict[str, tuple[int | None, ...]] = {
             "basis.weight": (r, d),
@@ -115,21 +115,21 @@ class Plain:
         return {name: SavedTensor(shape) for name, shape in shapes.items()}
 
     def check_tensors(self, tensors: Mapping[str, Tensor], where: str) -> None:
-        """Accept tensors that fit one by one: nothing else is asked of them."""
+        """Accept tensors that fit individually: there is nothing else to check."""
 
     def _update(
         self,
         layer: BaftLayer,
         adapter_name: str,
-        key: Any,
+        key: str | tuple[str, str] | None,
         hidden: Tensor,
         mask: Tensor | None,
         recorded: dict[Any, RecordedGates] | None,
     ) -> Tensor:
-        """Compute Φ(h) - h of one adapter at every token: (rows, tokens, d), 0 where it does not edit.
+        """Compute Φ(h) - h of one adapter at every token, (rows, tokens, d); 0 where it does not edit.
 
         Args:
-            key: what the gates are recorded under. mask: (rows, tokens), or None to edit every vector.
+            key: under which the gates are recorded. mask: (rows, tokens), or None to edit every vector.
         """
         source: Any = layer.baft_source[adapter_name]
         with torch.autocast(hidden.device.type, enabled=False):
@@ -138,11 +138,11 @@ class Plain:
             if w is not None and mask is not None and recorded is not None:
                 recorded[key] = RecordedGates(w, mask)
             R: Tensor = layer.baft_basis[adapter_name]().to(h.dtype)
-            change = update(source(h), R, w)  # the source gives D h + b, which is A h + b - R h
-        # Every token is computed and some are thrown away: to pick them out first would wait for the GPU.
+            change = update(source(h), R, w)  # the source computes D h + b, which is A h + b - R h
+        # All tokens are computed and some discarded: selecting them first would wait for the GPU.
         return change if mask is None else torch.where(mask[..., None], change, 0)
 
-    def _update_side_by_side(
+    def _update_stacked(
         self,
         layer: BaftLayer,
         counts: dict[str, int],
@@ -150,15 +150,14 @@ class Plain:
         mask: Tensor | None,
         recorded: dict[Any, RecordedGates] | None,
     ) -> Tensor:
-        """Compute `_update` of several adapters of the same settings at once, their parameters stacked.
+        """Compute `_update` of several adapters with the same settings in one pass, with stacked parameters.
 
         Args:
-            counts: the adapters, in the order of their rows in `hidden`, and how many rows each has.
+            counts: the number of rows of each adapter, in the order of their rows in `hidden`.
         """
         lengths = list(counts.values())
-        adapter_of_row = torch.repeat_interleave(
-            torch.arange(len(lengths)), torch.tensor(lengths)
-        ).to(hidden.device)
+        numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        adapter_of_row = numbers.to(hidden.device)
         sources = [layer.baft_source[name] for name in counts]
         bases = [layer.baft_basis[name] for name in counts]
         gates: list[Any] = [layer.baft_gate[name] for name in counts if name in layer.baft_gate]
@@ -168,23 +167,23 @@ class Plain:
             if gates:
                 w = torch.vmap(gates[0].weigh)(stacked_parameters(gates, adapter_of_row), h)
                 if mask is not None and recorded is not None:
-                    parts = zip(counts, w.split(lengths), mask.split(lengths), strict=True)
-                    for name, w_of_adapter, mask_of_adapter in parts:
-                        recorded[layer.name, name] = RecordedGates(w_of_adapter, mask_of_adapter)
+                    splits = torch.split(w, lengths), torch.split(mask, lengths)
+                    for name, *gates_and_mask in zip(counts, *splits, strict=True):
+                        recorded[layer.name, name] = RecordedGates(*gates_and_mask)
             shift = torch.baddbmm(source["bias"][:, None], h, source["weight"].mT)
             change = update(shift, stacked_bases(bases)[adapter_of_row].to(h.dtype), w)
         return change if mask is None else torch.where(mask[..., None], change, 0)
 
 
 def _stackable_groups(layer: BaftLayer, names: Iterable[str]) -> list[list[str]]:
-    """Group the adapters whose parameters can be stacked: those of the same settings, dtype and device.
+    """Group adapters whose parameters can be stacked: those with the same settings, dtype and device.
 
-    Parameters that are offloaded or sharded are there only while their own module runs, so each of these stays by itself.
+    Offloaded or sharded parameters exist only while their own module runs, so each of these adapters is a group by itself.
     """
-    groups: dict[tuple, list[str]] = {}
+    groups: dict[tuple[Any, ...], list[str]] = {}
     for name in names:
         weight: Any = layer.baft_source[name].weight
-        key: tuple = (layer.configs[name].forward_settings, weight.dtype, weight.device)
+        key: tuple[Any, ...] = (layer.configs[name].forward_settings, weight.dtype, weight.device)
         if weight.is_meta or not weight.numel():
             key = (name,)
         groups.setdefault(key, []).append(name)

@@ -1,7 +1,7 @@
-"""Make PEFT know the type `BAFT`: the only file that touches PEFT's tables of types.
+"""Register the type `BAFT` with PEFT: the only file that modifies PEFT's tables of types.
 
-`peft.register_peft_method` is public, but accepts only names that are members of the closed enum `peft.PeftType`. The
-enum is therefore given one more member, in this process. If a future PEFT has a BAFT of its own, ours steps aside with an error.
+`peft.register_peft_method` is public, but accepts only members of the closed enum `peft.PeftType`, so this file adds one
+at run time. If a future PEFT has its own BAFT, importing this package raises an error.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from peft.utils import register_peft_method
 
 
 def _member(name: str) -> PeftType:
-    """Return the member `name` of `PeftType`, and make it if there is none.
+    """Return the member `name` of `PeftType`, after adding it if necessary.
 
     Raises:
-        ImportError: this Python or this PEFT builds enums in another way; nothing is then registered by halves.
+        ImportError: this version of Python or PEFT builds enums differently; nothing is registered then.
     """
     if name not in PeftType.__members__:
         member: Any = str.__new__(PeftType, name)
@@ -53,7 +53,7 @@ def register(config_cls: type, model_cls: type) -> None:
         return
     if known is not None:
         raise ImportError(
-            f"peft already has a method named BAFT ({known.__module__}); use that one or remove peft_baft."
+            f"PEFT already has a method named BAFT ({known.__module__}); use that one or remove peft_baft."
         )
     register_peft_method(
         name="baft",

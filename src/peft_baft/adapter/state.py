@@ -1,12 +1,13 @@
-"""Remember, restore, freeze and switch off the adapters of a PeftModel, whatever its PEFT method.
+"""Snapshot, restore, freeze and disable the adapters of a PeftModel of any PEFT method.
 
-All of these leave adapters of other methods on the same base model, such as an unmerged LoRA, as they are.
+Adapters of other methods on the same base model, such as an unmerged LoRA, are never affected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -21,12 +22,12 @@ from peft_baft.adapter.taught_form import remembered_forms
 
 
 def is_baft_peft_model(model: object) -> bool:
-    """Return whether a model is a PeftModel of BaFT adapters, and not one of another method around such a model."""
+    """Return whether a model is a PeftModel of BaFT adapters, and not of another method around such a model."""
     return isinstance(model, PeftModel) and isinstance(model.base_model, BaftModel)
 
 
 def method_modules(model: nn.Module) -> list[nn.Module]:
-    """List the modules that hold the adapters of a PeftModel's own method, and of no other method."""
+    """Return the modules that hold the adapters of a PeftModel's own method only."""
     tuner = getattr(model, "base_model", None)
     if isinstance(tuner, BaftModel):
         return list(tuner.own_modules())
@@ -39,9 +40,9 @@ def method_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def adapter_tensors(model: nn.Module) -> list[Tensor]:
-    """List everything that an edit may change, each tensor once.
+    """Return everything that an edit may change, each tensor once.
 
-    These are the parameters and buffers of the model's own adapters, and whatever else is trainable.
+    These are the parameters and buffers of the model's own adapters, and all other trainable parameters.
     """
     modules = method_modules(model)
     others = {id(tensor) for tensor in other_adapters(model, modules)}
@@ -54,56 +55,56 @@ def adapter_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def adapter_state_dict(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """Give an adapter's tensors under the names that `save_pretrained` writes."""
-    return get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    """Return an adapter's tensors under the names that `save_pretrained` writes."""
+    return cast(
+        dict[str, Tensor],
+        get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False),
+    )
 
 
 def load_adapter_state_dict(
     model: PeftModel, adapter_name: str, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Bring an adapter to a state that `adapter_state_dict` gave.
+    """Load a state that `adapter_state_dict` returned.
 
     Raises:
-        ValueError: the tensors are not this adapter's, by their names. PEFT would load those that it knows, without a word.
+        ValueError: the names of the tensors are not this adapter's. PEFT would silently load those that it knows.
     """
     wrong = adapter_state_dict(model, adapter_name).keys() ^ tensors.keys()
     if wrong:
         raise ValueError(
             f"This is not a state of the adapter {adapter_name!r}, but of another one, or of another version: "
-            f"{', '.join(sorted(wrong)[:3])} stands in one of them alone."
+            f"only one of the two has {', '.join(sorted(wrong)[:3])}."
         )
     set_peft_model_state_dict(model, dict(tensors), adapter_name=adapter_name)
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:
-    """Remember the adapters as they are; calling the result puts them back, bit for bit.
+    """Return a function that restores the adapters, bit for bit.
 
-    Statistics are included, the form in which facts were taught, which stands in the adapters' configs, and where their editors
-    are in texts that they take in turn: the same edit then gives the same adapter again.
+    This includes statistics, the prompt format stored in the adapters' configs, and the position of their editors in texts
+    that they take in turn, so that repeating an edit yields the same adapter.
 
     Raises:
         TypeError: it is not a model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"Wanted a model with adapters, as get_peft_model makes it, not {type(model).__name__}."
+            f"Wanted a model with adapters, as get_peft_model returns it, not {type(model).__name__}."
         )
-    # Tensors of other kinds are never written into, but replaced.
+    # Tensors of other kinds are replaced, never written into.
     parts = [part for layer in baft_layers(model) for part in layer.parts()]
     restore_parts = [part.snapshot() for part in parts]
-    of_parts = {id(tensor) for part in parts for tensor in part.tensors().values()}
-    remembered = [
-        (tensor, tensor.detach().clone())
-        for tensor in adapter_tensors(model)
-        if id(tensor) not in of_parts
-    ]
+    part_tensors = {id(tensor) for part in parts for tensor in part.tensors().values()}
+    others = [tensor for tensor in adapter_tensors(model) if id(tensor) not in part_tensors]
+    values = [tensor.detach().clone() for tensor in others]
     restore_forms = remembered_forms(getattr(model, "peft_config", {}).values())
     context = find_context(model)
     restore_cursors = None if context is None else context.cursors.snapshot()
 
     def restore() -> None:
         with torch.no_grad():
-            for tensor, value in remembered:
+            for tensor, value in zip(others, values, strict=True):
                 tensor.copy_(value)
         for restore_part in restore_parts:
             restore_part()
@@ -116,7 +117,7 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
 
 @contextmanager
 def rolled_back(model: nn.Module) -> Iterator[None]:
-    """Put the adapters back, bit for bit, and their editors to where they were, after the code inside: this is single editing."""
+    """Restore the adapters and their editors, bit for bit, when the context ends: for single editing."""
     restore = snapshot(model)
     try:
         yield
@@ -126,10 +127,10 @@ def rolled_back(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def trainable(model: PeftModel) -> Iterator[list[nn.Parameter]]:
-    """Make the active adapter's parameters need gradients inside, and give them; no other parameter needs any.
+    """Make the active adapter's parameters, and no others, trainable in the context, and yield them.
 
-    A reloaded adapter is frozen; this lets it go on learning without a flag to remember. Flags and gradients are put back
-    afterwards as they were.
+    A reloaded adapter is frozen; with this it can be trained without further flags. All flags and gradients are restored
+    afterwards.
     """
     before = [
         (parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()
@@ -149,9 +150,9 @@ def trainable(model: PeftModel) -> Iterator[list[nn.Parameter]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode inside, without dropout; every module's mode is put back as it was.
+    """Put a model into evaluation mode in the context, without dropout; the mode of every module is restored afterwards.
 
-    Edits are trained so as well: a fact is learned for the model that will be used.
+    Edits are trained in this mode, too: a fact is learned for the model as it will be used.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -164,7 +165,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_adapters(model: PeftModel) -> Iterator[None]:
-    """Switch the model's adapters off inside. PEFT leaves them trainable afterwards; here they stay as they were."""
+    """Disable the model's adapters in the context. Unlike PEFT, restore their `requires_grad` flags afterwards."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         with model.disable_adapter():
@@ -176,9 +177,9 @@ def without_adapters(model: PeftModel) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Let gradients be computed inside, with the model in evaluation mode and none of its parameters trainable.
+    """Enable gradients in the context, with the model in evaluation mode and all its parameters frozen.
 
-    Modes and flags are put back as they were.
+    Modes and flags are restored afterwards.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)

@@ -1,6 +1,6 @@
-"""Freeze parameters while adapters are switched off, and restore which of them needed gradients.
+"""Freeze parameters while adapters are switched off, and restore their `requires_grad` flags afterwards.
 
-PEFT freezes them as well, but makes every active adapter trainable when it is switched on again, also one that was frozen.
+PEFT freezes them as well, but switching on again makes every active adapter trainable, even one that was frozen before.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Switch:
         self._flags: dict[nn.Parameter, bool] = {}
 
     def turn(self, module: nn.Module, *, on: bool) -> None:
-        """Freeze the parameters of `module`, or restore their flags; nothing happens if they are as wanted already."""
+        """Freeze the parameters of `module` (off) or restore their flags (on); do nothing if that has been done."""
         if on != self._is_off:
             return
         if on:
@@ -33,7 +33,7 @@ class Switch:
 
     @contextmanager
     def changing_flags(self, module: nn.Module) -> Iterator[None]:
-        """Let the code inside change the flags that hold while adapters are on, even if they are off."""
+        """Apply changes of flags in the context to the adapters' switched-on state, even if they are off."""
         was_off = self._is_off
         self.turn(module, on=True)
         try:

@@ -1,4 +1,4 @@
-"""Tell modules that `target_modules` names on purpose from those that it names by a habit from LoRA."""
+"""Distinguish modules that `target_modules` names on purpose from those named out of habit, as for LoRA."""
 
 from __future__ import annotations
 
@@ -12,30 +12,28 @@ from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.supported import streams_per_token
 
 logger = logging.getLogger(__name__)
-EVERY_LINEAR = "all-linear"  # PEFT's word for the linear layers of all blocks
+EVERY_LINEAR = "all-linear"  # PEFT's name for the linear layers of all blocks
 NOT_BLOCKS = (
-    "A BaFT adapter edits the output of decoder blocks, the vectors that one block hands to the next. %s"
+    "A BaFT adapter edits the output of decoder blocks, the vectors that one block passes to the next. %s"
     "To edit blocks, leave target_modules out and choose them with layers_to_transform=[...], counted from 0."
 )
 
 
 def require_blocks(model: nn.Module, config: BaftConfig, names: Sequence[str]) -> None:
-    """Raise a ValueError if an end of a name, such as `q_proj`, targets modules inside the blocks and no block.
+    """Raise a ValueError if a suffix such as `q_proj` targets modules inside several blocks and no block.
 
-    Modules that are named one by one, or by an expression, are edited, and a warning says which. A config that was fitted to a
-    model before, as that of a saved adapter, is taken as it is; so is every config for a model without a list of blocks.
+    Modules that are named individually, or by an expression, are edited with a warning. Configs that were already fitted to a
+    model, such as that of a saved adapter, are accepted, and so is any config for a model without a list of blocks.
 
     Args:
-        names: of all modules that the config targets.
+        names: all modules that the config targets.
     """
     blocks = _block_names(model)
     if config.saved_shapes or config.hidden_size is not None:
         return
     for name in names:
         if isinstance(model.get_submodule(name), nn.ModuleList | nn.ModuleDict):
-            raise ValueError(
-                NOT_BLOCKS % f"{name} is a list of modules, which has no output itself. "
-            )
+            raise ValueError(NOT_BLOCKS % f"{name} is a list of modules, which has no output. ")
     if not blocks:
         return
     if config.target_modules == EVERY_LINEAR:
@@ -48,7 +46,7 @@ def require_blocks(model: nn.Module, config: BaftConfig, names: Sequence[str]) -
         if len(found) > 1 and blocks.isdisjoint(found):
             raise ValueError(
                 NOT_BLOCKS % f"target_modules names {end!r}, which is {_in_words(found)}. "
-                + " To edit the output of these modules, name each of them in full."
+                + " To edit the output of these modules, give the full name of each."
             )
     others = [name for name in names if name not in blocks]
     if others:
@@ -56,7 +54,7 @@ def require_blocks(model: nn.Module, config: BaftConfig, names: Sequence[str]) -
 
 
 def _block_names(model: nn.Module) -> frozenset[str]:
-    """Return the names of the blocks that can be edited; none if it is not known which modules these are."""
+    """Return the names of the blocks that can be edited; empty if these are unknown."""
     try:
         stack = find_stack(model)
     except ValueError:

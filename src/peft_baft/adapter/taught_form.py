@@ -1,35 +1,36 @@
-"""What a BaFT adapter remembers of the form its facts were taught in: raw text, the chat template, or both."""
+"""The prompt format that a BaFT adapter was trained on, as stored in its config: raw text, the chat template, or both."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 RAW, CHAT, BOTH = "raw", "chat", "both"
-FIELDS = ("template", "template_hash")  # of a config, which edits fill in
+FIELDS = ("template", "template_hash")  # of a config, filled in by edits
 OTHER_FORM = (
-    "The facts of this adapter were taught in the form %r, and are now used in %r: an edit holds in the form in which it was "
-    "taught. Take template='auto'."
+    "The facts of this adapter were taught in the prompt format %r, and are now used in %r. An edit works only in the prompt "
+    "format it was trained on: use template='auto'."
 )
 OTHER_TEMPLATE = (
-    "The facts of this adapter were taught in another chat template than the one that this tokenizer has (%s, not %s); they may "
-    "not hold in it."
+    "The facts of this adapter were taught in another chat template than that of this tokenizer (%s, not %s); they may "
+    "not work in it."
 )
 
 
-def template_hash(tokenizer: Any) -> str | None:
-    """Identify a tokenizer's chat template; None where it has none."""
+def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return a hash of a tokenizer's chat template; None if it has none."""
     template = getattr(tokenizer, "chat_template", None)
     return None if not template else hashlib.sha256(repr(template).encode()).hexdigest()[:16]
 
 
-def remember(config: Any, form: str, tokenizer: Any) -> None:
-    """Write into an adapter's config that facts were taught in a form, besides those it knows of.
-
-    A config of another PEFT method is left alone.
+def remember(config: Any, form: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add a prompt format to those in an adapter's config; do nothing for a config of another PEFT method.
 
     Args:
         form: `raw`, `chat` or `both`.
@@ -42,7 +43,7 @@ def remember(config: Any, form: str, tokenizer: Any) -> None:
 
 
 def remembered_forms(configs: Iterable[Any]) -> Callable[[], None]:
-    """Note what some adapters' configs remember; calling the result puts it back. Configs of other methods are left alone."""
+    """Return a function that restores the prompt formats in configs; those of other PEFT methods are ignored."""
     before = [
         (config, config.template, config.template_hash)
         for config in configs
@@ -57,34 +58,34 @@ def remembered_forms(configs: Iterable[Any]) -> Callable[[], None]:
 
 
 def form_fields(config: Any) -> dict[str, str | None]:
-    """Give the fields that hold what an adapter's config remembers, by name; none of a config of another method."""
+    """Return the fields with a config's prompt format, by name; empty for a config of another PEFT method."""
     return {name: getattr(config, name) for name in FIELDS if hasattr(config, name)}
 
 
 def taught_form(config: Any) -> str | None:
-    """Give the form in which the facts of an adapter were taught; None where it does not say."""
+    """Return the prompt format that an adapter was trained on; None if unknown."""
     return getattr(config, "template", None)
 
 
 def asked_form(config: Any) -> str:
-    """Give the form in which to ask an adapter: its own, the chat where it has both, raw text where it does not say."""
+    """Return the prompt format for questions: the adapter's own; chat if it has both; raw if unknown."""
     form = taught_form(config) or RAW
     return CHAT if form == BOTH else form
 
 
-def warn_of_another(config: Any, forms: set[str], tokenizer: Any) -> None:
-    """Warn where an adapter is used in a form, or with a chat template, that its facts were not taught in.
+def warn_of_another(config: Any, forms: set[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn if an adapter is used in a prompt format, or with a chat template, that it was not trained on.
 
     Args:
-        forms: of `raw` and `chat`.
+        forms: a subset of `raw` and `chat`.
     """
     taught = taught_form(config)
     if taught is None:
         return
     kind = getattr(config, "kind", None)  # absent from configs of other methods
-    # Only training ties a fact to a form.
-    holds_in_all = taught == BOTH or (kind is not None and not kind.trains)
-    known = {RAW, CHAT} if holds_in_all else {taught}
+    # Only training ties a fact to a format.
+    works_in_all = taught == BOTH or (kind is not None and not kind.trains)
+    known = {RAW, CHAT} if works_in_all else {taught}
     if not forms <= known:
         logger.warning(OTHER_FORM, taught, " and ".join(sorted(forms)))
     own, of_adapter = template_hash(tokenizer), getattr(config, "template_hash", None)

@@ -1,8 +1,8 @@
-"""The texts of a forward: of each sequence, the tokens of its prompt and of the reply so far, wherever these lie.
+"""The texts of a forward: for each sequence, all tokens of its prompt and of the reply so far.
 
-A forward gets the tokens that are new to the model. What came before them is in the running `generate`, in a request of a
-continuous batch, or was read by an earlier forward, which leaves a note on the cache that it gives back. Kinds of adapters whose
-change depends on what a text says read it here (`EditContext.read_texts`); plain BaFT needs positions only.
+A forward receives only the tokens that are new to the model. Earlier ones are in the running `generate`, in a request of a
+continuous batch, or in a note that an earlier forward left on the cache that it returned. Kinds of adapters whose change depends
+on the words of a text use this (`EditContext.read_texts`); plain BaFT needs positions only.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from peft_baft.span import OUTSIDE
 if TYPE_CHECKING:
     from peft_baft.adapter.generation import Generation
 
-NOTE = "_baft_texts"  # an attribute of a cache: of each row, what has been read of it
+NOTE = "_baft_texts"  # an attribute of a cache: the text of each row so far
 NO_TOKENS = (
     "An adapter on this model reads the tokens of prompts: call the model with input_ids (rows, tokens), not with embeddings "
     "only."
 )
 UNKNOWN_PROMPT = (
-    "An adapter on this model reads the tokens of prompts, and this forward goes on from a cache whose texts it has not seen "
-    "with the same rows. Pass the cache of the forward that read the prompt, use generate(), or pass the whole text."
+    "An adapter on this model reads the tokens of prompts, and this forward continues from a cache whose texts are not known for "
+    "these rows. Pass the cache of the forward that read the prompt, use generate(), or pass the whole text."
 )
 UNKNOWN_REPLY = (
-    "An adapter on this model reads the tokens of prompts and replies, and this step of generate() does not tell what its rows "
-    "said before: prepare_inputs_for_generation was replaced, or gave other tokens than the step has. Generate without a cache."
+    "An adapter on this model reads the tokens of prompts and replies, and the earlier tokens of this step of generate() are not "
+    "known: prepare_inputs_for_generation was replaced, or returned tokens that the step does not have. Generate without a cache."
 )
 
 
@@ -41,10 +41,10 @@ class Text:
     """One sequence of a forward.
 
     Attributes:
-        row: its row. columns: of its tokens in this forward, in order.
-        prompt: ids of the prompt's tokens. reply: ids of the reply's tokens, up to those of this forward.
-        first: position of the token in the first of these columns, relative to the prompt's end: -1 is the last prompt token.
-        notes: kept as long as the sequence goes on, for what a reader found out about it; keys belong to readers.
+        row: its row. columns: the columns of its tokens in this forward, in order.
+        prompt: ids of the prompt. reply: ids of the reply, up to and including those of this forward.
+        first: relative position of the token in the first of these columns; -1 is the last prompt token.
+        notes: whatever readers want to remember as long as the sequence continues, each under its own key.
     """
 
     row: int
@@ -55,14 +55,14 @@ class Text:
     notes: dict[Any, Any] = field(default_factory=dict)
 
     def column(self, position: int) -> int | None:
-        """Return the column of the token at a position relative to the prompt's end; None if it is not in this forward."""
+        """Return the column of the token at a relative position; None if it is not in this forward."""
         number = position - self.first
         return self.columns[number] if 0 <= number < len(self.columns) else None
 
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """The texts of one forward; of one that does not tell them, why."""
+    """The texts of one forward, or the reason why they are unknown."""
 
     known: tuple[Text, ...] = ()
     problem: str = ""
@@ -71,26 +71,26 @@ class Texts:
         """Iterate over the texts.
 
         Raises:
-            ValueError: they are not known.
+            ValueError: they are unknown.
         """
         if self.problem:
             raise ValueError(self.problem)
         return iter(self.known)
 
     def leave_notes(self, caches: Sequence[Any], rows: int) -> None:
-        """Write on the caches that a forward gives back what each row holds now, for forwards that go on from them."""
-        if self.problem or len(self.known) != rows:  # of packed rows, a cache is of no use
+        """Store each row's text on the caches that a forward returns, for forwards that continue from them."""
+        if self.problem or len(self.known) != rows:  # packed rows cannot be continued from a cache
             return
         for cache in caches:
             setattr(cache, NOTE, (cached_columns(cache), row_marks(cache), self.known))
 
 
 def texts_of_input(ids: Tensor | None, relative: Tensor) -> Texts:
-    """Read the texts of a forward that holds all of them.
+    """Read the texts of a forward that has all of their tokens.
 
     Args:
-        ids: (rows, tokens); None where the model got embeddings only. relative: (rows, tokens) positions relative to the prompts'
-            ends, which begin anew with a sequence.
+        ids: (rows, tokens); None if the model received embeddings only. relative: (rows, tokens) relative positions, which
+            start again at each sequence of a row.
     """
     if ids is None:
         return Texts(problem=NO_TOKENS)
@@ -104,7 +104,7 @@ def texts_of_input(ids: Tensor | None, relative: Tensor) -> Texts:
 
 
 def _sequences(positions: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield the first and last + 1 column of each sequence in a row of positions."""
+    """Yield the first and the last + 1 column of each sequence in a row of relative positions."""
     start = None
     for column, position in enumerate([*positions, OUTSIDE]):
         if start is not None and position != positions[column - 1] + 1:
@@ -114,17 +114,19 @@ def _sequences(positions: Sequence[int]) -> Iterator[tuple[int, int]]:
             start = column
 
 
-def texts_after_cache(ids: Tensor | None, relative: Tensor, cache: Any, *, is_told: bool) -> Texts:
-    """Read the texts of a forward outside `generate` that goes on from a cache.
+def texts_after_cache(
+    ids: Tensor | None, relative: Tensor, cache: Any, *, ends_known: bool
+) -> Texts:
+    """Read the texts of a forward outside `generate` that continues from a cache.
 
     Args:
-        ids: (rows, new tokens). relative: their positions, which tell the prompts' ends if those are told (`is_told`); else the
-            prompts end where they ended when they were read.
+        ids: (rows, new tokens). relative: their relative positions.
+        ends_known: whether this call stated where prompts end; otherwise they end where they did when they were read.
     """
     if ids is None:
         return Texts(problem=NO_TOKENS)
     columns_noted, marks, notes = getattr(cache, NOTE, (None, None, ()))
-    # One that was cropped, reordered, or read in between by another model holds something else.
+    # A cache that was cropped, reordered, or used by another model in between has other contents.
     is_same = columns_noted == cached_columns(cache) and equal(marks, row_marks(cache))
     if len(notes) != len(ids) or not is_same:
         return Texts(problem=UNKNOWN_PROMPT)
@@ -135,9 +137,9 @@ def texts_after_cache(ids: Tensor | None, relative: Tensor, cache: Any, *, is_to
             continue
         before = (*note.prompt, *note.reply)
         whole = (*before, *ids[row, columns].tolist())
-        first = int(relative[row, columns[0]]) if is_told else len(before) - len(note.prompt)
+        first = int(relative[row, columns[0]]) if ends_known else len(before) - len(note.prompt)
         length = len(before) - first  # of the prompt
-        if not length >= 0:
+        if length < 0:
             return Texts(problem=UNKNOWN_PROMPT)
         notes_of_row = note.notes if length == len(note.prompt) else {}
         found.append(Text(row, columns, whole[:length], whole[length:], first, notes_of_row))
@@ -148,41 +150,42 @@ def texts_of_step(generation: Generation, tokens: Tensor, past: int, relative: T
     """Read the texts of a step of `generate`.
 
     Args:
-        tokens: (rows, new columns) ids, or embeddings. past: columns before these. relative: their positions.
+        tokens: (rows, new columns) ids, or embeddings. past: the number of columns before these.
+        relative: (rows, new columns) relative positions.
     """
     prompt, real = generation.prompt, generation.real
     if prompt.ndim != 2:
         return Texts(problem=NO_TOKENS)
     rows, width = relative.shape
     stop, columns = past + width, prompt.shape[1]
-    if columns != real.shape[1]:  # the cache holds more of the prompt than was passed
+    if columns != real.shape[1]:  # the cache has more of the prompt than was passed
         return Texts(problem=UNKNOWN_PROMPT)
-    said: list[tuple[int, ...]] = [()] * rows
+    generated: list[tuple[int, ...]] = [()] * rows
     if stop > columns:
-        whole = tokens if past == 0 else generation.whole
-        if whole is None or whole.shape != (rows, stop):
+        ids = tokens if past == 0 else generation.ids_so_far
+        if ids is None or ids.shape != (rows, stop):
             return Texts(problem=UNKNOWN_REPLY)
-        if tokens.ndim == 2 and not torch.equal(whole[:, past:].to(tokens.device), tokens):
+        if tokens.ndim == 2 and not torch.equal(ids[:, past:].to(tokens.device), tokens):
             return Texts(problem=UNKNOWN_REPLY)
-        said = [tuple(ids) for ids in whole[:, columns:].tolist()]
+        generated = [tuple(row) for row in ids[:, columns:].tolist()]
     beams, found = rows // len(prompt), []
     for row, positions in enumerate(relative.tolist()):
         own = [column for column, position in enumerate(positions) if position != OUTSIDE]
         if not own:
             continue
-        read, begun, notes = generation.prompt_texts()[row // beams]
-        reply = (*begun, *said[row])
-        found.append(Text(row, own, read, reply, positions[own[0]], notes))
+        own_prompt, begun, notes = generation.prompt_texts()[row // beams]
+        reply = (*begun, *generated[row])
+        found.append(Text(row, own, own_prompt, reply, positions[own[0]], notes))
     return Texts(tuple(found))
 
 
 def texts_of_requests(
     requests: Sequence[Request], relative: Tensor, notes: dict[Any, dict[Any, Any]]
 ) -> Texts:
-    """Read the texts of one continuous batch, whose one row holds pieces of requests.
+    """Read the texts of one continuous batch, a single row of pieces of requests.
 
     Args:
-        relative: (1, tokens) positions. notes: of each request, by its name, those of its text; further ones are added.
+        relative: (1, tokens) relative positions. notes: the notes on each request, by its name; missing ones are added.
     """
     found, start = [], 0
     positions = relative[0].tolist()

@@ -1,4 +1,4 @@
-"""Check that a saved adapter is whole, and of a format that this version reads, before a model is touched."""
+"""Check that a saved adapter is complete, and in a format that this version reads, before the model is changed."""
 
 from __future__ import annotations
 
@@ -16,64 +16,59 @@ if TYPE_CHECKING:
     from peft_baft.adapter.config import BaftConfig
 
 FILE = "adapter_model.safetensors"
-# A saved format has a number, one more whenever a tensor or a setting changes its name, its shape or its meaning. Which numbers
-# are read is said by each kind of adapter.
+# The saved format has a number, which increases whenever a tensor or setting changes its name, shape or meaning. Each kind of
+# adapter declares which formats it reads.
 FORMER_USAGE = "baft_load"  # what `baft_gate_usage` was called in folders without a number
 NEWER = (
     "saved by a newer peft_baft (format {}); this version reads up to {}: pip install -U peft-baft"
 )
 UNNUMBERED = (
-    "saved by a peft_baft from before saved formats had a number. Edit again; or bring it to format 1: in "
-    f"{FILE}, rename the tensors that end in {FORMER_USAGE}, if there are any, so that they end in baft_gate_usage, and "
+    "saved by a version of peft_baft whose formats had no number. Edit again, or convert it to format 1: in "
+    f"{FILE}, rename the tensors that end in {FORMER_USAGE}, if any, so that they end in baft_gate_usage, and "
     'add the line "baft_format": 1 to adapter_config.json'
 )
 MARK = ".baft.baft_"  # between the name of a block and that of an adapter's tensor
-BASE = "base_model.model."  # how PEFT begins the names of a model's tensors
-LARGEST = 1e9  # no training gets there: a number beyond it is a flipped bit, and would overflow in the model
-# Tasks for which PEFT adds names to modules_to_save, present or not.
-HEADS = (
-    "SEQ_CLS",
-    "TOKEN_CLS",
-    "QUESTION_ANS",
-)
+BASE = "base_model.model."  # PEFT's prefix for the names of a model's tensors
+LARGEST = 1e9  # beyond what training produces: a larger number is a flipped bit, and would overflow in the model
+# Tasks for which PEFT adds names to modules_to_save, whether the model has such modules or not.
+HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def check_folder(folder: Path, config: BaftConfig) -> dict[str, tuple[int, ...]]:
-    """Check the weights in a folder against their config, and return the shapes of all tensors.
+    """Check the weights in a folder against their config.
 
-    Which blocks are edited is read from the file where the config leaves it to a default or a regular expression, so that
-    no expression out of a file is run on a model.
+    If the config leaves the edited blocks to a default or a regular expression, they are read from the file, so that no
+    expression from a file is run on a model.
 
     Returns:
-        Shapes by the tensors' names in the base model.
+        The shapes of all tensors, by their names in the base model.
 
     Raises:
-        ValueError: the folder does not hold the adapter of `config` in safetensors, whole and nothing else.
+        ValueError: the folder does not contain exactly the adapter of `config`, in safetensors.
     """
     file = folder / FILE
     if not file.is_file():
         raise ValueError(
-            f"{file} is missing. Weights are read from that format alone: PEFT's older one is a pickle."
+            f"{file} is missing. Weights are read from this format only: PEFT's older one is a pickle."
         )
     try:
         tensors = load_file(file)
     except Exception as error:
-        # safetensors lets through torch's errors and Python's beside its own.
+        # Not only safetensors' own errors, but also torch's and Python's.
         raise ValueError(
-            f"{file} cannot be read ({error}). It is damaged: take a good copy, or edit again."
+            f"{file} cannot be read ({error}). It is damaged: use an intact copy, or edit again."
         ) from None
     check_adapter(tensors, config, str(file))
     return {name.removeprefix(BASE): tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def check_adapter(tensors: Mapping[str, Tensor], config: BaftConfig, where: str) -> None:
-    """Raise a ValueError unless tensors, by their names in a file, are the adapter of a config, whole and nothing else.
+    """Raise a ValueError unless tensors, by their names in a file, are exactly the adapter of a config.
 
-    PEFT may have added the model's embeddings. Whether they are those of a model is checked with the model; their values are
-    the model's, and not checked.
+    PEFT may have added the model's embeddings. These are checked when the model is known; their values are not.
 
     Args:
-        config: its blocks are filled in from the tensors where a default or an expression would have chosen them.
+        config: its blocks are filled in from the tensors if it leaves them to a default or an expression.
     """
     if any(name.endswith(f".{FORMER_USAGE}") for name in tensors):
         raise ValueError(f"{where} was {UNNUMBERED}.")
@@ -90,17 +85,17 @@ def check_adapter(tensors: Mapping[str, Tensor], config: BaftConfig, where: str)
     others = sorted(tensors.keys() - expected.keys())
     of_adapter = [name for name in others if MARK in name]
     if of_adapter or not may_be_embeddings(others, tensors):
-        # PEFT would write it over the model's own tensor of that name.
+        # PEFT would overwrite the model's own tensor of this name.
         raise ValueError(
-            f"{where} holds {(of_adapter or others)[0]!r:.100}, which is no part of its adapter. Modules that are saved "
-            "alongside an adapter are named in modules_to_save."
+            f"{where} holds {(of_adapter or others)[0]!r:.100}, which is not part of its adapter. Modules that are saved "
+            "with an adapter must be named in modules_to_save."
         )
 
 
 def check_tensors(
     expected: Mapping[str, SavedTensor], tensors: Mapping[str, Tensor], where: str
 ) -> None:
-    """Raise a ValueError unless the expected tensors are there, in their shapes and dtypes, and finite."""
+    """Raise a ValueError unless all expected tensors are present, finite, and have the right shapes and dtypes."""
     problems = []
     for name, wanted in expected.items():
         tensor = tensors.get(name)
@@ -110,19 +105,19 @@ def check_tensors(
             dtype = "" if wanted.dtype is None else f" {wanted.dtype}"
             problems.append(f"{name} is {tuple(tensor.shape)} instead of {wanted.shape}{dtype}")
         elif tensor.device.type != "meta" and not _could_be_trained(tensor, wanted):
-            problems.append(f"{name} holds NaN, infinity, or what no training gives")
+            problems.append(f"{name} holds NaN, infinity or implausible numbers")
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ValueError(
             f"The weights in {where} do not fit their adapter_config.json: {'; '.join(problems[:3])}{more}. The file is damaged "
-            "or belongs to another adapter; take a good copy, or edit again."
+            "or belongs to another adapter; use an intact copy, or edit again."
         )
 
 
 def _could_be_trained(tensor: Tensor, wanted: SavedTensor) -> bool:
     if wanted.dtype is not None and not wanted.dtype.is_floating_point:
         return True
-    # Of a tensor that is sharded over processes, this one's part: asking for the others would wait for them.
+    # Only this process's shard of a sharded tensor: reading the others would wait for their processes.
     own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return tensor.is_floating_point() and bool((own.float().abs() < LARGEST).all())
 
@@ -130,7 +125,7 @@ def _could_be_trained(tensor: Tensor, wanted: SavedTensor) -> bool:
 def _expected_shapes(
     tensors: Mapping[str, Tensor], blocks: set[str], config: BaftConfig
 ) -> dict[str, SavedTensor]:
-    """Return the tensors that the config promises, for every block that it names in full or by its end.
+    """Return the tensors that the config requires, for every block that it names in full or by suffix.
 
     Args:
         blocks: those that the file has tensors for.
@@ -152,14 +147,14 @@ def _expected_shapes(
             if f"{module}." in name.removeprefix(BASE)
         }
         if not of_module and config.task_type not in HEADS:
-            # A name that no file has: the module is reported as missing.
+            # No file has this name, so the module is reported as missing.
             of_module = {f"{BASE}{module}": SavedTensor(())}
         of_saved_modules |= of_module
     return of_saved_modules | of_adapter
 
 
 def _expected_blocks(blocks: set[str], config: BaftConfig) -> set[str]:
-    """Return the blocks that the config names, in full where the file has tensors for them."""
+    """Return the blocks that the config names, by their full names if the file has tensors for them."""
     expected: set[str] = set()
     for target in config.target_modules or ("a block",):
         expected |= {block for block in blocks if f".{block}".endswith(f".{target}")} or {target}
@@ -167,6 +162,6 @@ def _expected_blocks(blocks: set[str], config: BaftConfig) -> set[str]:
 
 
 def promised_tensors(blocks: set[str], config: BaftConfig) -> dict[str, SavedTensor]:
-    """Return the tensors that a config promises for these blocks, as a saved file has them."""
+    """Return the tensors that a config requires for these blocks, by their names in a saved file."""
     expected = _expected_shapes({}, blocks, config)
     return {name: expected[name] for name in sorted(expected) if MARK in name}

@@ -11,7 +11,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from peft_baft.adapter.cursors import restored_on_error
+from peft_baft.adapter.rollback import restored_on_error
 from peft_baft.adapter.state import (
     adapter_state_dict,
     adapter_tensors,

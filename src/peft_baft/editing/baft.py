@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peft_baft.adapter import BaftLayer, EditContext, baft_layers, find_context
-from peft_baft.adapter.cursors import restored_on_error
+from peft_baft.adapter.rollback import restored_on_error
 from peft_baft.adapter.state import evaluating, is_baft_peft_model, trainable
 from peft_baft.data.batching import Tokens, encode_fitting, padding_id
 from peft_baft.data.cases import Edit, Unrelated

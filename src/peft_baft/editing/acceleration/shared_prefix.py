@@ -23,7 +23,7 @@ from peft_baft.running import (
     call_with_cache,
     generate_greedily,
     generates_with_cache,
-    holds_keys_alone,
+    has_attention_layers_only,
     input_device,
     select_rows,
     takes_position_ids,
@@ -52,7 +52,7 @@ class SharedPrefix:
         inputs = {"input_ids": torch.tensor([ids], device=input_device(model))}
         with torch.no_grad(), replaced_forwards(packed), no_logits(base):
             _, cache = call_with_cache(model, base, inputs)
-        return cls(ids, cache) if holds_keys_alone(cache) else cls()
+        return cls(ids, cache) if has_attention_layers_only(cache) else cls()
 
 
 @dataclass(frozen=True)
