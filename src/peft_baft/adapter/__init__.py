@@ -1,4 +1,4 @@
-"""The PEFT side of BaFT: an adapter can be loaded and used with this package alone, without any training code."""
+"""The PEFT side of BaFT: an adapter can be loaded and used without any training code."""
 
 from peft_baft.adapter import native, peft_model
 from peft_baft.adapter.call import RecordedGates

@@ -134,9 +134,7 @@ class EditContext:
     _recording_depth = _ThreadLocalAttribute()
     stated_lengths = _ThreadLocalAttribute()  # (sequences,) set by `prompt_lengths()`
     generation = _ThreadLocalAttribute()  # the `Generation` of a running `generate`
-    _is_own_forward = (
-        _ThreadLocalAttribute()
-    )  # whether this package makes the forward, not a caller
+    _is_own_forward = _ThreadLocalAttribute()  # whether this package makes the forward
     last_call = _ThreadLocalAttribute()  # the `Call` of the last forward
     _running = _ThreadLocalAttribute()  # a `_Forward` for each running forward, the innermost last
     _model_call = _ThreadLocalAttribute()  # what the base model was called with

@@ -267,13 +267,13 @@ def read_model_call(
 ) -> ModelArguments:
     """Read a call of the causal language model, whose parameters are `names`."""
     given = bind(names, args, kwargs)
-    labels, ids, kept = answer_labels(given), given.get("input_ids"), given.get("logits_to_keep")
+    labels, ids, keep = answer_labels(given), given.get("input_ids"), given.get("logits_to_keep")
     if labels is not None and not labels_are_tokens(model):
         labels = None
     return ModelArguments(
         labels=labels,
         prompt_lengths=given.get("prompt_lengths"),
-        wants_last_logits=isinstance(kept, int) and kept == 1,
+        wants_last_logits=isinstance(keep, int) and keep == 1,
         packing=packing_arguments(given),
         input_ids=ids if isinstance(ids, Tensor) else None,
     )

@@ -17,7 +17,7 @@ NOT_BLOCKS = (
     "A BaFT adapter edits the output of decoder blocks, the vectors that one block passes to the next. %s"
     "To edit blocks, leave target_modules out and choose them with layers_to_transform=[...], counted from 0."
 )
-# Architectures whose structure does not reliably show why they cannot be edited.
+# Architectures that cannot be edited, for reasons that their structure does not show reliably.
 UNFIT_ARCHITECTURES = {
     "blt": "its main stack reads patches of several bytes, so that a block's vectors are not those of tokens",
     "cpmant": "it puts learned vectors before the text, and reads a prompt in both directions",
