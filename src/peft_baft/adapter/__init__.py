@@ -1,8 +1,9 @@
-"""The PEFT side of BaFT: an adapter can be loaded and used with this package alone, without any training code."""
+"""The PEFT side of BaFT: an adapter can be loaded and used without any training code."""
 
 from peft_baft.adapter import native, peft_model
+from peft_baft.adapter.call import RecordedGates
 from peft_baft.adapter.config import BaftConfig
-from peft_baft.adapter.context import EditContext, RecordedGates
+from peft_baft.adapter.context import EditContext
 from peft_baft.adapter.layer import BaftLayer
 from peft_baft.adapter.model import BaftModel, baft_layers, find_context, prompt_lengths
 from peft_baft.adapter.registration import register

@@ -17,8 +17,13 @@ from torch import Tensor, nn
 
 from peft_baft.adapter.call import RecordedGates
 from peft_baft.adapter.layer import BaftLayer
-from peft_baft.adapter.model_arguments import labels_are_tokens
-from peft_baft.adapter.model_call import TrainingCall, loss_of, read_training_call, with_loss
+from peft_baft.adapter.model_call import (
+    TrainingCall,
+    labels_are_tokens,
+    loss_of,
+    read_training_call,
+    with_loss,
+)
 from peft_baft.losses import load_balance, mean_over_blocks, rescaled
 
 logger = logging.getLogger(__name__)

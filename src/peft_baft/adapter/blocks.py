@@ -1,4 +1,4 @@
-"""Find the decoder blocks of a model by its structure, independent of its architecture's names."""
+"""Find the decoder blocks of a model by its structure, whatever they are called."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def configured_depth(model: nn.Module) -> int | None:
 
 
 def blocks_left_out(model: nn.Module) -> frozenset[int]:
-    """Return the indices of the blocks that do not run on text alone."""
+    """Return the indices of the blocks that do not run on text only."""
     return frozenset(getattr(text_config(model), "cross_attention_layers", None) or ())
 
 

@@ -120,7 +120,7 @@ class BaftConfig(PeftConfig):
             saved under it (`peft_baft.adapter.kinds`).
         balance_weight: Weight of the gates' load balance in the loss that the model returns when it is called in training
             mode with labels, as by Trainer or a custom loop; at most this times the loss is added. 0 adds nothing.
-            `BaftEditor` has an objective of its own and ignores this field. See docs/training.md.
+            `BaftEditor` has its own objective and ignores this field. See docs/training.md.
         pack_ranks: For an adapter combined from several (`add_weighted_adapter`), their ranks, which sum to r: the
             rows of R are orthonormal within each. None for any other adapter.
         init_weights: True starts exactly at Φ(h) = h. False draws a random update, for tests only.

@@ -10,7 +10,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -22,8 +22,12 @@ from peft_baft.adapter import model_call
 from peft_baft.adapter.call import NOT_FOUND, Call, CallsByInput, RecordedGates, in_backward
 from peft_baft.adapter.generation import Generation
 from peft_baft.adapter.mixed_batch import repeated_names
-from peft_baft.adapter.model_arguments import ModelArguments, ModelCallReader, labels_are_tokens
-from peft_baft.adapter.model_call import StackCall, StackSignature, UnknownPositionError
+from peft_baft.adapter.model_call import (
+    ModelArguments,
+    StackCall,
+    StackSignature,
+    UnknownPositionError,
+)
 from peft_baft.adapter.rollback import Cursors
 from peft_baft.adapter.texts import (
     Texts,
@@ -59,7 +63,8 @@ PREPARATION = "prepare_inputs_for_generation"
 
 
 def _not_compiled(method: F) -> F:
-    return cast(F, torch.compiler.disable(method))  # typed, unlike torch's decorator
+    disabled: Any = torch.compiler.disable  # which has no types
+    return cast(F, disabled(method))
 
 
 class _PreparationWatch:
@@ -129,9 +134,7 @@ class EditContext:
     _recording_depth = _ThreadLocalAttribute()
     stated_lengths = _ThreadLocalAttribute()  # (sequences,) set by `prompt_lengths()`
     generation = _ThreadLocalAttribute()  # the `Generation` of a running `generate`
-    _is_own_forward = (
-        _ThreadLocalAttribute()
-    )  # whether this package makes the forward, not a caller
+    _is_own_forward = _ThreadLocalAttribute()  # whether this package makes the forward
     last_call = _ThreadLocalAttribute()  # the `Call` of the last forward
     _running = _ThreadLocalAttribute()  # a `_Forward` for each running forward, the innermost last
     _model_call = _ThreadLocalAttribute()  # what the base model was called with
@@ -146,7 +149,6 @@ class EditContext:
         self.cursors = Cursors()  # of the adapters' editors
         self._warned_of_training = self._warned_of_scoring = False
         self._model: Any = model
-        self._reads_model = ModelCallReader(model)
         self._stack, self._model_signature = StackSignature.of(stack), StackSignature.of(model)
         self._reads_texts = self._detached = False
         self._handles = [
@@ -253,31 +255,28 @@ class EditContext:
         The key is the block's name if one adapter is active; (block's name, adapter's name) if several are, or for that
         adapter's rows of a mixed batch.
         """
-        outer = self.recorded, self._recording_depth
-        self.recorded, self._recording_depth = {}, len(self._running or ())
-        try:
+        with self._values(recorded={}, _recording_depth=len(self._running or ())):
             yield self.recorded
-        finally:
-            self.recorded, self._recording_depth = outer
 
-    @contextmanager
-    def rows(self, names: list[str] | None) -> Iterator[None]:
+    def rows(self, names: list[str] | None) -> AbstractContextManager[None]:
         """Edit row i of the batches in the context by adapter `names[i]` only."""
-        outer = self.row_names, self.row_adapters
-        self.row_names = self.row_adapters = names
-        try:
-            yield
-        finally:
-            self.row_names, self.row_adapters = outer
+        return self._values(row_names=names, row_adapters=names)
+
+    def stating(self, lengths: Sequence[int] | Tensor) -> AbstractContextManager[None]:
+        """Use `lengths` (sequences,) as the prompt lengths of this thread's forwards and `generate` calls in the context."""
+        return self._values(stated_lengths=integer_lengths(lengths))
 
     @contextmanager
-    def stating(self, lengths: Sequence[int] | Tensor) -> Iterator[None]:
-        """Use `lengths` (sequences,) as the prompt lengths of this thread's forwards and `generate` calls in the context."""
-        outer, self.stated_lengths = self.stated_lengths, integer_lengths(lengths)
+    def _values(self, **values: Any) -> Iterator[None]:
+        """Set attributes of this thread in the context, and restore them afterwards."""
+        outer = {name: getattr(self, name) for name in values}
+        for name, value in values.items():
+            setattr(self, name, value)
         try:
             yield
         finally:
-            self.stated_lengths = outer
+            for name, value in outer.items():
+                setattr(self, name, value)
 
     @contextmanager
     def another_call(self) -> Iterator[None]:
@@ -320,14 +319,10 @@ class EditContext:
         if self._detached:
             return method(*args, **kwargs)
         lengths = kwargs.pop("prompt_lengths", None)
-        outer = self.generation, self.stated_lengths
-        self.generation = self._begin_generation(args, kwargs, lengths)
+        generation = self._begin_generation(args, kwargs, lengths)
         # Stated lengths belong to this prompt, not to other texts that a logits processor may call the model on.
-        self.stated_lengths = None
-        try:
+        with self._values(generation=generation, stated_lengths=None):
             return method(*args, **kwargs)
-        finally:
-            self.generation, self.stated_lengths = outer
 
     def method_of_model(self, name: str) -> Any:
         """Return the method that ours replaced: one that a caller had set on the model, or that of the model's class."""
@@ -389,7 +384,9 @@ class EditContext:
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before the base model's forward: read labels and prompt lengths, which its stack of blocks does not receive."""
-        self._model_call = self._reads_model.read(args, kwargs)
+        self._model_call = model_call.read_model_call(
+            self._model, self._model_signature.names, args, kwargs
+        )
         if self.row_names is not None and self.generation is not None:
             read = model_call.read_stack_call(self._model_signature, args, kwargs)
             if read is not None:
@@ -602,7 +599,7 @@ class EditContext:
     @property
     def _may_score_answers(self) -> bool:
         """Whether the model may predict next tokens: a classifier has no answers."""
-        return not hasattr(self._model, "can_generate") or labels_are_tokens(self._model)
+        return not hasattr(self._model, "can_generate") or model_call.labels_are_tokens(self._model)
 
     def _is_edited(self) -> bool:
         """Return whether an adapter is active in any block."""

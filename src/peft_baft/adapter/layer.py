@@ -117,7 +117,7 @@ class BaftLayer(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
-        """Return device and dtype of the block's first weight that is not quantised; None where there is none."""
+        """Return device and dtype of the block's first weight that is not quantised; None if there is none."""
         own = {id(parameter) for parameter in self.parameters()}
         for weight in base_layer.parameters():
             if id(weight) not in own and weight.is_floating_point() and not is_quantised(weight):

@@ -230,12 +230,53 @@ def _is_one_per_token(labels: Any) -> bool:
     return isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
 
 
-def wants_last_logits(
-    names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> bool:
-    """Return whether a call of the causal language model requests the logits of the last token only."""
-    wanted = bind(names, args, kwargs).get("logits_to_keep")
-    return isinstance(wanted, int) and wanted == 1
+def labels_are_tokens(model: Any) -> bool:
+    """Return whether a model's labels are next tokens, as for a causal language model, and not classes of tokens.
+
+    For a model that is not from transformers, the task type of its adapters decides.
+    """
+    if hasattr(model, "can_generate"):
+        return bool(model.can_generate())
+    return any(
+        getattr(config, "task_type", None) == "CAUSAL_LM"
+        for module in model.modules()
+        for config in getattr(module, "configs", {}).values()
+    )
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """What one call of the base model states about its prompts.
+
+    Attributes:
+        labels: (rows, tokens) long, -100 before each answer; None if there are none, or if they do not show where prompts end.
+        prompt_lengths: as passed. wants_last_logits: whether the caller wants the logits of the last token only.
+        packing: how sequences are packed into rows, apart from position ids.
+        input_ids: (rows, tokens), since the stack of blocks may receive embeddings only; None if there are none.
+    """
+
+    labels: Tensor | None = None
+    prompt_lengths: Any = None
+    wants_last_logits: bool = False
+    packing: Packing = field(default_factory=Packing)
+    input_ids: Tensor | None = None
+
+
+def read_model_call(
+    model: nn.Module, names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> ModelArguments:
+    """Read a call of the causal language model, whose parameters are `names`."""
+    given = bind(names, args, kwargs)
+    labels, ids, keep = answer_labels(given), given.get("input_ids"), given.get("logits_to_keep")
+    if labels is not None and not labels_are_tokens(model):
+        labels = None
+    return ModelArguments(
+        labels=labels,
+        prompt_lengths=given.get("prompt_lengths"),
+        wants_last_logits=isinstance(keep, int) and keep == 1,
+        packing=packing_arguments(given),
+        input_ids=ids if isinstance(ids, Tensor) else None,
+    )
 
 
 @dataclass(frozen=True)

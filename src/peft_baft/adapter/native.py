@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from functools import wraps
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -59,7 +59,8 @@ def _checked_config(model: Any, arguments: Mapping[str, Any]) -> BaftConfig | No
     Raises:
         ValueError: the adapter is damaged or incomplete, or would be hot-swapped.
     """
-    config, tensors = arguments["peft_config"], arguments["adapter_state_dict"]
+    config: PeftConfig | None = arguments["peft_config"]
+    tensors = arguments["adapter_state_dict"]
     folder, options = arguments["peft_model_id"], _options_of_files(arguments)
     if config is None and folder is not None:
         config = _config_in(folder, options)
@@ -78,8 +79,9 @@ def _checked_config(model: Any, arguments: Mapping[str, Any]) -> BaftConfig | No
     if tensors is not None and not mapping:
         config.shapes_to_load = require_complete(model, config, name, tensors)
     elif tensors is None and arguments["peft_config"] is None:
-        config = BaftConfig.from_pretrained(str(folder), **options)
-        config.shapes_to_load = config.saved_shapes
+        loaded: BaftConfig = BaftConfig.from_pretrained(str(folder), **options)
+        loaded.shapes_to_load = loaded.saved_shapes
+        return loaded
     return config
 
 
@@ -96,7 +98,7 @@ def _options_of_files(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _config_in(folder: Any, options: Mapping[str, Any]) -> PeftConfig | None:
     """Read an adapter's config; None if that is impossible, which transformers then reports."""
     try:
-        return PeftConfig.from_pretrained(str(folder), **options)
+        return cast(PeftConfig, PeftConfig.from_pretrained(str(folder), **options))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

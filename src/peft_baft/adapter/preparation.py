@@ -15,8 +15,7 @@ from peft_baft.adapter.config import BaftConfig
 from peft_baft.adapter.embeddings import COPIES, own_shapes, plain_name, require_embeddings
 from peft_baft.adapter.layer import CHILD, BaftLayer
 from peft_baft.adapter.parameters import GATE_NORMS
-from peft_baft.adapter.supported import require_decoder, require_editable
-from peft_baft.adapter.targets import require_blocks
+from peft_baft.adapter.supported import require_blocks, require_decoder, require_editable
 
 
 def prepare_config(
