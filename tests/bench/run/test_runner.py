@@ -216,7 +216,7 @@ def test_a_run_in_the_chat_template_teaches_and_asks_in_it(bench: Runner) -> Non
         look = LaneBatch.__init__
 
         def remember(batch: Any, lanes: Any, *args: Any, **kwargs: Any) -> None:
-            seen.extend(tokenizer.decode(list(row.ids)) for lane in lanes for row in lane.rows)
+            seen.extend(str(tokenizer.decode(list(row.ids))) for lane in lanes for row in lane.rows)
             look(batch, lanes, *args, **kwargs)
 
         patch.setattr(LaneBatch, "__init__", remember)
