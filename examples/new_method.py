@@ -1,14 +1,14 @@
 """A new editing method in one file: fine-tune the last norm of the model. python examples/new_method.py [MODEL]
 
-In the package this is a file of src/peft_baft/baselines/ and one entry of METHODS; then `baft bench --method norm` runs it.
+In the package this is a file of src/peft_baft_bench/methods/ and one entry in METHODS; then `baft bench --method norm` runs it.
 """
 
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_baft import PRESETS, DescentConfig, Edit, Editor, EditResult, load_model
 from peft_baft.data.batching import collate, encode_fitting, padding_id
@@ -18,7 +18,7 @@ from peft_baft_bench.methods.methods import METHODS, parse_method
 
 
 class NormEditor:  # follows the protocol peft_baft.Editor
-    def __init__(self, model: Any, tokenizer: Any, descent: DescentConfig) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, descent: DescentConfig) -> None:
         self.model, self.tokenizer, self.descent = model.requires_grad_(False), tokenizer, descent
         self._norm = [parameter for parameter in model.parameters() if parameter.ndim == 1][-1]
         self._original = self._norm.detach().clone()
@@ -50,7 +50,12 @@ DESCENT = DescentConfig(lr=0.05, max_steps=60)
 class NormTuning(MethodSettings):  # `norm:lr=0.01` sets them by name
     descent: DescentConfig = DESCENT
 
-    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> NormEditor:
+    def start(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        setup: EditorSetup | None = None,
+    ) -> NormEditor:
         return NormEditor(base, tokenizer, self.descent)
 
 

@@ -5,37 +5,31 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-Model: TypeAlias = "PeftModel | PreTrainedModel"
-
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # in the order of the search
 
 
-def input_device(model: Model) -> torch.device:
+def input_device(model: nn.Module) -> torch.device:
     """Return the device for a model's input, even if accelerate moves its weights there only for the forward."""
-    embedding: Any = model.get_input_embeddings()
+    embedding = cast(Any, model).get_input_embeddings()
     device = embedding.weight.device
     return torch.device(embedding._hf_hook.execution_device if device.type == "meta" else device)
 
 
-def full_logits(model: nn.Module, **inputs: Any) -> Tensor:
+def full_logits(model: Callable[..., Any], **inputs: Any) -> Tensor:
     """Compute the logits (rows, tokens, vocabulary) of whole texts, without a cache."""
     return cast(Tensor, model(**inputs, use_cache=False).logits)
 
 
 def generate_greedily(
-    model: Model,
+    model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor,
     pad_token_id: int,
@@ -52,7 +46,11 @@ def generate_greedily(
 
 
 def generate_sampled(
-    model: Model, input_ids: Tensor, attention_mask: Tensor, pad_token_id: int, max_new_tokens: int
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    pad_token_id: int,
+    max_new_tokens: int,
 ) -> Tensor:
     """Sample (rows, up to `max_new_tokens`) new tokens from the model's unmodified distribution; arguments as above."""
     sampled = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -61,7 +59,7 @@ def generate_sampled(
 
 
 def _generate(
-    model: Model,
+    model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor,
     pad_token_id: int,
@@ -89,13 +87,13 @@ def has_attention_layers_only(cache: Cache) -> bool:
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
-def generates_with_cache(model: Model) -> bool:
+def generates_with_cache(model: nn.Module) -> bool:
     """Return whether the model's `generate` uses a cache by default."""
     config: Any = model.generation_config
     return bool(config.use_cache)
 
 
-def end_tokens(model: Model) -> list[int]:
+def end_tokens(model: nn.Module) -> list[int]:
     """Return the tokens that end what the model generates."""
     config: Any = model.generation_config
     ends = config.eos_token_id

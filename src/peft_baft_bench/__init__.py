@@ -1,3 +1,4 @@
-"""Compare editing methods: benchmarks, metrics, and one protocol for every method. `peft_baft` never imports
-this package.
+"""Compare editing methods: benchmarks, metrics, and one protocol for every method.
+
+`peft_baft` never imports this package.
 """

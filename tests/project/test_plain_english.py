@@ -30,7 +30,7 @@ PHRASES = (
     r"\b(def|class) (of|held|told|said)_",
 )
 # By place, how many there are. Lower a number when you have removed some; never raise one.
-MOST = {"src": 71, "docs": 102, "README.md": 0}
+MOST = {"src": 67, "docs": 102, "README.md": 0}
 
 
 def occurrences(text: str) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_baft.adapter import BaftConfig
 from peft_baft.editing.adapter_editor import AdapterEditor
@@ -52,11 +53,16 @@ class AdapterMethod(MethodSettings):
     scope: Scope = NARROW
 
     @property
-    def side_by_side(self) -> bool:  # type: ignore[override]
+    def side_by_side(self) -> bool:
         """Whether independent single edits can share forwards."""
         return self.objective is not None
 
-    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> AdapterEditor:
+    def start(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        setup: EditorSetup | None = None,
+    ) -> AdapterEditor:
         """Attach a fresh adapter to `base` and create its editor."""
         setup = setup or EditorSetup()
         torch.manual_seed(setup.seed)
@@ -136,9 +142,7 @@ def other_adapter(
     batch_descent: DescentConfig | None = None,
     **config: Any,
 ) -> AdapterMethod:
-    """Create an adapter method of another PEFT type, trained by teacher forcing with the preset's settings
-    unless a descent is given.
-    """
+    """Create a method for another PEFT type, trained by teacher forcing with the preset's descents unless given."""
     return AdapterMethod(
         config_class=config_class,
         config=config,

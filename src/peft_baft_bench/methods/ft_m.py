@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_baft.adapter.blocks import blocks_before
 from peft_baft.adapter.state import frozen
@@ -30,7 +30,8 @@ from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms, de
 from peft_baft.losses import answer_losses
 from peft_baft.running import full_logits, input_device
 from peft_baft_bench.methods.method import EditorSetup, MethodSettings
-from peft_baft_bench.methods.projections import down_projection, require_layer
+from peft_baft_bench.methods.projections import down_projection
+from peft_baft_bench.methods.validation import require_layer
 
 EASYEDIT_BLOCK = 21  # of a model of 32, counted from 0
 # The method's name in error messages, by objective.
@@ -79,7 +80,10 @@ class FineTuning(MethodSettings):
         return OBJECTIVES[self.objective]
 
     def start(
-        self, base: Any, tokenizer: Any, setup: EditorSetup | None = None
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        setup: EditorSetup | None = None,
     ) -> FineTuningEditor:
         """Create an editor of `base`. Fine-tuning uses neither unrelated text nor random numbers.
 
@@ -102,7 +106,11 @@ class FineTuningEditor:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, settings: FineTuning, template: Template = RAW
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: FineTuning,
+        template: Template = RAW,
     ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self._template = template

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_baft.data.cases import Edit
 from peft_baft.data.templates import RAW, Template
@@ -25,8 +25,9 @@ from peft_baft.editing.editor import EditResult
 from peft_baft.editing.train import STOP_TERM, Descent, DescentConfig, Terms, descend
 from peft_baft.evaluation.forward import answer_ids
 from peft_baft_bench.methods.method import EditorSetup, MethodSettings
-from peft_baft_bench.methods.projections import down_projection, require_layer
+from peft_baft_bench.methods.projections import down_projection
 from peft_baft_bench.methods.prompts import ProjectionEditor
+from peft_baft_bench.methods.validation import require_layer, require_positive
 
 EASYEDIT_BLOCK = 27  # of a model of 32, counted from 0
 GAP = 1e-5  # between the radii of two entries with different answers
@@ -56,12 +57,17 @@ class Grace(MethodSettings):
 
     def __post_init__(self) -> None:
         require_layer(self.layer, "grace")
-        if not 0 < self.radius < float("inf"):
-            raise ValueError(f"grace: radius must be above 0 and finite, not {self.radius!r}.")
+        require_positive("grace: radius", self.radius)
 
-    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> GraceEditor:
-        """Create an editor of `base`. GRACE does not use unrelated text; values are initialised randomly with
-        the setup's seed.
+    def start(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        setup: EditorSetup | None = None,
+    ) -> GraceEditor:
+        """Create an editor of `base`, whose values are initialised randomly with the setup's seed.
+
+        GRACE does not use unrelated text.
 
         If several processes share the facts of a batch, each of them learns all facts, with identical
         results.
@@ -83,8 +89,8 @@ class GraceEditor(ProjectionEditor):
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         settings: Grace,
         template: Template = RAW,
         seed: int = 0,

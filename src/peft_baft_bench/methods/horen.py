@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_baft.data.cases import Edit
 from peft_baft.editing.editor import EditResult
@@ -29,8 +29,9 @@ from peft_baft.evaluation.forward import answer_ids
 from peft_baft_bench.methods.grace import NO_TOKEN, append_answer
 from peft_baft_bench.methods.in_place import minimise, stop_below
 from peft_baft_bench.methods.method import EditorSetup, MethodSettings
-from peft_baft_bench.methods.projections import down_projection, require_layer, weight_of
+from peft_baft_bench.methods.projections import down_projection, weight_of
 from peft_baft_bench.methods.prompts import ProjectionEditor, mean_over
+from peft_baft_bench.methods.validation import require_layer
 
 PUBLISHED_BLOCK = 29  # of a model of 32, counted from 0
 SHARPNESS, PULL = 20.0, 0.1  # of the Hopfield step
@@ -65,10 +66,13 @@ class Horen(MethodSettings):
                 f"horen: threshold must lie between -1 and 1, not be {self.threshold!r}."
             )
 
-    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> HorenEditor:
-        """Create an editor of `base`. Unrelated text is not used; the setup's seed determines the key that
-        stands for no edit.
-        """
+    def start(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        setup: EditorSetup | None = None,
+    ) -> HorenEditor:
+        """Create an editor of `base`, without unrelated text; the setup's seed determines the key of entry 0."""
         return HorenEditor(base, tokenizer, self, setup or EditorSetup())
 
 
@@ -80,13 +84,19 @@ class HorenEditor(ProjectionEditor):
             a known name.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, settings: Horen, setup: EditorSetup) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Horen,
+        setup: EditorSetup,
+    ) -> None:
         name = down_projection(model, settings.layer, PUBLISHED_BLOCK, "horen")
         super().__init__(model, tokenizer, setup.template, name)
         self.settings, device = settings, self._device
         out, into = weight_of(self._projection).shape
         generator = torch.Generator().manual_seed(setup.seed)
-        # Entry 0 stands for no edit: its key is random and its value zero.
+        # Entry 0 represents no edit: its key is random and its value zero.
         self._keys = F.normalize(torch.randn(1, into, generator=generator), dim=1).to(device)
         self._values = torch.zeros(1, out, device=device)
         self._answers = torch.zeros(1, 0, dtype=torch.long, device=device)
@@ -155,7 +165,7 @@ class HorenEditor(ProjectionEditor):
         return output + (ends[..., None] * change[:, None]).to(output.dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the codebook: keys, values and answers, one row per entry; the first one stands for no edit."""
+        """Return the codebook: keys, values and answers, one row per entry; the first one represents no edit."""
         return {"keys": self._keys, "values": self._values, "answers": self._answers}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -11,10 +11,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_baft.data.batching import (
     Tokens,
@@ -59,7 +60,12 @@ class InContext(MethodSettings):
                 f"in-context: form must contain {{prompt}} and {{target}}, but is {self.form!r}."
             )
 
-    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> InContextEditor:
+    def start(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        setup: EditorSetup | None = None,
+    ) -> InContextEditor:
         """Create an editor of `base`.
 
         Raises:
@@ -72,7 +78,9 @@ class InContext(MethodSettings):
 class InContextEditor:
     """Stores edits as texts; an `Editor` whose model puts them before prompts."""
 
-    def __init__(self, model: Any, tokenizer: Any, settings: InContext) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: InContext
+    ) -> None:
         self.tokenizer, self.settings = tokenizer, settings
         self.model = ModelWithFacts(model, tokenizer, settings.form)
 
@@ -124,7 +132,9 @@ class ModelWithFacts:
     If no prompt of a batch matches, the output is bit-for-bit that of the unedited model.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, form: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, form: str
+    ) -> None:
         self.base, self._tokenizer, self._form = model, tokenizer, form
         self.set_facts({})
 
@@ -169,9 +179,8 @@ class ModelWithFacts:
         """Generate continuations; returns the prompts as given and the new tokens, (rows, tokens)."""
         given, before = self._find_insertions(input_ids, attention_mask, None)
         if not any(before):
-            return self.base.generate(
-                input_ids=input_ids, attention_mask=attention_mask, **settings
-            )
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+            return cast(Tensor, self.base.generate(**inputs, **settings))
         rows = [
             _insert(row, start, tokens) for (row, start), tokens in zip(given, before, strict=True)
         ]
@@ -182,8 +191,11 @@ class ModelWithFacts:
     def _find_insertions(
         self, input_ids: Tensor, mask: Tensor, labels: Tensor | None
     ) -> tuple[list[tuple[list[int], int]], list[tuple[int, ...]]]:
-        """Return the real tokens of each row with the position after its initial special tokens, and the
-        tokens to insert there.
+        """Find the matching edit of each row.
+
+        Returns:
+            The real tokens of each row with the number of special tokens at its start, and the tokens to
+                insert after these.
         """
         positions = relative_positions_of_input(mask.bool(), labels=labels)
         special = special_ids(self._tokenizer)
@@ -192,7 +204,8 @@ class ModelWithFacts:
             row = ids[row_positions != OUTSIDE].tolist()
             start = next((i for i, token in enumerate(row) if token not in special), len(row))
             prompt = ids[(row_positions < 0) & (row_positions != OUTSIDE)]
-            match = self._index.match(self._tokenizer.decode(prompt, skip_special_tokens=True))
+            text = str(self._tokenizer.decode(prompt, skip_special_tokens=True))
+            match = self._index.match(text)
             given.append((row, start))
             before.append(NO_TOKENS if match is None else self._sentence(match))
         return given, before

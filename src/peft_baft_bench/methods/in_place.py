@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_baft.adapter.state import frozen
 from peft_baft.data.batching import Tokens, encode_fitting
@@ -28,14 +28,17 @@ def require_raw(method: str, template: Template, facts: Iterable[Edit] = ()) -> 
 
 
 class InTurnEditor(ABC):
-    """Base class of `Editor`s that make the edits of a batch one after another; subclasses implement `_learn`
-    for one edit.
+    """Base class of `Editor`s that make the edits of a batch one after another.
+
+    Subclasses implement `_learn` for one edit.
 
     Args:
         template: the prompt format in which facts are taught.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, template: Template = RAW) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template = RAW
+    ) -> None:
         self.model, self.tokenizer, self._template = model, tokenizer, template
 
     def edit(self, edits: Iterable[Edit]) -> EditResult:
@@ -81,8 +84,9 @@ def stop_below(stop_loss: float) -> Callable[[Sequence[float]], bool]:
 
 
 def stop_when_settled(stop_loss: float, change: float = 1e-4) -> Callable[[Sequence[float]], bool]:
-    """Return the stopping rule of WISE and MEMOIR: the loss is at most `stop_loss`, and the last step changed
-    it by at most `change`.
+    """Return the stopping rule of WISE and MEMOIR.
+
+    The loss must be at most `stop_loss`, and the last step must have changed it by at most `change`.
     """
     return lambda totals: (
         len(totals) > 1 and totals[-1] <= stop_loss and abs(totals[-1] - totals[-2]) <= change
@@ -123,7 +127,7 @@ def minimise(
         if should_stop(totals) or step == max_steps:
             break
         optimizer.zero_grad()
-        total.backward()
+        torch.autograd.backward(total)
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, clip_norm)
         optimizer.step()

@@ -1,5 +1,4 @@
-"""Shared by methods that locate a fact at its subject's last token: prefixes for the prompt, keys, and target
-vectors.
+"""Shared by methods that locate a fact at its subject's last token: prefixes, keys, and target vectors.
 
 ROME (arXiv 2202.05262, Sec. 3.1) and its successors use the input of a down projection at the subject's last
 token as the key of a fact, and find by gradient descent what the projection should output there.
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_baft.adapter.blocks import blocks_before
 from peft_baft.data.batching import Tokens, collate, encode_fitting, last_token_of, padding_id
@@ -31,8 +31,13 @@ from peft_baft.losses import answer_losses
 from peft_baft.running import full_logits, generate_sampled, input_device
 from peft_baft_bench.methods.in_place import minimise, stop_below
 from peft_baft_bench.methods.projections import by_rows
+from peft_baft_bench.methods.validation import (
+    require_integer,
+    require_non_negative,
+    require_positive,
+)
 
-ESSENCE = "{} is a"  # its continuation shows what the model takes the subject for
+ESSENCE = "{} is a"  # its continuation shows what the model believes the subject is
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class LocatedFact:
     Attributes:
         rows: the prompt with its answer, first without and then with each prefix.
         places: the position of the subject's last token in each row.
-        essence: the text "SUBJECT is a", whose continuation shows what the model takes the subject for.
+        essence: the text "SUBJECT is a", whose continuation shows what the model believes the subject is.
         essence_place: the position of the subject's last token in it.
     """
 
@@ -53,7 +58,10 @@ class LocatedFact:
 
 
 def generate_prefixes(
-    model: Any, tokenizer: Any, lengths: Sequence[tuple[int, int]], seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[tuple[int, int]],
+    seed: int = 0,
 ) -> list[str]:
     """Generate texts with the unedited model that can precede a prompt.
 
@@ -71,13 +79,16 @@ def generate_prefixes(
                 row = tokenizer(BEGINNINGS[number % len(BEGINNINGS)], return_tensors="pt")
                 ids, mask = row["input_ids"], row["attention_mask"]
                 new = generate_sampled(model, ids, mask, padding_id(tokenizer), tokens)
-                text = tokenizer.decode([*ids[0], *new[0]], skip_special_tokens=True)
+                text = str(tokenizer.decode([*ids[0], *new[0]], skip_special_tokens=True))
                 found.append(" ".join(text.split()))
     return found
 
 
 def cached_prefixes(
-    model: Any, tokenizer: Any, lengths: Sequence[tuple[int, int]], prepared: EditCache
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[tuple[int, int]],
+    prepared: EditCache,
 ) -> list[str]:
     """Generate prefixes once for all editors of a model; see `generate_prefixes`."""
     key = ("prefixes", *lengths)
@@ -93,8 +104,8 @@ def with_prefixes(prompt: Prompt, prefixes: Sequence[str]) -> list[Prompt]:
 
 
 def locate_fact(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     edit: Edit,
     prefixes: Sequence[str],
     method: str,
@@ -128,8 +139,7 @@ def locate_fact(
 
 @dataclass(frozen=True)
 class Search:
-    """How the target vector is searched for: with Adam, starting from zero, by default with EasyEdit's
-    settings for ROME.
+    """How the target vector is searched for: Adam from zero, by default with EasyEdit's settings for ROME.
 
     Args:
         lr: the learning rate of Adam.
@@ -148,16 +158,11 @@ class Search:
     kl: float = 0.0625
 
     def __post_init__(self) -> None:
-        if type(self.max_steps) is not int or self.max_steps < 1:
-            raise ValueError(f"max_steps must be an integer of at least 1, not {self.max_steps!r}.")
+        require_integer("max_steps", self.max_steps, 1)
         for name in ("lr", "clamp"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)!r}.")
+            require_positive(name, getattr(self, name))
         for name in ("stop_loss", "weight_decay", "kl"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(
-                    f"{name} must be 0 or above and finite, not {getattr(self, name)!r}."
-                )
+            require_non_negative(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -174,10 +179,13 @@ class SearchResult:
 
 
 def search_target(
-    model: Any, tokenizer: Any, module_name: str, located: LocatedFact, search: Search
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    module_name: str,
+    located: LocatedFact,
+    search: Search,
 ) -> SearchResult:
-    """Search for the module output at the subject's last token with which the model gives the answer in every
-    text.
+    """Search for the module output at the subject's last token that makes the model give the answer in all texts.
 
     Raises:
         FloatingPointError: a loss became NaN or infinite.
@@ -211,7 +219,7 @@ def search_target(
         # Average over each text's answer tokens, then over texts.
         return {
             STOP_TERM: torch.stack(
-                [part.mean() for part in token_losses.split(answer_lengths)]
+                [part.mean() for part in torch.split(token_losses, answer_lengths)]
             ).mean(),
             "essence": search.kl * (now.exp() * (now - before)).sum(),
             "length": search.weight_decay * delta.norm() / original.square().sum(),
@@ -255,7 +263,7 @@ def capture(module: nn.Module, rows: int) -> Iterator[list[Activations]]:
 def add_vector(module: nn.Module, places: Tensor, delta: Tensor) -> Iterator[None]:
     """Add a vector (d,) to the output of a module at one token of each row; `places` are the tokens' positions, (rows,)."""
 
-    def add(_module: nn.Module, _args: tuple, output: Any) -> Any:
+    def add(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         given = _hidden(output)
         hidden = by_rows(given, len(places))
         tokens = torch.arange(hidden.shape[1], device=hidden.device)
@@ -272,8 +280,8 @@ def add_vector(module: nn.Module, places: Tensor, delta: Tensor) -> Iterator[Non
 
 @torch.no_grad()
 def keys_and_outputs(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     key_module: nn.Module,
     output_module: nn.Module,
     located: LocatedFact,
@@ -300,8 +308,6 @@ def keys_and_outputs(
 
 
 def _hidden(output: Any) -> Tensor:
-    """Return the hidden vectors (rows, tokens, d) from a module's output; some blocks return a tuple that
-    begins with them.
-    """
+    """Return the hidden vectors (rows, tokens, d) from a module's output, which may be a tuple that begins with them."""
     hidden: Tensor = output if isinstance(output, Tensor) else output[0]
     return hidden

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -17,8 +16,7 @@ from peft_baft_bench.methods.projections import is_transposed
 
 
 class LowRankChanges:
-    """Keeps weights of a model at their original value plus leftᵀ right, with one row of left and right per
-    edit.
+    """Keeps weights at their original value plus leftᵀ right, with one row of left and right per edit.
 
     Args:
         names: the modules whose `weight` is changed: linear ones, or GPT-2's with transposed weights.
@@ -31,7 +29,7 @@ class LowRankChanges:
         ValueError: a weight is not of a floating-point type.
     """
 
-    def __init__(self, model: Any, names: Sequence[str], method: str) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str], method: str) -> None:
         self._model = model
         self._modules: dict[str, nn.Module] = {name: model.get_submodule(name) for name in names}
         self._weights: dict[str, nn.Parameter] = {
@@ -105,8 +103,9 @@ class LowRankChanges:
             self._write(name)
 
     def save_lora(self, folder: str | Path) -> None:
-        """Save the updates as a LoRA, with rank 1 per edit, which PEFT loads onto the unedited model without
-        this package.
+        """Save the updates as a LoRA, with rank 1 per edit.
+
+        PEFT loads it onto the unedited model without this package.
 
         Raises:
             ValueError: there is no edit, or the folder contains files.

@@ -1,5 +1,4 @@
-"""MELO: a pool of small LoRAs, and clusters of prompts that select one of them (arXiv 2312.11795), as
-EasyEdit runs it.
+"""MELO: a pool of LoRAs, and clusters of prompts that select one (arXiv 2312.11795), as EasyEdit runs it.
 
 The output of one block's up projection at the last prompt token is compared with the clusters. Within the
 radius of a cluster, the LoRA of its nearest edit is applied; all other prompts give the output of the
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_baft.adapter.blocks import blocks_before
 from peft_baft.adapter.state import frozen
@@ -32,6 +32,7 @@ from peft_baft_bench.methods.in_place import minimise, stop_below
 from peft_baft_bench.methods.method import EditorSetup, MethodSettings
 from peft_baft_bench.methods.projections import scale_block, up_projection, weight_of
 from peft_baft_bench.methods.prompts import PromptTracker, TrainingTexts
+from peft_baft_bench.methods.validation import require_integer, require_layer, require_positive
 
 PUBLISHED_BLOCK, PUBLISHED_DEPTH = 35, 48  # of GPT-2 XL, counted from 0
 ADAPTED = 2  # blocks with LoRAs, directly after the query block
@@ -69,18 +70,17 @@ class Melo(MethodSettings):
 
     def __post_init__(self) -> None:
         for name in ("rank", "edits_a_lora"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"melo: {name} must be an integer of at least 1, not {value!r}.")
+            require_integer(f"melo: {name}", getattr(self, name), 1)
         for name in ("scaling", "radius"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(
-                    f"melo: {name} must be above 0 and finite, not {getattr(self, name)!r}."
-                )
-        if self.layer is not None and type(self.layer) is not int:
-            raise TypeError(f"melo: layer must be an integer, not {self.layer!r}.")
+            require_positive(f"melo: {name}", getattr(self, name))
+        require_layer(self.layer, "melo")
 
-    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> MeloEditor:
+    def start(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        setup: EditorSetup | None = None,
+    ) -> MeloEditor:
         """Create an editor of `base`. Unrelated text is not used; LoRAs are initialised randomly with the setup's seed."""
         return MeloEditor(base, tokenizer, self, setup or EditorSetup())
 
@@ -93,7 +93,13 @@ class MeloEditor:
             known name.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, settings: Melo, setup: EditorSetup) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Melo,
+        setup: EditorSetup,
+    ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self._template, self._seed = setup.template, setup.seed
         layer = settings.layer

@@ -1,5 +1,6 @@
-"""MEMIT (arXiv 2210.07229) and AlphaEdit (arXiv 2410.02355): many facts at once, distributed over the down
-projections of several blocks.
+"""MEMIT (arXiv 2210.07229) and AlphaEdit (arXiv 2410.02355): many facts at once in several blocks.
+
+The update is distributed over the down projections of these blocks.
 
 For each fact, a target z is searched for: the output of the last of these blocks at the subject's last token.
 Then, block by block, the remaining difference is divided among the blocks that are left:
@@ -19,10 +20,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_baft.adapter.blocks import find_stack
 from peft_baft.adapter.state import frozen
@@ -40,8 +41,9 @@ from peft_baft_bench.methods.locating import (
 )
 from peft_baft_bench.methods.low_rank import LowRankChanges
 from peft_baft_bench.methods.method import EditorSetup, MethodSettings
-from peft_baft_bench.methods.projections import EASYEDIT_DEPTH, down_projection
+from peft_baft_bench.methods.projections import EASYEDIT_DEPTH, block_count, down_projection
 from peft_baft_bench.methods.second_moments import second_moments
+from peft_baft_bench.methods.validation import require_integer, require_positive
 
 EASYEDIT_BLOCKS = (4, 5, 6, 7, 8)  # of a model of 32, counted from 0
 PREFIX_TOKENS = 10
@@ -49,8 +51,7 @@ PREFIX_TOKENS = 10
 
 @dataclass(frozen=True)
 class Memit(MethodSettings):
-    """Write facts into the down projections of several blocks, by default with EasyEdit's settings for Llama
-    models.
+    """Write facts into the down projections of several blocks, by default with EasyEdit's Llama settings.
 
     Args:
         null_space: whether the update is restricted to directions that keys rarely have (AlphaEdit).
@@ -89,23 +90,21 @@ class Memit(MethodSettings):
                 )
             object.__setattr__(self, "layers", tuple(sorted(set(blocks))))
         for name, least in (("contexts", 0), ("moment_tokens", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(
-                    f"{self.name}: {name} must be an integer of at least {least}, not {value!r}."
-                )
+            require_integer(f"{self.name}: {name}", getattr(self, name), least)
         for name in ("moment_weight", "threshold", "ridge"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(
-                    f"{self.name}: {name} must be above 0 and finite, not {getattr(self, name)!r}."
-                )
+            require_positive(f"{self.name}: {name}", getattr(self, name))
 
     @property
     def name(self) -> str:
         """The method's name in error messages."""
         return "alphaedit" if self.null_space else "memit"
 
-    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> MemitEditor:
+    def start(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        setup: EditorSetup | None = None,
+    ) -> MemitEditor:
         """Create an editor of `base`. Unrelated text is not used.
 
         If several processes share the facts of a batch, each of them makes all edits, with identical results.
@@ -131,17 +130,17 @@ class MemitEditor:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         settings: Memit,
         template: Template = RAW,
         prepared: EditCache | None = None,
     ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self._template, stack = template, find_stack(model)
-        depth = len(model.get_submodule(stack))
         blocks = settings.layers
         if blocks is None:
+            depth = block_count(model)
             scaled = {round(block * depth / EASYEDIT_DEPTH) for block in EASYEDIT_BLOCKS}
             blocks = tuple(sorted(scaled))
         self.module_names = [
@@ -233,8 +232,10 @@ class MemitEditor:
     def _keys_and_missing(
         self, name: str, located: Sequence[LocatedFact], targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Compute the facts' current keys at a projection, (n, f) in float64, and what is missing in the last
-        block's output, (n, d).
+        """Compute the facts' current keys at a projection, and what the last block's output lacks.
+
+        Returns:
+            Keys (n, f) in float64, and the missing part of the output (n, d).
         """
         module = self.model.get_submodule(name)
         found = [
@@ -280,7 +281,8 @@ def memit_keys(keys: Tensor, weighted_moments: Tensor) -> Tensor:
     Returns:
         (n, f).
     """
-    return torch.linalg.solve(weighted_moments + keys.mT @ keys, keys.mT).mT
+    rows: Tensor = torch.linalg.solve(weighted_moments + keys.mT @ keys, keys.mT).mT
+    return rows
 
 
 def alpha_edit_keys(keys: Tensor, past: Tensor, projection: Tensor, ridge: float) -> Tensor:
@@ -297,7 +299,10 @@ def alpha_edit_keys(keys: Tensor, past: Tensor, projection: Tensor, ridge: float
     """
     covariance = past.mT @ past + keys.mT @ keys
     identity = torch.eye(len(projection), dtype=keys.dtype, device=keys.device)
-    return torch.linalg.solve(projection @ covariance + ridge * identity, projection @ keys.mT).mT
+    rows: Tensor = torch.linalg.solve(
+        projection @ covariance + ridge * identity, projection @ keys.mT
+    ).mT
+    return rows
 
 
 def null_space(moments: Tensor, threshold: float) -> Tensor:
@@ -307,7 +312,7 @@ def null_space(moments: Tensor, threshold: float) -> Tensor:
         ValueError: there is no such direction.
     """
     sizes, directions = torch.linalg.eigh(moments)
-    small = directions[:, sizes < threshold]
+    small: Tensor = directions[:, sizes < threshold]
     if not small.shape[1]:
         raise ValueError(
             f"alphaedit: no direction of the keys has a second moment below threshold={threshold}; the smallest has "

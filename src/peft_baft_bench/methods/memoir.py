@@ -1,5 +1,6 @@
-"""MEMOIR: edits in a residual memory added to one down projection, each in the columns that its prompt
-selects (arXiv 2506.07899).
+"""MEMOIR: edits in a residual memory added to one down projection (arXiv 2506.07899).
+
+Each edit is learned in the columns that its prompt selects.
 
     y ← W x + W_m (M ⊙ x)         at every token, with W_m initially zero
 
@@ -18,10 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_baft.data.batching import Tokens, collate, encode_prompt, padding_id
 from peft_baft.data.cases import Edit, Unrelated
@@ -35,8 +36,9 @@ from peft_baft.running import full_logits, input_device
 from peft_baft_bench.methods.in_place import minimise, stop_when_settled
 from peft_baft_bench.methods.locating import cached_prefixes, capture, with_prefixes
 from peft_baft_bench.methods.method import EditorSetup, MethodSettings
-from peft_baft_bench.methods.projections import down_projection, require_layer, weight_of
+from peft_baft_bench.methods.projections import down_projection, weight_of
 from peft_baft_bench.methods.prompts import ProjectionEditor, mean_over
+from peft_baft_bench.methods.validation import require_fraction, require_integer, require_layer
 
 PUBLISHED_BLOCK = 27  # of a model of 32, counted from 0
 PREFIX_TOKENS = 10
@@ -73,16 +75,15 @@ class Memoir(MethodSettings):
     def __post_init__(self) -> None:
         require_layer(self.layer, "memoir")
         for name in ("share", "overlap"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(
-                    f"memoir: {name} must be above 0 and at most 1, not {getattr(self, name)!r}."
-                )
-        if type(self.contexts) is not int or self.contexts < 0:
-            raise ValueError(
-                f"memoir: contexts must be an integer of at least 0, not {self.contexts!r}."
-            )
+            require_fraction(f"memoir: {name}", getattr(self, name))
+        require_integer("memoir: contexts", self.contexts, 0)
 
-    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> MemoirEditor:
+    def start(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        setup: EditorSetup | None = None,
+    ) -> MemoirEditor:
         """Create an editor of `base`; masks are computed relative to unrelated prompts, those of the setup included."""
         setup = setup or EditorSetup()
         return MemoirEditor(base, tokenizer, self, setup)
@@ -96,7 +97,13 @@ class MemoirEditor(ProjectionEditor):
             a known name.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, settings: Memoir, setup: EditorSetup) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Memoir,
+        setup: EditorSetup,
+    ) -> None:
         name = down_projection(model, settings.layer, PUBLISHED_BLOCK, "memoir")
         super().__init__(model, tokenizer, setup.template, name)
         self.settings, device = settings, self._device
@@ -170,9 +177,7 @@ class MemoirEditor(ProjectionEditor):
         )
 
     def nearest(self, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Find for each mask (n, f) the edit with the largest overlap, (n,), and the overlap as a fraction of
-        the mask, (n,).
-        """
+        """Find for each mask (n, f) the edit with the largest overlap, and the overlap as a fraction: two tensors (n,)."""
         common = (masks.float() @ self._masks.float().mT) / self._chosen
         share, edit = common.max(1)
         return edit, share

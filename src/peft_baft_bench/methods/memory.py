@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from peft import get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_baft.adapter import BaftConfig
 from peft_baft.memory import MemoryConfig, MemoryEditor
@@ -14,8 +14,9 @@ from peft_baft_bench.methods.method import EditorSetup, MethodSettings
 
 @dataclass(frozen=True)
 class Memory(MethodSettings):
-    """Store edits in a memory: a router selects at most one edit per prompt, and its answer is produced in
-    closed form.
+    """Store edits in a memory.
+
+    A router selects at most one edit per prompt, and its answer is produced in closed form.
 
     Args:
         after, key_dimensions, least_subject, strictness, most_unlike: see `MemoryConfig`.
@@ -37,7 +38,12 @@ class Memory(MethodSettings):
     def _config(self) -> BaftConfig:
         return BaftConfig(task_type="CAUSAL_LM", memory=MemoryConfig(**asdict(self)))
 
-    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> MemoryEditor:
+    def start(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        setup: EditorSetup | None = None,
+    ) -> MemoryEditor:
         """Attach an empty memory to `base` and create its editor; it uses neither unrelated text nor random numbers."""
         setup = setup or EditorSetup()
         return MemoryEditor(

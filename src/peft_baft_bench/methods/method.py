@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from peft_baft.data.cases import Unrelated
 from peft_baft.data.templates import RAW, Template
 from peft_baft.editing.edit_cache import EditCache
@@ -16,8 +18,9 @@ from peft_baft.processes import Processes
 
 @dataclass(frozen=True)
 class EditorSetup:
-    """What an editor is created with, in addition to its model and the method's settings. Methods ignore what
-    they do not need.
+    """What an editor is created with, in addition to its model and the method's settings.
+
+    Methods ignore what they do not need.
 
     Attributes:
         unrelated: texts whose predictions the edits should not change.
@@ -35,10 +38,10 @@ class EditorSetup:
 
 
 class MethodSettings(ABC):
-    """Base class for the settings of an editing method. A method is a frozen subclass and the editor that
-    `start` returns.
+    """Base class for the settings of an editing method.
 
-    Its fields, and those of nested dataclasses, can be set by name, as in `NAME:lr=0.001`.
+    A method consists of a frozen dataclass below this class and of the editor that `start` returns. The
+    fields, and those of nested dataclasses, can be set by name, as in `NAME:lr=0.001`.
 
     Attributes:
         side_by_side: whether its editors are `SideBySideEditor`s.
@@ -49,12 +52,18 @@ class MethodSettings(ABC):
     seeded: bool = True
 
     @abstractmethod
-    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> Editor:
+    def start(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        setup: EditorSetup | None = None,
+    ) -> Editor:
         """Create an editor of `base`, which must be unedited; `editor.remove()` restores `base`."""
 
     def describe(self) -> dict[str, Any]:
         """Return the settings for a result line; they are equal only for equal settings."""
-        return asdict(self)  # type: ignore[call-overload]
+        settings: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        return settings
 
     def setting_names(self) -> set[str]:
         """List the settings that can be set by name."""

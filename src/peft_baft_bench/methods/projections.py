@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ UP = ("up_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc1", "fc_in", "w3")
 EASYEDIT_DEPTH = 32  # number of blocks of the models for which block numbers are published
 
 
-def down_projection(model: Any, layer: int | None, published: int, method: str) -> str:
+def down_projection(model: nn.Module, layer: int | None, published: int, method: str) -> str:
     """Return the name of a block's down projection, the last matrix of its MLP.
 
     Args:
@@ -28,24 +28,29 @@ def down_projection(model: Any, layer: int | None, published: int, method: str) 
     return _projection(model, layer, method, "down", DOWN)
 
 
-def up_projection(model: Any, layer: int, method: str) -> str:
+def up_projection(model: nn.Module, layer: int, method: str) -> str:
     """Return the name of a block's up projection, the first matrix of its MLP; see `down_projection`."""
     return _projection(model, layer, method, "up", UP)
 
 
+def block_count(model: nn.Module) -> int:
+    """Return the number of blocks of a model."""
+    return len(cast(nn.ModuleList, model.get_submodule(find_stack(model))))
+
+
 def scale_block(
-    model: Any, published: int, depth: int = EASYEDIT_DEPTH, blocks_after: int = 0
+    model: nn.Module, published: int, depth: int = EASYEDIT_DEPTH, blocks_after: int = 0
 ) -> int:
-    """Scale a block number from a model with `depth` blocks to this model, leaving at least `blocks_after`
-    blocks after it.
-    """
-    own_depth = len(model.get_submodule(find_stack(model)))
+    """Scale a block number of a model with `depth` blocks to this model; at least `blocks_after` blocks follow it."""
+    own_depth = block_count(model)
     return min(round(published * own_depth / depth), own_depth - 1 - blocks_after)
 
 
-def _projection(model: Any, layer: int, method: str, what: str, names: tuple[str, ...]) -> str:
+def _projection(
+    model: nn.Module, layer: int, method: str, what: str, names: tuple[str, ...]
+) -> str:
     stack = find_stack(model)
-    depth = len(model.get_submodule(stack))
+    depth = block_count(model)
     if not 0 <= layer < depth:
         raise ValueError(
             f"{method}: layer must be a block of the model, 0 to {depth - 1}, not {layer}."
@@ -72,7 +77,7 @@ def weight_of(module: nn.Module) -> Tensor:
     Raises:
         ValueError: the weight is not of a floating-point type.
     """
-    weight: Tensor = module.weight.detach()  # type: ignore[assignment]
+    weight: Tensor = module.weight.detach()
     if not weight.is_floating_point():
         raise ValueError(
             f"The method needs a floating-point weight, but this one is {weight.dtype}: load the model without "
@@ -84,12 +89,6 @@ def weight_of(module: nn.Module) -> Tensor:
 def by_rows(hidden: Tensor, rows: int) -> Tensor:
     """Reshape hidden vectors to (rows, tokens, d); some modules, such as OPT's MLP, put all tokens in one row."""
     return hidden if hidden.dim() == 3 else hidden.reshape(rows, -1, hidden.shape[-1])
-
-
-def require_layer(layer: object, method: str) -> None:
-    """Raise a TypeError unless a setting `layer` is an integer or None."""
-    if layer is not None and type(layer) is not int:
-        raise TypeError(f"{method}: layer must be an integer, not {layer!r}.")
 
 
 def _is_called(name: str, names: tuple[str, ...]) -> bool:

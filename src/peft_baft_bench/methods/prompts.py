@@ -1,16 +1,17 @@
-"""Shared by methods that decide per prompt how it is answered: the positions of prompts, and decisions that
-persist during decoding.
+"""Shared by methods that decide per prompt how it is answered.
+
+They need the positions of prompts, and decisions that persist while the answer is decoded.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_baft.adapter.blocks import blocks_before, stack_owner
 from peft_baft.adapter.context import EditContext
@@ -38,7 +39,7 @@ class PromptTracker:
     forwards, in which the answer is decoded with a cache.
     """
 
-    def __init__(self, model: Any, block_or_module: str) -> None:
+    def __init__(self, model: nn.Module, block_or_module: str) -> None:
         self._context = EditContext(model, stack_owner(model, block_or_module))
         self._decisions: Tensor | None = None
 
@@ -52,7 +53,7 @@ class PromptTracker:
                 the new output, or None to keep it.
         """
 
-        def hook(_module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             rows = len(self.positions(output.device))
             changed = change(by_rows(args[0], rows), by_rows(output, rows))
             return None if changed is None else changed.reshape(output.shape)
@@ -115,7 +116,13 @@ class TrainingTexts:
         fixed: the blocks before the trained part, which run only once.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, rows: Sequence[Tokens], fixed: FixedBlocks):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Tokens],
+        fixed: FixedBlocks,
+    ):
         self._model, self._fixed = model, fixed
         device = input_device(model)
         batch = collate(rows, padding_id(tokenizer))
@@ -124,7 +131,7 @@ class TrainingTexts:
         del self._batch["labels"]
         self._batch["prompt_lengths"] = torch.tensor([row.prompt_length for row in rows])
         answers = [answer_ids(row) for row in rows]
-        self._wanted, self._counts = torch.cat(answers).to(device), [len(ids) for ids in answers]
+        self._answers, self._counts = torch.cat(answers).to(device), [len(ids) for ids in answers]
         # The logits before a token predict it.
         columns = [
             torch.arange(len(row.ids) - 1 - len(ids), len(row.ids) - 1)
@@ -137,8 +144,9 @@ class TrainingTexts:
         """Compute the cross entropies of each row's answer tokens."""
         head = self._model.get_output_embeddings()
         with self._fixed.run_once(), logits_only_at(head, at_least_four(self._places)):
-            logits = full_logits(self._model, **self._batch)[: len(self._wanted)]
-        return list(answer_losses(logits, self._wanted.to(logits.device)).split(self._counts))
+            logits = full_logits(self._model, **self._batch)[: len(self._answers)]
+        losses = answer_losses(logits, self._answers.to(logits.device))
+        return list(torch.split(losses, self._counts))
 
     def loss(self) -> Tensor:
         """Average the cross entropy over each row's answer tokens, then over rows."""
@@ -146,14 +154,21 @@ class TrainingTexts:
 
 
 class ProjectionEditor(InTurnEditor):
-    """Base class of `Editor`s that make edits one after another at one projection, depending on the prompt;
-    subclasses implement `_change`.
+    """Base class of `Editor`s that make edits one after another at one projection, depending on the prompt.
+
+    Subclasses implement `_change`.
 
     Args:
         name: of the projection. Subclasses call `_attach` at the end of their `__init__`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, template: Template, name: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        name: str,
+    ) -> None:
         super().__init__(model, tokenizer, template)
         self._name = name
         self._projection: nn.Module = model.get_submodule(name)

@@ -1,5 +1,4 @@
-"""ROME: each edit is a rank-1 update of one MLP down projection (arXiv 2202.05262), as EasyEdit runs it on
-Llama models.
+"""ROME: each edit is a rank-1 update of one MLP down projection (arXiv 2202.05262), as EasyEdit runs it on Llama.
 
     W ← W + (v - W k) uᵀ / (uᵀ k)        so that afterwards W k = v
 
@@ -17,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_baft.data.cases import Edit
 from peft_baft.data.templates import RAW, Template
@@ -35,7 +34,8 @@ from peft_baft_bench.methods.locating import (
 )
 from peft_baft_bench.methods.low_rank import LowRankChanges
 from peft_baft_bench.methods.method import EditorSetup, MethodSettings
-from peft_baft_bench.methods.projections import down_projection, require_layer
+from peft_baft_bench.methods.projections import down_projection
+from peft_baft_bench.methods.validation import require_integer, require_layer
 
 EASYEDIT_BLOCK = 5  # of a model of 32, counted from 0
 PREFIX_TOKENS = (5, 10)
@@ -43,8 +43,7 @@ PREFIX_TOKENS = (5, 10)
 
 @dataclass(frozen=True)
 class Rome(MethodSettings):
-    """Write each edit into one down projection as a rank-1 update (ROME), by default with EasyEdit's
-    settings.
+    """Write each edit into one down projection as a rank-1 update, by default with EasyEdit's settings for ROME.
 
     Args:
         layer: the block whose down projection is changed, counted from 0; by default EasyEdit's 5 of 32,
@@ -69,14 +68,17 @@ class Rome(MethodSettings):
 
     def __post_init__(self) -> None:
         require_layer(self.layer, "rome")
-        if type(self.contexts) is not int or self.contexts < 0:
-            raise ValueError(
-                f"rome: contexts must be an integer of at least 0, not {self.contexts!r}."
-            )
+        require_integer("rome: contexts", self.contexts, 0)
 
-    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> RomeEditor:
-        """Create an editor of `base`. ROME does not use unrelated text; the edits of a batch are made one
-        after another.
+    def start(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        setup: EditorSetup | None = None,
+    ) -> RomeEditor:
+        """Create an editor of `base`, which makes the edits of a batch one after another.
+
+        ROME does not use unrelated text.
 
         If several processes share the facts of a batch, each of them makes all edits, with identical results.
         """
@@ -98,8 +100,8 @@ class RomeEditor(InTurnEditor):
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         settings: Rome,
         template: Template = RAW,
         prepared: EditCache | None = None,

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_baft.data.batching import Tokens, collate, padding_id
 from peft_baft.data.unrelated import GENERAL
@@ -26,8 +26,8 @@ from peft_baft_bench.methods.locating import capture
 
 
 def second_moments(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     names: Sequence[str],
     tokens: int,
     *,
@@ -71,7 +71,12 @@ def second_moments(
 
 
 def _computed(
-    model: Any, tokenizer: Any, names: Sequence[str], tokens: int, seed: int, progress: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    tokens: int,
+    seed: int,
+    progress: bool,
 ) -> dict[str, Tensor]:
     """Compute the moments over the package's texts, then over generated texts until there are enough tokens."""
     device = input_device(model)
@@ -101,7 +106,10 @@ def _computed(
 
 
 def _keys(
-    model: Any, tokenizer: Any, names: Sequence[str], rows: Sequence[Tokens]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    rows: Sequence[Tokens],
 ) -> dict[str, Tensor]:
     """Collect the input of each module at every token except the first of each text: (tokens, f) float32."""
     device = input_device(model)
@@ -117,7 +125,7 @@ def _keys(
     }
 
 
-def _package_texts(tokenizer: Any) -> list[list[int]]:
+def _package_texts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Tokenise the package's neutral texts."""
     texts = [tokenizer(f"{text.prompt} {text.answer}")["input_ids"] for text in GENERAL]
     return [ids for ids in texts if len(ids) > 1]

@@ -1,5 +1,4 @@
-"""WISE: edits are learned in a copy of one down projection, and each prompt is routed to the copy or the
-original (arXiv 2405.14768).
+"""WISE: edits in a copy of one down projection; each prompt uses the copy or the original (arXiv 2405.14768).
 
     y = W' x  where |act(W' x) - act(W x)|, averaged over the prompt's tokens, is large enough, else  y = W x
 
@@ -19,11 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
 from peft_baft.adapter.blocks import text_config
@@ -35,8 +35,14 @@ from peft_baft.editing.train import STOP_TERM, DescentConfig, Terms
 from peft_baft_bench.methods.in_place import minimise, stop_when_settled
 from peft_baft_bench.methods.locating import cached_prefixes, with_prefixes
 from peft_baft_bench.methods.method import EditorSetup, MethodSettings
-from peft_baft_bench.methods.projections import down_projection, require_layer, weight_of
+from peft_baft_bench.methods.projections import down_projection, weight_of
 from peft_baft_bench.methods.prompts import ProjectionEditor, mean_over
+from peft_baft_bench.methods.validation import (
+    require_fraction,
+    require_integer,
+    require_layer,
+    require_non_negative,
+)
 
 EASYEDIT_BLOCK = 27  # of a model of 32, counted from 0
 PREFIX_TOKENS = (5, 10)
@@ -91,26 +97,19 @@ class Wise(MethodSettings):
     def __post_init__(self) -> None:
         require_layer(self.layer, "wise")
         for name in ("mask_share", "subset", "density"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(
-                    f"wise: {name} must be above 0 and at most 1, not {getattr(self, name)!r}."
-                )
+            require_fraction(f"wise: {name}", getattr(self, name))
         for name in ("near", "far", "gap", "threshold", "largest_change"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(
-                    f"wise: {name} must be 0 or above and finite, not {getattr(self, name)!r}."
-                )
+            require_non_negative(f"wise: {name}", getattr(self, name))
         for name, least in (("edits_a_shard", 1), ("shards_a_merge", 2), ("contexts", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(
-                    f"wise: {name} must be an integer of at least {least}, not {value!r}."
-                )
+            require_integer(f"wise: {name}", getattr(self, name), least)
 
-    def start(self, base: Any, tokenizer: Any, setup: EditorSetup | None = None) -> WiseEditor:
-        """Create an editor of `base`, which uses one of the setup's unrelated texts per edit, or the
-        package's own if there are none.
-        """
+    def start(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        setup: EditorSetup | None = None,
+    ) -> WiseEditor:
+        """Create an editor of `base`. Each edit uses one unrelated text, from the setup or else the package."""
         return WiseEditor(base, tokenizer, self, setup or EditorSetup())
 
 
@@ -136,7 +135,13 @@ class WiseEditor(ProjectionEditor):
             a known name.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, settings: Wise, setup: EditorSetup) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Wise,
+        setup: EditorSetup,
+    ) -> None:
         name = down_projection(model, settings.layer, EASYEDIT_BLOCK, "wise")
         super().__init__(model, tokenizer, setup.template, name)
         self.settings, self._seed = settings, setup.seed
@@ -290,8 +295,9 @@ class WiseEditor(ProjectionEditor):
 
 
 def merge(shards: Sequence[Shard], density: float, size: int) -> Shard:
-    """Merge shards with TIES (arXiv 2306.01708): keep the largest changes of each shard, and average those
-    with the prevailing sign.
+    """Merge shards with TIES (arXiv 2306.01708).
+
+    Only the largest changes of each shard are kept; those with the prevailing sign are averaged.
 
     Args:
         density: the maximum fraction of all `size` entries of the weight that each shard keeps.
@@ -320,7 +326,7 @@ def positive_mean(values: Tensor) -> Tensor:
     return positive.sum() / (values > 0).sum().clamp(min=1)
 
 
-def _activation(model: Any) -> str:
+def _activation(model: PreTrainedModel) -> str:
     """Return the name of the activation function of the model's MLPs."""
     config = text_config(model)
     for name in ("hidden_act", "activation_function", "hidden_activation"):

@@ -13,8 +13,9 @@ from peft_baft.data.unrelated import GENERAL
 
 
 class WordIndex:
-    """Compares texts with a list of texts by their words, weighted by how rare each word is in the list and
-    the neutral texts.
+    """Compares texts with a list of texts by their words.
+
+    Words are weighted by how rare they are in the list and the neutral texts.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:

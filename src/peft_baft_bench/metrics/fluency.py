@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from peft_baft.data.batching import encode_prompt
 from peft_baft.data.cases import Prompt
@@ -23,8 +23,8 @@ WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def fluency(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     seed: int = 0,
     *,
@@ -38,8 +38,7 @@ def fluency(
 
 
 def n_gram_entropy(text: str) -> float:
-    """Compute the mean of 2/3 H2 and 4/3 H3, where H2 and H3 are the entropies of word bigrams and trigrams
-    in bits.
+    """Compute the mean of 2/3 H2 and 4/3 H3, the entropies of word bigrams and trigrams in bits.
 
     Words are runs of letters and digits, and single punctuation marks. KnowEdit reports 100 times this value,
     with words split by nltk.
@@ -56,8 +55,8 @@ def _entropy(words: Sequence[str], n: int) -> float:
 
 
 def sampled_texts(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     seed: int = 0,
     length: int = LENGTH,
@@ -87,8 +86,7 @@ def sampled_texts(
 
 
 class SeededTopK(LogitsProcessor):
-    """Masks all tokens but one in each row, which is drawn from the `top_k` likeliest with the row's own
-    random numbers.
+    """Leaves each row only one token, drawn from the `top_k` likeliest with the row's own random numbers.
 
     Greedy decoding with it is sampling that depends neither on the other rows nor on the global random state.
     """

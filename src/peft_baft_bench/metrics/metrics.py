@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
 from peft_baft.data.cases import Case
 from peft_baft.data.templates import RAW, Template
 from peft_baft_bench.metrics.fluency import fluency
@@ -14,25 +17,33 @@ from peft_baft_bench.metrics.subspace import has_gates, mean_gates, removal_ladd
 from peft_baft_bench.tasks.formats import ConvSentCase, PiqaItem
 
 # Called with an edited model, its tokenizer, a case and the prompt format; returns values by name.
-Metric = Callable[[Any, Any, Case, Template], dict[str, Any]]
+Metric = Callable[[nn.Module, PreTrainedTokenizerBase, Case, Template], dict[str, Any]]
 
 
-def _fluency(model: Any, tokenizer: Any, case: Case, template: Template = RAW) -> dict[str, Any]:
+def _fluency(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, case: Case, template: Template = RAW
+) -> dict[str, Any]:
     """Measure how varied the text is that the model generates after the edit's prompt."""
     return {"fluency": fluency(model, tokenizer, [case.edit.prompt], template=template)[0]}
 
 
-def _redundancy(model: Any, tokenizer: Any, case: Case, template: Template = RAW) -> dict[str, Any]:
+def _redundancy(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, case: Case, template: Template = RAW
+) -> dict[str, Any]:
     """Measure how much of the edit remains without the least used dimensions; empty if no BaFT adapter is active."""
     return {"kept": removal_ladder(model, tokenizer, case, template)} if subspaces(model) else {}
 
 
-def _gates(model: Any, tokenizer: Any, case: Case, template: Template = RAW) -> dict[str, Any]:
+def _gates(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, case: Case, template: Template = RAW
+) -> dict[str, Any]:
     """Average the gates over the edit and over its probes; empty for a model without gates."""
     return {"gates": mean_gates(model, tokenizer, case, template)} if has_gates(model) else {}
 
 
-def _sentiment(model: Any, tokenizer: Any, case: Case, template: Template = RAW) -> dict[str, Any]:
+def _sentiment(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, case: Case, template: Template = RAW
+) -> dict[str, Any]:
     """Measure whether the model's opinion changed as intended."""
     if not isinstance(case, ConvSentCase):
         raise ValueError(
@@ -53,8 +64,8 @@ METRICS: dict[str, Metric] = {
 
 
 def piqa_cases(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     items: Sequence[PiqaItem],
     rows: Sequence[int],
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
@@ -73,7 +84,10 @@ def piqa_cases(
 
 
 def piqa_accuracy(
-    model: Any, tokenizer: Any, items: Sequence[PiqaItem], template: Template = RAW
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[PiqaItem],
+    template: Template = RAW,
 ) -> dict[str, float]:
     """Compute the share of PIQA items that an edited model gets right by the paper's rule (Table 8)."""
     right = [right_choices(model, tokenizer, item, template)["accuracy"] for item in items]

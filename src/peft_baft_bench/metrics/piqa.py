@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from peft_baft.data.templates import RAW, Template
 from peft_baft.evaluation.likelihood import log_probabilities
@@ -13,7 +15,7 @@ QUESTION = "Question: {}\nAnswer:"  # the prompt of lm-evaluation-harness
 
 
 def right_choices(
-    model: Any, tokenizer: Any, item: PiqaItem, template: Template = RAW
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, item: PiqaItem, template: Template = RAW
 ) -> dict[str, bool]:
     """Judge by four rules whether the model prefers the right solution.
 

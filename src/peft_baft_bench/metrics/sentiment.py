@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from peft_baft.adapter.state import without_adapters
 from peft_baft.data.templates import RAW, Template
@@ -16,8 +16,8 @@ from peft_baft.evaluation.likelihood import log_probabilities
 
 
 def edit_success(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     question: str,
     wanted: Sequence[str],
     unwanted: Sequence[str],

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from peft_baft.adapter import BaftLayer, baft_layers
 from peft_baft.data.batching import Tokens
@@ -36,7 +37,7 @@ def has_gates(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def removal_ladder(
-    model: nn.Module, tokenizer: Any, case: Case, template: Template = RAW
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, case: Case, template: Template = RAW
 ) -> list[float]:
     """Ask for the edit without the M least used dimensions of every block: the paper's Fig. 1.
 
@@ -74,10 +75,9 @@ def removal_ladder(
 
 @torch.no_grad()
 def mean_gates(
-    model: nn.Module, tokenizer: Any, case: Case, template: Template = RAW
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, case: Case, template: Template = RAW
 ) -> dict[str, Any]:
-    """Average the gates of every block over the edited tokens of the edit and of its probes: the paper's Fig.
-    2.
+    """Average the gates of every block over the edited tokens of the edit and its probes: the paper's Fig. 2.
 
     Returns:
         blocks: the blocks' names.
@@ -118,8 +118,8 @@ def _require_one_adapter(model: nn.Module) -> list[Subspace]:
 
 
 def _at_edited_tokens(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[Prompt, str]],
     blocks: Sequence[Subspace],
     template: Template,
@@ -146,9 +146,7 @@ def _at_edited_tokens(
 def _per_row(
     layer: BaftLayer, name: str, seen: dict[nn.Module, Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield shift and gates of one block at the edited tokens of each row of the last forward; gates are 1 if
-    it has none.
-    """
+    """Yield shift and gates (1 without gates) of one block at the edited tokens of each row of the last forward."""
     relative_positions = layer.context.relative_positions
     assert relative_positions is not None, "the model was given tokens"
     masks = layer.configs[name].edits(relative_positions).cpu()
@@ -165,12 +163,12 @@ def _recorded(blocks: Sequence[Subspace]) -> Iterator[dict[nn.Module, Tensor]]:
     """Record the outputs of the blocks' sources and gates in the last enclosed forward."""
     seen: dict[nn.Module, Tensor] = {}
 
-    def keep(module: nn.Module, _: Any, output: Tensor) -> None:
+    def record(module: nn.Module, _: Any, output: Tensor) -> None:
         seen[module] = output.float().cpu()
 
     sources = [layer.baft_source[name] for layer, name in blocks]
     gates = [layer.baft_gate[name] for layer, name in blocks if name in layer.baft_gate]
-    with _hooked([*sources, *gates], keep):
+    with _hooked([*sources, *gates], record):
         yield seen
 
 

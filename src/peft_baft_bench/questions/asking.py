@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from peft_baft.data.batching import Tokens, encode_fitting, encode_prompt
 from peft_baft.data.cases import Case, Prompt, prompt_words
@@ -40,7 +41,7 @@ class Question:
         kind: `reliability` (the edit itself), the kind of a probe, or a kind defined in
             `peft_baft_bench/questions/probing.py`.
         topic: the benchmark's name for its sub-type, or empty.
-        prompt: the text or chat that is put to the model.
+        prompt: the text or chat to reply to.
         answer: the right answer; for a neighbour, the edit's answer, which would be wrong there.
         old: the answer that the edit replaces, where it is known and matters.
     """
@@ -101,8 +102,8 @@ def data_questions(row: int, case: Case) -> list[Question]:
 
 
 def ask(
-    model: Any,
-    tokenizer: Any,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     template: Template = RAW,
     batched: Batched = one_model,
@@ -134,8 +135,8 @@ def ask(
 
 @dataclass(frozen=True)
 class _Asking:
-    model: Any
-    tokenizer: Any
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
     template: Template
     statement_tokens: int
     unedited: Callable[[Question], Reply | None]
@@ -190,8 +191,9 @@ class _Asking:
         return text, reply_text(self.tokenizer, reply, chat), ()
 
     def _with_answer(self, question: Question, prompt: Tokens, tokens: tuple[int, ...]) -> Tokens:
-        """Append the tokens for teacher forcing to a prompt: the expected answer, or for a neighbour the
-        unedited model's reply.
+        """Append the tokens for teacher forcing to a prompt.
+
+        These are the expected answer, or for a neighbour the unedited model's reply.
         """
         if question.kind != NEIGHBOUR:
             return encode_fitting(
@@ -232,8 +234,7 @@ def judge(question: Question, reply: Reply, before: Reply | None) -> dict[str, A
 
 
 def _judge_neighbour(question: Question, reply: Reply, before: Reply) -> dict[str, Any]:
-    """Judge whether the reply to a neighbour is unchanged, token by token, and whether it contains the new
-    answer.
+    """Judge whether the reply to a neighbour is unchanged, and whether it contains the new answer.
 
     A neighbour whose reply contained the new answer already before the edit always counts as spared, since
     the edit cannot be the cause. If the unedited model's reply is empty, there are no tokens, and the match
@@ -253,12 +254,17 @@ def _judge_neighbour(question: Question, reply: Reply, before: Reply) -> dict[st
 class UneditedReplies:
     """Caches the unedited model's replies, so that each question is asked only once for all runs that compare with it."""
 
-    def __init__(self, tokenizer: Any, template: Template = RAW, statement_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template = RAW,
+        statement_tokens: int = 0,
+    ) -> None:
         self.tokenizer, self.template = tokenizer, template
         self.statement_tokens = statement_tokens
         self._replies: dict[tuple[Prompt, str | None, bool], Reply] = {}
 
-    def ask(self, base: Any, questions: Iterable[Question]) -> None:
+    def ask(self, base: nn.Module, questions: Iterable[Question]) -> None:
         """Ask `base`, which must have no edits at this point, those of `questions` that need a comparison and are new."""
         new = {question.key: question for question in questions if question.kind in COMPARED_KINDS}
         missing = [question for key, question in new.items() if key not in self._replies]

@@ -1,5 +1,4 @@
-"""Questions close to an edit, generated from the data's own rows, that reveal whether the edit changes too
-much.
+"""Questions close to an edit, generated from the data's own rows, that reveal edits that change too much.
 
     other subject   the edit's prompt with its subject replaced by those of the next rows
     other relation  another question about the edit's subject: the record's own questions if it has any, otherwise the prompts of
@@ -42,7 +41,9 @@ class Neighbours:
     def __init__(
         self, cases: Sequence[Case], subjects: int = SUBJECTS, questions: int = QUESTIONS
     ) -> None:
-        """Args:
+        """Initialise with the rows of a benchmark.
+
+        Args:
             cases: the rows of a benchmark.
             subjects, questions: how many questions to ask about other subjects, and about other relations.
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from peft_baft.data.cases import Case, asked_words
 from peft_baft.data.templates import RAW, Template
 from peft_baft.evaluation.frames import described_frames, framed, frames_that_render
@@ -46,7 +48,7 @@ class Probing:
         cls,
         kinds: Sequence[str],
         cases: Sequence[Case],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         template: Template = RAW,
     ) -> Probing:
         """Ask the questions of the data, and the given kinds from `FURTHER_KINDS`.

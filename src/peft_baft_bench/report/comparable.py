@@ -59,10 +59,8 @@ class Group:
 
     @property
     def schedule(self) -> str:
-        """single, continual or batched; none where nothing is edited. T=1 belongs to a ladder of larger T if
-        there is one.
-        """
-        return self.sample.schedule["name"]
+        """single, continual or batched; none where nothing is edited. For a ladder, that of the largest T."""
+        return str(self.sample.schedule["name"])
 
     @property
     def title(self) -> str:
@@ -114,13 +112,12 @@ def score(name: str) -> Value:
 
 
 def group_comparable(lines: Iterable[Line]) -> list[Group]:
-    """Group lines with the same benchmark, model, data, protocol, unrelated text, batch size and time of
-    asking.
+    """Group lines that share benchmark, model, data, protocol, unrelated text, batch size and time of asking.
 
     All T of a ladder, T=1 included, are in one group. This also holds if a smaller T was measured on only the
     first rows, since lines of different T are never averaged. Lines of a model that is not edited (the
-    unedited model, an adapter) are in every group with their questions, or in a group of their own if there
-    is none.
+    unedited model, an adapter) are in every group with their questions, or in a separate group if there is
+    none.
     """
     lines = list(lines)
     rows_of = _ladders(lines)
@@ -170,7 +167,7 @@ def _ladders(lines: Sequence[Line]) -> Callable[[Line], list[int]]:
         starts = {first for first, _ in every_range}
         is_ladder = len(starts) == 1 and len(every_range) == len(ranges_at)
         if not is_ladder:
-            return line.data["rows"]
+            return list(line.data["rows"])
         return [*starts, max(last for _, last in every_range)]
 
     return rows_of
@@ -205,7 +202,8 @@ def _asked_further(lines: Sequence[Line]) -> Callable[[Line], dict[str, Any]]:
 
 def _parts_asked_further(line: Line) -> dict[str, Any]:
     rule = line.protocol.get("free_rule")
-    return line.protocol.get("probes", {}) | ({} if rule is None else {"free_rule": rule})
+    probes: dict[str, Any] = line.protocol.get("probes", {})
+    return probes | ({} if rule is None else {"free_rule": rule})
 
 
 def _editing(line: Line) -> str:

@@ -36,9 +36,7 @@ DASHES = ("-", "--", ":")
 
 
 def look(i: int) -> Look:
-    """Return the style of the i-th curve: every colour once, then again with hollow markers and dashes.
-    Marker shapes differ too.
-    """
+    """Return the style of the i-th curve: every colour once, then again with hollow markers and dashes."""
     colour, again = COLOURS[i % len(COLOURS)], i // len(COLOURS)
     line = {"color": colour, "linestyle": DASHES[again % len(DASHES)]}
     mark = {

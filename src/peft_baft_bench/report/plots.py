@@ -159,10 +159,10 @@ def ladder(
 
 
 def tradeoff(group: Group, styles: dict[str, Look]) -> Figure:
-    """Draw the effect of edits against locality, with a curve through the T of each row; larger markers mean
-    larger T.
+    """Draw the effect of edits against locality, with a curve through the T of each row.
 
-    With only one T, the size of a marker shows the bytes stored per edit, where the lines have them.
+    Larger markers mean larger T. With only one T, the size of a marker shows the bytes stored per edit, where
+    the lines have them.
     """
     effects, several = _effects(group), len(group.edits) > 1
     if several:
@@ -278,13 +278,12 @@ def _removal_curves(group: Group) -> Iterator[RemovalCurve]:
             distinguishing["unrelated"] = (first.unrelated or {}).get("file")
             distinguishing |= {key: first.schedule[key] for key in ("batch_size", "when")}
             yield RemovalCurve(
-                first.benchmark, distinguishing, [_kept(line.kept) for line in lines]
+                first.benchmark, distinguishing, [_kept(line.kept) for line in lines if line.kept]
             )
 
 
 def gates(values: dict[str, Any], title: str) -> Figure:
-    """Draw the mean gate of every basis vector in every block, with a panel for each kind of prompt: the
-    paper's Fig. 2.
+    """Draw the mean gate of every basis vector in every block, with a panel per kind of prompt (paper, Fig. 2).
 
     Args:
         values: as returned by `mean_gates`.

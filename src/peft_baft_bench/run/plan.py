@@ -1,5 +1,6 @@
-"""Plan runs, perform them and write result lines. A run's key identifies it before it starts, so that it is
-made only once.
+"""Plan runs, perform them and write result lines.
+
+A run's key identifies it before it starts, so that it is made only once.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class PlannedRun:
     head: RunHead
     method: Method | None = None
     schedule: Schedule | None = None
-    model: Any = None
+    model: PeftModel | None = None
 
     @property
     def title(self) -> str:
@@ -58,8 +59,9 @@ def plan_runs(
     schedules: Sequence[Schedule],
     seeds: Iterable[int],
 ) -> list[PlannedRun]:
-    """Plan every combination of schedule, seed and method; runs that do not depend on the seed are planned
-    once.
+    """Plan every combination of schedule, seed and method.
+
+    Runs that do not depend on the seed are planned once.
 
     Args:
         common: the fields shared by all lines: benchmark, model, data, unrelated, protocol, versions.

@@ -14,8 +14,9 @@ from peft_baft.storage import load_with_header, save_with_header
 
 @dataclass
 class Progress:
-    """What a run has done so far, in one file that is replaced atomically: a kill at any time leaves the
-    previous state.
+    """What a run has done so far, saved in one file.
+
+    The file is replaced atomically: a kill at any time leaves the previous state.
 
     Attributes:
         file: where the progress is saved; None saves nothing.

@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_baft.loading import fingerprint, short_hash
 from peft_baft.storage import read_lines
@@ -71,7 +72,7 @@ class ResultLine(RunHead):
     scores: dict[str, float]
     cases: list[dict[str, Any]]
     blocks: list[dict[str, Any]] | None = None
-    kept: Any = None
+    kept: list[float] | dict[str, float] | None = None
     gates: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -92,14 +93,18 @@ class ResultLine(RunHead):
             ValueError: it is not a result line of this format.
         """
         if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise ValueError(f'wanted a result line with "format": {FORMAT}, made by `baft bench`')
+            raise ValueError(
+                f'expected a result line with "format": {FORMAT}, made by `baft bench`'
+            )
         try:
             return cls(**{name: content for name, content in value.items() if name != "format"})
         except TypeError as error:
             raise ValueError(f"its fields are not those of a result line ({error})") from None
 
 
-def describe_model(name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+def describe_model(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """Identify a base model and its tokenizer by content, in addition to the name."""
     return {
         "name": name,

@@ -8,7 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peft_baft.data.cases import Case, Unrelated
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peft_baft.data.cases import Case, Prompt, Unrelated
 from peft_baft.data.templates import RAW, Template
 from peft_baft.editing.edit_cache import EditCache
 from peft_baft.editing.editor import (
@@ -35,7 +38,7 @@ from peft_baft_bench.run.schedule import Schedule
 ROWS_PER_UPDATE = 8  # how often the progress bar moves where nothing is edited
 EDITS_PER_GROUP = 64  # independent edits that are made and saved together
 SPLITS = ("blocks", "facts")
-Routed = Callable[[Sequence[Any]], list[int | None]]
+Routed = Callable[[Sequence[Prompt]], list[int | None]]
 SEED_STRIDE = 100_003  # the seed of a block is its first row plus SEED_STRIDE times the run's seed
 
 
@@ -63,8 +66,8 @@ class Runner:
         prepared: what editors of the base model share.
     """
 
-    base: Any
-    tokenizer: Any
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     cases: Sequence[Case]
     first: int
     last: int
@@ -76,7 +79,7 @@ class Runner:
     processes: Processes = field(default_factory=Processes)
     split: str = SPLITS[0]
     probing: Probing | None = None
-    after_block: Callable[[Any, Any], dict[str, float]] | None = None
+    after_block: Callable[[nn.Module, PreTrainedTokenizerBase], dict[str, float]] | None = None
     unedited: UneditedReplies = field(init=False)
     prepared: EditCache = field(init=False)
 
@@ -178,8 +181,9 @@ class Runner:
     def _edit_side_by_side(
         self, method: Method, rows: Sequence[int], seed: int
     ) -> list[dict[str, Any]] | None:
-        """Make independent single edits in shared forwards, each in its own fresh adapter, and ask about
-        each; None if one diverged.
+        """Make independent single edits in shared forwards, and ask about each; None if one diverged.
+
+        Each edit has its own fresh adapter.
         """
         editor = self._start(method, rows, seed)
         if not isinstance(editor, SideBySideEditor):
@@ -238,8 +242,9 @@ class Runner:
     def _edit_together(
         self, editor: IndependentEditor, batches: Sequence[Sequence[int]], progress: Progress
     ) -> None:
-        """Make the remaining edits of a block in groups, since they are independent; stop at a group in which
-        one diverges.
+        """Make the remaining edits of a block in groups; they must be independent.
+
+        Stop at a group in which one diverges.
         """
         while len(progress.outcomes) < len(batches):
             done = len(progress.outcomes)
@@ -268,7 +273,7 @@ class Runner:
     # ------------------------------------------------------------------------------------------- asking
 
     def ask_model(
-        self, model: Any, without: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self, model: nn.Module, without: Callable[[], AbstractContextManager[Any]] = nullcontext
     ) -> list[dict[str, Any]]:
         """Ask a model that this run does not edit: the unedited model, or an existing adapter.
 
@@ -299,7 +304,7 @@ class Runner:
         return [row for row in rows if row % self._sharing.world_size == self._sharing.rank]
 
     def _ask_here(
-        self, model: Any, rows: Sequence[int], edited: Sequence[int], routed: Routed | None
+        self, model: nn.Module, rows: Sequence[int], edited: Sequence[int], routed: Routed | None
     ) -> list[dict[str, Any]]:
         def ask_rows() -> list[dict[str, Any]]:
             return self._ask(model, self._asked_here(rows), edited=edited, routed=routed)
@@ -308,7 +313,7 @@ class Runner:
 
     def _ask(
         self,
-        model: Any,
+        model: nn.Module,
         rows: Sequence[int],
         editor: SideBySideEditor | None = None,
         adapter_names: dict[int, str] | None = None,
@@ -372,8 +377,9 @@ def stored_bytes(editor: Editor) -> int:
 
 
 def _edit(editor: Editor, cases: Sequence[Case]) -> dict[str, Any]:
-    """Make one edit and return its outcome; if a loss diverged, the edit counts as not learned and the
-    outcome holds the reason.
+    """Make one edit and return its outcome.
+
+    If a loss diverged, the edit counts as not learned and the outcome contains the reason.
 
     The seconds are those of the whole call, divided by the number of facts in the batch. What a method
     computes once for all edits of a model is therefore charged to the first edit.

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from peft_baft.editing.editor import Editor
 from peft_baft.editing.presets import find_preset
 from peft_baft.loading import fingerprint
@@ -36,7 +38,10 @@ def save_edits(
 
 
 def load_edits(
-    file: str | Path, base: Any, tokenizer: Any, setup: EditorSetup | None = None
+    file: str | Path,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    setup: EditorSetup | None = None,
 ) -> Editor:
     """Apply the edits of a file to the unedited base model that they were made on.
 
@@ -70,6 +75,6 @@ def load_edits(
     return editor
 
 
-def _embedding_fingerprint(model: Any) -> str:
+def _embedding_fingerprint(model: PreTrainedModel) -> str:
     """Identify a model by its embeddings, which no method changes."""
     return fingerprint(model.get_input_embeddings())

@@ -1,5 +1,6 @@
-"""Readers for the files of published benchmarks, one per format; `peft_baft_bench/tasks/tasks.py` assigns
-them to names.
+"""Readers for the files of published benchmarks, one per format.
+
+`peft_baft_bench/tasks/tasks.py` assigns them to names.
 
 Every reader strips texts. EasyEdit does not: it keeps the leading space of the target in 15 rows of its ZsRE
 file, and so scores them with two spaces. Fields that a reader does not need are ignored, and an edit may
@@ -174,9 +175,7 @@ def _probe(kind: str, topic: str, item: Any) -> Probe | None:
 
 
 def _answer(record: dict[str, Any], name: str) -> str:
-    """Read the first alias of the first answer, the only one that counts; empty if there is none. A whole
-    number counts as text.
-    """
+    """Read the first alias of the first answer, the only one that counts; empty if there is none. Integers become text."""
     value = field(record, name)
     while isinstance(value, list):
         value = value[0] if value else None

@@ -67,7 +67,9 @@ def test_texts_begin_with_their_prompt_and_end_at_the_length_or_the_window(
 ) -> None:
     count = lambda text: len(fact_model.tokenizer(text)["input_ids"])  # noqa: E731
     for length, wanted in ((8, 8), (100, WINDOW)):
-        texts = sampled_texts(*fact_model, [*PROMPTS[:4], "the " * 20], length=length)
+        texts = sampled_texts(
+            fact_model.base, fact_model.tokenizer, [*PROMPTS[:4], "the " * 20], length=length
+        )
         assert [count(text) for text in texts] == [wanted] * 4 + [max(wanted, 20)]
         assert all(
             text.startswith(prompt) for prompt, text in zip(PROMPTS[:4], texts[:4], strict=True)
@@ -78,7 +80,10 @@ def test_a_text_goes_on_past_its_end(fact_model: FactModel) -> None:
     ends = fact_model.base.generation_config
     ends.eos_token_id = list(range(len(fact_model.tokenizer)))  # any token ends a text
     try:
-        assert len(sampled_texts(*fact_model, ["the"], length=8)[0].split()) >= 7
+        assert (
+            len(sampled_texts(fact_model.base, fact_model.tokenizer, ["the"], length=8)[0].split())
+            >= 7
+        )
     finally:
         ends.eos_token_id = None
 
@@ -123,10 +128,10 @@ def test_one_likeliest_token_is_greedy_decoding_with_the_adapter_where_it_belong
 
 def test_the_callers_random_numbers_stay_as_they_are(fact_model: FactModel) -> None:
     before: Any = torch.get_rng_state(), random.getstate()
-    first = fluency(*fact_model, PROMPTS)
+    first = fluency(fact_model.base, fact_model.tokenizer, PROMPTS)
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
     torch.manual_seed(123)
-    assert fluency(*fact_model, PROMPTS) == first and max(first) > 1
+    assert fluency(fact_model.base, fact_model.tokenizer, PROMPTS) == first and max(first) > 1
 
 
 def test_fluency_is_measured_after_the_edits_prompt(

@@ -137,7 +137,7 @@ def test_the_ladder_leads_from_the_edited_to_the_unedited_model(
     assert len(ladder) == 5 and ladder[0] == 1 and ladder[-1] == 0
     pair = [(EDIT.prompt, EDIT.target)]
     assert ladder[0] == token_match(edited, fact_model.tokenizer, pair)[0]
-    assert ladder[-1] == token_match(*fact_model, pair)[0]
+    assert ladder[-1] == token_match(fact_model.base, fact_model.tokenizer, pair)[0]
     old = Case(Edit(EDIT.prompt, CAPITALS[0].answer))
     assert removal_ladder(edited, fact_model.tokenizer, old)[-1] == 1
 

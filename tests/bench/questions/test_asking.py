@@ -136,7 +136,7 @@ def test_in_a_chat_a_statement_is_the_whole_turn(fact_model: FactModel) -> None:
     line, stop = tokenizer("\n")["input_ids"][-1:], [tokenizer.eos_token_id]
     answer = tokenizer(" Kasgrad", add_special_tokens=False)["input_ids"]
     said = torch.tensor([*answer, *line, *answer, *stop, *answer])
-    asked = asking._Asking(None, tokenizer, CHAT, 8, lambda _: None)
+    asked = asking._Asking(torch.nn.Module(), tokenizer, CHAT, 8, lambda _: None)
     assert asked._free(question, said)[1:] == ("Kasgrad\n Kasgrad", (*answer, *line, *answer))
-    raw = asking._Asking(None, tokenizer, asking.RAW, 8, lambda _: None)
+    raw = asking._Asking(torch.nn.Module(), tokenizer, asking.RAW, 8, lambda _: None)
     assert raw._free(question, said)[1:] == ("Kasgrad", tuple(answer))

@@ -216,7 +216,7 @@ def test_a_run_in_the_chat_template_teaches_and_asks_in_it(bench: Runner) -> Non
         look = LaneBatch.__init__
 
         def remember(batch: Any, lanes: Any, *args: Any, **kwargs: Any) -> None:
-            seen.extend(tokenizer.decode(list(row.ids)) for lane in lanes for row in lane.rows)
+            seen.extend(str(tokenizer.decode(list(row.ids))) for lane in lanes for row in lane.rows)
             look(batch, lanes, *args, **kwargs)
 
         patch.setattr(LaneBatch, "__init__", remember)
@@ -332,7 +332,7 @@ def test_a_torn_last_line_is_cut_off_and_not_built_upon(tmp_path: Path) -> None:
     append_line(file, second.to_json())
     assert read_results([file]) == [first, second]
     file.write_text('{"some": "json"}\n')
-    with pytest.raises(ValueError, match=r"r.jsonl:1: wanted a result line"):
+    with pytest.raises(ValueError, match=r"r.jsonl:1: expected a result line"):
         read_results([file])
     file.write_text(json.dumps({**first.to_json(), "colour": "red"}) + "\n")
     with pytest.raises(ValueError, match=r"r.jsonl:1: its fields are not those .*colour"):
