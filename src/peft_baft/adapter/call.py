@@ -11,13 +11,12 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from peft_baft.adapter.texts import Texts
+from peft_baft.adapter.texts import Texts, equal
 
 MOST_CALLS = (
     1000  # remembered per input, so that a loop over one tensor does not collect ever more of them
@@ -77,13 +76,6 @@ class RecordedGates:
 
     w: Tensor
     mask: Tensor
-
-
-def equal(one: Tensor | None, two: Tensor | None) -> bool:
-    """Return whether both are None, or tensors of the same shape and values."""
-    if one is None or two is None:
-        return one is two
-    return one.shape == two.shape and torch.equal(one, two)
 
 
 def in_backward() -> bool:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peft_baft.adapter.call import equal
 from peft_baft.adapter.model_call import Request, cached_columns, row_marks
 from peft_baft.span import OUTSIDE
 
@@ -197,3 +196,10 @@ def texts_of_requests(
         found.append(Text(0, columns, request.prompt, reply, positions[start], known))
         start = stop
     return Texts(tuple(found))
+
+
+def equal(one: Tensor | None, two: Tensor | None) -> bool:
+    """Return whether both are None, or tensors of the same shape and values."""
+    if one is None or two is None:
+        return one is two
+    return one.shape == two.shape and torch.equal(one, two)

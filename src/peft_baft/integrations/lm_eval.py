@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-import peft_baft  # noqa: F401  (registers the adapter type with PEFT)
 from peft_baft.adapter import find_context, prompt_lengths
 from peft_baft.loading import locate_model
 
