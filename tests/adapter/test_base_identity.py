@@ -79,7 +79,7 @@ def test_the_warning_names_both_models(folder: str, caplog: pytest.LogCaptureFix
     other = make_model(seed=1)
     other.name_or_path = "someone/other"
     _loaded(other, folder)
-    assert "(someone/one) than the one that it is put on now (someone/other)" in caplog.text
+    assert "(someone/one) than the one it is being loaded on (someone/other)" in caplog.text
 
 
 def _rounded(model: nn.Module, levels: int) -> nn.Module:

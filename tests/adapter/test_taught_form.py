@@ -200,7 +200,9 @@ def test_another_form_or_another_template_is_warned_of(
         warn_of_another(config, {"chat"}, tokenizer)
         assert not caplog.messages
         warn_of_another(config, {"raw"}, tokenizer)
-        assert "taught in the prompt format 'chat', and are now used in 'raw'" in caplog.messages[-1]
+        assert (
+            "taught in the prompt format 'chat', and are now used in 'raw'" in caplog.messages[-1]
+        )
         warn_of_another(config, {"chat"}, chat_tokenizer(TEMPLATE + " "))
         assert "taught in another chat template" in caplog.messages[-1]
 

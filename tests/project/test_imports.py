@@ -14,7 +14,7 @@ import peft_baft
 from conftest import make_model
 
 SOURCE = Path(__file__).parents[2] / "src"
-MOST_LINES = 7000  # may only fall
+MOST_LINES = 6800  # may only fall
 COUNT = """
 import json, sys
 from pathlib import Path
