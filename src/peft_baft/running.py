@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -22,14 +22,14 @@ Model: TypeAlias = "PeftModel | PreTrainedModel"
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # in the order of the search
 
 
-def input_device(model: Model) -> torch.device:
+def input_device(model: nn.Module) -> torch.device:
     """Return the device for a model's input, even if accelerate moves its weights there only for the forward."""
-    embedding: Any = model.get_input_embeddings()
+    embedding: Any = cast(Any, model).get_input_embeddings()
     device = embedding.weight.device
     return torch.device(embedding._hf_hook.execution_device if device.type == "meta" else device)
 
 
-def full_logits(model: nn.Module, **inputs: Any) -> Tensor:
+def full_logits(model: Callable[..., Any], **inputs: Any) -> Tensor:
     """Compute the logits (rows, tokens, vocabulary) of whole texts, without a cache."""
     return cast(Tensor, model(**inputs, use_cache=False).logits)
 
