@@ -274,7 +274,7 @@ def test_label_smoothing_has_no_term_and_is_told(tokens, labels, tmp_path, caplo
     with caplog.at_level(logging.WARNING, logger="peft_baft"):
         with_weight = gradient_of_first_step(tmp_path, rows, 2, WEIGHT, label_smoothing_factor=0.1)
     assert (
-        "balance_weight > 0, but the load balance cannot act" in caplog.text
+        "balance_weight > 0, but the load balance has no effect" in caplog.text
         and "label smoothing" in caplog.text
     )
     assert_close(

@@ -158,7 +158,7 @@ def to_former_tensors(folder: Path) -> None:
 NEWER = (
     r"saved by a newer peft_baft \(format 4\); this version reads up to 2: pip install -U peft-baft"
 )
-FORMER = r"Edit again; or bring it to format 1: in adapter_model.safetensors, rename .*\"baft_format\": 1"
+FORMER = r"Edit again, or convert it to format 1: in adapter_model.safetensors, rename .*\"baft_format\": 1"
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "newer": (to_newer, NEWER),
     "former": (to_former, FORMER),

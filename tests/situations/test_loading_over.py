@@ -220,7 +220,7 @@ def test_the_second_replaces_the_first_whole_and_says_so(tmp_path: Path, caplog:
     first.load_adapter(str(tmp_path / "other"), "other")
     caplog.clear()
     second = PeftModel.from_pretrained(base, str(tmp_path / "2")).eval()
-    assert [record.message for record in caplog.records if "replaces" in record.message]
+    assert [record.message for record in caplog.records if "is replaced by" in record.message]
     torch.testing.assert_close(logits(second), expected)
     assert type(base.lm_head) is nn.Linear
     assert second.peft_config["default"] is first.peft_config["default"]

@@ -87,9 +87,8 @@ class BaftModel(BaseTuner):
         else:
             configs, foreign = dict(peft_config), {}
         replaced = None
-        if (
-            UNDO.attached is not None
-        ):  # a saved adapter is being loaded, and may replace one of its name
+        # Only the loading of a saved adapter may replace one of its name.
+        if UNDO.attached is not None:
             UNDO.attached.append(structure_of(inner_model))
             replaced = carried_config(inner_model, adapter_name)
         if replaced is not None:
@@ -180,9 +179,8 @@ class BaftModel(BaseTuner):
         require_adapter_name(adapter_name, current_key)
         layer = target._modules.get(CHILD)
         if layer is None:
-            context = find_context(self.model) or EditContext(
-                self.model, stack_owner(self.model, current_key)
-            )
+            context = find_context(self.model)
+            context = context or EditContext(self.model, stack_owner(self.model, current_key))
             layer = BaftLayer(target, current_key, context)
             target.add_module(CHILD, layer)
             layer._active_adapter = list(self.active_adapters)
@@ -248,9 +246,7 @@ class BaftModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
-        wrappers = (
-            self._wrappers_of_saved_modules()
-        )  # found through the configs, one of which is deleted next
+        wrappers = self._wrappers_of_saved_modules()  # before the config that names them is deleted
         del self.peft_config[adapter_name]
         self._register_on_base(getattr(self.model, "peft_config", {}))
         for layer in baft_layers(self.model):
@@ -289,15 +285,12 @@ class BaftModel(BaseTuner):
                 name.replace(f".{CHILD}.{self.prefix}", f".{self.prefix}"): tensor
                 for name, tensor in kwargs["state_dict"].items()
             }
-        earlier_configs = [
-            config for name, config in self.peft_config.items() if name != adapter_name
-        ]
-        earlier = own_modules(model, earlier_configs)
+        others = (config for name, config in self.peft_config.items() if name != adapter_name)
+        earlier = own_modules(model, others)
         warn = not self.peft_config[adapter_name].inference_mode
         are_off = any(layer.disable_adapters for layer in baft_layers(model))
-        if (
-            are_off
-        ):  # PEFT restores the flags that it finds, so they must be those of the switched-on state
+        # PEFT restores the flags that it finds, so they must be those of the switched-on state.
+        if are_off:
             self._enable_adapter_layers(True)
         try:
             with undone_on_failure(model), others_unchanged(model, earlier, warn=warn):

@@ -27,9 +27,8 @@ logger = logging.getLogger(__name__)
 TESTED_TRANSFORMERS = (
     "5.24.0"  # the newest version that the tests pass with (requirements/tested.txt)
 )
-CACHE_ARGUMENT = re.compile(
-    r"(^|_)(past|cache|mems|state)(_|$)"
-)  # past_buckets_states, cache_params
+# As in `past_buckets_states` and `cache_params`.
+CACHE_ARGUMENT = re.compile(r"(^|_)(past|cache|mems|state)(_|$)")
 # How collators for packed rows pass the boundaries of sequences, and the number of each token's sequence.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens")
 SEQUENCE_NUMBERS = "seq_idx"
