@@ -58,8 +58,8 @@ def test_a_field_cannot_be_assigned_or_deleted(record: Any) -> None:
 def test_the_records_that_users_get_are_among_them() -> None:
     exported = {
         name
-        for name, value in vars(peft_baft).items()
-        if name in peft_baft.__all__ and isinstance(value, type) and dataclasses.is_dataclass(value)
+        for name, value in ((name, getattr(peft_baft, name)) for name in peft_baft.__all__)
+        if isinstance(value, type) and dataclasses.is_dataclass(value)
     }
     names = {record.__name__ for record in RECORDS}
     assert (
