@@ -84,7 +84,7 @@ def test_a_form_that_an_adapter_was_not_taught_in_is_warned_of(
     def warned(*words: str) -> bool:
         capsys.readouterr()
         assert cli.main([*words, "--adapter", str(folder / "adapter")]) == 0
-        return "taught in the form 'chat'" in capsys.readouterr().err
+        return "taught in the prompt format 'chat'" in capsys.readouterr().err
 
     asked = ("ask", ASKED, "--max-new-tokens", "1")
     assert not warned(*asked)
