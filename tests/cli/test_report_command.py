@@ -50,7 +50,7 @@ def test_the_page_lies_in_the_folder_and_the_summary_is_told(folder: Path, capsy
     assert "2 of 2 facts hold. " in told and "report.html: open it in a browser" in told
     html = (folder / "edits" / "report.html").read_text(encoding="utf-8")
     assert CAPITALS[0].rephrase in html and MEALS[0].prompt in html and "trained together with" in html
-    assert "not what the last edit of its journal left" not in html
+    assert "differs from the last edit of its journal" not in html
     assert str(folder / "model") not in html  # what is handed on names no folder of this machine
     assert "base model" in html.lower()
 
